@@ -1,0 +1,427 @@
+"""RNN, LSTM, GRU, RNNCell, LSTMCell and GRUCell as flax.nnx modules with torch's arguments and parameters.
+
+What a module computes is in `jaxrnn.stack`; a module adds the parameters and the randomness.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import ArrayLike, DTypeLike
+
+from jaxrnn.cells import GRU_CELL, LSTM_CELL, RNN_RELU, RNN_TANH, Cell
+from jaxrnn.spec import CellSpec, Spec
+from jaxrnn.stack import State, apply, apply_cell
+
+HX = ArrayLike | Sequence[ArrayLike] | None
+DropoutRngs = nnx.Rngs | nnx.RngStream | jax.Array
+
+
+def _nonlinear(nonlinearity: str) -> Cell:
+    cells = {"tanh": RNN_TANH, "relu": RNN_RELU}
+    if nonlinearity not in cells:
+        raise ValueError(f"nonlinearity should be 'tanh' or 'relu', got {nonlinearity!r}")
+    return cells[nonlinearity]
+
+
+def _key(rngs: DropoutRngs) -> jax.Array:
+    if isinstance(rngs, nnx.Rngs):
+        rngs = rngs["dropout"]
+    if isinstance(rngs, nnx.RngStream):
+        return rngs()
+    if isinstance(rngs, jax.Array):
+        return rngs
+    raise TypeError(f"rngs should be nnx.Rngs, an nnx.RngStream or a jax key, got {type(rngs).__name__}")
+
+
+def _setting(name: str) -> property:
+    return property(lambda self: getattr(self.spec, name))
+
+
+_NONLINEARITY = property(lambda self: "relu" if self.spec.cell is RNN_RELU else "tanh")
+
+
+class _Module(nnx.Module):
+    """What layers and cells share: the settings, and an nnx.Param for each parameter under torch's name."""
+
+    input_size = _setting("input_size")
+    hidden_size = _setting("hidden_size")
+    bias = _setting("bias")
+
+    def __init__(
+        self,
+        spec: Spec | CellSpec,
+        dtype: DTypeLike | None,
+        param_dtype: DTypeLike,
+        precision: jax.lax.PrecisionLike,
+        rngs: nnx.Rngs,
+    ) -> None:
+        self.spec = spec
+        self.dtype = dtype
+        self.param_dtype = param_dtype
+        self.precision = precision
+        for name, value in spec.init(rngs.params(), param_dtype).items():
+            setattr(self, name, nnx.Param(value))
+
+    def _params(self) -> dict[str, jax.Array]:
+        return {name: getattr(self, name)[...] for name in self.spec.shapes()}
+
+    def __repr__(self) -> str:
+        """As torch prints it: the sizes, then what differs from the defaults."""
+        parts = [f"{self.input_size}, {self.hidden_size}"]
+        if self.spec.cell is RNN_RELU:
+            parts.append("nonlinearity='relu'")
+        for field in dataclasses.fields(self.spec):
+            value = getattr(self.spec, field.name)
+            if field.default is not dataclasses.MISSING and value != field.default:
+                parts.append(f"{field.name}={value}")
+        return f"{type(self).__name__}({', '.join(parts)})"
+
+
+class _Layers(_Module):
+    """What RNN, LSTM and GRU share: the call, and dropout as nnx.Dropout has it."""
+
+    spec: Spec
+    num_layers = _setting("num_layers")
+    batch_first = _setting("batch_first")
+    dropout = _setting("dropout")
+    bidirectional = _setting("bidirectional")
+    proj_size = _setting("proj_size")
+
+    def __init__(self, spec: Spec, *args: Any, rngs: nnx.Rngs) -> None:
+        super().__init__(spec, *args, rngs=rngs)
+        self.deterministic = False
+        # Kept only where it is used: a stream adds leaves that have no gradient.
+        self.rngs = rngs["dropout"].fork() if self._drops() else nnx.data(None)
+
+    def _drops(self) -> bool:
+        return self.dropout > 0 and self.num_layers > 1
+
+    def __call__(
+        self,
+        x: ArrayLike,
+        hx: HX = None,
+        *,
+        deterministic: bool | None = None,
+        rngs: DropoutRngs | None = None,
+    ) -> tuple[jax.Array, State]:
+        """Run over a sequence.
+
+        Args:
+            x: the input, (time, batch, input_size), or (batch, time, input_size) with `batch_first`, or unbatched
+                (time, input_size); floating.
+            hx: the initial state h_0, for an LSTM (h_0, c_0), of the shapes that are returned; zeros if None.
+            deterministic: whether dropout is off; the module's `deterministic` if None, which `train()` sets to
+                False and `eval()` to True.
+            rngs: nnx.Rngs, an nnx.RngStream or a jax key to draw dropout from, instead of the module's own.
+
+        Returns:
+            `(output, h_n)`, for an LSTM `(output, (h_n, c_n))`. output: the last layer's outputs at every step, laid
+            out as x, with directions * (proj_size or hidden_size) features. h_n and c_n: the states after each row's
+            last step, (num_layers * directions, batch, features), without batch for unbatched x.
+
+        Raises:
+            TypeError: x or hx is not floating, or hx is not one array, or for an LSTM not two.
+            ValueError: x is neither 2-D nor 3-D.
+            RuntimeError: the size of x or hx does not fit, or the sequence is empty.
+        """
+        key = None
+        deterministic = self.deterministic if deterministic is None else deterministic
+        if self._drops() and not deterministic:
+            key = _key(self.rngs if rngs is None else rngs)
+        return apply(
+            self.spec, self._params(), x, hx, dropout_key=key, dtype=self.dtype, precision=self.precision
+        )
+
+    def set_view(self, deterministic: bool | None = None) -> None:
+        """What `nnx.view` calls: sets `deterministic` unless it is None."""
+        if deterministic is not None:
+            self.deterministic = deterministic
+
+
+class RNN(_Layers):
+    r"""A stack of Elman RNN layers: torch.nn.RNN.
+
+    Each layer computes, for each step t of its input x,
+
+        h_t = tanh(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh)
+
+    or relu in place of tanh.
+
+    Args:
+        input_size: features of the input at each step.
+        hidden_size: features of the hidden state.
+        num_layers: how many layers are stacked.
+        nonlinearity: "tanh" or "relu".
+        bias: whether there are `bias_ih` and `bias_hh`.
+        batch_first: whether batched input and output are (batch, time, features) rather than (time, batch,
+            features); touches neither hx nor h_n.
+        dropout: the probability with which an output of each layer but the last is zeroed in training.
+        bidirectional: whether each layer also runs backward in time.
+        dtype: the floating dtype to compute in and to return; by default that to which the inputs and parameters
+            promote.
+        param_dtype: the parameters' floating dtype.
+        precision: the precision of the products, as for `jax.lax.dot_general`.
+        rngs: nnx.Rngs for the initial parameters (uniform within 1/sqrt(hidden_size) of 0, as torch's) and, where it
+            is used, for dropout.
+
+    Raises:
+        TypeError: a size that is no int, or a `bias` or `batch_first` that is no bool.
+        ValueError: a size or a probability out of range, or an unknown nonlinearity.
+
+    The parameters are attributes with torch's names, shapes and order: `weight_ih_l0` (hidden_size, input_size),
+    `weight_hh_l0`, `bias_ih_l0`, `bias_hh_l0`, with `_reverse` for the backward direction, and so on for each layer.
+
+    >>> import jax.numpy as jnp, jaxrnn
+    >>> from flax import nnx
+    >>> rnn = jaxrnn.RNN(10, 20, 2, nonlinearity="relu", rngs=nnx.Rngs(0))
+    >>> output, h_n = rnn(jnp.ones((5, 3, 10)))
+    >>> output.shape, h_n.shape
+    ((5, 3, 20), (2, 3, 20))
+    """
+
+    nonlinearity = _NONLINEARITY
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        nonlinearity: str = "tanh",
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        *,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+        precision: jax.lax.PrecisionLike = None,
+        rngs: nnx.Rngs,
+    ) -> None:
+        cell = _nonlinear(nonlinearity)
+        spec = Spec(cell, input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional)
+        super().__init__(spec, dtype, param_dtype, precision, rngs=rngs)
+
+
+class LSTM(_Layers):
+    r"""A stack of long short-term memory layers: torch.nn.LSTM.
+
+    Each layer computes, for each step t of its input x, with gates of `hidden_size` features,
+
+        i = sigmoid(W_ii x_t + b_ii + W_hi h_{t-1} + b_hi)
+        f = sigmoid(W_if x_t + b_if + W_hf h_{t-1} + b_hf)
+        g = tanh(W_ig x_t + b_ig + W_hg h_{t-1} + b_hg)
+        o = sigmoid(W_io x_t + b_io + W_ho h_{t-1} + b_ho)
+        c_t = f * c_{t-1} + i * g
+        h_t = o * tanh(c_t), or W_hr (o * tanh(c_t)) with `proj_size`
+
+    where the rows of `weight_ih`, `weight_hh` and the biases hold i, f, g, o in this order.
+
+    Args:
+        proj_size: features of the projected hidden state, less than `hidden_size`; 0 for no projection.
+
+    The other arguments are those of `jaxrnn.RNN`, less nonlinearity. The state is a pair: hx is (h_0, c_0).
+
+    Raises:
+        TypeError: a size that is no int, or a `bias` or `batch_first` that is no bool.
+        ValueError: a size or a probability out of range.
+
+    >>> import jax.numpy as jnp, jaxrnn
+    >>> from flax import nnx
+    >>> lstm = jaxrnn.LSTM(10, 20, bidirectional=True, proj_size=5, rngs=nnx.Rngs(0))
+    >>> output, (h_n, c_n) = lstm(jnp.ones((7, 3, 10)))
+    >>> output.shape, h_n.shape, c_n.shape
+    ((7, 3, 10), (2, 3, 5), (2, 3, 20))
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        proj_size: int = 0,
+        *,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+        precision: jax.lax.PrecisionLike = None,
+        rngs: nnx.Rngs,
+    ) -> None:
+        spec = Spec(
+            LSTM_CELL, input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size
+        )
+        super().__init__(spec, dtype, param_dtype, precision, rngs=rngs)
+
+
+class GRU(_Layers):
+    r"""A stack of gated recurrent unit layers: torch.nn.GRU.
+
+    Each layer computes, for each step t of its input x,
+
+        r = sigmoid(W_ir x_t + b_ir + W_hr h_{t-1} + b_hr)
+        z = sigmoid(W_iz x_t + b_iz + W_hz h_{t-1} + b_hz)
+        n = tanh(W_in x_t + b_in + r * (W_hn h_{t-1} + b_hn))
+        h_t = (1 - z) * n + z * h_{t-1}
+
+    where the rows of `weight_ih`, `weight_hh` and the biases hold r, z, n in this order.
+
+    The arguments are those of `jaxrnn.RNN`, less nonlinearity.
+
+    Raises:
+        TypeError: a size that is no int, a `bias` or `batch_first` that is no bool, or `proj_size`, which torch's
+            GRU has not.
+        ValueError: a size or a probability out of range.
+
+    >>> import jax.numpy as jnp, jaxrnn
+    >>> from flax import nnx
+    >>> gru = jaxrnn.GRU(10, 20, batch_first=True, rngs=nnx.Rngs(0))
+    >>> output, h_n = gru(jnp.ones((3, 7, 10)), hx=jnp.zeros((1, 3, 20)))
+    >>> output.shape, h_n.shape
+    ((3, 7, 20), (1, 3, 20))
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        *,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+        precision: jax.lax.PrecisionLike = None,
+        rngs: nnx.Rngs,
+    ) -> None:
+        spec = Spec(GRU_CELL, input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional)
+        super().__init__(spec, dtype, param_dtype, precision, rngs=rngs)
+
+
+class _OneStep(_Module):
+    """What RNNCell, LSTMCell and GRUCell share: the call."""
+
+    spec: CellSpec
+    # What torch's cells have in place of biases that are not there.
+    bias_ih: nnx.Param | None = None
+    bias_hh: nnx.Param | None = None
+
+    def __call__(self, x: ArrayLike, hx: HX = None) -> State:
+        """Make one step.
+
+        Args:
+            x: the input, (batch, input_size) or unbatched (input_size,); floating.
+            hx: the state h, for an LSTMCell (h, c), each (batch, hidden_size), or (hidden_size,) for unbatched x;
+                zeros if None.
+
+        Returns:
+            The next state, laid out as hx.
+
+        Raises:
+            TypeError: x or hx is not floating, or hx is not one array, or for an LSTMCell not two.
+            ValueError: x is neither 1-D nor 2-D.
+            RuntimeError: the size of x or hx does not fit.
+        """
+        return apply_cell(self.spec, self._params(), x, hx, dtype=self.dtype, precision=self.precision)
+
+
+class RNNCell(_OneStep):
+    r"""One step of an Elman RNN at a call: torch.nn.RNNCell, `h' = tanh(W_ih x + b_ih + W_hh h + b_hh)` or relu.
+
+    Args:
+        input_size: features of the input.
+        hidden_size: features of the hidden state.
+        bias: whether there are `bias_ih` and `bias_hh`; without, they are None.
+        nonlinearity: "tanh" or "relu".
+        dtype, param_dtype, precision, rngs: as for `jaxrnn.RNN`.
+
+    Raises:
+        TypeError: a size that is no int.
+        ValueError: a negative size, or an unknown nonlinearity.
+
+    The parameters are `weight_ih` (hidden_size, input_size), `weight_hh`, `bias_ih` and `bias_hh`.
+
+    >>> import jax.numpy as jnp, jaxrnn
+    >>> from flax import nnx
+    >>> cell = jaxrnn.RNNCell(10, 20, rngs=nnx.Rngs(0))
+    >>> cell(jnp.ones((3, 10))).shape
+    (3, 20)
+    """
+
+    nonlinearity = _NONLINEARITY
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool | int = True,
+        nonlinearity: str = "tanh",
+        *,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+        precision: jax.lax.PrecisionLike = None,
+        rngs: nnx.Rngs,
+    ) -> None:
+        spec = CellSpec(_nonlinear(nonlinearity), input_size, hidden_size, bias)
+        super().__init__(spec, dtype, param_dtype, precision, rngs=rngs)
+
+
+class LSTMCell(_OneStep):
+    r"""One step of an LSTM at a call: torch.nn.LSTMCell. Equations as in `jaxrnn.LSTM`, arguments as for `RNNCell`.
+
+    >>> import jax.numpy as jnp, jaxrnn
+    >>> from flax import nnx
+    >>> cell = jaxrnn.LSTMCell(10, 20, rngs=nnx.Rngs(0))
+    >>> h, c = cell(jnp.ones((3, 10)))
+    >>> h, c = cell(jnp.ones((3, 10)), (h, c))
+    >>> h.shape, c.shape
+    ((3, 20), (3, 20))
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool | int = True,
+        *,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+        precision: jax.lax.PrecisionLike = None,
+        rngs: nnx.Rngs,
+    ) -> None:
+        super().__init__(
+            CellSpec(LSTM_CELL, input_size, hidden_size, bias), dtype, param_dtype, precision, rngs=rngs
+        )
+
+
+class GRUCell(_OneStep):
+    r"""One step of a GRU at a call: torch.nn.GRUCell. Equations as in `jaxrnn.GRU`, arguments as for `RNNCell`.
+
+    >>> import jax.numpy as jnp, jaxrnn
+    >>> from flax import nnx
+    >>> cell = jaxrnn.GRUCell(10, 20, rngs=nnx.Rngs(0))
+    >>> cell(jnp.ones(10), jnp.zeros(20)).shape
+    (20,)
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool | int = True,
+        *,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+        precision: jax.lax.PrecisionLike = None,
+        rngs: nnx.Rngs,
+    ) -> None:
+        super().__init__(
+            CellSpec(GRU_CELL, input_size, hidden_size, bias), dtype, param_dtype, precision, rngs=rngs
+        )

@@ -1,0 +1,241 @@
+"""One layer in one direction over time: `lax.scan`, and the one derivative rule that every transform shares.
+
+The rule. The scan is linearised around its own trajectory. A step is pointwise, so its partial derivatives are arrays
+like the gates, computed for all steps at once from what the forward scan saved. The tangents then obey a second scan,
+linear in the tangents, whose only products are those with the recurrent weights. What a change of the weights adds,
+`h dW_hh`, is known for all steps beforehand and is one product outside that scan; JAX transposes it into one product
+for the gradient of the weights, where autodiff of the scan would add up a product a step.
+"""
+
+import functools
+import operator
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.extend.core import Literal
+
+from jaxrnn.cells import Arrays, Cell
+
+Weights = dict[str, jax.Array]
+
+
+class Settings(NamedTuple):
+    """What is fixed while a layer runs."""
+
+    cell: Cell
+    precision: lax.PrecisionLike = None
+    reverse: bool = False
+
+
+class Recurrent(NamedTuple):
+    """The weights inside the loop, turned once outside it so that products read them along their rows."""
+
+    weight_hh: jax.Array  # (output size, gates * hidden_size)
+    bias_apart: Arrays  # b_hh of each gate in cell.apart, (hidden_size,)
+    weight_hr: jax.Array | None  # (hidden_size, proj_size)
+
+
+def layer(settings: Settings, weights: Weights, x: jax.Array, state: Arrays) -> tuple[jax.Array, Arrays]:
+    """Run one layer in one direction.
+
+    Args:
+        settings: the cell, the precision of products, and the direction in time.
+        weights: torch's parameters of this layer and direction by role: `weight_ih` (gates * hidden_size, features),
+            `weight_hh`, and where there are any `bias_ih`, `bias_hh`, `weight_hr`; all in x's dtype.
+        x: the input, (time, batch, features).
+        state: the initial state, one array (batch, size) a state.
+
+    Returns:
+        The outputs, (time, batch, output size) in x's dtype, and the state after the last step run.
+    """
+    gates, recurrent = _project_input(settings, weights, x)
+    outputs, state = _scan(settings, recurrent, gates, _cast(state, _accumulator(x.dtype)))
+    return outputs, _cast(state, x.dtype)
+
+
+def step(settings: Settings, weights: Weights, x: jax.Array, state: Arrays) -> Arrays:
+    """Make one step: as `layer`, on x of shape (batch, features), without a time axis."""
+    gates, recurrent = _project_input(settings, weights, x)
+    state, _ = _step(settings, recurrent, gates, _cast(state, _accumulator(x.dtype)))
+    return _cast(state, x.dtype)
+
+
+def _accumulator(dtype: jnp.dtype) -> jnp.dtype:
+    """Products accumulate, and the state is carried, in float32 at least."""
+    return dtype if jnp.finfo(dtype).bits >= 32 else jnp.dtype(jnp.float32)
+
+
+def _cast(arrays: Arrays, dtype: jnp.dtype) -> Arrays:
+    return tuple(a.astype(dtype) for a in arrays)
+
+
+def _product(settings: Settings, a: jax.Array, weight: jax.Array, contract: int = 0) -> jax.Array:
+    return lax.dot_general(
+        a.astype(weight.dtype),
+        weight,
+        (((a.ndim - 1,), (contract,)), ((), ())),
+        precision=settings.precision,
+        preferred_element_type=_accumulator(weight.dtype),
+    )
+
+
+def _split(cell: Cell, a: jax.Array) -> Arrays:
+    """One array a gate. As slices of one array inside the loop, gate kernels would not be vectorised on a CPU."""
+    return tuple(jnp.split(a, len(cell.gates), axis=-1))
+
+
+def _project_input(settings: Settings, weights: Weights, x: jax.Array) -> tuple[Arrays, Recurrent]:
+    """The input's part of every gate for all of x at once, and the weights that are left for the loop."""
+    cell = settings.cell
+    gates = _split(cell, _product(settings, x, weights["weight_ih"].T))
+    bias_apart = tuple(jnp.zeros(gates[0].shape[-1:], gates[0].dtype) for _ in cell.apart)
+    if "bias_ih" in weights:
+        bias_ih, bias_hh = (
+            _split(cell, weights[role].astype(gates[0].dtype)) for role in ("bias_ih", "bias_hh")
+        )
+        # b_hh joins b_ih outside the loop, except where the step wants the two halves of a gate.
+        gates, bias_apart = _arguments(cell, tuple(map(operator.add, gates, bias_ih)), bias_hh, bias_apart)
+    weight_hr = weights["weight_hr"].T if "weight_hr" in weights else None
+    return gates, Recurrent(weights["weight_hh"].T, bias_apart, weight_hr)
+
+
+def _arguments(cell: Cell, gates: Arrays, recurrent: Arrays, apart: Arrays) -> tuple[Arrays, Arrays]:
+    """A step's `gates` and `hidden`, from the input's and the recurrent part of every gate.
+
+    A recurrent part is added to its gate; that of a gate apart is added to what `apart` has for it. Being linear, it
+    serves values and tangents alike.
+    """
+    part = dict(zip(cell.gates, recurrent, strict=True))
+    whole = tuple(a if name in cell.apart else a + part[name] for name, a in zip(cell.gates, gates, strict=True))
+    return whole, tuple(part[name] + a for name, a in zip(cell.apart, apart, strict=True))
+
+
+class _Saved(NamedTuple):
+    """What a step leaves for its derivative."""
+
+    state: Arrays
+    gates: tuple[jax.Array | None, ...]  # None for a gate apart: its input's part is at hand
+    hidden: Arrays
+    unprojected: jax.Array | None
+
+
+def _step(settings: Settings, recurrent: Recurrent, gates: Arrays, state: Arrays) -> tuple[Arrays, _Saved]:
+    cell = settings.cell
+    products = _split(cell, _product(settings, state[0], recurrent.weight_hh))
+    whole, hidden = _arguments(cell, gates, products, recurrent.bias_apart)
+    state = tuple(cell.step(whole, hidden, state))
+    if len(state) != len(cell.states):
+        raise ValueError(f"step of Cell {cell.name!r} should return {len(cell.states)} arrays, got {len(state)}")
+    unprojected = None
+    if recurrent.weight_hr is not None:
+        unprojected = state[0]
+        state = (_product(settings, unprojected, recurrent.weight_hr), *state[1:])
+    kept = tuple(None if name in cell.apart else a for name, a in zip(cell.gates, whole, strict=True))
+    return state, _Saved(state, kept, hidden, unprojected)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _scan(settings: Settings, recurrent: Recurrent, gates: Arrays, state: Arrays) -> tuple[jax.Array, Arrays]:
+    """Run the recurrence over `gates`, (time, batch, hidden_size) each; return the outputs and the last state."""
+    dtype = recurrent.weight_hh.dtype
+
+    def body(state: Arrays, gates: Arrays) -> tuple[Arrays, jax.Array]:
+        state, _ = _step(settings, recurrent, gates, state)
+        return state, state[0].astype(dtype)
+
+    state, outputs = lax.scan(body, state, gates, reverse=settings.reverse)
+    return outputs, state
+
+
+@_scan.defjvp
+def _scan_jvp(
+    settings: Settings,
+    primals: tuple[Recurrent, Arrays, Arrays],
+    tangents: tuple[Recurrent, Arrays, Arrays],
+) -> tuple[tuple[jax.Array, Arrays], tuple[jax.Array, Arrays]]:
+    recurrent, gates, state = primals
+    d_recurrent, d_gates, d_state = tangents
+    cell = settings.cell
+    dtype = recurrent.weight_hh.dtype
+    last, saved = lax.scan(
+        lambda state, gates: _step(settings, recurrent, gates, state), state, gates, reverse=settings.reverse
+    )
+    before = _before(settings, state, saved.state)
+    whole = tuple(a if kept is None else kept for a, kept in zip(gates, saved.gates, strict=True))
+    partials = _partials(cell, whole, saved.hidden, before)
+
+    # What is known of the tangents before the loop: all but the part that comes through the state's own tangent.
+    d_products = _split(cell, _product(settings, before[0], d_recurrent.weight_hh))
+    d_gates, d_hidden = _arguments(cell, d_gates, d_products, d_recurrent.bias_apart)
+    d_projected = None
+    if saved.unprojected is not None:
+        d_projected = _product(settings, saved.unprojected, d_recurrent.weight_hr)
+
+    # Turned back, so that the transposed loop reads them along their rows as well.
+    weight_hh = recurrent.weight_hh.T
+    weight_hr = None if recurrent.weight_hr is None else recurrent.weight_hr.T
+
+    def body(d_state: Arrays, known: tuple) -> tuple[Arrays, jax.Array]:
+        partials, d_gates, d_hidden, d_projected = known
+        d_products = _split(cell, _product(settings, d_state[0], weight_hh, contract=1))
+        d_gates, d_hidden = _arguments(cell, d_gates, d_products, d_hidden)
+        slots = (*d_gates, *d_hidden, *d_state)
+        d_state = tuple(
+            functools.reduce(operator.add, [partial * slots[slot] for slot, partial in row.items()]) for row in partials
+        )
+        if d_projected is not None:
+            d_state = (_product(settings, d_state[0], weight_hr, contract=1) + d_projected, *d_state[1:])
+        return d_state, d_state[0].astype(dtype)
+
+    d_last, d_outputs = lax.scan(body, d_state, (partials, d_gates, d_hidden, d_projected), reverse=settings.reverse)
+    return (saved.state[0].astype(dtype), last), (d_outputs, d_last)
+
+
+def _before(settings: Settings, first: Arrays, after: Arrays) -> Arrays:
+    """The states before each step, from the first one and those after each step."""
+    if settings.reverse:
+        return tuple(jnp.concatenate([a[1:], a_0[None]]) for a_0, a in zip(first, after, strict=True))
+    return tuple(jnp.concatenate([a_0[None], a[:-1]]) for a_0, a in zip(first, after, strict=True))
+
+
+def _partials(cell: Cell, gates: Arrays, hidden: Arrays, state: Arrays) -> tuple[dict[int, jax.Array], ...]:
+    """For each state after the step, its partial derivative by each argument that it depends on.
+
+    Arguments count through gates, hidden and state. The step is pointwise: a derivative is as large as its argument.
+    """
+    arguments = (*gates, *hidden, *state)
+
+    def flat(*arguments: jax.Array) -> Arrays:
+        rest = arguments[len(gates) :]
+        return tuple(cell.step(arguments[: len(gates)], rest[: len(hidden)], rest[len(hidden) :]))
+
+    rows: tuple[dict[int, jax.Array], ...] = tuple({} for _ in cell.states)
+    depends = _dependence(flat, arguments)
+    for slot, argument in enumerate(arguments):
+        if any(slot in row for row in depends):
+            _, columns = jax.jvp(
+                lambda a, slot=slot: flat(*arguments[:slot], a, *arguments[slot + 1 :]),
+                (argument,),
+                (jnp.ones_like(argument),),
+            )
+            for row, column, slots in zip(rows, columns, depends, strict=True):
+                if slot in slots:
+                    row[slot] = column
+    return rows
+
+
+def _dependence(function: object, arguments: Sequence[jax.Array]) -> list[set[int]]:
+    """For each output of the function, the positions of the arguments that it depends on."""
+    jaxpr = jax.make_jaxpr(function)(*arguments).jaxpr
+    sources: dict = {variable: {i} for i, variable in enumerate(jaxpr.invars)}
+
+    def of(variables: Sequence) -> set[int]:
+        return set().union(*(sources.get(v, set()) for v in variables if not isinstance(v, Literal)))
+
+    for equation in jaxpr.eqns:
+        inputs = of(equation.invars)
+        sources.update(dict.fromkeys(equation.outvars, inputs))
+    return [of([variable]) for variable in jaxpr.outvars]

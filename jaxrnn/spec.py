@@ -1,0 +1,218 @@
+"""A constructor call as a frozen value: its checks, and the names and shapes of its parameters.
+
+Everything that needs a parameter's name or shape reads it here: the modules, the checkpoints, the parity suite.
+"""
+
+import dataclasses
+import math
+import numbers
+import warnings
+
+import jax
+import jax.numpy as jnp
+
+from jaxrnn.cells import Cell
+
+Shape = tuple[int, ...]
+# The weights of one layer in one direction, in torch's order.
+ROLES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
+
+
+class _Parameters:
+    """What `Spec` and `CellSpec` share: initial parameters from names and shapes."""
+
+    hidden_size: int
+
+    def shapes(self) -> dict[str, Shape]:
+        """The parameters' names and shapes, in the order of torch's `state_dict()`."""
+        raise NotImplementedError
+
+    def init(self, key: jax.Array, dtype: jax.typing.DTypeLike = jnp.float32) -> dict[str, jax.Array]:
+        """Initial parameters, drawn as torch draws them: uniform in `[-1/sqrt(hidden_size), 1/sqrt(hidden_size))`.
+
+        Args:
+            key: a jax random key.
+            dtype: the parameters' floating dtype.
+
+        Returns:
+            A dict from name to array, in the order of `shapes()`.
+
+        >>> import jax, jaxrnn
+        >>> params = jaxrnn.CellSpec(jaxrnn.GRU_CELL, 3, 4).init(jax.random.key(0))
+        >>> {name: value.shape for name, value in params.items()}
+        {'weight_ih': (12, 3), 'weight_hh': (12, 4), 'bias_ih': (12,), 'bias_hh': (12,)}
+        """
+        bound = 1 / math.sqrt(self.hidden_size) if self.hidden_size else 0.0
+        shapes = self.shapes()
+        keys = jax.random.split(key, len(shapes))
+        return {
+            name: jax.random.uniform(keys[i], shape, dtype, -bound, bound)
+            for i, (name, shape) in enumerate(shapes.items())
+        }
+
+
+def _shape(role: str, cell: Cell, input_size: int, hidden_size: int, proj_size: int = 0) -> Shape:
+    rows = len(cell.gates) * hidden_size
+    return {
+        "weight_ih": (rows, input_size),
+        "weight_hh": (rows, proj_size or hidden_size),
+        "bias_ih": (rows,),
+        "bias_hh": (rows,),
+        "weight_hr": (proj_size, hidden_size),
+    }[role]
+
+
+def _roles(bias: bool | int, proj_size: int = 0) -> tuple[str, ...]:
+    return tuple(
+        role
+        for role in ROLES
+        if (bias or not role.startswith("bias")) and (proj_size or role != "weight_hr")
+    )
+
+
+def _check_type(name: str, value: object, kind: type) -> None:
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} should be of type {kind.__name__}, got {value!r} of type {type(value).__name__}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec(_Parameters):
+    """A recurrent network's settings: torch's constructor arguments after the kind of cell.
+
+    Args:
+        cell: the kind of cell: `jaxrnn.RNN_TANH`, `RNN_RELU`, `LSTM_CELL`, `GRU_CELL`, or a `Cell` of one's own.
+        input_size: features of the input at each step.
+        hidden_size: features of the hidden state.
+        num_layers: how many layers are stacked.
+        bias: whether there are `bias_ih` and `bias_hh`.
+        batch_first: whether batched input and output are `(batch, time, features)` instead of
+            `(time, batch, features)`. Touches neither `h_0` nor `h_n`.
+        dropout: the probability with which an output of every layer but the last is zeroed in training.
+        bidirectional: whether each layer also runs backward in time.
+        proj_size: features of the projected hidden state of an LSTM; 0 for no projection.
+
+    Raises:
+        TypeError: a size that is no int, or a `bias` or `batch_first` that is no bool.
+        ValueError: a value out of range, or `proj_size` with a cell that has no projection.
+
+    Warns:
+        UserWarning: `dropout` with a single layer, where it does nothing.
+
+    >>> import jaxrnn
+    >>> jaxrnn.Spec(jaxrnn.LSTM_CELL, 10, 20, bias=False, proj_size=5).shapes()
+    {'weight_ih_l0': (80, 10), 'weight_hh_l0': (80, 5), 'weight_hr_l0': (5, 20)}
+    """
+
+    cell: Cell
+    input_size: int
+    hidden_size: int
+    num_layers: int = 1
+    bias: bool = True
+    batch_first: bool = False
+    dropout: float = 0.0
+    bidirectional: bool = False
+    proj_size: int = 0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.cell, Cell):
+            raise TypeError(f"cell should be a jaxrnn.Cell, got {self.cell!r}")
+        if isinstance(self.dropout, bool) or not isinstance(self.dropout, numbers.Real) or not 0 <= self.dropout <= 1:
+            raise ValueError(f"dropout should be a number from 0 to 1, not a bool, got {self.dropout!r}")
+        _check_type("bias", self.bias, bool)
+        _check_type("batch_first", self.batch_first, bool)
+        for name in ("input_size", "hidden_size", "num_layers"):
+            value = getattr(self, name)
+            _check_type(name, value, int)
+            if value <= 0:
+                raise ValueError(f"{name} should be greater than zero, got {value}")
+        _check_type("proj_size", self.proj_size, int)
+        if self.proj_size and not self.cell.projects:
+            raise ValueError(f"proj_size is for LSTM only, got proj_size={self.proj_size} for {self.cell.name}")
+        if not 0 <= self.proj_size < self.hidden_size:
+            raise ValueError(
+                f"proj_size should be 0 for none, or less than hidden_size={self.hidden_size}, got {self.proj_size}"
+            )
+        if self.dropout > 0 and self.num_layers == 1:
+            warnings.warn(
+                f"dropout={self.dropout} acts after every layer but the last, so it does nothing with num_layers=1",
+                UserWarning,
+                stacklevel=3,
+            )
+        object.__setattr__(self, "dropout", float(self.dropout))
+        object.__setattr__(self, "bidirectional", bool(self.bidirectional))
+
+    @property
+    def num_directions(self) -> int:
+        return 2 if self.bidirectional else 1
+
+    @property
+    def output_size(self) -> int:
+        """Features of the hidden state that is handed on: `proj_size`, or `hidden_size` without projection."""
+        return self.proj_size or self.hidden_size
+
+    def state_sizes(self) -> tuple[int, ...]:
+        """Features of each of the cell's states: only the first, which is handed on, is projected."""
+        return (self.output_size,) + (self.hidden_size,) * (len(self.cell.states) - 1)
+
+    def names(self, layer: int, direction: int) -> dict[str, str]:
+        """For one layer and direction, from what a parameter is (`weight_ih`, ...) to its name (`weight_ih_l0_reverse`).
+
+        >>> import jaxrnn
+        >>> jaxrnn.Spec(jaxrnn.RNN_TANH, 1, 1, bias=False).names(layer=0, direction=1)
+        {'weight_ih': 'weight_ih_l0_reverse', 'weight_hh': 'weight_hh_l0_reverse'}
+        """
+        suffix = f"_l{layer}" + ("_reverse" if direction else "")
+        return {role: role + suffix for role in _roles(self.bias, self.proj_size)}
+
+    def shapes(self) -> dict[str, Shape]:
+        """The parameters' names and shapes, in the order of torch's `state_dict()`."""
+        return {
+            name: _shape(
+                role,
+                self.cell,
+                self.output_size * self.num_directions if layer else self.input_size,
+                self.hidden_size,
+                self.proj_size,
+            )
+            for layer in range(self.num_layers)
+            for direction in range(self.num_directions)
+            for role, name in self.names(layer, direction).items()
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class CellSpec(_Parameters):
+    """The settings of one cell that makes one step at a call: torch's `RNNCell`, `LSTMCell` and `GRUCell`.
+
+    Args:
+        cell: the kind of cell.
+        input_size: features of the input; 0 is allowed, as in torch.
+        hidden_size: features of the hidden state; 0 is allowed, as in torch.
+        bias: whether there are `bias_ih` and `bias_hh`; anything true or false, as in torch.
+
+    Raises:
+        TypeError: a size that is no int.
+        ValueError: a negative size.
+
+    >>> import jaxrnn
+    >>> jaxrnn.CellSpec(jaxrnn.LSTM_CELL, 3, 5, bias=False).shapes()
+    {'weight_ih': (20, 3), 'weight_hh': (20, 5)}
+    """
+
+    cell: Cell
+    input_size: int
+    hidden_size: int
+    bias: bool | int = True
+
+    def __post_init__(self) -> None:
+        for name in ("input_size", "hidden_size"):
+            value = getattr(self, name)
+            _check_type(name, value, int)
+            if value < 0:
+                raise ValueError(f"{name} should not be negative, got {value}")
+
+    def shapes(self) -> dict[str, Shape]:
+        """The parameters' names and shapes, in the order of torch's `state_dict()`."""
+        return {
+            role: _shape(role, self.cell, self.input_size, self.hidden_size) for role in _roles(self.bias)
+        }

@@ -1,0 +1,247 @@
+"""The whole call as a pure function: layers, directions, dropout, batch_first and unbatched input, and its checks."""
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike, DTypeLike
+
+from jaxrnn import recurrence
+from jaxrnn.cells import Arrays
+from jaxrnn.spec import CellSpec, Spec
+
+State = jax.Array | Arrays
+
+
+def apply(
+    spec: Spec,
+    params: Mapping[str, ArrayLike],
+    x: ArrayLike,
+    hx: ArrayLike | Sequence[ArrayLike] | None = None,
+    *,
+    dropout_key: jax.Array | None = None,
+    dropout_masks: Sequence[ArrayLike] | None = None,
+    dtype: DTypeLike | None = None,
+    precision: jax.lax.PrecisionLike = None,
+) -> tuple[jax.Array, State]:
+    """Run a recurrent network over a sequence, as torch's RNN, LSTM and GRU modules do.
+
+    Args:
+        spec: the settings.
+        params: the parameters by name, of the shapes in `spec.shapes()`.
+        x: the input, (time, batch, input_size), or (batch, time, input_size) with `batch_first`, or unbatched
+            (time, input_size); floating.
+        hx: the initial state h_0, (num_layers * directions, batch, output size), or (num_layers * directions, output
+            size) for unbatched x; zeros if None. For a cell of several states a tuple or list: (h_0, c_0) for an LSTM,
+            where c_0 has hidden_size features and h_0 has proj_size, if that is set.
+        dropout_key: a jax random key, for dropout in training; without it or `dropout_masks` there is none.
+        dropout_masks: instead of a key, what dropout keeps: for each layer but the last an array of 0 or 1,
+            (time, batch, directions * output size) also with `batch_first`, without batch for unbatched x.
+        dtype: the floating dtype to compute in and to return; by default that to which x, params and hx promote.
+        precision: the precision of the products, as for `jax.lax.dot_general`.
+
+    Returns:
+        `(output, h_n)`, or for a cell of several states `(output, (h_n, c_n))`: the last layer's outputs, laid out
+        as x with directions * output size features, and the last states, laid out as hx.
+
+    Raises:
+        TypeError: x, hx or a parameter is not floating, or hx has not the form that the cell's states need.
+        ValueError: x is neither 2-D nor 3-D, or params has not the names and shapes of `spec.shapes()`.
+        RuntimeError: the size of x or hx does not fit, or the sequence is empty.
+
+    >>> import jax, jaxrnn
+    >>> spec = jaxrnn.Spec(jaxrnn.LSTM_CELL, 10, 20, num_layers=2)
+    >>> params = spec.init(jax.random.key(0))
+    >>> output, (h_n, c_n) = jaxrnn.apply(spec, params, jax.numpy.ones((5, 3, 10)))
+    >>> output.shape, h_n.shape, c_n.shape
+    ((5, 3, 20), (2, 3, 20), (2, 3, 20))
+    """
+    x = _floating("x", x)
+    if x.ndim not in (2, 3):
+        raise ValueError(f"x should be 2-D (unbatched) or 3-D (batched), got shape {x.shape}")
+    if x.shape[-1] != spec.input_size:
+        raise RuntimeError(f"x should have input_size={spec.input_size} features on its last axis, got shape {x.shape}")
+    time_axis = 1 if x.ndim == 3 and spec.batch_first else 0
+    if x.shape[time_axis] == 0:
+        raise RuntimeError(f"x should have at least one time step on axis {time_axis}, got shape {x.shape}")
+    batch = x.shape[1 - time_axis : 2 - time_axis] if x.ndim == 3 else ()
+    rows = spec.num_layers * spec.num_directions
+    state = _states(spec, hx, [(rows, *batch, size) for size in spec.state_sizes()])
+    masks = None
+    if spec.dropout and dropout_masks is not None:
+        features = spec.num_directions * spec.output_size
+        masks = _masks(dropout_masks, spec.num_layers - 1, (x.shape[time_axis], *batch, features))
+    key = dropout_key if spec.dropout and masks is None else None
+    output, state = _apply(spec, _parameters(spec, params), x, state, key, masks, dtype, precision)
+    return output, _unwrap(state)
+
+
+def apply_cell(
+    spec: CellSpec,
+    params: Mapping[str, ArrayLike],
+    x: ArrayLike,
+    hx: ArrayLike | Sequence[ArrayLike] | None = None,
+    *,
+    dtype: DTypeLike | None = None,
+    precision: jax.lax.PrecisionLike = None,
+) -> State:
+    """Make one step, as torch's RNNCell, LSTMCell and GRUCell modules do.
+
+    Args:
+        spec: the settings.
+        params: the parameters by name, of the shapes in `spec.shapes()`.
+        x: the input, (batch, input_size) or unbatched (input_size,); floating.
+        hx: the state, (batch, hidden_size) or for unbatched x (hidden_size,); zeros if None. For a cell of several
+            states a tuple or list, (h, c) for an LSTM.
+        dtype: the floating dtype to compute in and to return; by default that to which x, params and hx promote.
+        precision: the precision of the products, as for `jax.lax.dot_general`.
+
+    Returns:
+        The next state, laid out as hx.
+
+    Raises:
+        TypeError: x, hx or a parameter is not floating, or hx has not the form that the cell's states need.
+        ValueError: x is neither 1-D nor 2-D, or params has not the names and shapes of `spec.shapes()`.
+        RuntimeError: the size of x or hx does not fit.
+
+    >>> import jax, jaxrnn
+    >>> spec = jaxrnn.CellSpec(jaxrnn.GRU_CELL, 10, 20)
+    >>> jaxrnn.apply_cell(spec, spec.init(jax.random.key(0)), jax.numpy.ones((3, 10))).shape
+    (3, 20)
+    """
+    x = _floating("x", x)
+    if x.ndim not in (1, 2):
+        raise ValueError(f"x should be 1-D (unbatched) or 2-D (batched), got shape {x.shape}")
+    if x.shape[-1] != spec.input_size:
+        raise RuntimeError(f"x should have input_size={spec.input_size} features on its last axis, got shape {x.shape}")
+    state = _states(spec, hx, [(*x.shape[:-1], spec.hidden_size)] * len(spec.cell.states))
+    return _unwrap(_apply_cell(spec, _parameters(spec, params), x, state, dtype, precision))
+
+
+def _floating(name: str, value: Any) -> jax.Array:
+    array = jnp.asarray(value)
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise TypeError(f"{name} should be floating, got {array.dtype}")
+    return array
+
+
+def _parameters(spec: Spec | CellSpec, params: Mapping[str, ArrayLike]) -> dict[str, jax.Array]:
+    shapes = spec.shapes()
+    if params.keys() != shapes.keys():
+        missing, unexpected = [n for n in shapes if n not in params], [n for n in params if n not in shapes]
+        raise ValueError(f"params should have the names of spec.shapes(): missing {missing}, unexpected {unexpected}")
+    arrays = {name: _floating(f"params[{name!r}]", params[name]) for name in shapes}
+    for name, shape in shapes.items():
+        if arrays[name].shape != shape:
+            raise ValueError(f"params[{name!r}] should have shape {shape}, got {arrays[name].shape}")
+    return arrays
+
+
+def _states(spec: Spec | CellSpec, hx: Any, shapes: list[tuple[int, ...]]) -> Arrays | None:
+    """Check hx against one shape a state; None stays None, for zeros are made where the dtype is known."""
+    if hx is None:
+        return None
+    names = [f"{name}_0" for name in spec.cell.states]
+    several = len(names) > 1
+    if several != isinstance(hx, tuple | list):
+        wanted = f"a tuple ({', '.join(names)})" if several else f"one array {names[0]}"
+        raise TypeError(f"hx should be {wanted}, got {type(hx).__name__}")
+    values = tuple(hx) if several else (hx,)
+    if len(values) != len(names):
+        raise TypeError(f"hx should be a tuple ({', '.join(names)}), got {len(values)} values")
+    state = tuple(_floating(f"{name} of hx", value) for name, value in zip(names, values, strict=True))
+    for name, array, shape in zip(names, state, shapes, strict=True):
+        if array.shape != shape:
+            raise RuntimeError(f"{name} of hx should have shape {shape}, got {array.shape}")
+    return state
+
+
+def _masks(masks: Sequence[ArrayLike], count: int, shape: tuple[int, ...]) -> Arrays:
+    arrays = tuple(jnp.asarray(mask) for mask in masks)
+    if [a.shape for a in arrays] != [shape] * count:
+        raise ValueError(f"dropout_masks should be {count} arrays of shape {shape}, got {[a.shape for a in arrays]}")
+    return arrays
+
+
+def _unwrap(state: Arrays) -> State:
+    return state if len(state) > 1 else state[0]
+
+
+def _promote(
+    params: dict[str, jax.Array], x: jax.Array, state: Arrays | None, dtype: DTypeLike | None
+) -> tuple[dict[str, jax.Array], jax.Array, Arrays | None]:
+    arrays = (params, x, state)
+    dtype = jnp.result_type(*jax.tree.leaves(arrays)) if dtype is None else dtype
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"dtype should be floating, got {dtype}")
+    return jax.tree.map(lambda a: a.astype(dtype), arrays)
+
+
+# Jitted on the frozen settings, so that a module called eagerly in a loop compiles once.
+@functools.partial(jax.jit, static_argnames=("spec", "dtype", "precision"))
+def _apply(
+    spec: Spec,
+    params: dict[str, jax.Array],
+    x: jax.Array,
+    state: Arrays | None,
+    key: jax.Array | None,
+    masks: Arrays | None,
+    dtype: DTypeLike | None,
+    precision: jax.lax.PrecisionLike,
+) -> tuple[jax.Array, Arrays]:
+    params, x, state = _promote(params, x, state, dtype)
+    batched = x.ndim == 3
+    if not batched:  # unbatched is a batch of one
+        x = x[:, None]
+        state, masks = jax.tree.map(lambda a: a[:, None], (state, masks))
+    elif spec.batch_first:
+        x = x.swapaxes(0, 1)
+    if state is None:
+        rows = spec.num_layers * spec.num_directions
+        state = tuple(jnp.zeros((rows, x.shape[1], size), x.dtype) for size in spec.state_sizes())
+    keys = None if key is None else jax.random.split(key, spec.num_layers)
+
+    last = []
+    for index in range(spec.num_layers):
+        outputs = []
+        for direction in range(spec.num_directions):
+            row = index * spec.num_directions + direction
+            weights = {role: params[name] for role, name in spec.names(index, direction).items()}
+            settings = recurrence.Settings(spec.cell, precision, reverse=direction == 1)
+            output, states = recurrence.layer(settings, weights, x, tuple(a[row] for a in state))
+            outputs.append(output)
+            last.append(states)
+        x = jnp.concatenate(outputs, axis=-1) if len(outputs) > 1 else outputs[0]
+        if index < spec.num_layers - 1:
+            if masks is not None:
+                x = _dropout(spec, x, masks[index])
+            elif keys is not None:
+                x = _dropout(spec, x, jax.random.bernoulli(keys[index], 1 - spec.dropout, x.shape))
+    h_n = tuple(jnp.stack(rows) for rows in zip(*last, strict=True))
+    if not batched:
+        x, h_n = jax.tree.map(lambda a: a[:, 0], (x, h_n))
+    elif spec.batch_first:
+        x = x.swapaxes(0, 1)
+    return x, h_n
+
+
+def _dropout(spec: Spec, x: jax.Array, keep: jax.Array) -> jax.Array:
+    scale = 1 / (1 - spec.dropout) if spec.dropout < 1 else 0.0  # p = 1 gives zeros, not NaN
+    return jnp.where(keep.astype(bool), x * scale, jnp.zeros_like(x))
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "dtype", "precision"))
+def _apply_cell(
+    spec: CellSpec,
+    params: dict[str, jax.Array],
+    x: jax.Array,
+    state: Arrays | None,
+    dtype: DTypeLike | None,
+    precision: jax.lax.PrecisionLike,
+) -> Arrays:
+    params, x, state = _promote(params, x, state, dtype)
+    if state is None:
+        state = tuple(jnp.zeros((*x.shape[:-1], spec.hidden_size), x.dtype) for _ in spec.cell.states)
+    return recurrence.step(recurrence.Settings(spec.cell, precision), params, x, state)
