@@ -64,7 +64,9 @@ class Cell:
             if len(set(names)) != len(names) or not (names or field == "apart"):
                 raise ValueError(f"{field} of Cell {self.name!r} should be distinct names, got {names}")
         if not set(self.apart) <= set(self.gates):
-            raise ValueError(f"apart of Cell {self.name!r} should name some of the gates {self.gates}, got {self.apart}")
+            raise ValueError(
+                f"apart of Cell {self.name!r} should name some of the gates {self.gates}, got {self.apart}"
+            )
 
 
 def sigmoid(x: jax.Array) -> jax.Array:

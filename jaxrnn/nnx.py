@@ -5,7 +5,6 @@ What a module computes is in `jaxrnn.stack`; a module adds the parameters and th
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +26,7 @@ def _nonlinear(nonlinearity: str) -> Cell:
     return cells[nonlinearity]
 
 
-def _key(rngs: DropoutRngs) -> jax.Array:
+def _key(rngs: DropoutRngs | None) -> jax.Array:
     if isinstance(rngs, nnx.Rngs):
         rngs = rngs["dropout"]
     if isinstance(rngs, nnx.RngStream):
@@ -91,8 +90,15 @@ class _Layers(_Module):
     bidirectional = _setting("bidirectional")
     proj_size = _setting("proj_size")
 
-    def __init__(self, spec: Spec, *args: Any, rngs: nnx.Rngs) -> None:
-        super().__init__(spec, *args, rngs=rngs)
+    def __init__(
+        self,
+        spec: Spec,
+        dtype: DTypeLike | None,
+        param_dtype: DTypeLike,
+        precision: jax.lax.PrecisionLike,
+        rngs: nnx.Rngs,
+    ) -> None:
+        super().__init__(spec, dtype, param_dtype, precision, rngs)
         self.deterministic = False
         # Kept only where it is used: a stream adds leaves that have no gradient.
         self.rngs = rngs["dropout"].fork() if self._drops() else nnx.data(None)
@@ -132,9 +138,7 @@ class _Layers(_Module):
         deterministic = self.deterministic if deterministic is None else deterministic
         if self._drops() and not deterministic:
             key = _key(self.rngs if rngs is None else rngs)
-        return apply(
-            self.spec, self._params(), x, hx, dropout_key=key, dtype=self.dtype, precision=self.precision
-        )
+        return apply(self.spec, self._params(), x, hx, dropout_key=key, dtype=self.dtype, precision=self.precision)
 
     def set_view(self, deterministic: bool | None = None) -> None:
         """What `nnx.view` calls: sets `deterministic` unless it is None."""
@@ -161,6 +165,7 @@ class RNN(_Layers):
             features); touches neither hx nor h_n.
         dropout: the probability with which an output of each layer but the last is zeroed in training.
         bidirectional: whether each layer also runs backward in time.
+        proj_size: 0; only an LSTM projects.
         dtype: the floating dtype to compute in and to return; by default that to which the inputs and parameters
             promote.
         param_dtype: the parameters' floating dtype.
@@ -170,7 +175,7 @@ class RNN(_Layers):
 
     Raises:
         TypeError: a size that is no int, or a `bias` or `batch_first` that is no bool.
-        ValueError: a size or a probability out of range, or an unknown nonlinearity.
+        ValueError: a size or a probability out of range, an unknown nonlinearity, or a `proj_size`.
 
     The parameters are attributes with torch's names, shapes and order: `weight_ih_l0` (hidden_size, input_size),
     `weight_hh_l0`, `bias_ih_l0`, `bias_hh_l0`, with `_reverse` for the backward direction, and so on for each layer.
@@ -196,14 +201,15 @@ class RNN(_Layers):
         dropout: float = 0.0,
         bidirectional: bool = False,
         *,
+        proj_size: int = 0,
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
         precision: jax.lax.PrecisionLike = None,
         rngs: nnx.Rngs,
     ) -> None:
         cell = _nonlinear(nonlinearity)
-        spec = Spec(cell, input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional)
-        super().__init__(spec, dtype, param_dtype, precision, rngs=rngs)
+        spec = Spec(cell, input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size)
+        super().__init__(spec, dtype, param_dtype, precision, rngs)
 
 
 class LSTM(_Layers):
@@ -256,7 +262,7 @@ class LSTM(_Layers):
         spec = Spec(
             LSTM_CELL, input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size
         )
-        super().__init__(spec, dtype, param_dtype, precision, rngs=rngs)
+        super().__init__(spec, dtype, param_dtype, precision, rngs)
 
 
 class GRU(_Layers):
@@ -274,9 +280,8 @@ class GRU(_Layers):
     The arguments are those of `jaxrnn.RNN`, less nonlinearity.
 
     Raises:
-        TypeError: a size that is no int, a `bias` or `batch_first` that is no bool, or `proj_size`, which torch's
-            GRU has not.
-        ValueError: a size or a probability out of range.
+        TypeError: a size that is no int, or a `bias` or `batch_first` that is no bool.
+        ValueError: a size or a probability out of range, or a `proj_size`.
 
     >>> import jax.numpy as jnp, jaxrnn
     >>> from flax import nnx
@@ -296,13 +301,14 @@ class GRU(_Layers):
         dropout: float = 0.0,
         bidirectional: bool = False,
         *,
+        proj_size: int = 0,
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
         precision: jax.lax.PrecisionLike = None,
         rngs: nnx.Rngs,
     ) -> None:
-        spec = Spec(GRU_CELL, input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional)
-        super().__init__(spec, dtype, param_dtype, precision, rngs=rngs)
+        spec = Spec(GRU_CELL, input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size)
+        super().__init__(spec, dtype, param_dtype, precision, rngs)
 
 
 class _OneStep(_Module):
@@ -370,7 +376,7 @@ class RNNCell(_OneStep):
         rngs: nnx.Rngs,
     ) -> None:
         spec = CellSpec(_nonlinear(nonlinearity), input_size, hidden_size, bias)
-        super().__init__(spec, dtype, param_dtype, precision, rngs=rngs)
+        super().__init__(spec, dtype, param_dtype, precision, rngs)
 
 
 class LSTMCell(_OneStep):
@@ -396,9 +402,7 @@ class LSTMCell(_OneStep):
         precision: jax.lax.PrecisionLike = None,
         rngs: nnx.Rngs,
     ) -> None:
-        super().__init__(
-            CellSpec(LSTM_CELL, input_size, hidden_size, bias), dtype, param_dtype, precision, rngs=rngs
-        )
+        super().__init__(CellSpec(LSTM_CELL, input_size, hidden_size, bias), dtype, param_dtype, precision, rngs)
 
 
 class GRUCell(_OneStep):
@@ -422,6 +426,4 @@ class GRUCell(_OneStep):
         precision: jax.lax.PrecisionLike = None,
         rngs: nnx.Rngs,
     ) -> None:
-        super().__init__(
-            CellSpec(GRU_CELL, input_size, hidden_size, bias), dtype, param_dtype, precision, rngs=rngs
-        )
+        super().__init__(CellSpec(GRU_CELL, input_size, hidden_size, bias), dtype, param_dtype, precision, rngs)

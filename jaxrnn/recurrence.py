@@ -9,7 +9,7 @@ for the gradient of the weights, where autodiff of the scan would add up a produ
 
 import functools
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -91,50 +91,55 @@ def _project_input(settings: Settings, weights: Weights, x: jax.Array) -> tuple[
     """The input's part of every gate for all of x at once, and the weights that are left for the loop."""
     cell = settings.cell
     gates = _split(cell, _product(settings, x, weights["weight_ih"].T))
-    bias_apart = tuple(jnp.zeros(gates[0].shape[-1:], gates[0].dtype) for _ in cell.apart)
+    dtype = gates[0].dtype
     if "bias_ih" in weights:
-        bias_ih, bias_hh = (
-            _split(cell, weights[role].astype(gates[0].dtype)) for role in ("bias_ih", "bias_hh")
-        )
+        bias_ih, bias_hh = (_split(cell, weights[role].astype(dtype)) for role in ("bias_ih", "bias_hh"))
         # b_hh joins b_ih outside the loop, except where the step wants the two halves of a gate.
-        gates, bias_apart = _arguments(cell, tuple(map(operator.add, gates, bias_ih)), bias_hh, bias_apart)
+        gates = tuple(
+            gate + (b_ih if name in cell.apart else b_ih + b_hh)
+            for name, gate, b_ih, b_hh in zip(cell.gates, gates, bias_ih, bias_hh, strict=True)
+        )
+        bias_apart = tuple(b_hh for name, b_hh in zip(cell.gates, bias_hh, strict=True) if name in cell.apart)
+    else:
+        bias_apart = tuple(jnp.zeros(gates[0].shape[-1:], dtype) for _ in cell.apart)
     weight_hr = weights["weight_hr"].T if "weight_hr" in weights else None
     return gates, Recurrent(weights["weight_hh"].T, bias_apart, weight_hr)
 
 
-def _arguments(cell: Cell, gates: Arrays, recurrent: Arrays, apart: Arrays) -> tuple[Arrays, Arrays]:
-    """A step's `gates` and `hidden`, from the input's and the recurrent part of every gate.
+def _sums(cell: Cell, gates: Arrays, products: Arrays, bias_apart: Arrays) -> Arrays:
+    """Add the recurrent products: to their gates, or to the recurrent bias for a gate apart. Linear in all three."""
+    bias = dict(zip(cell.apart, bias_apart, strict=True))
+    return tuple(a + bias.get(name, gate) for name, gate, a in zip(cell.gates, gates, products, strict=True))
 
-    A recurrent part is added to its gate; that of a gate apart is added to what `apart` has for it. Being linear, it
-    serves values and tangents alike.
-    """
-    part = dict(zip(cell.gates, recurrent, strict=True))
-    whole = tuple(a if name in cell.apart else a + part[name] for name, a in zip(cell.gates, gates, strict=True))
-    return whole, tuple(part[name] + a for name, a in zip(cell.apart, apart, strict=True))
+
+def _arguments(cell: Cell, gates: Sequence, sums: Arrays) -> tuple[Arrays, Arrays]:
+    """The step's `gates` and `hidden`, from the input's parts and the sums. Linear in both."""
+    whole = tuple(
+        gate if name in cell.apart else total for name, gate, total in zip(cell.gates, gates, sums, strict=True)
+    )
+    return whole, tuple(total for name, total in zip(cell.gates, sums, strict=True) if name in cell.apart)
 
 
 class _Saved(NamedTuple):
     """What a step leaves for its derivative."""
 
     state: Arrays
-    gates: tuple[jax.Array | None, ...]  # None for a gate apart: its input's part is at hand
-    hidden: Arrays
+    sums: Arrays
     unprojected: jax.Array | None
 
 
 def _step(settings: Settings, recurrent: Recurrent, gates: Arrays, state: Arrays) -> tuple[Arrays, _Saved]:
     cell = settings.cell
     products = _split(cell, _product(settings, state[0], recurrent.weight_hh))
-    whole, hidden = _arguments(cell, gates, products, recurrent.bias_apart)
-    state = tuple(cell.step(whole, hidden, state))
+    sums = _sums(cell, gates, products, recurrent.bias_apart)
+    state = tuple(cell.step(*_arguments(cell, gates, sums), state))
     if len(state) != len(cell.states):
         raise ValueError(f"step of Cell {cell.name!r} should return {len(cell.states)} arrays, got {len(state)}")
     unprojected = None
     if recurrent.weight_hr is not None:
         unprojected = state[0]
         state = (_product(settings, unprojected, recurrent.weight_hr), *state[1:])
-    kept = tuple(None if name in cell.apart else a for name, a in zip(cell.gates, whole, strict=True))
-    return state, _Saved(state, kept, hidden, unprojected)
+    return state, _Saved(state, sums, unprojected)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -164,14 +169,14 @@ def _scan_jvp(
         lambda state, gates: _step(settings, recurrent, gates, state), state, gates, reverse=settings.reverse
     )
     before = _before(settings, state, saved.state)
-    whole = tuple(a if kept is None else kept for a, kept in zip(gates, saved.gates, strict=True))
-    partials = _partials(cell, whole, saved.hidden, before)
+    partials = _partials(cell, *_arguments(cell, gates, saved.sums), before)
 
-    # What is known of the tangents before the loop: all but the part that comes through the state's own tangent.
+    # What is known of the tangents before the loop: all but what comes through the state's own tangent.
     d_products = _split(cell, _product(settings, before[0], d_recurrent.weight_hh))
-    d_gates, d_hidden = _arguments(cell, d_gates, d_products, d_recurrent.bias_apart)
+    d_sums = jnp.concatenate(_sums(cell, d_gates, d_products, d_recurrent.bias_apart), axis=-1)
+    d_inputs = tuple(d_gate if name in cell.apart else None for name, d_gate in zip(cell.gates, d_gates, strict=True))
     d_projected = None
-    if saved.unprojected is not None:
+    if saved.unprojected is not None and d_recurrent.weight_hr is not None:
         d_projected = _product(settings, saved.unprojected, d_recurrent.weight_hr)
 
     # Turned back, so that the transposed loop reads them along their rows as well.
@@ -179,18 +184,19 @@ def _scan_jvp(
     weight_hr = None if recurrent.weight_hr is None else recurrent.weight_hr.T
 
     def body(d_state: Arrays, known: tuple) -> tuple[Arrays, jax.Array]:
-        partials, d_gates, d_hidden, d_projected = known
-        d_products = _split(cell, _product(settings, d_state[0], weight_hh, contract=1))
-        d_gates, d_hidden = _arguments(cell, d_gates, d_products, d_hidden)
+        partials, d_sums, d_inputs, d_projected = known
+        d_sums = _split(cell, d_sums + _product(settings, d_state[0], weight_hh, contract=1))
+        d_gates, d_hidden = _arguments(cell, d_inputs, d_sums)
         slots = (*d_gates, *d_hidden, *d_state)
         d_state = tuple(
-            functools.reduce(operator.add, [partial * slots[slot] for slot, partial in row.items()]) for row in partials
+            functools.reduce(operator.add, [a * slots[slot] for slot, a in row.items()] or [jnp.zeros_like(old)])
+            for row, old in zip(partials, d_state, strict=True)
         )
-        if d_projected is not None:
+        if weight_hr is not None:
             d_state = (_product(settings, d_state[0], weight_hr, contract=1) + d_projected, *d_state[1:])
         return d_state, d_state[0].astype(dtype)
 
-    d_last, d_outputs = lax.scan(body, d_state, (partials, d_gates, d_hidden, d_projected), reverse=settings.reverse)
+    d_last, d_outputs = lax.scan(body, d_state, (partials, d_sums, d_inputs, d_projected), reverse=settings.reverse)
     return (saved.state[0].astype(dtype), last), (d_outputs, d_last)
 
 
@@ -227,7 +233,7 @@ def _partials(cell: Cell, gates: Arrays, hidden: Arrays, state: Arrays) -> tuple
     return rows
 
 
-def _dependence(function: object, arguments: Sequence[jax.Array]) -> list[set[int]]:
+def _dependence(function: Callable, arguments: Sequence[jax.Array]) -> list[set[int]]:
     """For each output of the function, the positions of the arguments that it depends on."""
     jaxpr = jax.make_jaxpr(function)(*arguments).jaxpr
     sources: dict = {variable: {i} for i, variable in enumerate(jaxpr.invars)}

@@ -63,11 +63,7 @@ def _shape(role: str, cell: Cell, input_size: int, hidden_size: int, proj_size: 
 
 
 def _roles(bias: bool | int, proj_size: int = 0) -> tuple[str, ...]:
-    return tuple(
-        role
-        for role in ROLES
-        if (bias or not role.startswith("bias")) and (proj_size or role != "weight_hr")
-    )
+    return tuple(role for role in ROLES if (bias or not role.startswith("bias")) and (proj_size or role != "weight_hr"))
 
 
 def _check_type(name: str, value: object, kind: type) -> None:
@@ -155,7 +151,7 @@ class Spec(_Parameters):
         return (self.output_size,) + (self.hidden_size,) * (len(self.cell.states) - 1)
 
     def names(self, layer: int, direction: int) -> dict[str, str]:
-        """For one layer and direction, from what a parameter is (`weight_ih`, ...) to its name (`weight_ih_l0_reverse`).
+        """One layer and direction: from what a parameter is (`weight_ih`) to its name (`weight_ih_l0_reverse`).
 
         >>> import jaxrnn
         >>> jaxrnn.Spec(jaxrnn.RNN_TANH, 1, 1, bias=False).names(layer=0, direction=1)
@@ -213,6 +209,4 @@ class CellSpec(_Parameters):
 
     def shapes(self) -> dict[str, Shape]:
         """The parameters' names and shapes, in the order of torch's `state_dict()`."""
-        return {
-            role: _shape(role, self.cell, self.input_size, self.hidden_size) for role in _roles(self.bias)
-        }
+        return {role: _shape(role, self.cell, self.input_size, self.hidden_size) for role in _roles(self.bias)}

@@ -1,0 +1,17 @@
+"""Checkpoints: files to tensors by name, and those into Flax modules, and back."""
+
+from jaxrnn.checkpoint.errors import CheckpointError
+from jaxrnn.checkpoint.files import load, save
+from jaxrnn.checkpoint.find import FoundRNN, find_rnns
+from jaxrnn.checkpoint.modules import from_torch, load_state_dict, state_dict
+
+__all__ = [
+    "CheckpointError",
+    "FoundRNN",
+    "find_rnns",
+    "from_torch",
+    "load",
+    "load_state_dict",
+    "save",
+    "state_dict",
+]

@@ -1,0 +1,56 @@
+"""Frameworks meet in NumPy: an array of NumPy, JAX or torch as a NumPy array of the same dtype."""
+
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxrnn.checkpoint.errors import CheckpointError
+
+# What `dtype_of` says of things that are not arrays of numbers.
+NO_NUMBERS = np.dtype(object)
+
+
+def is_torch_tensor(value: object) -> bool:
+    # Whoever holds a tensor has imported torch already: no need to import it here.
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(value, torch.Tensor)
+
+
+def dtype_of(value: Any) -> np.dtype:
+    """The NumPy dtype of an array of NumPy, JAX or torch; `NO_NUMBERS` of anything else, and where NumPy has none."""
+    if isinstance(value, np.ndarray | np.generic | jax.Array) or is_torch_tensor(value):
+        try:
+            dtype = jnp.dtype(str(value.dtype).removeprefix("torch."))
+        except TypeError:
+            return NO_NUMBERS
+        if dtype.kind == "b" or jnp.issubdtype(dtype, np.number):
+            return dtype
+    return NO_NUMBERS
+
+
+def to_numpy(name: str, value: Any) -> np.ndarray:
+    """A contiguous NumPy copy, on the host and in the machine's byte order, of a numpy, jax or torch array.
+
+    Raises:
+        CheckpointError: `value`, which the message calls `name`, is no dense array of numbers.
+    """
+    dtype = dtype_of(value)
+    if is_torch_tensor(value):
+        kind = next((kind for kind in ("meta", "quantized", "nested") if getattr(value, f"is_{kind}")), None)
+        if kind is None and str(value.layout) != "torch.strided":
+            kind = str(value.layout).removeprefix("torch.")
+        if kind is None and dtype != NO_NUMBERS:
+            torch = sys.modules["torch"]
+            value = value.detach().cpu().resolve_conj().resolve_neg()
+            if dtype.kind == "V":  # bfloat16 and the float8 types, which torch's numpy() does not know
+                bits = value.contiguous().view({1: torch.uint8, 2: torch.int16}[dtype.itemsize])
+                return bits.numpy().view(dtype).copy()
+            return value.numpy().copy(order="C")
+        raise CheckpointError(f"{name} is a {kind or value.dtype} tensor\nsave it as a dense tensor of numbers")
+    if dtype == NO_NUMBERS:
+        what = f"an array of {value.dtype}" if hasattr(value, "dtype") else f"of type {type(value).__name__}"
+        raise CheckpointError(f"{name} is {what}\ngive a numpy, jax or torch array of numbers")
+    return np.array(value, dtype=dtype, order="C")

@@ -1,0 +1,203 @@
+"""Checkpoint files: what a file is by its first bytes, and safetensors read and written.
+
+A reader of one format is a function from a path to tensors that raises CheckpointError without the path, which `load`
+puts in front.
+"""
+
+import codecs
+import json
+import os
+import secrets
+import stat
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save as serialize
+
+from jaxrnn.checkpoint import torch_files
+from jaxrnn.checkpoint.arrays import to_numpy
+from jaxrnn.checkpoint.errors import CheckpointError
+
+Path = str | os.PathLike[str]
+Tensors = dict[str, np.ndarray]
+
+_SAVE = "save the tensors as a .safetensors file, or with torch.save(model.state_dict(), path)"
+_AGAIN = "download or copy it again"
+_DTYPES = {
+    "BOOL": "bool", "I8": "int8", "U8": "uint8", "I16": "int16", "U16": "uint16", "I32": "int32", "U32": "uint32",
+    "I64": "int64", "U64": "uint64", "F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64",
+    "C64": "complex64", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz",
+}  # fmt: skip
+# What is no checkpoint, by how it begins: what it is, and the remedy.
+_NOT_CHECKPOINTS = {
+    b"version https://git-lfs": ("a Git LFS pointer, not the file itself", "run git lfs pull"),
+    b"\x89HDF": ("an HDF5 file, as Keras writes it", _SAVE),
+    b"\x93NUMPY": ("a NumPy .npy file", _SAVE),
+    b"\x1f\x8b": ("compressed by gzip", "decompress it first"),
+    b"\x80": ("a pickle, but none of torch.save", _SAVE),
+}
+
+
+def load(path: Path) -> Tensors:
+    """Read every tensor of a checkpoint file.
+
+    The first bytes decide what a file is, not its name. Files of torch.save are read by torch (2.10 or later) with
+    `weights_only=True`: code in a checkpoint never runs.
+
+    Args:
+        path: a safetensors file, or a torch.save file of a flat dict of tensors, such as a state dict.
+
+    Returns:
+        A dict from name to array, with the file's dtypes (bfloat16 as `ml_dtypes.bfloat16`), each array a copy of its
+        own in the host's memory.
+
+    Raises:
+        CheckpointError: the file is missing, unreadable, damaged, or no such checkpoint; or torch is needed and is
+            missing or too old.
+
+    >>> import os, tempfile
+    >>> import numpy as np
+    >>> from jaxrnn import checkpoint
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = os.path.join(folder, "model.safetensors")
+    ...     checkpoint.save(path, {"scale": np.array([1.0, 2.0])})
+    ...     checkpoint.load(path)
+    {'scale': array([1., 2.])}
+    """
+    try:
+        return _reader(path)(path)
+    except CheckpointError as error:
+        raise CheckpointError(f"{os.fspath(path)}: {error}") from error
+    except OSError as error:
+        raise CheckpointError(f"{os.fspath(path)}: {_os_cause(error)}\ncheck the path and its permissions") from error
+
+
+def save(path: Path, tensors: Mapping[str, Any]) -> None:
+    """Write tensors to a safetensors file, which appears whole or not at all.
+
+    Args:
+        path: the file, whose name should end in .safetensors. An existing file is replaced.
+        tensors: from name to array of numpy or jax (or torch), of any shape, and any dtype that safetensors has.
+
+    Raises:
+        CheckpointError: another suffix, a value that cannot be written, or the file system's refusal.
+
+    An example is at `load`.
+    """
+    try:
+        if not os.fspath(path).endswith(".safetensors"):
+            raise CheckpointError(f"only safetensors files are written\nend its name in {'.safetensors'!r}")
+        arrays = {name: to_numpy(name, value) for name, value in tensors.items()}
+        for name, array in arrays.items():
+            if name == "__metadata__" or array.dtype.name not in _DTYPES.values():
+                cause = f"{name} of {array.dtype} cannot be written to safetensors"
+                raise CheckpointError(f"{cause}\nrename or convert it, or leave it out")
+        _save(os.path.realpath(path), arrays)
+    except CheckpointError as error:
+        raise CheckpointError(f"{os.fspath(path)}: {error}") from error
+    except OSError as error:
+        raise CheckpointError(f"{os.fspath(path)}: {_os_cause(error)}\ncheck the folder and its space") from error
+
+
+def _save(path: str, arrays: Tensors) -> None:
+    # In the same folder, because a rename is atomic only inside one file system.
+    temporary = f"{path}.{secrets.token_hex(4)}.tmp"
+    try:
+        with open(temporary, "xb") as file:
+            # Names and layout are torch's, which is what readers take this metadata to say.
+            file.write(serialize(arrays, metadata={"format": "pt"}))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        if os.path.lexists(temporary):
+            os.remove(temporary)
+
+
+def _os_cause(error: OSError) -> str:
+    causes = {FileNotFoundError: "no such file", PermissionError: "permission denied"}
+    return causes.get(type(error)) or error.strerror or str(error)
+
+
+def _reader(path: Path) -> Callable[[Path], Tensors]:
+    """What reads the file, by its first bytes."""
+    if "\0" in os.fspath(path):
+        raise CheckpointError("a path cannot hold a NUL character\ncheck the path")
+    if os.path.islink(path) and not os.path.exists(path):
+        raise CheckpointError(f"a link to {os.readlink(path)}, which is not there\nmend the link")
+    mode = os.stat(path).st_mode
+    if stat.S_ISDIR(mode):
+        raise CheckpointError("a directory, not a file\ngive the path of the checkpoint in it")
+    if not stat.S_ISREG(mode):
+        raise CheckpointError("not a regular file\ncopy it to a regular file first")
+    with open(path, "rb") as file:
+        head = file.read(1024)
+    if not head:
+        raise CheckpointError(f"an empty file\n{_AGAIN}")
+    if head.startswith(b"PK\x03\x04"):
+        return torch_files.read_zip
+    if torch_files.LEGACY_MAGIC in head[:32]:
+        return torch_files.read_legacy
+    if torch_files.is_tar(head):
+        raise CheckpointError("a tar file, as torch before 0.4 wrote it\nload and save it with a torch of 0.4 to 1.x")
+    if head[8:9] == b"{" and not _is_text(head[:8]):
+        return _read_safetensors
+    for magic, (cause, remedy) in _NOT_CHECKPOINTS.items():
+        if head.startswith(magic):
+            raise CheckpointError(f"{cause}\n{remedy}")
+    if _is_text(head):
+        web = head.lstrip().lower().startswith((b"<!doctype html", b"<html"))
+        remedy = "download the file itself, not the page about it" if web else _SAVE
+        raise CheckpointError(f"{'an HTML page' if web else 'a text file'}, not a checkpoint\n{remedy}")
+    if len(head) < 9:
+        raise CheckpointError(f"truncated: {len(head)} bytes are no checkpoint\n{_AGAIN}")
+    raise CheckpointError(f"neither safetensors nor a file of torch.save, by its first bytes\n{_SAVE}")
+
+
+def _is_text(head: bytes) -> bool:
+    try:
+        # Incremental, for a character that the end of head cuts.
+        text = codecs.getincrementaldecoder("utf-8")().decode(head)
+    except UnicodeDecodeError:
+        return False
+    return all(character.isprintable() or character.isspace() for character in text)
+
+
+def _read_safetensors(path: Path) -> Tensors:
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        size = os.fstat(file.fileno()).st_size - 8
+        try:
+            # The library checks the header: JSON, offsets that fill the file, shapes that fill the offsets.
+            with safe_open(path, "np"):
+                pass
+        except SafetensorError as error:
+            cause = str(error).removeprefix("Error while deserializing header: ")
+            if size < length <= 100_000_000:
+                cause = f"truncated: the header should have {length} bytes, and {size} are there"
+            elif "not fully covered" in cause:
+                end = max((info["data_offsets"][1] for _, info in _entries(file.read(length))), default=0)
+                there = f"the tensors should have {end} bytes, and {size - length} are there"
+                cause = f"truncated: {there}" if size - length < end else f"trailing bytes: {there}"
+            raise CheckpointError(f"a damaged safetensors file, {cause}\n{_AGAIN}") from error
+        tensors: Tensors = {}
+        for name, info in _entries(file.read(length)):
+            if name in tensors:
+                raise CheckpointError(f"a damaged safetensors file, two tensors are named {name}\n{_AGAIN}")
+            if info["dtype"] not in _DTYPES:
+                raise CheckpointError(f"{name} is of {info['dtype']}, which NumPy has not\nconvert it before saving")
+            begin, end = info["data_offsets"]
+            file.seek(8 + length + begin)
+            data = np.fromfile(file, np.uint8, end - begin)
+            tensors[name] = data.view(jnp.dtype(_DTYPES[info["dtype"]])).reshape(info["shape"])
+        return tensors
+
+
+def _entries(header: bytes) -> list[tuple[str, dict[str, Any]]]:
+    """The tensors' names and what the header says of each: a list, because JSON allows a name twice."""
+    pairs = json.loads(header, object_pairs_hook=lambda pairs: pairs)
+    return [(name, dict(info)) for name, info in pairs if name != "__metadata__"]

@@ -1,0 +1,236 @@
+"""Which torch.nn recurrent modules a flat dict of tensors holds, by the names and shapes alone."""
+
+import bisect
+import dataclasses
+import math
+import re
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxrnn.cells import GRU_CELL, LSTM_CELL, RNN_TANH, Cell
+from jaxrnn.checkpoint.arrays import dtype_of
+from jaxrnn.checkpoint.errors import CheckpointError
+from jaxrnn.spec import ROLES, CellSpec, Shape, Spec
+
+_CELLS = {len(cell.gates): cell for cell in (LSTM_CELL, GRU_CELL, RNN_TANH)}
+_CELL_NAMES = CellSpec(LSTM_CELL, 1, 1).shapes().keys()
+_LAYER_NAME = re.compile(rf"(?P<role>{'|'.join(ROLES)})_l(?P<layer>0|[1-9]\d{{0,8}})(?P<reverse>_reverse)?", re.ASCII)
+
+
+@dataclasses.dataclass(frozen=True)
+class FoundRNN:
+    """A torch.nn recurrent module that `find_rnns` found.
+
+    Attributes:
+        prefix: what its keys start with, such as "encoder.lstm.", or "".
+        spec: its settings: a `jaxrnn.Spec` for layers, a `jaxrnn.CellSpec` for a cell.
+        dtype: its tensors' dtype.
+    """
+
+    prefix: str
+    spec: Spec | CellSpec
+    dtype: np.dtype
+
+    @property
+    def is_cell(self) -> bool:
+        """Whether it makes one step at a call (RNNCell, LSTMCell, GRUCell) rather than running over a sequence."""
+        return isinstance(self.spec, CellSpec)
+
+    @property
+    def kind(self) -> str:
+        """The class in torch.nn, less Cell: "RNN", "LSTM" or "GRU"."""
+        return self.spec.cell.name.partition("_")[0]
+
+    @property
+    def input_size(self) -> int:
+        return self.spec.input_size
+
+    @property
+    def hidden_size(self) -> int:
+        return self.spec.hidden_size
+
+    @property
+    def num_layers(self) -> int:
+        return self.spec.num_layers if isinstance(self.spec, Spec) else 1
+
+    @property
+    def bidirectional(self) -> bool:
+        return isinstance(self.spec, Spec) and self.spec.bidirectional
+
+    @property
+    def bias(self) -> bool:
+        return bool(self.spec.bias)
+
+    @property
+    def proj_size(self) -> int:
+        return self.spec.proj_size if isinstance(self.spec, Spec) else 0
+
+    @property
+    def num_parameters(self) -> int:
+        """How many numbers its tensors hold."""
+        return sum(math.prod(shape) for shape in self.spec.shapes().values())
+
+    @property
+    def assumed(self) -> dict[str, object]:
+        """The settings that matter here and that no state dict says, with the value that `spec` therefore assumes."""
+        assumed: dict[str, object] = {}
+        if self.spec.cell is RNN_TANH:
+            assumed["nonlinearity"] = "tanh"
+        if isinstance(self.spec, Spec):
+            assumed["batch_first"] = self.spec.batch_first
+            if self.spec.num_layers > 1:
+                assumed["dropout"] = self.spec.dropout
+        return assumed
+
+
+def find_rnns(tensors: Mapping[str, Any]) -> list[FoundRNN]:
+    """Find every torch.nn.RNN, LSTM, GRU, RNNCell, LSTMCell and GRUCell in a flat dict of tensors.
+
+    A key that ends in torch's name for a layer's weight, such as `weight_hh_l0`, belongs to layers, which have to be
+    whole. The names of a cell's weights, such as `weight_hh`, are not torch's alone: a set of them counts where its
+    shapes are those of a torch cell and nothing else is under its prefix, and is passed over otherwise.
+
+    Args:
+        tensors: from name to array of numpy, jax or torch, as from `jaxrnn.checkpoint.load` or `state_dict()`.
+
+    Returns:
+        A `FoundRNN` for each, in the order of their first keys; an empty list if there is none.
+
+    Raises:
+        CheckpointError: weights that do not fit together, naming every key that is missing, or whose shape or dtype
+            is not the wanted one.
+
+    >>> import jax, jaxrnn
+    >>> from jaxrnn import checkpoint
+    >>> params = jaxrnn.Spec(jaxrnn.GRU_CELL, 10, 20, num_layers=2).init(jax.random.key(0))
+    >>> [found] = checkpoint.find_rnns({f"encoder.{name}": value for name, value in params.items()})
+    >>> found.prefix, found.kind, found.input_size, found.hidden_size, found.num_layers, found.num_parameters
+    ('encoder.', 'GRU', 10, 20, 2, 4440)
+    >>> found.assumed
+    {'batch_first': False, 'dropout': 0.0}
+    """
+    groups: dict[tuple[str, bool], dict[str, Any]] = {}
+    keys = [key for key in tensors if isinstance(key, str)]
+    for key in keys:
+        prefix, dot, leaf = key.rpartition(".")
+        is_cell = leaf in _CELL_NAMES
+        if is_cell or _LAYER_NAME.fullmatch(leaf):
+            groups.setdefault((prefix + dot, is_cell), {})[leaf] = tensors[key]
+    keys.sort()
+    problems: list[str] = []
+    found = []
+    for (prefix, is_cell), group in groups.items():
+        spec: Spec | CellSpec | None = None
+        if is_cell:
+            under = bisect.bisect(keys, prefix + chr(sys.maxunicode)) - bisect.bisect_left(keys, prefix)
+            if under == len(group):
+                spec = _cell_spec(prefix, group, problems)
+        else:
+            spec = _layers_spec(prefix, group, problems)
+        if spec is not None:
+            problems += _misfits(prefix, group, spec.shapes())
+            found.append(FoundRNN(prefix, spec, dtype_of(next(iter(group.values())))))
+    if problems:
+        lines = "\n  ".join(problems)
+        raise CheckpointError(
+            f"recurrent weights that do not fit together:\n  {lines}\nsave the whole state_dict() of a torch.nn module"
+        )
+    return found
+
+
+def _layers_spec(prefix: str, group: dict[str, Any], problems: list[str]) -> Spec | None:
+    """The settings of the layers whose weights are in `group`, or None and what is wrong added to `problems`."""
+    parsed = [match for name in group if (match := _LAYER_NAME.fullmatch(name))]
+    roles = {match["role"] for match in parsed}
+    present = {int(match["layer"]) for match in parsed}
+    settings: dict[str, Any] = {
+        "num_layers": max(present) + 1,
+        "bias": any(role.startswith("bias") for role in roles),
+        "bidirectional": any(match["reverse"] for match in parsed),
+    }
+    projected = "weight_hr" in roles
+    layers: Sequence[int] = range(settings["num_layers"])
+    if len(layers) > 2 * len(group):  # mostly a gap, which may be of any length
+        problems.append(f"{prefix}: layers up to {max(present)} are named, but only {len(present)} of them are there")
+        layers = sorted(present)
+    # The names do not depend on the sizes, nor on the kind of cell but for the projection.
+    names = Spec(LSTM_CELL, 1, 2, **settings, proj_size=int(projected)).names
+    missing = [
+        f"{prefix}{name} is missing"
+        for layer in layers
+        for direction in range(1 + settings["bidirectional"])
+        for name in names(layer, direction).values()
+        if name not in group
+    ]
+    if missing:
+        problems += missing
+        return None
+    first = names(0, 0)
+    shapes = {role: _shape_of(group[first[role]]) for role in first if role.startswith("weight")}
+    if bad := [role for role, shape in shapes.items() if len(shape) != 2]:
+        problems += [f"{prefix}{first[role]} is {shapes[role]}, should be 2-D" for role in bad]
+        return None
+    hidden_size = shapes["weight_hr" if projected else "weight_hh"][1]
+    rows, features = shapes["weight_hh"]
+    cell = _cell(rows, hidden_size)
+    if cell is None or (projected and not cell.projects):
+        wanted = f"4 * {hidden_size} rows (LSTM)"
+        if not projected:
+            wanted += f", 3 * {hidden_size} (GRU) or {hidden_size} (RNN)"
+        problems.append(f"{prefix}{first['weight_hh']} is {(rows, features)}, should have {wanted}")
+        return None
+    try:
+        proj_size = features if projected else 0
+        return Spec(cell, shapes["weight_ih"][1], hidden_size, **settings, proj_size=proj_size)
+    except ValueError as error:
+        problems.append(f"{prefix}{first['weight_ih']} and the weights beside it: {error}")
+        return None
+
+
+def _cell_spec(prefix: str, group: dict[str, Any], problems: list[str]) -> CellSpec | None:
+    """The settings of the cell whose weights are in `group`, or None if they are not a torch cell's."""
+    weights = [name for name in _CELL_NAMES if name.startswith("weight")]
+    missing = [name for name in weights if name not in group]
+    if missing:
+        if len(group) == len(_CELL_NAMES) - 1:
+            problems += [f"{prefix}{name} is missing" for name in missing]
+        return None
+    shapes = {name: _shape_of(group[name]) for name in weights}
+    if any(len(shape) != 2 for shape in shapes.values()):
+        return None
+    (_, input_size), (rows, hidden_size) = shapes.values()
+    if (cell := _cell(rows, hidden_size)) is None:
+        return None
+    spec = CellSpec(cell, input_size, hidden_size, bias=len(group) > len(weights))
+    return spec if all(spec.shapes()[name] == shape for name, shape in shapes.items()) else None
+
+
+def _cell(rows: int, hidden_size: int) -> Cell | None:
+    return next((cell for gates, cell in _CELLS.items() if hidden_size > 0 and rows == gates * hidden_size), None)
+
+
+def _misfits(prefix: str, group: dict[str, Any], wanted: dict[str, Shape]) -> list[str]:
+    """What is wrong with the tensors, one line each."""
+    dtypes = {name: dtype_of(value) for name, value in group.items()}
+    common = Counter(dtypes.values()).most_common(1)[0][0]
+    problems = []
+    for name, shape in wanted.items():
+        if name not in group:
+            problems.append(f"{prefix}{name} is missing")
+            continue
+        if (found := _shape_of(group[name])) != shape:
+            problems.append(f"{prefix}{name} is {found}, should be {shape}")
+        if not jnp.issubdtype(dtypes[name], jnp.floating):
+            problems.append(f"{prefix}{name} is {dtypes[name]}, should be floating")
+        elif dtypes[name] != common:
+            problems.append(f"{prefix}{name} is {dtypes[name]}, should be {common} as the others")
+    return problems
+
+
+def _shape_of(value: Any) -> Shape:
+    return tuple(getattr(value, "shape", ()))

@@ -1,0 +1,89 @@
+"""The parity runner: `python -m parity`, from the root of a clone."""
+
+import argparse
+import concurrent.futures
+import itertools
+import json
+import os
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress
+
+from parity import reference, sides
+from parity.cases import CASES, Case
+from parity.compare import DTYPES, Outcome, compare
+from parity.report import Report
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Compare, or record. Returns the exit code: 0 if all is well, 1 if something fails."""
+    parser = argparse.ArgumentParser(
+        prog="python -m parity", description="Compare jaxrnn with torch: every kind of module, values and gradients."
+    )
+    parser.add_argument(
+        "command",
+        nargs="?",
+        choices=("compare", "record"),
+        default="compare",
+        help="compare (the default), or record torch's results anew, which needs torch",
+    )
+    parser.add_argument("--live", action="store_true", help="compare with torch run here, not with recorded results")
+    parser.add_argument("--filter", default="", metavar="TEXT", help="only the cases with TEXT in their names")
+    parser.add_argument("--dtype", choices=DTYPES, help="only this dtype")
+    parser.add_argument("--side", choices=[s for s in sides.SIDES if s != "torch"], default="jaxrnn", help="what to test")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="also write everything to this file")
+    options = parser.parse_args(arguments)
+    cases = [case for case in CASES.values() if options.filter in case.name]
+    if not cases:
+        parser.error(f"no case has {options.filter!r} in its name; the first is {next(iter(CASES))}")
+
+    jax.config.update("jax_enable_x64", True)
+    console = Console()
+    if options.command == "record":
+        for path in reference.record():
+            console.print(f"{path.name}: {path.stat().st_size:,} bytes", highlight=False)
+        return 0
+    outcomes, torch = _outcomes(cases, options.side, [options.dtype] if options.dtype else DTYPES, options.live)
+    report = Report.of(options.side, outcomes, torch)
+    report.show(console)
+    if options.json:
+        options.json.write_text(json.dumps(report.json(), indent=1) + "\n")
+    return 1 if report.failures else 0
+
+
+def _outcomes(cases: list[Case], side: str, dtypes: Sequence[str], live: bool) -> tuple[list[Outcome], str]:
+    """The outcomes of the cases, in their order, and which torch they were compared with."""
+    columns = (*Progress.get_default_columns(), MofNCompleteColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        if live:
+            import torch
+
+            records = {case.name: reference.live(case) for case in progress.track(cases, description="torch")}
+            version = f"{torch.__version__} (live)"
+        else:
+            recorded = reference.Recorded()
+            records = {case.name: recorded(case) for case in cases}
+            version = f"{', '.join(recorded.versions)} (recorded)"
+        task = progress.add_task(side, total=len(cases))
+
+        def run(group: list[Case]) -> list[Outcome]:
+            outcomes = []
+            for case in group:
+                outcomes.append(compare(case, records[case.name], sides.SIDES[side], dtypes))
+                progress.advance(task)
+            return outcomes
+
+        # Nearly all of the time goes into compiling, which leaves Python free for other threads. Cases that differ in
+        # their seeds only share a compilation, so one thread has them all.
+        groups = [list(group) for _, group in itertools.groupby(cases, lambda case: re.sub(r"-seed\d+$", "", case.name))]
+        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as executor:
+            return list(itertools.chain.from_iterable(executor.map(run, groups))), version
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,180 @@
+"""The table of cases: one table feeds the recorder, the runner and the tests."""
+
+import dataclasses
+import itertools
+import math
+import re
+import zlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from jaxrnn.cells import GRU_CELL, LSTM_CELL, RNN_RELU, RNN_TANH, Cell
+from jaxrnn.spec import CellSpec, Shape, Spec
+
+Arrays = dict[str, np.ndarray]
+
+# A pooled float32 error is judged from this many numbers on: fewer say little about an rms.
+ENOUGH = 10_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """A kind of module: its class, by the same name in torch.nn and in jaxrnn, and the arguments that make the kind."""
+
+    module: str
+    cell: Cell
+    arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    projects: bool = False
+
+
+LAYERS = {
+    "RNN_TANH": Kind("RNN", RNN_TANH, {"nonlinearity": "tanh"}),
+    "RNN_RELU": Kind("RNN", RNN_RELU, {"nonlinearity": "relu"}),
+    "LSTM": Kind("LSTM", LSTM_CELL),
+    "LSTM_PROJ": Kind("LSTM", LSTM_CELL, projects=True),
+    "GRU": Kind("GRU", GRU_CELL),
+}
+CELLS = {
+    "RNNCell_TANH": Kind("RNNCell", RNN_TANH, {"nonlinearity": "tanh"}),
+    "RNNCell_RELU": Kind("RNNCell", RNN_RELU, {"nonlinearity": "relu"}),
+    "LSTMCell": Kind("LSTMCell", LSTM_CELL),
+    "GRUCell": Kind("GRUCell", GRU_CELL),
+}
+KINDS = {**LAYERS, **CELLS}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One call of one module, and the cotangents of its results.
+
+    Attributes:
+        name: stable and readable; it also seeds the numbers.
+        kind: a key of `KINDS`.
+        arguments: of the module's constructor, by torch's names, all but a kind's own.
+        steps: time steps, or None for a cell.
+        batch: rows, or None for an unbatched input.
+        hx: whether an initial state is given.
+        small: whether the truth is recorded in full; else it is recorded as a digest, and the case measures accuracy.
+    """
+
+    name: str
+    kind: str
+    arguments: Mapping[str, Any]
+    steps: int | None
+    batch: int | None
+    hx: bool
+    small: bool = True
+
+    @property
+    def module(self) -> str:
+        return KINDS[self.kind].module
+
+    @property
+    def constructor(self) -> dict[str, Any]:
+        """Every argument of the module's constructor."""
+        return {**self.arguments, **KINDS[self.kind].arguments}
+
+    @property
+    def states(self) -> tuple[str, ...]:
+        return KINDS[self.kind].cell.states
+
+    def shapes(self) -> tuple[dict[str, Shape], dict[str, Shape], dict[str, Shape]]:
+        """Names and shapes of the parameters, of the inputs and of the results."""
+        cell = KINDS[self.kind].cell
+        batch = () if self.batch is None else (self.batch,)
+        if self.steps is None:
+            step = CellSpec(cell, **self.arguments)
+            states = [(*batch, step.hidden_size)] * len(self.states)
+            inputs, results = {"input": (*batch, step.input_size)}, {}
+            parameters = step.shapes()
+        else:
+            spec = Spec(cell, **self.arguments)
+            states = [(spec.num_layers * spec.num_directions, *batch, size) for size in spec.state_sizes()]
+            leading = (*batch, self.steps) if spec.batch_first else (self.steps, *batch)
+            inputs = {"input": (*leading, spec.input_size)}
+            results = {"output": (*leading, spec.output_size * spec.num_directions)}
+            parameters = spec.shapes()
+        if self.hx:
+            inputs |= {f"{state}_0": shape for state, shape in zip(self.states, states, strict=True)}
+        results |= {f"{state}_n": shape for state, shape in zip(self.states, states, strict=True)}
+        return parameters, inputs, results
+
+    def measured(self) -> dict[str, Shape]:
+        """Names and shapes of all that is compared: the results, and the gradients (`weight_ih_l0.grad`)."""
+        parameters, inputs, results = self.shapes()
+        return results | {f"{name}.grad": shape for name, shape in (inputs | parameters).items()}
+
+    def arrays(self) -> tuple[Arrays, Arrays, Arrays]:
+        """The parameters, the inputs and the results' cotangents, as float64 arrays of numbers that float32 has."""
+        # RandomState's stream is frozen, so that the recorded results stay the results of these numbers.
+        random = np.random.RandomState(zlib.crc32(self.name.encode()))
+        bound = 1 / math.sqrt(self.arguments["hidden_size"])
+        parameters, inputs, results = self.shapes()
+        drawn = (
+            {name: random.uniform(-bound, bound, shape) for name, shape in parameters.items()},
+            {name: random.standard_normal(shape) for name, shape in inputs.items()},
+            {name: random.standard_normal(shape) for name, shape in results.items()},
+        )
+        return tuple({k: v.astype(np.float32).astype(np.float64) for k, v in arrays.items()} for arrays in drawn)
+
+
+def quantity(name: str) -> str:
+    """What an array is, whatever its layer and direction: `weight_ih.grad` for `weight_ih_l1_reverse.grad`."""
+    return re.sub(r"_l\d+(_reverse)?", "", name)
+
+
+def _case(kind: str, arguments: dict[str, Any], *, steps: int | None = None, batch: int | None, hx: bool) -> Case:
+    words = [
+        f"layers{arguments['num_layers']}" if steps else "",
+        "bidirectional" if arguments.get("bidirectional") else "",
+        "" if arguments.get("bias", True) else "nobias",
+        "batch_first" if arguments.get("batch_first") else "",
+        "" if batch else "unbatched",
+        "hx" if hx else "",
+    ]
+    return Case("-".join([kind, *filter(None, words)]), kind, arguments, steps, batch, hx)
+
+
+def _small() -> Iterator[Case]:
+    sizes = {"input_size": 3, "hidden_size": 4}
+    # Every pair of batch_first, batched and hx is met, in half of the combinations.
+    layouts = [(False, 3, True), (True, 3, False), (False, None, False), (True, None, True)]
+    for kind, layers, bidirectional, bias, (batch_first, batch, hx) in itertools.product(
+        LAYERS, (1, 2, 3), (False, True), (True, False), layouts
+    ):
+        arguments = {
+            **sizes,
+            "num_layers": layers,
+            "bias": bias,
+            "batch_first": batch_first,
+            "bidirectional": bidirectional,
+            **({"proj_size": 2} if LAYERS[kind].projects else {}),
+        }
+        yield _case(kind, arguments, steps=5, batch=batch, hx=hx)
+    for kind, bias, batch, hx in itertools.product(CELLS, (True, False), (3, None), (True, False)):
+        yield _case(kind, {**sizes, "bias": bias}, batch=batch, hx=hx)
+
+
+def _accuracy() -> Iterator[Case]:
+    """A bigger module of each kind, with as many seeds as give every quantity enough numbers."""
+    for kind in LAYERS:
+        arguments = {"input_size": 64, "hidden_size": 128, "num_layers": 3, "bidirectional": True}
+        if LAYERS[kind].projects:
+            arguments["proj_size"] = 64
+        yield from _seeds(Case(f"{kind}-accuracy", kind, arguments, steps=30, batch=8, hx=True, small=False))
+    for kind in CELLS:
+        arguments = {"input_size": 256, "hidden_size": 512}
+        yield from _seeds(Case(f"{kind}-accuracy", kind, arguments, steps=None, batch=16, hx=True, small=False))
+
+
+def _seeds(case: Case) -> Iterator[Case]:
+    counts: dict[str, int] = {}
+    for name, shape in case.measured().items():
+        counts[quantity(name)] = counts.get(quantity(name), 0) + math.prod(shape)
+    for seed in range(math.ceil(ENOUGH / min(counts.values()))):
+        yield dataclasses.replace(case, name=f"{case.name}-seed{seed}")
+
+
+CASES = {case.name: case for case in (*_small(), *_accuracy())}

@@ -1,0 +1,154 @@
+"""Measure one side against torch, case by case, and judge."""
+
+import dataclasses
+import math
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from parity.cases import ENOUGH, Arrays, Case, quantity
+from parity.reference import digest, errors, truth_of
+from parity.sides import Side
+
+DTYPES = ("float64", "float32")
+# The largest error of a case, scaled by max(1, largest of the truth). In float32 that finds what is wrong, not what
+# is inaccurate.
+LARGEST = {"float64": 1e-12, "float32": 2e-6}
+# The rms float32 error by torch's own, both against torch's float64: for each kind and quantity, and for all.
+RATIO = 1.5
+RATIO_OVERALL = 1.25
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What came of one case.
+
+    Attributes:
+        case: the case.
+        errors: for each dtype the errors (see `reference.errors`), a row for each measured array.
+        torch: the errors of torch's own float32.
+        problem: what kept the case from being measured, if anything did.
+    """
+
+    case: Case
+    errors: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    torch: np.ndarray | None = None
+    problem: str = ""
+
+    def failure(self) -> str:
+        """What is wrong with the case: its worst array; empty if nothing is."""
+        if self.problem:
+            return self.problem
+        for dtype, rows in self.errors.items():
+            worst = int(np.argmax(rows[:, 2]))  # NaN counts as the largest
+            if not rows[worst, 2] <= LARGEST[dtype]:
+                name = list(self.case.measured())[worst]
+                return f"{name} in {dtype} is off by {rows[worst, 2]:.2g}, more than {LARGEST[dtype]:.0e}"
+        return ""
+
+
+def compare(case: Case, record: Arrays, side: Side, dtypes: Sequence[str] = DTYPES) -> Outcome:
+    """Run a case on a side, and measure the results against what torch gave.
+
+    Args:
+        case: the case.
+        record: what torch gave, see `parity.reference`.
+        side: a value of `parity.sides.SIDES`.
+        dtypes: which of `DTYPES` to run. Where only a digest of the truth is known, float64 is always run: once it
+            has matched the digest, it is the truth for float32.
+    """
+    truth = truth_of(case, record)
+    measured: dict[str, np.ndarray] = {}
+    try:
+        if truth is None:
+            truth = _run(case, side, "float64")
+            pairs = [(array, digest(array), row) for array, row in zip(truth.values(), record["digest"], strict=True)]
+            measured["float64"] = np.array(
+                [(array.size, 0.0, np.max(np.abs(ours - row)) / row[0]) for array, ours, row in pairs]
+            )
+        for dtype in dtypes:
+            if dtype not in measured:
+                results = _run(case, side, dtype)
+                measured[dtype] = np.stack([errors(results[name], truth[name]) for name in truth])
+    except Exception as problem:  # a case that breaks is a case that fails; the others go on
+        return Outcome(case, problem=f"{type(problem).__name__}: {problem}".splitlines()[0])
+    return Outcome(case, measured, record["float32"])
+
+
+def _run(case: Case, side: Side, dtype: str) -> Arrays:
+    """A side's results in the order of `case.measured()`, once their names, shapes and dtype are right."""
+    results = side(case, dtype)
+    expected = case.measured()
+    found = {name: array.shape for name, array in results.items()}
+    if found != expected:
+        raise ValueError(f"the results should be {expected}, got {found}")
+    dtypes = {str(array.dtype) for array in results.values()}
+    if dtypes != {dtype}:
+        raise TypeError(f"the results should be {dtype}, got {sorted(dtypes)}")
+    return {name: results[name] for name in expected}
+
+
+@dataclasses.dataclass
+class Row:
+    """One kind and quantity, over all cases: see `reference.errors` for what the numbers mean.
+
+    Attributes:
+        kind: a key of `parity.cases.KINDS`.
+        quantity: see `parity.cases.quantity`.
+        count: how many numbers were compared, in each dtype.
+        float64: the largest float64 error.
+        float32: the largest float32 error.
+        rms: the rms float32 error.
+        torch_float32: torch's own largest float32 error.
+        torch_rms: torch's own rms float32 error.
+    """
+
+    kind: str
+    quantity: str
+    count: int = 0
+    float64: float | None = None
+    float32: float | None = None
+    rms: float | None = None
+    torch_float32: float | None = None
+    torch_rms: float | None = None
+
+    @property
+    def ratio(self) -> float | None:
+        """Our rms float32 error by torch's, or None if too few numbers were measured for a judgement."""
+        if self.rms is None or self.torch_rms is None or self.count < ENOUGH:
+            return None
+        return self.rms / self.torch_rms if self.torch_rms else math.inf if self.rms else 1.0
+
+    def failure(self, limit: float = RATIO) -> str:
+        """What is wrong with the row as a whole; empty if nothing is."""
+        if self.ratio is None or self.ratio <= limit:
+            return ""
+        return f"the rms float32 error is {self.ratio:.2f} of torch's own, more than {limit}"
+
+
+def pool(outcomes: Iterable[Outcome]) -> tuple[list[Row], Row]:
+    """The rows for each kind and quantity, in the order of the cases, and one row for everything."""
+    groups: dict[tuple[str, str], list[tuple[dict[str, np.ndarray], np.ndarray]]] = {}
+    everything = []
+    for outcome in outcomes:
+        if outcome.torch is None:
+            continue
+        for index, name in enumerate(outcome.case.measured()):
+            entry = ({dtype: rows[index] for dtype, rows in outcome.errors.items()}, outcome.torch[index])
+            groups.setdefault((outcome.case.kind, quantity(name)), []).append(entry)
+            everything.append(entry)
+    return [_row(*key, entries) for key, entries in groups.items()], _row("all", "all", everything)
+
+
+def _row(kind: str, name: str, entries: list[tuple[dict[str, np.ndarray], np.ndarray]]) -> Row:
+    row = Row(kind, name)
+    by_dtype = {dtype: np.array([ours[dtype] for ours, _ in entries if dtype in ours]) for dtype in DTYPES}
+    double, single = by_dtype["float64"], by_dtype["float32"]
+    if len(double):
+        row.count, row.float64 = int(double[:, 0].sum()), float(double[:, 2].max())
+    if len(single):
+        torch = np.array([theirs for _, theirs in entries])
+        row.count = int(single[:, 0].sum())
+        row.float32, row.torch_float32 = float(single[:, 2].max()), float(torch[:, 2].max())
+        row.rms, row.torch_rms = (math.sqrt(table[:, 1].sum() / row.count) for table in (single, torch))
+    return row

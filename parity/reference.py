@@ -1,0 +1,98 @@
+"""What torch gives for each case: computed here, or recorded in parity/recorded, in one form.
+
+A record is a dict of arrays, with one row for each of the case's measured arrays, in their order:
+
+    truth    torch's float64 results, all numbers in a row
+    digest   instead of `truth` where that is large: the norm, and projections on fixed vectors of +1 and -1
+    float32  the errors (see `errors`) of torch's own float32 results against its float64 results
+"""
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from parity.cases import CASES, KINDS, Arrays, Case
+from parity.sides import run_torch
+
+RECORDED = Path(__file__).parent / "recorded"
+PROJECTIONS = 8
+
+
+def errors(result: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """How far a result is from the truth.
+
+    Returns:
+        Three numbers: how many numbers there are; the sum of their squared errors, relative to the rms of the truth,
+        so that arrays of any scale can be pooled; and the largest error, scaled by max(1, largest of the truth).
+    """
+    if result.shape != truth.shape:
+        raise ValueError(f"a result should have shape {truth.shape}, got {result.shape}")
+    difference = result.astype(np.float64) - truth
+    rms = math.sqrt(np.mean(truth**2)) or 1.0
+    worst = np.max(np.abs(difference)) / max(1.0, np.max(np.abs(truth)))
+    return np.array([truth.size, np.sum((difference / rms) ** 2), worst])
+
+
+def digest(array: np.ndarray) -> np.ndarray:
+    """The norm of an array, and its projections on fixed vectors of +1 and -1."""
+    bits = np.random.RandomState(0).bytes(PROJECTIONS * array.size // 8 + 1)
+    signs = np.unpackbits(np.frombuffer(bits, np.uint8))[: PROJECTIONS * array.size].reshape(PROJECTIONS, array.size)
+    return np.array([np.linalg.norm(array), *((2.0 * row - 1.0) @ array.ravel() for row in signs)])
+
+
+def live(case: Case, *, full: bool = True) -> Arrays:
+    """The record of a case, from torch here; with the truth, or with its digest only."""
+    truth, single = run_torch(case, "float64"), run_torch(case, "float32")
+    names = list(case.measured())
+    record = {"float32": np.stack([errors(single[name], truth[name]) for name in names])}
+    if full:
+        record["truth"] = np.concatenate([truth[name].ravel() for name in names])
+    else:
+        record["digest"] = np.stack([digest(truth[name]) for name in names])
+    return record
+
+
+def truth_of(case: Case, record: Arrays) -> Arrays | None:
+    """The float64 results by name, if the record has them in full."""
+    if "truth" not in record:
+        return None
+    shapes = case.measured()
+    ends = np.cumsum([math.prod(shape) for shape in shapes.values()])
+    parts = np.split(record["truth"], ends[:-1])
+    return {name: part.reshape(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
+
+
+def record(cases: Iterable[Case] = tuple(CASES.values())) -> list[Path]:
+    """Record the cases' results from torch here, one file for each kind. The same torch gives the same bytes."""
+    import torch
+
+    cases = list(cases)
+    paths = []
+    for kind in KINDS:
+        arrays = {
+            f"{case.name}/{name}": array
+            for case in cases
+            if case.kind == kind
+            for name, array in live(case, full=case.small).items()
+        }
+        paths.append(RECORDED / f"{kind}.npz")
+        np.savez_compressed(paths[-1], torch_version=np.array(torch.__version__), **arrays)
+    return paths
+
+
+class Recorded:
+    """The recorded results; torch is not needed."""
+
+    def __init__(self) -> None:
+        self._files = {kind: np.load(RECORDED / f"{kind}.npz") for kind in KINDS}
+        self.versions = sorted({str(file["torch_version"]) for file in self._files.values()})
+
+    def __call__(self, case: Case) -> Arrays:
+        file = self._files[case.kind]
+        names = [f"{case.name}/{name}" for name in ("truth", "digest", "float32")]
+        found = {name.rpartition("/")[2]: file[name] for name in names if name in file}
+        if not found:
+            raise KeyError(f"no recorded results of {case.name}: run `python -m parity record`")
+        return found

@@ -1,0 +1,283 @@
+import json
+import os
+import stat
+import struct
+from pathlib import Path
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from safetensors.numpy import save as serialize
+
+from jaxrnn import checkpoint
+from jaxrnn.checkpoint import CheckpointError, files
+
+DTYPES = [jnp.dtype(name) for name in files._DTYPES.values()]
+ENTRY = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
+
+
+def safetensors(header: object, data: bytes = b"abcd", length: int | None = None) -> bytes:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text) if length is None else length) + text + data
+
+
+def assert_same(found: dict[str, np.ndarray], wanted: dict[str, np.ndarray]) -> None:
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        assert found[name].dtype == value.dtype
+        assert found[name].shape == value.shape
+        assert found[name].tobytes() == value.tobytes()
+
+
+def refusal(path: Path) -> str:
+    """Why `load` refuses the file, having checked that the message has the path, a cause and a remedy."""
+    with pytest.raises(CheckpointError) as caught:
+        checkpoint.load(path)
+    path_and_cause, remedy = str(caught.value).split("\n")
+    assert path_and_cause.startswith(f"{path}: ")
+    assert remedy
+    assert "weights_only" not in str(caught.value)
+    return path_and_cause.removeprefix(f"{path}: ")
+
+
+@st.composite
+def arrays(draw: st.DrawFn) -> np.ndarray:
+    dtype = draw(st.sampled_from(DTYPES))
+    shape = draw(hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=4))
+    size = int(np.prod(shape)) * dtype.itemsize
+    data = draw(st.binary(min_size=size, max_size=size))
+    if dtype == np.bool_:
+        data = bytes(byte % 2 for byte in data)
+    return np.frombuffer(data, np.uint8).view(dtype).reshape(shape)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(tensors=st.dictionaries(st.text(st.characters(exclude_categories=["Cs"])), arrays(), max_size=5))
+def test_round_trip(tmp_path, tensors):
+    tensors.pop("__metadata__", None)
+    checkpoint.save(tmp_path / "a.safetensors", tensors)
+    found = checkpoint.load(tmp_path / "a.safetensors")
+    assert_same(found, tensors)
+    for value in found.values():
+        assert value.flags.c_contiguous
+        assert value.flags.writeable
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_dtypes_are_those_of_the_library(dtype, tmp_path):
+    (tmp_path / "a").write_bytes(serialize({"x": np.ones((2, 3), dtype)}))
+    found = checkpoint.load(tmp_path / "a")["x"]
+    assert found.dtype == dtype
+    np.testing.assert_array_equal(found, np.ones((2, 3), dtype))
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        np.arange(6.0).reshape(2, 3).T,
+        np.arange(6.0)[::-2],
+        np.float32(3),
+        np.array(3.0, ">f8"),
+        np.arange(3, dtype=">i4"),
+        jnp.arange(3, dtype=jnp.bfloat16),
+        np.broadcast_to(np.ones(1), (3, 4)),
+    ],
+    ids=["transposed", "strided", "scalar", "big-endian", "big-endian-1d", "jax", "stride-0"],
+)
+def test_save_any_array(value, tmp_path):
+    checkpoint.save(tmp_path / "a.safetensors", {"x": value})
+    found = checkpoint.load(tmp_path / "a.safetensors")["x"]
+    assert found.shape == value.shape
+    assert found.dtype == value.dtype.newbyteorder("=")
+    np.testing.assert_array_equal(found, value)
+
+
+def test_bfloat16_is_that_of_jax(tmp_path):
+    checkpoint.save(tmp_path / "a.safetensors", {"x": jnp.ones(2, jnp.bfloat16)})
+    assert checkpoint.load(tmp_path / "a.safetensors")["x"].dtype == ml_dtypes.bfloat16
+
+
+def test_order_is_the_file_s(tmp_path):
+    (tmp_path / "a").write_bytes(
+        safetensors({name: ENTRY | {"data_offsets": [4 * i, 4 * i + 4]} for i, name in enumerate("bca")}, bytes(12))
+    )
+    assert list(checkpoint.load(tmp_path / "a")) == ["b", "c", "a"]
+
+
+@pytest.mark.parametrize("name", ["model.pt", "model.tar", "model", "model.html"])
+def test_first_bytes_decide(name, tmp_path):
+    (tmp_path / name).write_bytes(serialize({"x": np.arange(3.0)}))
+    assert_same(checkpoint.load(str(tmp_path / name)), {"x": np.arange(3.0)})
+
+
+@pytest.mark.parametrize(
+    ("data", "cause"),
+    [
+        (b"", "an empty file"),
+        (b"weights\n", "a text file"),
+        ("λ".encode() * 1000, "a text file"),
+        (b'{"module": {}}', "a text file"),
+        (b"\n <!DOCTYPE html><html>", "an HTML page"),
+        (b"<html><body>404", "an HTML page"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "a Git LFS pointer"),
+        (b"\x89HDF\r\n\x1a\n" + bytes(50), "an HDF5 file"),
+        (b"\x93NUMPY\x01\x00" + bytes(50), "a NumPy .npy file"),
+        (b"\x1f\x8b\x08" + bytes(50), "compressed by gzip"),
+        (b"\x80\x04}\x94.", "a pickle"),
+        (b"model/".ljust(257, b"\0") + b"ustar\0" + bytes(300), "a tar file"),
+        (b"\0\1\2", "truncated: 3 bytes"),
+        (bytes(range(256)), "neither safetensors nor a file of torch.save"),
+        (safetensors({"x": ENTRY})[:12], "truncated"),
+    ],
+)  # fmt: skip
+def test_not_a_checkpoint(data, cause, tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(data)
+    assert cause in refusal(tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("data", "cause"),
+    [
+        (safetensors({"x": ENTRY}, b"abc"), "truncated: the tensors should have 4 bytes, and 3 are there"),
+        (safetensors({"x": ENTRY}, b"abcde"), "trailing bytes: the tensors should have 4 bytes, and 5 are there"),
+        (safetensors({"x": ENTRY}, length=500), "truncated: the header should have 500 bytes"),
+        (safetensors({"x": ENTRY}, length=2**64 - 1), "header too large"),
+        (safetensors({"x": ENTRY}, length=100_000_001), "header too large"),
+        (safetensors(b'{"x":' + b"[" * 100_000), "recursion limit"),
+        (safetensors(b'{"x":}'), "invalid JSON"),
+        (safetensors(b'{"\xff":1}'), "invalid UTF-8"),
+        (safetensors({"x": ENTRY, "y": ENTRY}), "invalid offset for tensor `"),
+        (safetensors({"x": ENTRY, "y": ENTRY | {"data_offsets": [8, 12]}}, bytes(12)), "invalid offset for tensor `y`"),
+        (safetensors({"x": ENTRY | {"shape": [2]}}), "invalid shape"),
+        (safetensors({"x": ENTRY | {"shape": [2**40, 2**40]}}), "overflow"),
+        (safetensors({"x": ENTRY | {"shape": [-1]}}), "invalid value"),
+        (safetensors({"x": ENTRY | {"shape": [True]}}), "invalid type"),
+        (safetensors({"x": ENTRY | {"shape": [1.0]}}), "invalid type"),
+        (safetensors({"x": ENTRY | {"dtype": "F4", "shape": [8]}}), "x is of F4, which NumPy has not"),
+        (safetensors(b'{"x":%b,"x":%b}' % ((json.dumps(ENTRY).encode(),) * 2)), "two tensors are named x"),
+    ],
+)  # fmt: skip
+def test_damaged_safetensors(data, cause, tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(data)
+    assert cause in refusal(tmp_path / "model.safetensors")
+
+
+def test_safetensors_cut_anywhere(tmp_path):
+    data = serialize({"x": np.arange(5.0), "y": np.ones((2, 2), np.float16)})
+    for length in range(len(data)):
+        (tmp_path / "a").write_bytes(data[:length])
+        cause = refusal(tmp_path / "a")
+        assert "truncated" in cause or length < 2  # one byte is a letter
+
+
+def test_no_file(tmp_path):
+    os.symlink(tmp_path / "nowhere", tmp_path / "link")
+    os.mkfifo(tmp_path / "pipe")
+    assert refusal(tmp_path / "nothing") == "no such file"
+    assert refusal(tmp_path / "link") == f"a link to {tmp_path}/nowhere, which is not there"
+    assert refusal(tmp_path) == "a directory, not a file"
+    assert refusal(tmp_path / "pipe") == "not a regular file"
+    assert "NUL" in refusal(tmp_path / "a\0b")
+    assert "too long" in refusal(tmp_path / ("a" * 300))
+
+
+def test_unreadable_file(tmp_path, monkeypatch):
+    # A refusal by the system, which root would not meet.
+    def refuse(*args: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    (tmp_path / "a").write_bytes(b"abc")
+    monkeypatch.setattr(files, "open", refuse, raising=False)
+    assert refusal(tmp_path / "a") == "permission denied"
+
+
+@pytest.mark.parametrize(
+    ("value", "cause"),
+    [
+        (np.array([None]), "x is an array of object"),
+        (np.array(["a"]), "x is an array of <U1"),
+        ([1.0], "x is of type list"),
+        (1.0, "x is of type float"),
+        (np.ones(1, np.complex128), "x of complex128 cannot be written"),
+    ],
+    ids=str,
+)
+def test_save_refuses(value, cause, tmp_path):
+    path = tmp_path / "a.safetensors"
+    with pytest.raises(CheckpointError) as caught:
+        checkpoint.save(path, {"x": value})
+    assert str(caught.value).startswith(f"{path}: {cause}")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["a.pt", "a", ".safetensors/a"])
+def test_save_writes_safetensors_only(name, tmp_path):
+    with pytest.raises(CheckpointError, match="only safetensors files are written"):
+        checkpoint.save(tmp_path / name, {"x": np.ones(1)})
+    with pytest.raises(CheckpointError, match="__metadata__"):
+        checkpoint.save(tmp_path / "a.safetensors", {"__metadata__": np.ones(1)})
+    assert not list(tmp_path.iterdir())
+
+
+def test_save_into_no_folder(tmp_path):
+    with pytest.raises(CheckpointError, match=f"^{tmp_path}/nothing/a.safetensors: no such"):
+        checkpoint.save(tmp_path / "nothing" / "a.safetensors", {})
+    (tmp_path / "b.safetensors").mkdir()
+    with pytest.raises(CheckpointError, match=r"b\.safetensors: Is a directory"):
+        checkpoint.save(tmp_path / "b.safetensors", {})
+    assert [path.name for path in tmp_path.iterdir()] == ["b.safetensors"]
+
+
+@pytest.mark.parametrize("name", ["write", "fsync", "replace"])
+def test_save_is_whole_or_not_at_all(name, tmp_path, monkeypatch):
+    path = tmp_path / "a.safetensors"
+    checkpoint.save(path, {"x": np.ones(2)})
+    before = path.read_bytes()
+
+    def fail(*args: object) -> None:
+        assert path.read_bytes() == before
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(*((files, "serialize") if name == "write" else (os, name)), lambda *args, **kwargs: fail())
+    with pytest.raises(CheckpointError, match=f"^{path}: No space left on device\n"):
+        checkpoint.save(path, {"x": np.zeros(3)})
+    assert list(tmp_path.iterdir()) == [path]
+    assert path.read_bytes() == before
+
+
+def test_save_syncs_before_it_renames(tmp_path, monkeypatch):
+    calls = []
+    fsync, replace = os.fsync, os.replace
+
+    def record_fsync(descriptor: int) -> None:
+        calls.append(("fsync", os.fstat(descriptor).st_ino, os.fstat(descriptor).st_size))
+        fsync(descriptor)
+
+    def record_replace(source: str, target: str) -> None:
+        assert os.path.dirname(source) == os.path.dirname(target)
+        calls.append(("replace", os.stat(source).st_ino, os.stat(source).st_size))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", record_fsync)
+    monkeypatch.setattr(os, "replace", record_replace)
+    checkpoint.save(tmp_path / "a.safetensors", {"x": np.ones(1000)})
+    (sync, *synced), (rename, *renamed) = calls
+    assert (sync, rename) == ("fsync", "replace")
+    assert synced == renamed
+    assert synced[1] > 8000
+
+
+def test_saved_file_is_an_ordinary_one(tmp_path):
+    (tmp_path / "folder").mkdir()
+    os.symlink(tmp_path / "folder" / "b.safetensors", tmp_path / "a.safetensors")
+    mask = os.umask(0o027)
+    try:
+        checkpoint.save(tmp_path / "a.safetensors", {"x": np.ones(1)})
+    finally:
+        os.umask(mask)
+    assert (tmp_path / "a.safetensors").is_symlink()
+    assert stat.S_IMODE((tmp_path / "folder" / "b.safetensors").stat().st_mode) == 0o640

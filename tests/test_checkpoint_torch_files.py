@@ -1,0 +1,235 @@
+import argparse
+import io
+import os
+import pathlib
+import sys
+import types
+import zipfile
+from collections import OrderedDict
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from jaxrnn import checkpoint
+from jaxrnn.checkpoint import CheckpointError
+
+
+def refusal(path: Path) -> str:
+    """Why `load` refuses the file, having checked that the message has the path, a cause and a remedy."""
+    with pytest.raises(CheckpointError) as caught:
+        checkpoint.load(path)
+    path_and_cause, remedy = str(caught.value).split("\n")
+    assert path_and_cause.startswith(f"{path}: ")
+    assert remedy
+    assert "weights_only" not in str(caught.value)
+    return path_and_cause.removeprefix(f"{path}: ")
+
+
+def archive(**entries: bytes) -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as writer:
+        for name, data in entries.items():
+            writer.writestr(f"model/{name.replace('_', '.')}", data)
+    return file.getvalue()
+
+
+# Without torch
+
+
+def test_torch_missing(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    (tmp_path / "a.pt").write_bytes(archive(data_pkl=b"\x80\x02}."))
+    with pytest.raises(CheckpointError) as caught:
+        checkpoint.load(tmp_path / "a.pt")
+    assert "needs torch, which is not installed" in str(caught.value)
+    assert 'pip install "jaxrnn[torch]"' in str(caught.value)
+    assert "safetensors" in str(caught.value)
+
+
+@pytest.mark.parametrize("version", ["2.9.1", "1.13.0+cpu", "2.1"])
+def test_torch_too_old(version, tmp_path, monkeypatch):
+    torch = types.ModuleType("torch")
+    monkeypatch.setattr(torch, "__version__", version, raising=False)
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    (tmp_path / "a.pt").write_bytes(archive(data_pkl=b"\x80\x02}."))
+    assert refusal(tmp_path / "a.pt") == f"reading a file of torch.save needs torch 2.10 or later, not {version}"
+
+
+@pytest.mark.parametrize(
+    ("entries", "cause"),
+    [
+        ({"data_pkl": b"", "constants_pkl": b""}, "a TorchScript archive"),
+        ({"weight_npy": b"", "bias_npy": b""}, "a NumPy .npz archive"),
+        ({"config_json": b"{}"}, "a zip file, but none of torch.save"),
+    ],
+)
+def test_zip_of_another_kind(entries, cause, tmp_path):
+    (tmp_path / "a.pt").write_bytes(archive(**entries))
+    assert cause in refusal(tmp_path / "a.pt")
+
+
+def test_zip_bomb(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.pt", "w", zipfile.ZIP_DEFLATED) as writer:
+        writer.writestr("model/data.pkl", b"\x80\x02}.")
+        writer.writestr("model/data/0", bytes(10_000_000))
+    assert "its 2 entries inflate to 10000004 bytes" in refusal(tmp_path / "a.pt")
+
+
+def test_damaged_compression(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.pt", "w", zipfile.ZIP_DEFLATED) as writer:
+        writer.writestr("model/data.pkl", b"0123456789")
+    data = bytearray((tmp_path / "a.pt").read_bytes())
+    data[data.index(b"data.pkl") + len("data.pkl")] = 0xFF
+    (tmp_path / "a.pt").write_bytes(data)
+    assert "a damaged zip file" in refusal(tmp_path / "a.pt")
+
+
+def test_zip_cut_anywhere(tmp_path):
+    data = archive(data_pkl=b"\x80\x02}.", version=b"3\n")
+    for length in range(4, len(data)):
+        (tmp_path / "a.pt").write_bytes(data[:length])
+        assert "truncated" in refusal(tmp_path / "a.pt")
+
+
+def test_flipped_bit(tmp_path):
+    data = bytearray(archive(data_pkl=b"\x80\x02}.", data=b"0123456789"))
+    data[data.index(b"0123456789") + 5] ^= 1
+    (tmp_path / "a.pt").write_bytes(data)
+    assert "the checksum (CRC) of its entry model/data does not match" in refusal(tmp_path / "a.pt")
+
+
+# With torch
+
+
+@pytest.fixture(params=[True, False], ids=["zip", "legacy"])
+def zipped(request: pytest.FixtureRequest) -> bool:
+    return request.param
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("name", ["model.pt", "model.tar", "model.safetensors", "model"])
+def test_state_dict(name, zipped, torch, tmp_path):
+    model = torch.nn.Sequential(torch.nn.LSTM(3, 4, 2, bidirectional=True), torch.nn.BatchNorm1d(4))
+    torch.save(model.state_dict(), tmp_path / name, _use_new_zipfile_serialization=zipped)
+    found = checkpoint.load(tmp_path / name)
+    assert list(found) == list(model.state_dict())
+    for key, tensor in model.state_dict().items():
+        assert found[key].dtype == str(tensor.dtype).removeprefix("torch.")
+        np.testing.assert_array_equal(found[key], tensor.numpy())
+
+
+@pytest.mark.torch
+def test_every_tensor_is_a_contiguous_copy(zipped, torch, tmp_path):
+    base = torch.arange(12.0).reshape(3, 4)
+    tensors = {
+        "base": base,
+        "row": base[1],
+        "transposed": base.T,
+        "parameter": torch.nn.Parameter(base.clone()),
+        "bfloat16": base.bfloat16().T,
+        "scalar": torch.tensor(1.5, dtype=torch.bfloat16),
+        "conjugate": torch.tensor([1 + 2j]).conj(),
+        "empty": torch.empty(0, 3, dtype=torch.float16),
+        "bool": torch.tensor([True, False]),
+    }
+    if zipped:  # torch itself reads no file of before 1.6 with these dtypes
+        tensors |= {"float8": base.to(torch.float8_e4m3fn), "uint16": torch.tensor([65535], dtype=torch.uint16)}
+    torch.save(tensors, tmp_path / "a.pt", _use_new_zipfile_serialization=zipped)
+    found = checkpoint.load(tmp_path / "a.pt")
+    for name, tensor in tensors.items():
+        assert str(found[name].dtype) == str(tensor.dtype).removeprefix("torch.")
+        assert found[name].shape == tuple(tensor.shape)
+        assert found[name].flags.c_contiguous
+        kind = torch.complex128 if tensor.is_complex() else torch.float64
+        wanted = tensor.detach().resolve_conj().to(kind).numpy()
+        np.testing.assert_array_equal(found[name].astype(wanted.dtype), wanted)
+    assert found["bfloat16"].dtype == ml_dtypes.bfloat16
+    found["base"][:] = 0
+    assert found["row"].all()
+
+
+@pytest.mark.torch
+def test_code_never_runs(zipped, torch, tmp_path):
+    class Evil:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    torch.save({"x": torch.ones(1), "evil": Evil()}, tmp_path / "a.pt", _use_new_zipfile_serialization=zipped)
+    assert f"{os.name}.mkdir" in refusal(tmp_path / "a.pt")
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.torch
+def test_torch_loads_weights_only_onto_the_cpu(torch, tmp_path, monkeypatch):
+    torch.save({"x": torch.ones(1)}, tmp_path / "a.pt")
+    load, calls = torch.load, []
+    monkeypatch.setattr(torch, "load", lambda file, **settings: calls.append(settings) or load(file, **settings))
+    checkpoint.load(tmp_path / "a.pt")
+    assert calls == [{"map_location": "cpu", "weights_only": True}]
+
+
+@pytest.mark.torch
+def test_what_is_no_flat_dict_of_tensors(zipped, torch, tmp_path):
+    def save_and_refuse(value: object) -> str:
+        torch.save(value, tmp_path / "a.pt", _use_new_zipfile_serialization=zipped)
+        return refusal(tmp_path / "a.pt")
+
+    lstm = torch.nn.LSTM(1, 2)
+    nested = {"model": lstm.state_dict(), "optimizer": {"state": {}}, "x": torch.ones(1)}
+    assert "nested under model, optimizer" in save_and_refuse(nested)
+    assert "a whole module, not a state_dict" in save_and_refuse(lstm)
+    assert "one tensor, not a dict" in save_and_refuse(torch.ones(3))
+    assert "a list, not a dict" in save_and_refuse([torch.ones(3)])
+    assert "epoch (int), 3 (Tensor)" in save_and_refuse({"x": torch.ones(1), "epoch": 3, 3: torch.ones(1)})
+    assert "argparse.Namespace" in save_and_refuse({"x": torch.ones(1), "args": argparse.Namespace(a=1)})
+    assert "pathlib" in save_and_refuse({"x": torch.ones(1), "path": pathlib.Path("a")})
+    assert "scalar" in save_and_refuse({"x": torch.ones(1), "loss": np.float64(1)})
+
+
+@pytest.mark.torch
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_tensors_of_other_kinds(torch, tmp_path):
+    kinds = {
+        "meta": torch.ones(2, device="meta"),
+        "sparse_coo": torch.ones(2).to_sparse(),
+        "quantized": torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.quint8),
+        "torch.complex32": torch.ones(2, dtype=torch.complex32),
+    }
+    for kind, tensor in kinds.items():
+        torch.save({"a.weight": tensor}, tmp_path / "a.pt")
+        assert refusal(tmp_path / "a.pt") == f"a.weight is a {kind} tensor"
+
+
+@pytest.mark.torch
+def test_expanded_tensor(torch, tmp_path):
+    torch.save({"a.weight": torch.ones(1).expand(10**12)}, tmp_path / "a.pt")
+    assert "a.weight of shape (1000000000000,) is larger than what is stored" in refusal(tmp_path / "a.pt")
+
+
+@pytest.mark.torch
+def test_empty_dict(torch, tmp_path):
+    torch.save(OrderedDict(), tmp_path / "a.pt")
+    assert checkpoint.load(tmp_path / "a.pt") == {}
+
+
+@pytest.mark.torch
+def test_truncated(zipped, torch, tmp_path):
+    torch.save(torch.nn.LSTM(2, 3).state_dict(), tmp_path / "a.pt", _use_new_zipfile_serialization=zipped)
+    data = (tmp_path / "a.pt").read_bytes()
+    for length in range(32, len(data), 17):
+        (tmp_path / "a.pt").write_bytes(data[:length])
+        assert "truncated" in refusal(tmp_path / "a.pt")
+
+
+@pytest.mark.torch
+def test_truncated_pickle_in_a_whole_zip(torch, tmp_path):
+    torch.save({"x": torch.ones(3)}, tmp_path / "a.pt")
+    with zipfile.ZipFile(tmp_path / "a.pt") as reader:
+        entries = {name: reader.read(name) for name in reader.namelist()}
+    for length in range(0, len(entries["a/data.pkl"]), 7):
+        with zipfile.ZipFile(tmp_path / "b.pt", "w") as writer:
+            for name, data in entries.items():
+                writer.writestr(name, data[:length] if name == "a/data.pkl" else data)
+        assert "truncated or damaged" in refusal(tmp_path / "b.pt")

@@ -1,0 +1,245 @@
+"""The derivative rule against plain autodiff of textbook equations: every transform, in float64, to 1e-12."""
+
+import re
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.test_util import check_grads
+
+import jaxrnn
+
+Tree = dict[str, jax.Array]
+
+
+def _rnn(nonlinearity: Callable) -> Callable:
+    def step(x: jax.Array, state: tuple, weights: Tree) -> tuple:
+        (h,) = state
+        z = weights["weight_ih"] @ x + weights["bias_ih"] + weights["weight_hh"] @ h + weights["bias_hh"]
+        return (nonlinearity(z),)
+
+    return step
+
+
+def _lstm(x: jax.Array, state: tuple, weights: Tree) -> tuple:
+    h, c = state
+    z = weights["weight_ih"] @ x + weights["bias_ih"] + weights["weight_hh"] @ h + weights["bias_hh"]
+    i, f, g, o = jnp.split(z, 4)
+    c = jax.nn.sigmoid(f) * c + jax.nn.sigmoid(i) * jnp.tanh(g)
+    h = jax.nn.sigmoid(o) * jnp.tanh(c)
+    return (weights["weight_hr"] @ h if "weight_hr" in weights else h), c
+
+
+def _gru(x: jax.Array, state: tuple, weights: Tree) -> tuple:
+    (h,) = state
+    x_r, x_z, x_n = jnp.split(weights["weight_ih"] @ x + weights["bias_ih"], 3)
+    h_r, h_z, h_n = jnp.split(weights["weight_hh"] @ h + weights["bias_hh"], 3)
+    r, z = jax.nn.sigmoid(x_r + h_r), jax.nn.sigmoid(x_z + h_z)
+    return ((1 - z) * jnp.tanh(x_n + r * h_n) + z * h,)
+
+
+KINDS = {
+    "rnn_tanh": (jaxrnn.RNN_TANH, 0, _rnn(jnp.tanh)),
+    "rnn_relu": (jaxrnn.RNN_RELU, 0, _rnn(jax.nn.relu)),
+    "lstm": (jaxrnn.LSTM_CELL, 0, _lstm),
+    "lstm_projected": (jaxrnn.LSTM_CELL, 2, _lstm),
+    "gru": (jaxrnn.GRU_CELL, 0, _gru),
+}
+TIME, INPUT, HIDDEN = 4, 2, 3
+
+
+class Case:
+    """One unbatched bidirectional layer of a kind, ours and in plain autodiff, with a scalar loss over every output."""
+
+    def __init__(self, kind: str) -> None:
+        cell, proj_size, self.step = KINDS[kind]
+        self.spec = jaxrnn.Spec(cell, INPUT, HIDDEN, bidirectional=True, proj_size=proj_size)
+        random = np.random.RandomState(0)
+        self.params = {name: jnp.asarray(random.randn(*shape)) for name, shape in self.spec.shapes().items()}
+        self.x = jnp.asarray(random.randn(TIME, INPUT))
+        self.hx = tuple(jnp.asarray(random.randn(2, size)) for size in self.spec.state_sizes())
+
+    def ours(self, params: Tree, x: jax.Array, hx: tuple) -> list[jax.Array]:
+        return jax.tree.leaves(jaxrnn.apply(self.spec, params, x, hx if len(hx) > 1 else hx[0]))
+
+    def plain(self, params: Tree, x: jax.Array, hx: tuple) -> list[jax.Array]:
+        outputs, last = [], []
+        for direction in (0, 1):
+            weights = {role: params[name] for role, name in self.spec.names(0, direction).items()}
+            state = tuple(a[direction] for a in hx)
+            hidden = []
+            for t in range(TIME)[:: -1 if direction else 1]:
+                state = self.step(x[t], state, weights)
+                hidden.append(state[0])
+            outputs.append(jnp.stack(hidden[:: -1 if direction else 1]))
+            last.append(state)
+        return [jnp.concatenate(outputs, -1), *(jnp.stack(rows) for rows in zip(*last, strict=True))]
+
+    @staticmethod
+    def loss(function: Callable) -> Callable:
+        return lambda *arguments: sum(jnp.sum(jnp.sin(a + k)) for k, a in enumerate(function(*arguments)))
+
+    @property
+    def arguments(self) -> tuple:
+        return self.params, self.x, self.hx
+
+
+@pytest.fixture(params=list(KINDS))
+def case(request: pytest.FixtureRequest) -> Case:
+    return Case(request.param)
+
+
+def assert_same(ours: object, plain: object) -> None:
+    assert jax.tree.structure(ours) == jax.tree.structure(plain)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(plain), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-12)
+
+
+def test_forward(case: Case) -> None:
+    assert_same(case.ours(*case.arguments), case.plain(*case.arguments))
+
+
+def test_grad(case: Case) -> None:
+    every = (0, 1, 2)
+    gradients = jax.jit(jax.value_and_grad(case.loss(case.ours), every))(*case.arguments)
+    assert_same(gradients, jax.value_and_grad(case.loss(case.plain), every)(*case.arguments))
+    assert all(np.abs(a).max() > 1e-3 for a in jax.tree.leaves(gradients))
+
+
+def test_jvp(case: Case) -> None:
+    tangents = jax.tree.map(lambda a: jnp.cos(3 * a), case.arguments)
+    assert_same(jax.jvp(case.ours, case.arguments, tangents), jax.jvp(case.plain, case.arguments, tangents))
+
+
+def test_jacfwd_and_jacrev(case: Case) -> None:
+    plain = jax.jacfwd(case.plain, (0, 1))(*case.arguments)
+    assert_same(jax.jacfwd(case.ours, (0, 1))(*case.arguments), plain)
+    assert_same(jax.jacrev(case.ours, (0, 1))(*case.arguments), plain)
+
+
+def test_hessian(case: Case) -> None:
+    ours = jax.hessian(case.loss(case.ours), (0, 2))(*case.arguments)
+    assert_same(ours, jax.hessian(case.loss(case.plain), (0, 2))(*case.arguments))
+
+
+def test_reverse_over_reverse(case: Case) -> None:
+    def penalty(function: Callable) -> Callable:
+        return lambda params: sum(jnp.sum(g**2) for g in jax.grad(case.loss(function), 1)(params, case.x, case.hx))
+
+    assert_same(jax.grad(penalty(case.ours))(case.params), jax.grad(penalty(case.plain))(case.params))
+
+
+def test_second_order_against_finite_differences() -> None:
+    case = Case("lstm_projected")
+    check_grads(case.loss(case.ours), case.arguments, order=2, rtol=1e-5)
+
+
+def test_vmap_of_grad_over_examples(case: Case) -> None:
+    x = jnp.stack([case.x, 2 * case.x, -case.x])
+
+    def per_example(function: Callable) -> Callable:
+        return jax.vmap(jax.grad(case.loss(function)), in_axes=(None, 0, None))
+
+    assert_same(per_example(case.ours)(case.params, x, case.hx), per_example(case.plain)(case.params, x, case.hx))
+
+
+def test_vmap_over_stacked_parameters(case: Case) -> None:
+    params = jax.tree.map(lambda a: jnp.stack([a, -a, a / 2]), case.params)
+
+    def each(function: Callable) -> Callable:
+        return jax.vmap(jax.grad(case.loss(function), (0, 1)), in_axes=(0, None, None))
+
+    assert_same(each(case.ours)(params, case.x, case.hx), each(case.plain)(params, case.x, case.hx))
+
+
+def test_checkpoint(case: Case) -> None:
+    remat = jax.grad(jax.checkpoint(case.loss(case.ours)))(*case.arguments)
+    assert_same(remat, jax.grad(case.loss(case.plain))(*case.arguments))
+
+
+def test_linearize_and_transpose(case: Case) -> None:
+    """The tangent's transpose is the gradient: <u, J v> = <J' u, v>."""
+    _, push = jax.linearize(lambda x: case.ours(case.params, x, case.hx)[0], case.x)
+    v = jnp.cos(case.x)
+    u = jnp.sin(push(v))
+    (pulled,) = jax.linear_transpose(push, case.x)(u)
+    np.testing.assert_allclose(jnp.vdot(u, push(v)), jnp.vdot(pulled, v), rtol=1e-12)
+
+
+def test_a_cell_whose_step_returns_too_much() -> None:
+    cell = jaxrnn.Cell("greedy", gates=("a",), states=("h",), step=lambda gates, hidden, state: (*gates, *state))
+    spec = jaxrnn.Spec(cell, 2, 3)
+    with pytest.raises(ValueError, match="step of Cell 'greedy' should return 1 arrays, got 2"):
+        jaxrnn.apply(spec, spec.init(jax.random.key(0)), jnp.ones((4, 2), jnp.float32))
+
+
+def test_a_cell_of_ones_own() -> None:
+    """Every gate apart, and four states, of which two forget what was before: values and gradients."""
+
+    def step(gates: tuple, hidden: tuple, state: tuple) -> tuple:
+        (a, b), (a_h, b_h), (h, c, _, _) = gates, hidden, state
+        new = jnp.tanh(a * a_h + b) * h + jnp.sin(b_h)
+        return new, c + new, jnp.cos(a), jnp.ones_like(a)
+
+    cell = jaxrnn.Cell("mine", gates=("a", "b"), states=("h", "c", "d", "e"), step=step, apart=("a", "b"))
+    spec = jaxrnn.Spec(cell, 2, 3)
+    params = spec.init(jax.random.key(0), jnp.float64)
+    x = jnp.asarray(np.random.RandomState(0).randn(4, 2))
+    hx = tuple(jnp.asarray(np.random.RandomState(k).randn(1, 3)) for k in range(4))
+
+    def ours(params: Tree, x: jax.Array, hx: tuple) -> list[jax.Array]:
+        return jax.tree.leaves(jaxrnn.apply(spec, params, x, hx))
+
+    def plain(params: Tree, x: jax.Array, hx: tuple) -> list[jax.Array]:
+        state, outputs = tuple(a[0] for a in hx), []
+        for x_t in x:
+            gates = jnp.split(params["weight_ih_l0"] @ x_t + params["bias_ih_l0"], 2)
+            hidden = jnp.split(params["weight_hh_l0"] @ state[0] + params["bias_hh_l0"], 2)
+            state = step(tuple(gates), tuple(hidden), state)
+            outputs.append(state[0])
+        return [jnp.stack(outputs), *(a[None] for a in state)]
+
+    assert_same(ours(params, x, hx), plain(params, x, hx))
+    gradient = jax.grad(Case.loss(ours), (0, 1, 2))(params, x, hx)
+    assert_same(gradient, jax.grad(Case.loss(plain), (0, 1, 2))(params, x, hx))
+
+
+def _made_in_loops(function: Callable, *arguments: object) -> set[str]:
+    """The shapes of the arrays that operations inside the loops of the compiled function make."""
+    text = jax.jit(function).lower(*arguments).compile().as_text()
+    bodies = set(re.findall(r"body=%([\w.\-]+)", text))
+    assert bodies, "the compiled function has no loop"
+    made, inside = set(), False
+    for line in text.splitlines():
+        if header := re.match(r"(?:ENTRY )?%([\w.\-]+) \(", line):
+            inside = header[1] in bodies
+        elif inside and (operation := re.match(r"\s+(?:ROOT )?%\S+ = \w+(\[[\d,]+\])\S* ([\w\-]+)\(", line)):
+            shape, name = operation.groups()
+            if name not in ("parameter", "get-tuple-element", "bitcast", "copy"):
+                made.add(shape)
+    return made
+
+
+@pytest.mark.parametrize(("cell", "gates"), [(jaxrnn.LSTM_CELL, 4), (jaxrnn.GRU_CELL, 3)], ids=["LSTM", "GRU"])
+def test_the_weight_gradient_is_no_sum_inside_the_loop(cell: jaxrnn.Cell, gates: int) -> None:
+    hidden = 24
+    spec = jaxrnn.Spec(cell, 7, hidden)
+    params = spec.init(jax.random.key(0))
+    x = jnp.ones((6, 5, 7), jnp.float32)
+    weight = {f"[{gates * hidden},{hidden}]", f"[{hidden},{gates * hidden}]"}
+
+    def loss(params: Tree, x: jax.Array) -> jax.Array:
+        return jnp.sum(jaxrnn.apply(spec, params, x)[0] ** 2)
+
+    def plain_loss(params: Tree, x: jax.Array) -> jax.Array:
+        def body(h: jax.Array, x_t: jax.Array) -> tuple[jax.Array, None]:
+            z = x_t @ params["weight_ih_l0"].T + h @ params["weight_hh_l0"].T
+            return jnp.tanh(z[:, :hidden]) + jnp.tanh(z[:, hidden : 2 * hidden]), None
+
+        return jnp.sum(jax.lax.scan(body, jnp.zeros((5, hidden), jnp.float32), x)[0] ** 2)
+
+    assert not _made_in_loops(jax.grad(loss), params, x) & weight
+    # The check sees what it looks for: plain autodiff does add up the weight gradient in its loop.
+    assert _made_in_loops(jax.grad(plain_loss), params, x) & weight
