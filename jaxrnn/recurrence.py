@@ -90,20 +90,17 @@ def _split(cell: Cell, a: jax.Array) -> Arrays:
 def _project_input(settings: Settings, weights: Weights, x: jax.Array) -> tuple[Arrays, Recurrent]:
     """The input's part of every gate for all of x at once, and the weights that are left for the loop."""
     cell = settings.cell
-    gates = _split(cell, _product(settings, x, weights["weight_ih"].T))
-    dtype = gates[0].dtype
+    gates = _product(settings, x, weights["weight_ih"].T)
+    bias_hh = (jnp.zeros(gates.shape[-1] // len(cell.gates), gates.dtype),) * len(cell.gates)
     if "bias_ih" in weights:
-        bias_ih, bias_hh = (_split(cell, weights[role].astype(dtype)) for role in ("bias_ih", "bias_hh"))
-        # b_hh joins b_ih outside the loop, except where the step wants the two halves of a gate.
-        gates = tuple(
-            gate + (b_ih if name in cell.apart else b_ih + b_hh)
-            for name, gate, b_ih, b_hh in zip(cell.gates, gates, bias_ih, bias_hh, strict=True)
-        )
-        bias_apart = tuple(b_hh for name, b_hh in zip(cell.gates, bias_hh, strict=True) if name in cell.apart)
-    else:
-        bias_apart = tuple(jnp.zeros(gates[0].shape[-1:], dtype) for _ in cell.apart)
+        bias_ih, bias_hh = weights["bias_ih"].astype(gates.dtype), _split(cell, weights["bias_hh"].astype(gates.dtype))
+        # b_hh joins b_ih outside the loop, except where the step wants the two halves of a gate. Added before the
+        # gates part, so that the gradient of the biases is one sum.
+        joined = [jnp.zeros_like(b) if name in cell.apart else b for name, b in zip(cell.gates, bias_hh, strict=True)]
+        gates = gates + (bias_ih + jnp.concatenate(joined))
+    bias_apart = tuple(b for name, b in zip(cell.gates, bias_hh, strict=True) if name in cell.apart)
     weight_hr = weights["weight_hr"].T if "weight_hr" in weights else None
-    return gates, Recurrent(weights["weight_hh"].T, bias_apart, weight_hr)
+    return _split(cell, gates), Recurrent(weights["weight_hh"].T, bias_apart, weight_hr)
 
 
 def _sums(cell: Cell, gates: Arrays, products: Arrays, bias_apart: Arrays) -> Arrays:
