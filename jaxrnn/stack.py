@@ -74,7 +74,7 @@ def apply(
         features = spec.num_directions * spec.output_size
         masks = _masks(dropout_masks, spec.num_layers - 1, (x.shape[time_axis], *batch, features))
     key = dropout_key if spec.dropout and masks is None else None
-    output, state = _apply(spec, _parameters(spec, params), x, state, key, masks, dtype, precision)
+    output, state = _apply(spec, _parameters(spec, params), x, state, key, masks, _dtype(dtype), precision)
     return output, _unwrap(state)
 
 
@@ -117,7 +117,7 @@ def apply_cell(
     if x.shape[-1] != spec.input_size:
         raise RuntimeError(f"x should have input_size={spec.input_size} features on its last axis, got shape {x.shape}")
     state = _states(spec, hx, [(*x.shape[:-1], spec.hidden_size)] * len(spec.cell.states))
-    return _unwrap(_apply_cell(spec, _parameters(spec, params), x, state, dtype, precision))
+    return _unwrap(_apply_cell(spec, _parameters(spec, params), x, state, _dtype(dtype), precision))
 
 
 def _floating(name: str, value: Any) -> jax.Array:
@@ -125,6 +125,12 @@ def _floating(name: str, value: Any) -> jax.Array:
     if not jnp.issubdtype(array.dtype, jnp.floating):
         raise TypeError(f"{name} should be floating, got {array.dtype}")
     return array
+
+
+def _dtype(dtype: DTypeLike | None) -> jnp.dtype | None:
+    if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"dtype should be floating, got {jnp.dtype(dtype)}")
+    return None if dtype is None else jnp.dtype(dtype)
 
 
 def _parameters(spec: Spec | CellSpec, params: Mapping[str, ArrayLike]) -> dict[str, jax.Array]:
@@ -170,12 +176,10 @@ def _unwrap(state: Arrays) -> State:
 
 
 def _promote(
-    params: dict[str, jax.Array], x: jax.Array, state: Arrays | None, dtype: DTypeLike | None
+    params: dict[str, jax.Array], x: jax.Array, state: Arrays | None, dtype: jnp.dtype | None
 ) -> tuple[dict[str, jax.Array], jax.Array, Arrays | None]:
     arrays = (params, x, state)
     dtype = jnp.result_type(*jax.tree.leaves(arrays)) if dtype is None else dtype
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise TypeError(f"dtype should be floating, got {dtype}")
     return jax.tree.map(lambda a: a.astype(dtype), arrays)
 
 
@@ -188,7 +192,7 @@ def _apply(
     state: Arrays | None,
     key: jax.Array | None,
     masks: Arrays | None,
-    dtype: DTypeLike | None,
+    dtype: jnp.dtype | None,
     precision: jax.lax.PrecisionLike,
 ) -> tuple[jax.Array, Arrays]:
     params, x, state = _promote(params, x, state, dtype)
@@ -238,7 +242,7 @@ def _apply_cell(
     params: dict[str, jax.Array],
     x: jax.Array,
     state: Arrays | None,
-    dtype: DTypeLike | None,
+    dtype: jnp.dtype | None,
     precision: jax.lax.PrecisionLike,
 ) -> Arrays:
     params, x, state = _promote(params, x, state, dtype)
