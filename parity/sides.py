@@ -55,11 +55,16 @@ def run_torch(case: Case, dtype: str) -> Arrays:
     return {name: tensor.detach().numpy() for name, tensor in named.items()}
 
 
-# Modules that differ in their numbers only are equal here, and share a compilation.
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _differentiate(call: Callable[..., Any], module: Hashable, parameters: Any, inputs: Any, cotangents: Any) -> Any:
-    returned, pullback = jax.vjp(functools.partial(call, module), parameters, *inputs)
-    return returned, pullback(cotangents)
+# Modules that differ in their numbers only are equal here, and share a compilation. Old compilations are dropped: each
+# takes memory maps, and Linux gives a process 65,530.
+@functools.lru_cache(maxsize=16)
+def _differentiate(call: Callable[..., Any], module: Hashable) -> Callable[..., Any]:
+    @jax.jit
+    def differentiate(parameters: Any, inputs: Any, cotangents: Any) -> Any:
+        returned, pullback = jax.vjp(functools.partial(call, module), parameters, *inputs)
+        return returned, pullback(cotangents)
+
+    return differentiate
 
 
 def _run_jax(
@@ -73,11 +78,9 @@ def _run_jax(
     state = _state(case, cotangents, "n")
     # TF32 and bfloat16 products on accelerators are a choice of speed, not what is compared here.
     with jax.default_matmul_precision("highest"):
-        returned, (d_parameters, *d_inputs) = _differentiate(
-            call,
-            *build(case, dtype, parameters),
-            (inputs["input"], hx),
-            state if case.steps is None else (cotangents["output"], state),
+        module, parameters = build(case, dtype, parameters)
+        returned, (d_parameters, *d_inputs) = _differentiate(call, module)(
+            parameters, (inputs["input"], hx), state if case.steps is None else (cotangents["output"], state)
         )
     named = _named(case, returned)
     named |= {f"{name}.grad": array for name, array in zip(inputs, jax.tree.leaves(d_inputs), strict=True)}
