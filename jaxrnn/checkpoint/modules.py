@@ -114,8 +114,7 @@ def from_torch(torch_module: Any, rngs: nnx.Rngs | None = None) -> nnx.Module:
         TypeError: `torch_module` is anything else.
         CheckpointError: its parameters are not those of its class, as under weight normalisation.
 
-    >>> import jaxrnn, pytest
-    >>> torch = pytest.importorskip("torch")
+    >>> import jaxrnn, torch
     >>> jaxrnn.from_torch(torch.nn.LSTM(10, 20, num_layers=2, bidirectional=True))
     LSTM(10, 20, num_layers=2, bidirectional=True)
     """
@@ -130,8 +129,8 @@ def from_torch(torch_module: Any, rngs: nnx.Rngs | None = None) -> nnx.Module:
     # Our constructors' positional arguments are torch's, and torch keeps each as an attribute of the same name.
     settings = {
         key: getattr(torch_module, key)
-        for key, parameter in inspect.signature(make).parameters.items()
-        if parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+        for key, parameter in inspect.signature(make.__init__).parameters.items()
+        if parameter.kind is parameter.POSITIONAL_OR_KEYWORD and key != "self"
     }
     tensors = torch_module.state_dict()
     dtype = jax.dtypes.canonicalize_dtype(dtype_of(next(iter(tensors.values()))))
