@@ -1,0 +1,158 @@
+"""Between tensors by name and modules: round trips bit for bit, every misfit in one error, and torch's live modules."""
+
+import types
+import warnings
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import jaxrnn
+
+KINDS: list[tuple[str, dict[str, Any]]] = [
+    ("RNN", {"num_layers": 2, "nonlinearity": "relu", "batch_first": True}),
+    ("LSTM", {"num_layers": 11, "bidirectional": True}),
+    ("LSTM", {"proj_size": 2, "bias": False, "bidirectional": True}),
+    ("GRU", {"num_layers": 2, "dropout": 0.25}),
+    ("RNNCell", {"nonlinearity": "relu"}),
+    ("LSTMCell", {}),
+    ("GRUCell", {"bias": False}),
+]
+
+
+def _make(name: str, settings: dict[str, Any], seed: int = 0, dtype: Any = jnp.float32) -> nnx.Module:
+    return getattr(jaxrnn, name)(3, 4, **settings, param_dtype=dtype, rngs=nnx.Rngs(seed))
+
+
+def _bytes(tensors: dict[str, np.ndarray]) -> dict[str, tuple[str, bytes]]:
+    return {name: (str(value.dtype), value.tobytes()) for name, value in tensors.items()}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16", "float16"])
+@pytest.mark.parametrize(("name", "settings"), KINDS)
+def test_round_trip_is_bit_for_bit(name: str, settings: dict, dtype: str) -> None:
+    one, other = (_make(name, settings, seed, jnp.dtype(dtype)) for seed in (0, 1))
+    tensors = jaxrnn.state_dict(one)
+    assert list(tensors) == list(one.spec.shapes())
+    assert all(isinstance(value, np.ndarray) for value in tensors.values())
+    assert _bytes(tensors) != _bytes(jaxrnn.state_dict(other))
+    assert jaxrnn.load_state_dict(other, tensors) == ([], [])
+    assert _bytes(tensors) == _bytes(jaxrnn.state_dict(other))
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+@pytest.mark.parametrize(("name", "settings"), KINDS)
+def test_torch_and_back(torch: types.ModuleType, name: str, settings: dict, dtype: str) -> None:
+    theirs = getattr(torch.nn, name)(3, 4, **settings, dtype=getattr(torch, dtype))
+    ours = jaxrnn.from_torch(theirs)
+    assert type(ours).__name__ == name
+    for setting, value in settings.items():
+        assert getattr(ours, setting) == value
+    tensors = jaxrnn.state_dict(ours)
+    assert list(tensors) == list(theirs.state_dict())
+    assert {str(value.dtype) for value in tensors.values()} == {dtype}
+    back = {key: torch.tensor(value.astype(np.float64)).to(getattr(torch, dtype)) for key, value in tensors.items()}
+    for key, value in theirs.state_dict().items():
+        assert torch.equal(value, back[key])
+    # Live parameters, which require a gradient, load as well as a state dict does.
+    other = _make(name, settings, 1, jnp.dtype(dtype))
+    jaxrnn.load_state_dict(other, dict(theirs.named_parameters()))
+    assert _bytes(jaxrnn.state_dict(other)) == _bytes(tensors)
+
+
+@pytest.mark.torch
+def test_from_torch_computes_the_same(torch: types.ModuleType) -> None:
+    theirs = torch.nn.LSTM(3, 4, 2, bidirectional=True, batch_first=True, dropout=0.5, dtype=torch.float64).eval()
+    ours = jaxrnn.from_torch(theirs)
+    assert ours.deterministic
+    assert not jaxrnn.from_torch(theirs.train()).deterministic
+    x = np.random.RandomState(0).randn(2, 5, 3)
+    expected, (h_n, c_n) = theirs.eval()(torch.tensor(x))
+    output, states = ours(x)
+    for a, b in zip((output, *states), (expected, h_n, c_n), strict=True):
+        np.testing.assert_allclose(a, b.detach().numpy(), rtol=0, atol=1e-12)
+
+
+@pytest.mark.torch
+def test_from_torch_without_x64_and_of_something_else(torch: types.ModuleType) -> None:
+    with jax.enable_x64(False), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ours = jaxrnn.from_torch(torch.nn.GRUCell(3, 4, dtype=torch.float64))
+    assert ours.weight_ih.dtype == jnp.float32
+    with pytest.raises(TypeError, match="torch_module should be one of .*LSTM.*, got Linear"):
+        jaxrnn.from_torch(torch.nn.Linear(3, 4))
+    with pytest.raises(TypeError, match="got dict"):
+        jaxrnn.from_torch({})
+
+
+def test_values_take_the_parameters_dtype_and_the_parameter_stays() -> None:
+    gru = _make("GRU", {}, dtype=jnp.float32)
+    param, shapes = gru.weight_ih_l0, gru.spec.shapes()
+    doubles = {name: np.random.RandomState(0).randn(*shape) for name, shape in shapes.items()}
+    jaxrnn.load_state_dict(gru, doubles)
+    assert gru.weight_ih_l0 is param
+    assert param.dtype == jnp.float32
+    np.testing.assert_array_equal(param[...], doubles["weight_ih_l0"].astype(np.float32))
+
+
+class _Model(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.cells = nnx.List([jaxrnn.GRUCell(3, 4, rngs=rngs), jaxrnn.GRUCell(4, 4, rngs=rngs)])
+        self.block = nnx.Dict(lstm=jaxrnn.LSTM(4, 4, bias=False, rngs=rngs))
+        self.aaa = nnx.Linear(4, 1, rngs=rngs)
+
+
+def test_nested_modules_have_dotted_names_in_order_of_definition() -> None:
+    model = _Model(nnx.Rngs(0))
+    cell = ["weight_ih", "weight_hh", "bias_ih", "bias_hh"]
+    names = [f"cells.{k}.{name}" for k in (0, 1) for name in cell]
+    names += ["block.lstm.weight_ih_l0", "block.lstm.weight_hh_l0", "aaa.kernel", "aaa.bias"]
+    tensors = jaxrnn.state_dict(model)
+    assert list(tensors) == names
+    other = _Model(nnx.Rngs(1))
+    assert jaxrnn.load_state_dict(other, {f"net.{name}": value for name, value in tensors.items()}, "net.") == ([], [])
+    assert _bytes(jaxrnn.state_dict(other)) == _bytes(tensors)
+
+
+def test_every_misfit_is_in_one_error_and_nothing_changes() -> None:
+    gru = _make("GRU", {})
+    before = _bytes(jaxrnn.state_dict(gru))
+    tensors: dict[str, Any] = {
+        "weight_ih_l0": np.ones((12, 3)),
+        "weight_hh_l0": np.ones((4, 12)),
+        "bias_ih_l0": np.ones(12, np.int64),
+        "weight_ih_l1": np.ones((12, 4)),
+    }
+    with pytest.raises(jaxrnn.CheckpointError) as caught:
+        jaxrnn.load_state_dict(gru, tensors)
+    message = str(caught.value)
+    assert message.startswith("GRU")
+    for part in ("bias_hh_l0", "weight_ih_l1", "(4, 12)", "(12, 4)", "bias_ih_l0", "int64"):
+        assert part in message
+    assert _bytes(jaxrnn.state_dict(gru)) == before
+    # Not being strict forgives names, not shapes.
+    with pytest.raises(jaxrnn.CheckpointError, match="weight_hh_l0"):
+        jaxrnn.load_state_dict(gru, tensors, strict=False)
+    assert _bytes(jaxrnn.state_dict(gru)) == before
+    good = {"weight_ih_l0": tensors["weight_ih_l0"], "weight_ih_l1": tensors["weight_ih_l1"]}
+    missing, unexpected = jaxrnn.load_state_dict(gru, good, strict=False)
+    assert missing == ["weight_hh_l0", "bias_ih_l0", "bias_hh_l0"]
+    assert unexpected == ["weight_ih_l1"]
+    np.testing.assert_array_equal(gru.weight_ih_l0[...], 1)
+
+
+def test_what_is_no_tensor_of_numbers() -> None:
+    cell = _make("GRUCell", {"bias": False})
+    tensors = jaxrnn.state_dict(cell)
+    for bad in (np.ones((12, 3), bool), np.ones((12, 3), complex), np.full((12, 3), "a"), None, [1.0]):
+        with pytest.raises(jaxrnn.CheckpointError, match="weight_ih"):
+            jaxrnn.load_state_dict(cell, {**tensors, "weight_ih": bad})
+
+
+def test_an_error_is_a_value_error() -> None:
+    with pytest.raises(ValueError, match="GRUCell"):
+        jaxrnn.load_state_dict(_make("GRUCell", {}), {})

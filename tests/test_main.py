@@ -1,0 +1,106 @@
+"""The command line: what it prints and writes, its exit codes, and that a refusal leaves nothing behind."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxrnn
+from jaxrnn import checkpoint
+from jaxrnn.__main__ import main
+
+LSTM = jaxrnn.Spec(jaxrnn.LSTM_CELL, 10, 20, num_layers=2, bidirectional=True, proj_size=5)
+CELL = jaxrnn.CellSpec(jaxrnn.GRU_CELL, 3, 4, bias=False)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A model of two recurrent modules and a head."""
+    tensors = {f"encoder.{name}": value for name, value in LSTM.init(jax.random.key(0)).items()}
+    tensors |= {f"cell.{name}": value for name, value in CELL.init(jax.random.key(1), jnp.bfloat16).items()}
+    tensors["head.weight"] = jnp.ones((2, 10), jnp.float32)
+    path = tmp_path / "model.safetensors"
+    checkpoint.save(path, tensors)
+    return path
+
+
+def test_inspect_lists_every_recurrent_module(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(model)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    rows = {line.split()[0]: line.split()[1:] for line in lines if line.strip()}
+    count = sum(int(np.prod(shape)) for shape in LSTM.shapes().values())
+    assert rows["encoder."] == ["LSTM", "10", "20", "2", "yes", "yes", "5", "float32", f"{count:,}"]
+    assert rows["cell."] == ["GRUCell", "3", "4", "1", "no", "no", "no", "bfloat16", "84"]
+    assert lines[-1] == "Assumed, because no state dict says it: batch_first=False, dropout=0.0"
+
+
+def test_convert_takes_a_module_out(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "encoder.safetensors"
+    assert main(["convert", str(model), str(out), "--prefix", "encoder."]) == 0
+    assert f"{len(LSTM.shapes())} tensors" in capsys.readouterr().out
+    before, after = checkpoint.load(model), checkpoint.load(out)
+    assert after.keys() == LSTM.shapes().keys()
+    for name, value in after.items():
+        np.testing.assert_array_equal(value, before[f"encoder.{name}"])
+    assert [path.name for path in tmp_path.iterdir() if path not in (model, out)] == []
+
+
+def test_convert_without_prefix_takes_everything(model: Path, tmp_path: Path) -> None:
+    assert main(["convert", str(model), str(tmp_path / "all.safetensors")]) == 0
+    before, after = checkpoint.load(model), checkpoint.load(tmp_path / "all.safetensors")
+    assert {name: value.tobytes() for name, value in before.items()} == {n: v.tobytes() for n, v in after.items()}
+
+
+def _refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    assert main(arguments) == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert "Traceback" not in output.err
+    return output.err
+
+
+@pytest.mark.parametrize("command", ["inspect", "convert"])
+def test_a_file_that_is_no_checkpoint(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bad, out = tmp_path / "page.pt", tmp_path / "out.safetensors"
+    bad.write_text("<!DOCTYPE html><html></html>")
+    message = _refused([command, str(bad), *([str(out)] if command == "convert" else [])], capsys)
+    assert message.replace("\n  ", " ").startswith(str(bad))
+    assert "HTML" in message
+    assert list(tmp_path.iterdir()) == [bad]
+    assert "missing.pt" in _refused(
+        [command, str(tmp_path / "missing.pt"), *([str(out)] * (command == "convert"))], capsys
+    )
+
+
+def test_an_existing_output_is_kept_unless_forced(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out.safetensors"
+    out.write_bytes(b"mine")
+    assert "exists already" in _refused(["convert", str(model), str(out)], capsys)
+    assert "no key starts with 'nobody.'" in _refused(
+        ["convert", str(model), str(out), "--prefix", "nobody.", "--force"], capsys
+    )
+    assert out.read_bytes() == b"mine"
+    assert main(["convert", str(model), str(out), "--force"]) == 0
+    assert checkpoint.load(out).keys() == checkpoint.load(model).keys()
+
+
+def test_a_file_without_recurrent_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "head.safetensors"
+    checkpoint.save(path, {"head.weight": jnp.ones(3)})
+    message = _refused(["inspect", str(path)], capsys)
+    assert "no torch.nn recurrent weights" in message
+    assert "head.weight" in message
+
+
+def test_the_module_runs_as_a_program(model: Path) -> None:
+    run = subprocess.run([sys.executable, "-m", "jaxrnn", "inspect", str(model)], capture_output=True, text=True)
+    assert (run.returncode, run.stderr) == (0, "")
+    assert "encoder." in run.stdout
+    assert subprocess.run([sys.executable, "-m", "jaxrnn"], capture_output=True).returncode == 2

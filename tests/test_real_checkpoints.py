@@ -1,0 +1,61 @@
+"""Models that other people trained and published: what PyTorch computed from them, jaxrnn computes."""
+
+import types
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import jaxrnn
+from jaxrnn import checkpoint
+
+FOLDER = Path(__file__).parents[2] / "shared" / "checkpoints"
+pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason=f"the published checkpoints are not at {FOLDER}")
+
+
+def _check(ours: tuple[jax.Array, jax.Array, jax.Array], expected: list[np.ndarray]) -> None:
+    """Outputs and h within 5e-6, c within 2e-6 of its largest magnitude."""
+    for name, array, truth in zip(("output", "h", "c"), ours, expected, strict=True):
+        assert array.dtype == jnp.float32
+        allowed = 2e-6 * np.abs(truth).max() if name == "c" else 5e-6
+        worst = np.abs(np.asarray(array) - truth).max()
+        print(f"{name}: off by {worst:.1e}, {allowed:.1e} allowed")  # with pytest -s
+        assert worst < allowed, name
+
+
+def test_silero_vad_as_a_cell_and_as_a_layer() -> None:
+    expected = np.load(FOLDER / "silero_vad" / "expected.npz")
+    x, h_n, c_n = (expected[name] for name in ("lstm_input", "h", "c"))
+    tensors = checkpoint.load(FOLDER / "silero_vad" / "silero_vad_16k.safetensors")
+    [found] = checkpoint.find_rnns(tensors)
+    assert (found.prefix, found.kind, found.is_cell) == ("lstm_cell.", "LSTM", True)
+
+    cell = jaxrnn.LSTMCell(128, 128, rngs=nnx.Rngs(0))
+    jaxrnn.load_state_dict(cell, tensors, found.prefix)
+    state, states = None, []
+    for chunk in x:
+        state = cell(chunk, state)
+        states.append(state)
+    h, c = (jnp.stack(rows) for rows in zip(*states, strict=True))
+    _check((h, h, c), [h_n, h_n, c_n])
+
+    lstm = jaxrnn.LSTM(128, 128, rngs=nnx.Rngs(0))
+    jaxrnn.load_state_dict(lstm, {f"{name}_l0": value for name, value in jaxrnn.state_dict(cell).items()})
+    output, (last_h, last_c) = lstm(x)
+    _check((output, last_h, last_c), [h_n, h_n[-1:], c_n[-1:]])
+
+
+@pytest.mark.torch
+def test_the_four_lstms_of_dtln(torch: types.ModuleType) -> None:
+    expected = np.load(FOLDER / "dtln" / "expected.npz")
+    tensors = checkpoint.load(FOLDER / "dtln" / "model.pth")
+    found = checkpoint.find_rnns(tensors)
+    assert [rnn.prefix for rnn in found] == ["sep1.rnn1.", "sep1.rnn2.", "sep2.rnn1.", "sep2.rnn2."]
+    for rnn in found:
+        lstm = jaxrnn.LSTM(rnn.input_size, rnn.hidden_size, batch_first=True, rngs=nnx.Rngs(0))
+        jaxrnn.load_state_dict(lstm, tensors, rnn.prefix)
+        output, (h_n, c_n) = lstm(expected[f"{rnn.prefix}input"])
+        _check((output, h_n, c_n), [expected[rnn.prefix + name] for name in ("output", "h_n", "c_n")])
