@@ -17,7 +17,7 @@ from parity.cases import CASES, KINDS, Arrays, Case
 from parity.sides import run_torch
 
 RECORDED = Path(__file__).parent / "recorded"
-PROJECTIONS = 8
+PROJECTIONS = 4
 
 
 def errors(result: np.ndarray, truth: np.ndarray) -> np.ndarray:

@@ -1,6 +1,5 @@
 import dataclasses
 import math
-import time
 
 import jax
 import jax.numpy as jnp
@@ -58,7 +57,10 @@ def specs(draw: st.DrawFn) -> Spec | CellSpec:
 )
 def test_settings_come_back(wanted, random):
     # A module at the root, or one that has submodules, is a cell of torch's only if it stands alone.
-    if any(isinstance(spec, CellSpec) and any(p != o and o.startswith(p) for o in wanted) for p, (spec, _) in wanted.items()):
+    if any(
+        isinstance(spec, CellSpec) and any(p != o and o.startswith(p) for o in wanted)
+        for p, (spec, _) in wanted.items()
+    ):
         wanted = dict(list(wanted.items())[:1])
     tensors = {
         key: value for prefix, (spec, dtype) in wanted.items() for key, value in tensors_of(spec, prefix, dtype).items()
@@ -111,9 +113,7 @@ def test_live_torch_modules(torch):
     )
     assert find_rnns(model.state_dict()) == [
         FoundRNN("rnn.", Spec(jaxrnn.RNN_TANH, 2, 3), np.dtype(np.float32)),
-        FoundRNN(
-            "lstm.", Spec(jaxrnn.LSTM_CELL, 2, 5, 2, bidirectional=True, proj_size=3), jnp.dtype(jnp.bfloat16)
-        ),
+        FoundRNN("lstm.", Spec(jaxrnn.LSTM_CELL, 2, 5, 2, bidirectional=True, proj_size=3), jnp.dtype(jnp.bfloat16)),
         FoundRNN("gru.", Spec(jaxrnn.GRU_CELL, 2, 3, bias=False), np.dtype(np.float64)),
         FoundRNN("cells.0.", CellSpec(jaxrnn.LSTM_CELL, 2, 3), np.dtype(np.float32)),
         FoundRNN("cells.1.", CellSpec(jaxrnn.GRU_CELL, 2, 3, bias=False), np.dtype(np.float32)),
@@ -127,7 +127,9 @@ WHOLE = Spec(jaxrnn.LSTM_CELL, 7, 5, num_layers=3, bidirectional=True, proj_size
 @settings(deadline=None)
 @given(st.sets(st.sampled_from(list(WHOLE.shapes())), min_size=1, max_size=len(WHOLE.shapes()) - 1))
 def test_every_missing_key_is_named_or_the_rest_is_a_smaller_module(lost):
-    tensors = {name: value for name, value in tensors_of(WHOLE, "enc.").items() if name.removeprefix("enc.") not in lost}
+    tensors = {
+        name: value for name, value in tensors_of(WHOLE, "enc.").items() if name.removeprefix("enc.") not in lost
+    }
     smaller = [
         spec
         for layers in (1, 2, 3)
@@ -243,13 +245,13 @@ def zeros(**shapes: tuple[int, ...]) -> dict[str, np.ndarray]:
         zeros(weight_hh=(12, 3)),
         zeros(weight_ih=(12, 2), bias_ih=(12,)),
         zeros(weight_hh_l00=(12, 3), weight_hh_l=(12, 3), weight_hh_l0_v=(12, 3), xweight_hh_l0=(12, 3)),
-        {"weight_hh_l١": np.zeros((12, 3))},
+        {"weight_hh_l\u0661": np.zeros((12, 3))},
         {0: {"exp_avg": np.zeros((12, 3))}, "state": {}},
     ],
     ids=[
         "nothing", "linear", "keras", "onnx", "elmo", "linear and norm", "layer norm", "one bias", "independent rnn",
-        "transposed", "minimal gated unit", "rows differ", "no rows", "one weight", "one weight and bias", "like layers",
-        "other digits", "optimizer",
+        "transposed", "minimal gated unit", "rows differ", "no rows", "one weight", "one weight and bias",
+        "like layers", "other digits", "optimizer",
     ],
 )  # fmt: skip
 def test_look_alikes_are_no_torch_modules(tensors):
@@ -277,22 +279,14 @@ def test_layer_gap_of_any_length():
     assert refusal(tensors) == ["a.: layers up to 999999999 are named, but only 2 of them are there"]
 
 
-def test_time_is_linear_in_the_keys():
-    def seconds(layers: int, lost: str) -> float:
-        tensors = tensors_of(Spec(jaxrnn.RNN_TANH, 1, 1, num_layers=layers))
-        for name in [name for name in tensors if name.startswith(lost)] if lost else []:
-            del tensors[name]
-        start = time.perf_counter()
-        if lost:
-            assert len(refusal(tensors)) == layers
-        else:
-            assert find_rnns(tensors)[0].num_layers == layers
-        return time.perf_counter() - start
-
-    for lost in ("", "bias_hh"):
-        # Quadratic time would make it 100 times as long, or 10 with a little of it.
-        few, many = min(seconds(2000, lost) for _ in range(3)), seconds(20_000, lost)
-        assert many < 30 * few
+def test_twenty_thousand_layers():
+    """In linear time: a time that grew with the square of the keys would be minutes."""
+    tensors = tensors_of(Spec(jaxrnn.RNN_TANH, 1, 1, num_layers=20_000))
+    assert find_rnns(tensors)[0].num_layers == 20_000
+    lost = [name for name in tensors if name.startswith("bias_hh")]
+    assert refusal({name: value for name, value in tensors.items() if not name.startswith("bias_hh")}) == [
+        f"{name} is missing" for name in lost
+    ]
 
 
 def test_jax_arrays():

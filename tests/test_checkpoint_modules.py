@@ -83,7 +83,7 @@ def test_from_torch_without_x64_and_of_something_else(torch: types.ModuleType) -
         warnings.simplefilter("error")
         ours = jaxrnn.from_torch(torch.nn.GRUCell(3, 4, dtype=torch.float64))
     assert ours.weight_ih.dtype == jnp.float32
-    with pytest.raises(TypeError, match="torch_module should be one of .*LSTM.*, got Linear"):
+    with pytest.raises(TypeError, match=r"torch_module should be one of .*LSTM.*, got Linear"):
         jaxrnn.from_torch(torch.nn.Linear(3, 4))
     with pytest.raises(TypeError, match="got dict"):
         jaxrnn.from_torch({})

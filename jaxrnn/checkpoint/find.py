@@ -155,7 +155,8 @@ def _layers_spec(prefix: str, group: dict[str, Any], problems: list[str]) -> Spe
     }
     projected = "weight_hr" in roles
     layers: Sequence[int] = range(settings["num_layers"])
-    if len(layers) > 2 * len(group):  # mostly a gap, which may be of any length
+    gap = len(layers) > 2 * len(group)  # of any length: not to be walked
+    if gap:
         problems.append(f"{prefix}: layers up to {max(present)} are named, but only {len(present)} of them are there")
         layers = sorted(present)
     # The names do not depend on the sizes, nor on the kind of cell but for the projection.
@@ -167,8 +168,8 @@ def _layers_spec(prefix: str, group: dict[str, Any], problems: list[str]) -> Spe
         for name in names(layer, direction).values()
         if name not in group
     ]
-    if missing:
-        problems += missing
+    problems += missing
+    if missing or gap:
         return None
     first = names(0, 0)
     shapes = {role: _shape_of(group[first[role]]) for role in first if role.startswith("weight")}

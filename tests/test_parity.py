@@ -1,0 +1,127 @@
+"""The parity suite: every case against the recorded results, those against a live torch, and faults turn it red."""
+
+import json
+import re
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from parity import __main__ as runner
+from parity import sides
+from parity.cases import CASES, ENOUGH, Arrays, Case
+from parity.compare import LARGEST, compare, pool
+from parity.reference import Recorded, errors, live
+
+RECORDED = Recorded()
+SMALL = [case for case in CASES.values() if case.small]
+# One seed of each bigger case stands here for all: `python -m parity` runs them all.
+BIG = [case for case in CASES.values() if case.name.endswith("-seed0")]
+
+
+def _measure(case: Case, side: sides.Side, *dtypes: str) -> str:
+    outcome = compare(case, RECORDED(case), side, dtypes)
+    assert outcome.failure() or outcome.errors.keys() >= set(dtypes)
+    return outcome.failure()
+
+
+def test_the_table_has_every_combination() -> None:
+    assert len(SMALL) > 250
+    assert len({case.name for case in CASES.values()}) == len(CASES)
+    for words in ("layers3", "bidirectional", "nobias", "batch_first", "unbatched", "hx"):
+        assert sum(words in case.name.split("-") for case in SMALL) > 50
+
+
+@pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
+def test_float64_is_torchs(case: Case) -> None:
+    assert not _measure(case, sides.run_jaxrnn, "float64")
+
+
+@pytest.mark.parametrize("case", BIG, ids=lambda case: case.name)
+def test_float32_is_as_close_to_the_truth_as_torchs(case: Case) -> None:
+    outcome = compare(case, RECORDED(case), sides.run_jaxrnn)
+    assert not outcome.failure()
+    rows, _ = pool([outcome])
+    assert rows
+    for row in rows:
+        assert row.rms is not None
+        assert row.torch_rms is not None
+        # One seed is no judgement, which is the runner's, over all of them; but a gross loss of accuracy shows.
+        assert row.rms < (2 if row.count >= ENOUGH else 3) * row.torch_rms, row
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("case", SMALL[::7] + BIG, ids=lambda case: case.name)
+def test_the_recorded_results_are_a_live_torchs(torch: types.ModuleType, case: Case) -> None:
+    recorded, now = RECORDED(case), live(case, full=case.small)
+    assert recorded.keys() == now.keys()
+    for name in recorded.keys() - {"float32"}:
+        scale = max(1.0, np.abs(now[name]).max())
+        np.testing.assert_allclose(recorded[name] / scale, now[name] / scale, rtol=0, atol=1e-13)
+    # Another processor rounds torch's float32 otherwise, but not by more or less as a whole.
+    rms = [np.sqrt(record["float32"][:, 1].sum() / record["float32"][:, 0].sum()) for record in (recorded, now)]
+    assert 0.5 < rms[0] / rms[1] < 2
+
+
+def test_the_torch_that_recorded_is_named() -> None:
+    assert all(re.match(r"\d+\.\d+", version) for version in RECORDED.versions)
+
+
+CASE = CASES["GRU-layers2-bidirectional-hx"]
+
+
+@pytest.mark.parametrize("name", list(CASE.measured()))
+def test_a_fault_in_any_array_is_seen_and_named(name: str) -> None:
+    truth = RECORDED(CASE)
+
+    def faulty(case: Case, dtype: str) -> Arrays:
+        arrays = sides.run_jaxrnn(case, dtype)
+        arrays[name] = arrays[name].copy()
+        arrays[name].flat[0] += 1e-10
+        return arrays
+
+    assert compare(CASE, truth, faulty, ["float64"]).failure().startswith(f"{name} in float64 is off by ")
+
+
+def test_nan_a_wrong_shape_and_a_crash_are_failures() -> None:
+    arrays = sides.run_jaxrnn(CASE, "float64")
+    record = RECORDED(CASE)
+    for bad, message in (
+        ({**arrays, "h_n": np.full_like(arrays["h_n"], np.nan)}, "h_n in float64 is off by nan"),
+        ({**arrays, "h_n": arrays["h_n"][:-1]}, "the results should be"),
+        ({**arrays, "h_n": arrays["h_n"].astype("float32")}, "TypeError"),
+        ({name: array for name, array in arrays.items() if name != "h_n"}, "the results should be"),
+    ):
+        assert message in compare(CASE, record, lambda case, dtype, bad=bad: bad, ["float64"]).failure()
+    assert "ZeroDivisionError" in compare(CASE, record, lambda case, dtype: {"h_n": 1 / 0}, ["float64"]).failure()
+
+
+def test_errors() -> None:
+    truth = np.array([3.0, -4.0])
+    count, squares, worst = errors(truth + np.array([0.0, 0.5]), truth)
+    assert (count, worst) == (2, 0.125)
+    assert squares == pytest.approx(0.25 / 12.5)
+
+
+def test_the_runner(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out.json"
+    arguments = ["--filter", "GRUCell-hx", "--json", str(out)]
+    assert runner.main(arguments) == 0
+    assert json.loads(out.read_text())
+    green = capsys.readouterr().out
+
+    def faulty(case: Case, dtype: str) -> Arrays:
+        arrays = sides.run_jaxrnn(case, dtype)
+        return {**arrays, "weight_hh.grad": arrays["weight_hh.grad"] * np.asarray(1 + 1e-4, dtype)}
+
+    monkeypatch.setitem(sides.SIDES, "jaxrnn", faulty)
+    assert runner.main(arguments) == 1
+    red = capsys.readouterr().out
+    assert "GRUCell-hx" in red
+    assert "weight_hh.grad" in red
+    assert green != red
+    with pytest.raises(SystemExit) as stopped:
+        runner.main(["--filter", "no such case"])
+    assert stopped.value.code == 2
+    assert LARGEST["float64"] == 1e-12
