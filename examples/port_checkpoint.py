@@ -53,10 +53,10 @@ class Denoiser(nnx.Module):
 
 
 def port(tensors: dict[str, np.ndarray]) -> Denoiser:
-    model = Denoiser(rngs=nnx.Rngs(0))
     # Recurrent weights keep PyTorch's names and layout. A Linear's weight is Flax's kernel, transposed.
-    tensors = dict(tensors)
-    tensors["head.kernel"] = tensors.pop("head.weight").T
+    tensors = {**tensors, "head.kernel": tensors["head.weight"].T}
+    del tensors["head.weight"]
+    model = Denoiser(rngs=nnx.Rngs(0))
     jaxrnn.load_state_dict(model, tensors)
     return model
 
@@ -89,7 +89,6 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=200, help="training steps after the port (default: 200)")
     steps = parser.parse_args().steps
     jax.config.update("jax_default_matmul_precision", "highest")  # on a GPU or TPU the default is coarser
-
     checkpoint = STEM.with_suffix(".safetensors")
     jaxrnn_command(["inspect", str(checkpoint)])  # python -m jaxrnn inspect examples/denoiser.safetensors
     tensors = jaxrnn.checkpoint.load(checkpoint)

@@ -2,7 +2,7 @@
 
 The model removes noise and gaps from a wave: a bidirectional LSTM reads it, a GRU and a Linear write it clean.
 Writes, beside this file, `denoiser.safetensors`, the model's state_dict, and `denoiser_expected.npz`: held-out waves
-with the model's output and loss, and each recurrent module's input, output and final states. Takes a minute on a CPU.
+with the model's output and loss, and each recurrent module's input, output and final states. Under a minute on a CPU.
 """
 
 import numpy as np

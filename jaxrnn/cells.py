@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.nn import relu, sigmoid
 
 Arrays = tuple[jax.Array, ...]
 
@@ -69,11 +70,6 @@ class Cell:
             )
 
 
-def sigmoid(x: jax.Array) -> jax.Array:
-    # One tanh vectorises on every platform, where exp and a division may not.
-    return jnp.tanh(x * 0.5) * 0.5 + 0.5
-
-
 def _rnn_tanh(gates: Arrays, hidden: Arrays, state: Arrays) -> Arrays:
     (h,) = gates
     return (jnp.tanh(h),)
@@ -81,7 +77,7 @@ def _rnn_tanh(gates: Arrays, hidden: Arrays, state: Arrays) -> Arrays:
 
 def _rnn_relu(gates: Arrays, hidden: Arrays, state: Arrays) -> Arrays:
     (h,) = gates
-    return (jax.nn.relu(h),)
+    return (relu(h),)
 
 
 def _lstm(gates: Arrays, hidden: Arrays, state: Arrays) -> Arrays:

@@ -35,7 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--live", action="store_true", help="compare with torch run here, not with recorded results")
     parser.add_argument("--filter", default="", metavar="TEXT", help="only the cases with TEXT in their names")
     parser.add_argument("--dtype", choices=DTYPES, help="only this dtype")
-    parser.add_argument("--side", choices=[s for s in sides.SIDES if s != "torch"], default="jaxrnn", help="what to test")
+    parser.add_argument(
+        "--side", choices=[s for s in sides.SIDES if s != "torch"], default="jaxrnn", help="what to test"
+    )
     parser.add_argument("--json", type=Path, metavar="OUT", help="also write everything to this file")
     options = parser.parse_args(arguments)
     cases = [case for case in CASES.values() if options.filter in case.name]
@@ -80,7 +82,9 @@ def _outcomes(cases: list[Case], side: str, dtypes: Sequence[str], live: bool) -
 
         # Nearly all of the time goes into compiling, which leaves Python free for other threads. Cases that differ in
         # their seeds only share a compilation, so one thread has them all.
-        groups = [list(group) for _, group in itertools.groupby(cases, lambda case: re.sub(r"-seed\d+$", "", case.name))]
+        groups = [
+            list(group) for _, group in itertools.groupby(cases, lambda case: re.sub(r"-seed\d+$", "", case.name))
+        ]
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as executor:
             return list(itertools.chain.from_iterable(executor.map(run, groups))), version
 

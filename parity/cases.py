@@ -112,12 +112,15 @@ class Case:
         random = np.random.RandomState(zlib.crc32(self.name.encode()))
         bound = 1 / math.sqrt(self.arguments["hidden_size"])
         parameters, inputs, results = self.shapes()
-        drawn = (
-            {name: random.uniform(-bound, bound, shape) for name, shape in parameters.items()},
-            {name: random.standard_normal(shape) for name, shape in inputs.items()},
-            {name: random.standard_normal(shape) for name, shape in results.items()},
+
+        def rounded(array: np.ndarray) -> np.ndarray:
+            return array.astype(np.float32).astype(np.float64)
+
+        return (
+            {name: rounded(random.uniform(-bound, bound, shape)) for name, shape in parameters.items()},
+            {name: rounded(random.standard_normal(shape)) for name, shape in inputs.items()},
+            {name: rounded(random.standard_normal(shape)) for name, shape in results.items()},
         )
-        return tuple({k: v.astype(np.float32).astype(np.float64) for k, v in arrays.items()} for arrays in drawn)
 
 
 def quantity(name: str) -> str:

@@ -10,6 +10,7 @@ A record is a dict of arrays, with one row for each of the case's measured array
 import math
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -71,7 +72,7 @@ def record(cases: Iterable[Case] = tuple(CASES.values())) -> list[Path]:
     cases = list(cases)
     paths = []
     for kind in KINDS:
-        arrays = {
+        arrays: dict[str, Any] = {
             f"{case.name}/{name}": array
             for case in cases
             if case.kind == kind

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 import jaxrnn
-from jaxrnn.cells import sigmoid
 
 CELLS = [jaxrnn.RNN_TANH, jaxrnn.RNN_RELU, jaxrnn.LSTM_CELL, jaxrnn.GRU_CELL]
 
@@ -38,11 +37,6 @@ def test_a_cell_is_hashable_and_pointwise(cell: jaxrnn.Cell) -> None:
     for unit in range(7):
         one = cell.step(*(tuple(a[unit] for a in group) for group in arguments))
         np.testing.assert_allclose([a[unit] for a in whole], one, rtol=1e-15)
-
-
-def test_sigmoid() -> None:
-    x = jnp.linspace(-40, 40, 1001)
-    np.testing.assert_allclose(sigmoid(x), 1 / (1 + np.exp(-np.asarray(x))), rtol=0, atol=1e-15)
 
 
 def test_gru_keeps_its_state_where_z_is_one() -> None:
