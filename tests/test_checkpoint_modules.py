@@ -23,7 +23,7 @@ KINDS: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-def _make(name: str, settings: dict[str, Any], seed: int = 0, dtype: Any = jnp.float32) -> nnx.Module:
+def _make(name: str, settings: dict[str, Any], seed: int = 0, dtype: Any = jnp.float32) -> Any:
     return getattr(jaxrnn, name)(3, 4, **settings, param_dtype=dtype, rngs=nnx.Rngs(seed))
 
 
