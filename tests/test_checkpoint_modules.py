@@ -67,9 +67,10 @@ def test_torch_and_back(torch: types.ModuleType, name: str, settings: dict, dtyp
 @pytest.mark.torch
 def test_from_torch_computes_the_same(torch: types.ModuleType) -> None:
     theirs = torch.nn.LSTM(3, 4, 2, bidirectional=True, batch_first=True, dropout=0.5, dtype=torch.float64).eval()
-    ours = jaxrnn.from_torch(theirs)
+    ours: Any = jaxrnn.from_torch(theirs)
     assert ours.deterministic
-    assert not jaxrnn.from_torch(theirs.train()).deterministic
+    training: Any = jaxrnn.from_torch(theirs.train())
+    assert not training.deterministic
     x = np.random.RandomState(0).randn(2, 5, 3)
     expected, (h_n, c_n) = theirs.eval()(torch.tensor(x))
     output, states = ours(x)
@@ -81,7 +82,7 @@ def test_from_torch_computes_the_same(torch: types.ModuleType) -> None:
 def test_from_torch_without_x64_and_of_something_else(torch: types.ModuleType) -> None:
     with jax.enable_x64(False), warnings.catch_warnings():
         warnings.simplefilter("error")
-        ours = jaxrnn.from_torch(torch.nn.GRUCell(3, 4, dtype=torch.float64))
+        ours: Any = jaxrnn.from_torch(torch.nn.GRUCell(3, 4, dtype=torch.float64))
     assert ours.weight_ih.dtype == jnp.float32
     with pytest.raises(TypeError, match=r"torch_module should be one of .*LSTM.*, got Linear"):
         jaxrnn.from_torch(torch.nn.Linear(3, 4))
