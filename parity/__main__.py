@@ -47,6 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     jax.config.update("jax_enable_x64", True)
     console = Console()
     if options.command == "record":
+        if len(cases) < len(CASES):
+            parser.error("record takes no --filter: it records every case")
         for path in reference.record():
             console.print(f"{path.name}: {path.stat().st_size:,} bytes", highlight=False)
         return 0

@@ -12,8 +12,8 @@ from parity.sides import Side
 
 DTYPES = ("float64", "float32")
 # The largest error of a case, scaled by max(1, largest of the truth). In float32 that finds what is wrong, not what
-# is inaccurate.
-LARGEST = {"float64": 1e-12, "float32": 2e-6}
+# is inaccurate: correct results, torch's own too, come as far as 1.3e-6.
+LARGEST = {"float64": 1e-12, "float32": 4e-6}
 # The rms float32 error by torch's own, both against torch's float64: for each kind and quantity, and for all. The aim
 # is 1.5 and 1.25; on a CPU three rows miss it, at 1.55 to 1.63: XLA's tanh, and one product that sums over all steps.
 RATIO = 1.75

@@ -8,7 +8,6 @@ A record is a dict of arrays, with one row for each of the case's measured array
 """
 
 import math
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -65,16 +64,15 @@ def truth_of(case: Case, record: Arrays) -> Arrays | None:
     return {name: part.reshape(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
 
 
-def record(cases: Iterable[Case] = tuple(CASES.values())) -> list[Path]:
-    """Record the cases' results from torch here, one file for each kind. The same torch gives the same bytes."""
+def record() -> list[Path]:
+    """Record every case's results from torch here, one file for each kind. The same torch gives the same bytes."""
     import torch
 
-    cases = list(cases)
     paths = []
     for kind in KINDS:
         arrays: dict[str, Any] = {
             f"{case.name}/{name}": array
-            for case in cases
+            for case in CASES.values()
             if case.kind == kind
             for name, array in live(case, full=case.small).items()
         }

@@ -1,6 +1,7 @@
 """Say what a comparison found: a table, a verdict in words, and the same as JSON."""
 
 import dataclasses
+import itertools
 import platform
 from collections.abc import Sequence
 from typing import Any
@@ -8,12 +9,15 @@ from typing import Any
 import flax
 import jax
 import numpy as np
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
 import jaxrnn
 from parity.cases import ENOUGH
 from parity.compare import RATIO_OVERALL, Outcome, Row, pool
+
+HEADINGS = ("numbers", "float64\nworst", "float32\nworst", "float32\nrms", "torch's\nrms", "ratio\nof rms")
 
 
 @dataclasses.dataclass
@@ -41,8 +45,7 @@ class Report:
         """Judge the outcomes. `torch` says which torch they were compared with."""
         rows, overall = pool(outcomes)
         failures = {outcome.case.name: outcome.failure() for outcome in outcomes}
-        failures |= {f"{row.kind} {row.quantity}": row.failure() for row in rows}
-        failures["everything"] = overall.failure(RATIO_OVERALL)
+        failures |= {_name(row): row.failure() for row in rows} | {_name(overall): overall.failure(RATIO_OVERALL)}
         failures = {name: failure for name, failure in failures.items() if failure}
         return cls(side, rows, overall, failures, len(outcomes), _environment(torch))
 
@@ -60,7 +63,7 @@ class Report:
             if judged:
                 top = max(judged, key=lambda row: row.ratio or 0.0)
                 words.append(f"The rms float32 error is {self.overall.ratio:.2f} of torch's own,")
-                words.append(f"at worst {top.ratio:.2f} for one kind and quantity, {top.kind} {top.quantity}.")
+                words.append(f"at worst {top.ratio:.2f} for one kind and quantity, {_name(top)}.")
             else:
                 words.append(f"{ENOUGH:,} numbers of one quantity, enough to compare float32 errors, are not here.")
         return " ".join(words)
@@ -76,31 +79,28 @@ class Report:
         }
 
     def show(self, console: Console) -> None:
-        table = Table(title=f"{self.side} and torch, errors against torch's float64", title_justify="left")
-        for heading in ("kind", "quantity"):
-            table.add_column(heading, no_wrap=True)
-        for heading in ("numbers", "float64\nworst", "float32\nworst", "rms", "torch's\nworst", "rms", "ratio\nof rms"):
+        title = f"{self.side}: errors against torch's float64"
+        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+        table.add_column("quantity", no_wrap=True)
+        for heading in HEADINGS:
             table.add_column(heading, justify="right", no_wrap=True)
-        previous = self.rows[0].kind if self.rows else ""
-        for row in (*self.rows, self.overall):
-            if row.kind != previous:
-                table.add_section()
-            numbers = (row.float64, row.float32, row.rms, row.torch_float32, row.torch_rms)
-            style = "red" if f"{row.kind} {row.quantity}" in self.failures else ""
-            table.add_row(
-                "" if row.kind == previous and row is not self.rows[0] else row.kind,
-                row.quantity,
-                f"{row.count:,}",
-                *("" if number is None else f"{number:.1e}" for number in numbers),
-                "" if row.ratio is None else f"{row.ratio:.2f}",
-                style=style,
-            )
-            previous = row.kind
+        for kind, rows in itertools.groupby((*self.rows, self.overall), lambda row: row.kind):
+            table.add_section()
+            table.add_row(kind, style="bold")
+            for row in rows:
+                numbers = (row.float64, row.float32, row.rms, row.torch_rms)
+                cells = [f"{row.count:,}", *("" if number is None else f"{number:.1e}" for number in numbers)]
+                cells.append("" if row.ratio is None else f"{row.ratio:.2f}")
+                table.add_row(f" {row.quantity}", *cells, style="red" if _name(row) in self.failures else "")
         console.print(table)
         for name, failure in self.failures.items():
             console.print(f"[red]FAIL[/] {name}: ", failure, sep="", highlight=False, soft_wrap=True)
         console.print(self.verdict, style="red" if self.failures else "green", highlight=False)
         console.print(", ".join(f"{name} {value}" for name, value in self.environment.items()), highlight=False)
+
+
+def _name(row: Row) -> str:
+    return f"{row.kind} {row.quantity}"
 
 
 def _environment(torch: str) -> dict[str, str]:
