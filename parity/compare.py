@@ -138,7 +138,7 @@ def pool(outcomes: Iterable[Outcome]) -> tuple[list[Row], Row]:
             entry = ({dtype: rows[index] for dtype, rows in outcome.errors.items()}, outcome.torch[index])
             groups.setdefault((outcome.case.kind, quantity(name)), []).append(entry)
             everything.append(entry)
-    return [_row(*key, entries) for key, entries in groups.items()], _row("all", "everything", everything)
+    return [_row(*key, entries) for key, entries in groups.items()], _row("all kinds", "all quantities", everything)
 
 
 def _row(kind: str, name: str, entries: list[tuple[dict[str, np.ndarray], np.ndarray]]) -> Row:

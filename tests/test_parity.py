@@ -79,21 +79,23 @@ def test_every_case_is_recorded() -> None:
         RECORDED(dataclasses.replace(CASE, name="unheard of"))
 
 
+def _relu_and_smallest(gates: tuple, hidden: tuple, state: tuple) -> tuple:
+    size = jnp.abs(gates[0])
+    return jax.nn.relu(gates[0]), jnp.minimum(state[1], jnp.where(size == 0, jnp.inf, size))
+
+
+SMALLEST = jaxrnn.Cell("relu with its smallest argument", ("h",), ("h", "smallest"), _relu_and_smallest)
+
+
 def _nearest_to_zero(case: Case) -> float:
     """The smallest argument of a relu in the case, exact zeros apart: those are the same for everyone."""
-
-    def step(gates: tuple, hidden: tuple, state: tuple) -> tuple:
-        size = jnp.abs(gates[0])
-        return jax.nn.relu(gates[0]), jnp.minimum(state[1], jnp.where(size == 0, jnp.inf, size))
-
-    cell = jaxrnn.Cell("relu with its smallest argument", ("h",), ("h", "smallest"), step)
     parameters, inputs, cotangents = case.arrays()
     h_0 = inputs.get("h_0", np.zeros_like(cotangents["h_n"]))
     hx = (h_0, np.full_like(h_0, np.inf))
     if case.steps is None:
-        state = jaxrnn.apply_cell(jaxrnn.CellSpec(cell, **case.arguments), parameters, inputs["input"], hx)
+        state = jaxrnn.apply_cell(jaxrnn.CellSpec(SMALLEST, **case.arguments), parameters, inputs["input"], hx)
     else:
-        _, state = jaxrnn.apply(jaxrnn.Spec(cell, **case.arguments), parameters, inputs["input"], hx)
+        _, state = jaxrnn.apply(jaxrnn.Spec(SMALLEST, **case.arguments), parameters, inputs["input"], hx)
     return float(state[1].min())
 
 
@@ -122,8 +124,8 @@ def test_a_fault_in_any_array_is_seen_and_named(name: str) -> None:
     assert compare(CASE, truth, faulty, ["float64"]).failure().startswith(f"{name} in float64 is off by ")
 
 
-@pytest.mark.parametrize("case", [case for case in BIG if case.steps is None], ids=lambda case: case.name)
-def test_a_fault_is_seen_where_only_a_digest_is_recorded(case: Case) -> None:
+def test_a_fault_is_seen_where_only_a_digest_is_recorded() -> None:
+    case = CASES["LSTMCell-accuracy-seed0"]
     arrays = sides.run_jaxrnn(case, "float64")
     for name in arrays:
         bad = {**arrays, name: arrays[name] * (1 + 1e-11)}
@@ -190,7 +192,7 @@ def test_the_runner_sees_float32_errors_that_only_many_numbers_show(
     assert runner.main(["--filter", "LSTMCell-accuracy", "--json", str(out)]) == 1
     report = json.loads(out.read_text())
     assert not report["passed"]
-    assert list(report["failures"]) == ["LSTMCell h_n"]
+    assert list(report["failures"]) == ["LSTMCell h_n", "all kinds all quantities"]
     assert "of torch's own, more than" in report["failures"]["LSTMCell h_n"]
     assert "FAIL LSTMCell h_n" in capsys.readouterr().out
 
