@@ -111,6 +111,9 @@ class _Layers(_Module):
         x: ArrayLike,
         hx: HX = None,
         *,
+        lengths: ArrayLike | None = None,
+        reset: ArrayLike | None = None,
+        reset_state: HX = None,
         deterministic: bool | None = None,
         rngs: DropoutRngs | None = None,
     ) -> tuple[jax.Array, State]:
@@ -120,25 +123,44 @@ class _Layers(_Module):
             x: the input, (time, batch, input_size), or (batch, time, input_size) with `batch_first`, or unbatched
                 (time, input_size); floating.
             hx: the initial state h_0, for an LSTM (h_0, c_0), of the shapes that are returned; zeros if None.
+            lengths: how many steps each row has, integers from 0 to time, (batch,), or for unbatched x (); all of
+                them if None. What x holds past a row's end reaches nothing. Data under jit, where their values cannot
+                be checked: there a length below 0 counts as 0, and one above time as time.
+            reset: True before which steps the state is put back, as between the episodes of an environment; boolean,
+                in the layout of x without its features. Not for a bidirectional module.
+            reset_state: what `reset` puts the state back to, like hx; zeros if None.
             deterministic: whether dropout is off; the module's `deterministic` if None, which `train()` sets to
                 False and `eval()` to True.
             rngs: nnx.Rngs, an nnx.RngStream or a jax key to draw dropout from, instead of the module's own.
 
         Returns:
             `(output, h_n)`, for an LSTM `(output, (h_n, c_n))`. output: the last layer's outputs at every step, laid
-            out as x, with directions * (proj_size or hidden_size) features. h_n and c_n: the states after each row's
-            last step, (num_layers * directions, batch, features), without batch for unbatched x.
+            out as x, with directions * (proj_size or hidden_size) features, 0 past a row's end. h_n and c_n: the
+            states after each row's last step, (num_layers * directions, batch, features), without batch for unbatched
+            x; the backward direction starts at that step, and a row of length 0 keeps its hx.
 
         Raises:
-            TypeError: x or hx is not floating, or hx is not one array, or for an LSTM not two.
-            ValueError: x is neither 2-D nor 3-D.
-            RuntimeError: the size of x or hx does not fit, or the sequence is empty.
+            TypeError: x, hx or reset_state is not floating; hx or reset_state is not one array, or for an LSTM not
+                two; lengths are not integers; or reset is not boolean.
+            ValueError: x is neither 2-D nor 3-D, a length is out of range, or reset comes with a bidirectional module.
+            RuntimeError: the size of x, hx, lengths, reset or reset_state does not fit, or the sequence is empty.
         """
         key = None
         deterministic = self.deterministic if deterministic is None else deterministic
         if self._drops() and not deterministic:
             key = _key(self.rngs if rngs is None else rngs)
-        return apply(self.spec, self._params(), x, hx, dropout_key=key, dtype=self.dtype, precision=self.precision)
+        return apply(
+            self.spec,
+            self._params(),
+            x,
+            hx,
+            lengths=lengths,
+            reset=reset,
+            reset_state=reset_state,
+            dropout_key=key,
+            dtype=self.dtype,
+            precision=self.precision,
+        )
 
     def set_view(self, deterministic: bool | None = None) -> None:
         """What `nnx.view` calls: sets `deterministic` unless it is None."""

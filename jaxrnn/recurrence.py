@@ -30,6 +30,16 @@ class Settings(NamedTuple):
     reverse: bool = False
 
 
+class Marks(NamedTuple):
+    """Steps that are not like the others: boolean arrays (time, batch, 1), True where marked; None marks no step."""
+
+    ended: jax.Array | None = None  # past the row's end: the state is held, and the output is 0
+    reset: jax.Array | None = None  # the state is put back before the step
+
+
+UNMARKED = Marks()
+
+
 class Recurrent(NamedTuple):
     """The weights inside the loop, turned once outside it so that products read them along their rows."""
 
@@ -38,28 +48,40 @@ class Recurrent(NamedTuple):
     weight_hr: jax.Array | None  # (hidden_size, proj_size)
 
 
-def layer(settings: Settings, weights: Weights, x: jax.Array, state: Arrays) -> tuple[jax.Array, Arrays]:
+def layer(
+    settings: Settings,
+    weights: Weights,
+    x: jax.Array,
+    state: Arrays,
+    marks: Marks = UNMARKED,
+    reset_state: Arrays | None = None,
+) -> tuple[jax.Array, Arrays]:
     """Run one layer in one direction.
 
     Args:
         settings: the cell, the precision of products, and the direction in time.
         weights: torch's parameters of this layer and direction by role: `weight_ih` (gates * hidden_size, features),
             `weight_hh`, and where there are any `bias_ih`, `bias_hh`, `weight_hr`; all in x's dtype.
-        x: the input, (time, batch, features).
+        x: the input, (time, batch, features); finite past a row's end, too.
         state: the initial state, one array (batch, size) a state.
+        marks: where rows have ended, and where the state is put back.
+        reset_state: what the state is put back to, like `state`; zeros if None.
 
     Returns:
         The outputs, (time, batch, output size) in x's dtype, and the state after the last step run.
     """
     gates, recurrent = _project_input(settings, weights, x)
-    outputs, state = _scan(settings, recurrent, gates, _cast(state, _accumulator(x.dtype)))
+    state = _cast(state, _accumulator(x.dtype))
+    if marks.reset is not None:
+        reset_state = jax.tree.map(jnp.zeros_like, state) if reset_state is None else _cast(reset_state, state[0].dtype)
+    outputs, state = _scan(settings, recurrent, gates, state, marks, reset_state)
     return outputs, _cast(state, x.dtype)
 
 
 def step(settings: Settings, weights: Weights, x: jax.Array, state: Arrays) -> Arrays:
     """Make one step: as `layer`, on x of shape (batch, features), without a time axis."""
     gates, recurrent = _project_input(settings, weights, x)
-    state, _ = _step(settings, recurrent, gates, _cast(state, _accumulator(x.dtype)))
+    state, *_ = _step(settings, recurrent, gates, _cast(state, _accumulator(x.dtype)))
     return _cast(state, x.dtype)
 
 
@@ -70,6 +92,18 @@ def _accumulator(dtype: jnp.dtype) -> jnp.dtype:
 
 def _cast(arrays: Arrays, dtype: jnp.dtype) -> Arrays:
     return tuple(a.astype(dtype) for a in arrays)
+
+
+def _select(mark: jax.Array | None, marked: Arrays | None, others: Arrays) -> Arrays:
+    """`marked` in the rows that have the mark, `others` in those that have not."""
+    if mark is None or marked is None:
+        return others
+    return tuple(jnp.where(mark, a, b) for a, b in zip(marked, others, strict=True))
+
+
+def _output(marks: Marks, state: Arrays, dtype: jnp.dtype) -> jax.Array:
+    output = state[0].astype(dtype)
+    return output if marks.ended is None else jnp.where(marks.ended, jnp.zeros_like(output), output)
 
 
 def _product(settings: Settings, a: jax.Array, weight: jax.Array, contract: int = 0) -> jax.Array:
@@ -117,84 +151,90 @@ def _arguments(cell: Cell, gates: Sequence, sums: Arrays) -> tuple[Arrays, Array
     return whole, tuple(total for name, total in zip(cell.gates, sums, strict=True) if name in cell.apart)
 
 
-class _Saved(NamedTuple):
-    """What a step leaves for its derivative."""
-
-    state: Arrays
-    sums: Arrays
-    unprojected: jax.Array | None
-
-
-def _step(settings: Settings, recurrent: Recurrent, gates: Arrays, state: Arrays) -> tuple[Arrays, _Saved]:
+def _step(
+    settings: Settings, recurrent: Recurrent, gates: Arrays, state: Arrays
+) -> tuple[Arrays, Arrays, jax.Array | None]:
+    """One step: the state after it, and what its derivative needs, the sums and the output before projection."""
     cell = settings.cell
     products = _split(cell, _product(settings, state[0], recurrent.weight_hh))
     sums = _sums(cell, gates, products, recurrent.bias_apart)
     state = tuple(cell.step(*_arguments(cell, gates, sums), state))
     if len(state) != len(cell.states):
         raise ValueError(f"step of Cell {cell.name!r} should return {len(cell.states)} arrays, got {len(state)}")
-    unprojected = None
-    if recurrent.weight_hr is not None:
-        unprojected = state[0]
-        state = (_product(settings, unprojected, recurrent.weight_hr), *state[1:])
-    return state, _Saved(state, sums, unprojected)
+    if recurrent.weight_hr is None:
+        return state, sums, None
+    return (_product(settings, state[0], recurrent.weight_hr), *state[1:]), sums, state[0]
+
+
+def _advance(
+    settings: Settings, recurrent: Recurrent, gates: Arrays, state: Arrays, marks: Marks, reset_state: Arrays | None
+) -> tuple[Arrays, Arrays, jax.Array | None]:
+    """A step of a sequence: as `_step`, with the marks."""
+    after, sums, unprojected = _step(settings, recurrent, gates, _select(marks.reset, reset_state, state))
+    return _select(marks.ended, state, after), sums, unprojected
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _scan(settings: Settings, recurrent: Recurrent, gates: Arrays, state: Arrays) -> tuple[jax.Array, Arrays]:
+def _scan(
+    settings: Settings, recurrent: Recurrent, gates: Arrays, state: Arrays, marks: Marks, reset_state: Arrays | None
+) -> tuple[jax.Array, Arrays]:
     """Run the recurrence over `gates`, (time, batch, hidden_size) each; return the outputs and the last state."""
-    dtype = recurrent.weight_hh.dtype
 
-    def body(state: Arrays, gates: Arrays) -> tuple[Arrays, jax.Array]:
-        state, _ = _step(settings, recurrent, gates, state)
-        return state, state[0].astype(dtype)
+    def body(state: Arrays, step: tuple[Arrays, Marks]) -> tuple[Arrays, jax.Array]:
+        gates, marks = step
+        state, *_ = _advance(settings, recurrent, gates, state, marks, reset_state)
+        return state, _output(marks, state, recurrent.weight_hh.dtype)
 
-    state, outputs = lax.scan(body, state, gates, reverse=settings.reverse)
+    state, outputs = lax.scan(body, state, (gates, marks), reverse=settings.reverse)
     return outputs, state
 
 
 @_scan.defjvp
-def _scan_jvp(
-    settings: Settings,
-    primals: tuple[Recurrent, Arrays, Arrays],
-    tangents: tuple[Recurrent, Arrays, Arrays],
-) -> tuple[tuple[jax.Array, Arrays], tuple[jax.Array, Arrays]]:
-    recurrent, gates, state = primals
-    d_recurrent, d_gates, d_state = tangents
+def _scan_jvp(settings: Settings, primals: tuple, tangents: tuple) -> tuple[tuple, tuple]:
+    recurrent, gates, state, marks, reset_state = primals
+    d_recurrent, d_gates, d_state, _, d_reset_state = tangents
     cell = settings.cell
     dtype = recurrent.weight_hh.dtype
-    last, saved = lax.scan(
-        lambda state, gates: _step(settings, recurrent, gates, state), state, gates, reverse=settings.reverse
-    )
-    before = _before(settings, state, saved.state)
-    partials = _partials(cell, *_arguments(cell, gates, saved.sums), before)
+
+    def forward(state: Arrays, step: tuple[Arrays, Marks]) -> tuple[Arrays, tuple]:
+        gates, marks = step
+        state, sums, unprojected = _advance(settings, recurrent, gates, state, marks, reset_state)
+        return state, (state, sums, unprojected)
+
+    last, (states, sums, unprojected) = lax.scan(forward, state, (gates, marks), reverse=settings.reverse)
+    before = _select(marks.reset, reset_state, _before(settings, state, states))
+    partials = _partials(cell, *_arguments(cell, gates, sums), before)
 
     # What is known of the tangents before the loop: all but what comes through the state's own tangent.
     d_products = _split(cell, _product(settings, before[0], d_recurrent.weight_hh))
     d_sums = jnp.concatenate(_sums(cell, d_gates, d_products, d_recurrent.bias_apart), axis=-1)
     d_inputs = tuple(d_gate if name in cell.apart else None for name, d_gate in zip(cell.gates, d_gates, strict=True))
     d_projected = None
-    if saved.unprojected is not None and d_recurrent.weight_hr is not None:
-        d_projected = _product(settings, saved.unprojected, d_recurrent.weight_hr)
+    if unprojected is not None and d_recurrent.weight_hr is not None:
+        d_projected = _product(settings, unprojected, d_recurrent.weight_hr)
 
     # Turned back, so that the transposed loop reads them along their rows as well.
     weight_hh = recurrent.weight_hh.T
     weight_hr = None if recurrent.weight_hr is None else recurrent.weight_hr.T
 
-    def body(d_state: Arrays, known: tuple) -> tuple[Arrays, jax.Array]:
-        partials, d_sums, d_inputs, d_projected = known
-        d_sums = _split(cell, d_sums + _product(settings, d_state[0], weight_hh, contract=1))
+    def linear(d_state: Arrays, step: tuple) -> tuple[Arrays, jax.Array]:
+        partials, d_sums, d_inputs, d_projected, marks = step
+        d_before = _select(marks.reset, d_reset_state, d_state)
+        d_sums = _split(cell, d_sums + _product(settings, d_before[0], weight_hh, contract=1))
         d_gates, d_hidden = _arguments(cell, d_inputs, d_sums)
-        slots = (*d_gates, *d_hidden, *d_state)
-        d_state = tuple(
+        slots = (*d_gates, *d_hidden, *d_before)
+        d_after = tuple(
             functools.reduce(operator.add, [a * slots[slot] for slot, a in row.items()] or [jnp.zeros_like(old)])
-            for row, old in zip(partials, d_state, strict=True)
+            for row, old in zip(partials, d_before, strict=True)
         )
         if weight_hr is not None:
-            d_state = (_product(settings, d_state[0], weight_hr, contract=1) + d_projected, *d_state[1:])
-        return d_state, d_state[0].astype(dtype)
+            d_after = (_product(settings, d_after[0], weight_hr, contract=1) + d_projected, *d_after[1:])
+        d_state = _select(marks.ended, d_state, d_after)
+        return d_state, _output(marks, d_state, dtype)
 
-    d_last, d_outputs = lax.scan(body, d_state, (partials, d_sums, d_inputs, d_projected), reverse=settings.reverse)
-    return (saved.state[0].astype(dtype), last), (d_outputs, d_last)
+    known = (partials, d_sums, d_inputs, d_projected, marks)
+    d_last, d_outputs = lax.scan(linear, d_state, known, reverse=settings.reverse)
+    return (_output(marks, states, dtype), last), (d_outputs, d_last)
 
 
 def _before(settings: Settings, first: Arrays, after: Arrays) -> Arrays:

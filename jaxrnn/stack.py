@@ -2,10 +2,11 @@
 
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxrnn import recurrence
@@ -21,6 +22,9 @@ def apply(
     x: ArrayLike,
     hx: ArrayLike | Sequence[ArrayLike] | None = None,
     *,
+    lengths: ArrayLike | None = None,
+    reset: ArrayLike | None = None,
+    reset_state: ArrayLike | Sequence[ArrayLike] | None = None,
     dropout_key: jax.Array | None = None,
     dropout_masks: Sequence[ArrayLike] | None = None,
     dtype: DTypeLike | None = None,
@@ -36,6 +40,12 @@ def apply(
         hx: the initial state h_0, (num_layers * directions, batch, output size), or (num_layers * directions, output
             size) for unbatched x; zeros if None. For a cell of several states a tuple or list: (h_0, c_0) for an LSTM,
             where c_0 has hidden_size features and h_0 has proj_size, if that is set.
+        lengths: how many steps each row has, integers from 0 to time, (batch,), or for unbatched x (); all of them if
+            None. What x holds past a row's end reaches nothing. Data under jit, where their values cannot be checked:
+            there a length below 0 counts as 0, and one above time as time.
+        reset: True before which steps the state is put back, as between the episodes of an environment; boolean, in
+            the layout of x without its features. Not for a bidirectional network.
+        reset_state: what `reset` puts the state back to, like hx; zeros if None.
         dropout_key: a jax random key, for dropout in training; without it or `dropout_masks` there is none.
         dropout_masks: instead of a key, what dropout keeps: for each layer but the last an array of 0 or 1,
             (time, batch, directions * output size) also with `batch_first`, without batch for unbatched x.
@@ -44,12 +54,15 @@ def apply(
 
     Returns:
         `(output, h_n)`, or for a cell of several states `(output, (h_n, c_n))`: the last layer's outputs, laid out
-        as x with directions * output size features, and the last states, laid out as hx.
+        as x with directions * output size features, 0 past a row's end; and the states after each row's last step,
+        laid out as hx. The backward direction starts at each row's own last step. A row of length 0 keeps its hx.
 
     Raises:
-        TypeError: x, hx or a parameter is not floating, or hx has not the form that the cell's states need.
-        ValueError: x is neither 2-D nor 3-D, or params has not the names and shapes of `spec.shapes()`.
-        RuntimeError: the size of x or hx does not fit, or the sequence is empty.
+        TypeError: x, hx, reset_state or a parameter is not floating, hx or reset_state has not the form that the
+            cell's states need, lengths are not integers, or reset is not boolean.
+        ValueError: x is neither 2-D nor 3-D, params has not the names and shapes of `spec.shapes()`, a length is
+            out of range, or reset comes with a bidirectional network.
+        RuntimeError: the size of x, hx, lengths, reset or reset_state does not fit, or the sequence is empty.
 
     >>> import jax, jaxrnn
     >>> spec = jaxrnn.Spec(jaxrnn.LSTM_CELL, 10, 20, num_layers=2)
@@ -67,14 +80,19 @@ def apply(
     if x.shape[time_axis] == 0:
         raise RuntimeError(f"x should have at least one time step on axis {time_axis}, got shape {x.shape}")
     batch = x.shape[1 - time_axis : 2 - time_axis] if x.ndim == 3 else ()
-    rows = spec.num_layers * spec.num_directions
-    state = _states(spec, hx, [(rows, *batch, size) for size in spec.state_sizes()])
+    shapes = [(spec.num_layers * spec.num_directions, *batch, size) for size in spec.state_sizes()]
+    state = _states(spec, "hx", hx, shapes)
+    lengths = _lengths(lengths, batch, x.shape[time_axis])
+    if reset is None and reset_state is not None:
+        raise ValueError("reset_state needs reset, which says before which steps the state is put back to it")
+    reset, reset_state = _reset(spec, reset, x.shape[:-1]), _states(spec, "reset_state", reset_state, shapes)
     masks = None
     if spec.dropout and dropout_masks is not None:
         features = spec.num_directions * spec.output_size
         masks = _masks(dropout_masks, spec.num_layers - 1, (x.shape[time_axis], *batch, features))
     key = dropout_key if spec.dropout and masks is None else None
-    output, state = _apply(spec, _parameters(spec, params), x, state, key, masks, _dtype(dtype), precision)
+    arrays = _Arrays(_parameters(spec, params), x, state, reset_state)
+    output, state = _apply(spec, arrays, lengths, reset, key, masks, _dtype(dtype), precision)
     return output, _unwrap(state)
 
 
@@ -116,8 +134,8 @@ def apply_cell(
         raise ValueError(f"x should be 1-D (unbatched) or 2-D (batched), got shape {x.shape}")
     if x.shape[-1] != spec.input_size:
         raise RuntimeError(f"x should have input_size={spec.input_size} features on its last axis, got shape {x.shape}")
-    state = _states(spec, hx, [(*x.shape[:-1], spec.hidden_size)] * len(spec.cell.states))
-    return _unwrap(_apply_cell(spec, _parameters(spec, params), x, state, _dtype(dtype), precision))
+    state = _states(spec, "hx", hx, [(*x.shape[:-1], spec.hidden_size)] * len(spec.cell.states))
+    return _unwrap(_apply_cell(spec, _Arrays(_parameters(spec, params), x, state), _dtype(dtype), precision))
 
 
 def _floating(name: str, value: Any) -> jax.Array:
@@ -145,7 +163,7 @@ def _parameters(spec: Spec | CellSpec, params: Mapping[str, ArrayLike]) -> dict[
     return arrays
 
 
-def _states(spec: Spec | CellSpec, hx: Any, shapes: list[tuple[int, ...]]) -> Arrays | None:
+def _states(spec: Spec | CellSpec, argument: str, hx: Any, shapes: list[tuple[int, ...]]) -> Arrays | None:
     """Check hx against one shape a state; None stays None, for zeros are made where the dtype is known."""
     if hx is None:
         return None
@@ -153,15 +171,42 @@ def _states(spec: Spec | CellSpec, hx: Any, shapes: list[tuple[int, ...]]) -> Ar
     several = len(names) > 1
     if several != isinstance(hx, tuple | list):
         wanted = f"a tuple ({', '.join(names)})" if several else f"one array {names[0]}"
-        raise TypeError(f"hx should be {wanted}, got {type(hx).__name__}")
+        raise TypeError(f"{argument} should be {wanted}, got {type(hx).__name__}")
     values = tuple(hx) if several else (hx,)
     if len(values) != len(names):
-        raise TypeError(f"hx should be a tuple ({', '.join(names)}), got {len(values)} values")
-    state = tuple(_floating(f"{name} of hx", value) for name, value in zip(names, values, strict=True))
+        raise TypeError(f"{argument} should be a tuple ({', '.join(names)}), got {len(values)} values")
+    state = tuple(_floating(f"{name} of {argument}", value) for name, value in zip(names, values, strict=True))
     for name, array, shape in zip(names, state, shapes, strict=True):
         if array.shape != shape:
-            raise RuntimeError(f"{name} of hx should have shape {shape}, got {array.shape}")
+            raise RuntimeError(f"{name} of {argument} should have shape {shape}, got {array.shape}")
     return state
+
+
+def _lengths(lengths: Any, shape: tuple[int, ...], steps: int) -> jax.Array | None:
+    if lengths is None:
+        return None
+    if not isinstance(lengths, jax.core.Tracer):
+        lengths = np.asarray(lengths)
+    if not jnp.issubdtype(lengths.dtype, jnp.integer):
+        raise TypeError(f"lengths should be integers, got {lengths.dtype}")
+    if lengths.shape != shape:
+        raise RuntimeError(f"lengths should have shape {shape}, one for each row of x, got {lengths.shape}")
+    if isinstance(lengths, np.ndarray) and not np.all((lengths >= 0) & (lengths <= steps)):
+        raise ValueError(f"lengths should be from 0 to the {steps} time steps of x, got {lengths.tolist()}")
+    return jnp.asarray(lengths)
+
+
+def _reset(spec: Spec, reset: ArrayLike | None, shape: tuple[int, ...]) -> jax.Array | None:
+    if reset is None:
+        return None
+    if spec.bidirectional:
+        raise ValueError("reset is for unidirectional networks: a backward direction would start an episode at its end")
+    array = jnp.asarray(reset)
+    if array.dtype != bool:
+        raise TypeError(f"reset should be boolean, got {array.dtype}")
+    if array.shape != shape:
+        raise RuntimeError(f"reset should have the shape of x without its features, {shape}, got {array.shape}")
+    return array
 
 
 def _masks(masks: Sequence[ArrayLike], count: int, shape: tuple[int, ...]) -> Arrays:
@@ -175,36 +220,47 @@ def _unwrap(state: Arrays) -> State:
     return state if len(state) > 1 else state[0]
 
 
-def _promote(
-    params: dict[str, jax.Array], x: jax.Array, state: Arrays | None, dtype: jnp.dtype | None
-) -> tuple[dict[str, jax.Array], jax.Array, Arrays | None]:
-    arrays = (params, x, state)
-    dtype = jnp.result_type(*jax.tree.leaves(arrays)) if dtype is None else dtype
-    return jax.tree.map(lambda a: a.astype(dtype), arrays)
+class _Arrays(NamedTuple):
+    """What is computed with, all of it in one dtype."""
+
+    params: dict[str, jax.Array]
+    x: jax.Array
+    state: Arrays | None
+    reset_state: Arrays | None = None
+
+    def promote(self, dtype: jnp.dtype | None) -> "_Arrays":
+        dtype = jnp.result_type(*jax.tree.leaves(self)) if dtype is None else dtype
+        return jax.tree.map(lambda a: a.astype(dtype), self)
 
 
 # Jitted on the frozen settings, so that a module called eagerly in a loop compiles once.
 @functools.partial(jax.jit, static_argnames=("spec", "dtype", "precision"))
 def _apply(
     spec: Spec,
-    params: dict[str, jax.Array],
-    x: jax.Array,
-    state: Arrays | None,
+    arrays: _Arrays,
+    lengths: jax.Array | None,
+    reset: jax.Array | None,
     key: jax.Array | None,
     masks: Arrays | None,
     dtype: jnp.dtype | None,
     precision: jax.lax.PrecisionLike,
 ) -> tuple[jax.Array, Arrays]:
-    params, x, state = _promote(params, x, state, dtype)
+    params, x, state, reset_state = arrays.promote(dtype)
     batched = x.ndim == 3
     if not batched:  # unbatched is a batch of one
-        x = x[:, None]
-        state, masks = jax.tree.map(lambda a: a[:, None], (state, masks))
+        x, reset, lengths = jax.tree.map(lambda a: jnp.expand_dims(a, min(a.ndim, 1)), (x, reset, lengths))
+        state, reset_state, masks = jax.tree.map(lambda a: a[:, None], (state, reset_state, masks))
     elif spec.batch_first:
-        x = x.swapaxes(0, 1)
+        x, reset = jax.tree.map(lambda a: a.swapaxes(0, 1), (x, reset))
     if state is None:
         rows = spec.num_layers * spec.num_directions
         state = tuple(jnp.zeros((rows, x.shape[1], size), x.dtype) for size in spec.state_sizes())
+    marks = recurrence.Marks(reset=None if reset is None else reset[..., None])
+    if lengths is not None:
+        steps = jnp.arange(len(x), dtype=jnp.int32)
+        ended = (steps[:, None] >= lengths.astype(jnp.int32))[..., None]
+        x = jnp.where(ended, jnp.zeros_like(x), x)  # NaN there would reach the gradients through the products
+        marks = marks._replace(ended=ended)
     keys = None if key is None else jax.random.split(key, spec.num_layers)
 
     last = []
@@ -214,7 +270,8 @@ def _apply(
             row = index * spec.num_directions + direction
             weights = {role: params[name] for role, name in spec.names(index, direction).items()}
             settings = recurrence.Settings(spec.cell, precision, reverse=direction == 1)
-            output, states = recurrence.layer(settings, weights, x, tuple(a[row] for a in state))
+            first, restart = jax.tree.map(lambda a, row=row: a[row], (state, reset_state))
+            output, states = recurrence.layer(settings, weights, x, first, marks, restart)
             outputs.append(output)
             last.append(states)
         x = jnp.concatenate(outputs, axis=-1) if len(outputs) > 1 else outputs[0]
@@ -237,15 +294,8 @@ def _dropout(spec: Spec, x: jax.Array, keep: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "dtype", "precision"))
-def _apply_cell(
-    spec: CellSpec,
-    params: dict[str, jax.Array],
-    x: jax.Array,
-    state: Arrays | None,
-    dtype: jnp.dtype | None,
-    precision: jax.lax.PrecisionLike,
-) -> Arrays:
-    params, x, state = _promote(params, x, state, dtype)
+def _apply_cell(spec: CellSpec, arrays: _Arrays, dtype: jnp.dtype | None, precision: jax.lax.PrecisionLike) -> Arrays:
+    params, x, state, _ = arrays.promote(dtype)
     if state is None:
         state = tuple(jnp.zeros((*x.shape[:-1], spec.hidden_size), x.dtype) for _ in spec.cell.states)
     return recurrence.step(recurrence.Settings(spec.cell, precision), params, x, state)

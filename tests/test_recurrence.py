@@ -51,29 +51,42 @@ TIME, INPUT, HIDDEN = 4, 2, 3
 
 
 class Case:
-    """One unbatched bidirectional layer of a kind, ours and in plain autodiff, with a scalar loss over every output."""
+    """One unbatched bidirectional layer of a kind, ours and in plain autodiff, with a scalar loss over every output.
 
-    def __init__(self, kind: str) -> None:
+    Or a layer whose row ends a step early, or a layer in one direction that is put back before its third step.
+    """
+
+    def __init__(self, kind: str, mark: str = "") -> None:
         cell, proj_size, self.step = KINDS[kind]
-        self.spec = jaxrnn.Spec(cell, INPUT, HIDDEN, bidirectional=True, proj_size=proj_size)
+        self.length = TIME - (mark == "ends")
+        self.resets = mark == "reset"
+        self.spec = jaxrnn.Spec(cell, INPUT, HIDDEN, bidirectional=not self.resets, proj_size=proj_size)
         random = np.random.RandomState(0)
         self.params = {name: jnp.asarray(random.randn(*shape)) for name, shape in self.spec.shapes().items()}
         self.x = jnp.asarray(random.randn(TIME, INPUT))
-        self.hx = tuple(jnp.asarray(random.randn(2, size)) for size in self.spec.state_sizes())
+        rows = self.spec.num_directions
+        self.hx = tuple(jnp.asarray(random.randn(rows, size)) for size in self.spec.state_sizes())
 
     def ours(self, params: Tree, x: jax.Array, hx: tuple) -> list[jax.Array]:
-        return jax.tree.leaves(jaxrnn.apply(self.spec, params, x, hx if len(hx) > 1 else hx[0]))
+        marks: dict = {"lengths": self.length} if self.length < TIME else {}
+        hx = hx if len(hx) > 1 else hx[0]
+        if self.resets:
+            marks = {"reset": jnp.arange(TIME) == 2, "reset_state": jax.tree.map(jnp.cos, hx)}
+        return jax.tree.leaves(jaxrnn.apply(self.spec, params, x, hx, **marks))
 
     def plain(self, params: Tree, x: jax.Array, hx: tuple) -> list[jax.Array]:
         outputs, last = [], []
-        for direction in (0, 1):
+        for direction in range(self.spec.num_directions):
             weights = {role: params[name] for role, name in self.spec.names(0, direction).items()}
             state = tuple(a[direction] for a in hx)
             hidden = []
-            for t in range(TIME)[:: -1 if direction else 1]:
+            for t in range(self.length)[:: -1 if direction else 1]:
+                if self.resets and t == 2:
+                    state = tuple(jnp.cos(a[direction]) for a in hx)
                 state = self.step(x[t], state, weights)
                 hidden.append(state[0])
-            outputs.append(jnp.stack(hidden[:: -1 if direction else 1]))
+            zeros = [jnp.zeros_like(hidden[0])] * (TIME - self.length)
+            outputs.append(jnp.stack(hidden[:: -1 if direction else 1] + zeros))
             last.append(state)
         return [jnp.concatenate(outputs, -1), *(jnp.stack(rows) for rows in zip(*last, strict=True))]
 
@@ -86,9 +99,12 @@ class Case:
         return self.params, self.x, self.hx
 
 
-@pytest.fixture(params=list(KINDS))
+MARKED = [f"{kind} {mark}" for kind in ("lstm_projected", "gru") for mark in ("ends", "reset")]
+
+
+@pytest.fixture(params=[*KINDS, *MARKED])
 def case(request: pytest.FixtureRequest) -> Case:
-    return Case(request.param)
+    return Case(*request.param.split())
 
 
 def assert_same(ours: object, plain: object) -> None:

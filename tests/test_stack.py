@@ -1,9 +1,11 @@
 """The whole call: layout, order, dropout, dtypes, what compiles when, and what bad arguments get."""
 
+import os
 import types
 from typing import Any
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -113,6 +115,317 @@ def test_a_second_call_traces_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(traces) == 1
     jaxrnn.apply(spec, params, _normal(T + 1, N, I))
     assert len(traces) == 2
+
+
+# Lengths.
+
+ROWS = np.array([3, 5, 0, 1])
+# Two layers, two directions and a projection; and the cell whose recurrent half comes apart.
+RAGGED = [
+    jaxrnn.Spec(jaxrnn.LSTM_CELL, I, H, num_layers=2, bidirectional=True, proj_size=2),
+    jaxrnn.Spec(jaxrnn.GRU_CELL, I, H, num_layers=2, bidirectional=True, batch_first=True),
+]
+
+
+class Ragged:
+    """A batch of rows of different lengths, given with whatever is wanted in the padding."""
+
+    def __init__(self, spec: jaxrnn.Spec) -> None:
+        self.spec = spec
+        self.params = spec.init(jax.random.key(0), jnp.float64)
+        self.x = _normal(T, len(ROWS), I)
+        self.hx = tuple(_normal(4, len(ROWS), size) for size in spec.state_sizes())
+        self.padding = np.arange(T)[:, None] >= ROWS
+
+    def turn(self, a: jax.Array) -> jax.Array:
+        return a.swapaxes(0, 1) if self.spec.batch_first else a
+
+    def run(self, params: dict, x: jax.Array, hx: tuple, **arguments: Any) -> tuple:
+        """The outputs, time first, and the states; x is time first, too."""
+        hx = hx if len(hx) > 1 else hx[0]
+        output, state = jaxrnn.apply(self.spec, params, self.turn(x) if x.ndim == 3 else x, hx, **arguments)
+        return (self.turn(output) if x.ndim == 3 else output), *(state if isinstance(state, tuple) else (state,))
+
+    def differentiate(self, padding: float, cotangent_padding: float = 0.0) -> tuple:
+        """The results and the gradients of parameters, x and hx."""
+        x = jnp.where(self.padding[..., None], padding, self.x)
+        results, pullback = jax.vjp(lambda *arguments: self.run(*arguments, lengths=ROWS), self.params, x, self.hx)
+        output, *states = (_normal(*a.shape) for a in results)
+        output = jnp.where(self.padding[..., None], cotangent_padding, output)
+        return results, pullback((output, *states))
+
+
+@pytest.fixture(params=RAGGED, ids=["LSTM", "GRU"], scope="module")
+def ragged(request: pytest.FixtureRequest) -> Ragged:
+    return Ragged(request.param)
+
+
+def test_lengths_equal_each_row_alone(ragged: Ragged) -> None:
+    results, (d_params, d_x, d_hx) = ragged.differentiate(7.0)
+    output, *states = results
+    added = jax.tree.map(jnp.zeros_like, ragged.params)
+    for row, length in enumerate(ROWS):
+        assert np.all(np.asarray(output[length:, row]) == 0)
+        assert np.all(np.asarray(d_x[length:, row]) == 0)
+        if length == 0:
+            continue
+        alone, pullback = jax.vjp(
+            ragged.run, ragged.params, ragged.x[:length, row], tuple(a[:, row] for a in ragged.hx)
+        )
+        for a, b in zip(alone, (output[:length, row], *(a[:, row] for a in states)), strict=True):
+            np.testing.assert_allclose(a, b, rtol=0, atol=1e-12)
+        cotangents = (_normal(*output.shape)[:length, row], *(_normal(*a.shape)[:, row] for a in states))
+        row_params, row_x, row_hx = pullback(cotangents)
+        added = jax.tree.map(jnp.add, added, row_params)
+        np.testing.assert_allclose(d_x[:length, row], row_x, rtol=0, atol=1e-12)
+        for a, b in zip(d_hx, row_hx, strict=True):
+            np.testing.assert_allclose(a[:, row], b, rtol=0, atol=1e-12)
+    for name, gradient in d_params.items():
+        np.testing.assert_allclose(gradient, added[name], rtol=0, atol=1e-12, err_msg=name)
+        assert np.abs(gradient).max() > 1e-3
+
+
+@pytest.mark.parametrize("padding", [np.nan, np.inf, 1e308])
+def test_padding_reaches_nothing(ragged: Ragged, padding: float) -> None:
+    zeros = ragged.differentiate(0.0)
+    assert all(np.all(np.isfinite(a)) for a in jax.tree.leaves(zeros))
+    # Bit by bit; and what a loss does with the outputs past the end does not come back either.
+    jax.tree.map(np.testing.assert_array_equal, ragged.differentiate(padding, padding), zeros)
+
+
+def test_a_row_of_length_0_keeps_its_state(ragged: Ragged) -> None:
+    (_, *states), _ = ragged.differentiate(np.nan)
+    (row,) = np.flatnonzero(ROWS == 0)
+    for a, a_0 in zip(states, ragged.hx, strict=True):
+        np.testing.assert_array_equal(a[:, row], a_0[:, row])
+    none, *states = ragged.run(ragged.params, ragged.x, ragged.hx, lengths=np.zeros(4, np.int32))
+    assert not np.any(np.asarray(none))
+    jax.tree.map(np.testing.assert_array_equal, tuple(states), ragged.hx)
+
+
+def test_whole_lengths_are_no_lengths(ragged: Ragged) -> None:
+    whole = ragged.run(ragged.params, ragged.x, ragged.hx, lengths=[T] * 4)
+    plain = ragged.run(ragged.params, ragged.x, ragged.hx)
+    for a, b in zip(whole, plain, strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-15)
+
+
+def test_lengths_of_unbatched_input() -> None:
+    x = _normal(T, I)
+    output, (h_n, c_n) = jaxrnn.apply(LSTM, PARAMS[LSTM], x.at[3:].set(jnp.nan), lengths=3)
+    expected, (h, c) = jaxrnn.apply(LSTM, PARAMS[LSTM], x[:3])
+    for a, b in [(output[:3], expected), (output[3:], jnp.zeros((2, 2 * H))), (h_n, h), (c_n, c)]:
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-15)
+
+
+def test_one_trace_for_all_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
+    traces = []
+    layer = recurrence.layer
+    monkeypatch.setattr(recurrence, "layer", lambda *args: traces.append(args) or layer(*args))
+    spec = jaxrnn.Spec(jaxrnn.GRU_CELL, I, 9)  # met nowhere else
+    params = spec.init(jax.random.key(0), jnp.float64)
+    jitted = jax.jit(lambda lengths: jaxrnn.apply(spec, params, _normal(T, N, I), lengths=lengths)[1])
+    last = [jitted(jnp.array([k % (T + 1), (k + 2) % (T + 1), T])) for k in range(10)]
+    assert len(traces) == 1
+    assert len({a.tobytes() for a in np.asarray(last)}) > 4
+    for k in range(10):
+        jaxrnn.apply(spec, params, _normal(T, N, I), lengths=[k % (T + 1), (k + 2) % (T + 1), T])
+    assert len(traces) == 1
+
+
+def test_lengths_out_of_range_under_jit_count_as_the_nearest() -> None:
+    run = jax.jit(lambda lengths: jaxrnn.apply(GRU, PARAMS[GRU], _normal(T, N, I), lengths=lengths))
+    jax.tree.map(np.testing.assert_array_equal, run(jnp.array([-3, 2, 99])), run(jnp.array([0, 2, T])))
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int64])
+def test_lengths_of_any_integer_dtype(dtype: type) -> None:
+    x = _normal(300, 1, I)  # more steps than a uint8 counts
+    output, _ = jaxrnn.apply(GRU, PARAMS[GRU], x, lengths=np.array([250], dtype))
+    assert np.all(np.any(np.asarray(output)[:, 0] != 0, axis=1) == (np.arange(300) < 250))
+
+
+def test_vmap_over_lengths() -> None:
+    x, lengths = _normal(2, T, N, I), jnp.array([[1, 2, 3], [5, 0, 4]])
+    run = lambda x, lengths: jaxrnn.apply(LSTM, PARAMS[LSTM], x, lengths=lengths)  # noqa: E731
+    together = jax.vmap(run)(x, lengths)
+    for k in range(2):
+        for a, b in zip(jax.tree.leaves(together), jax.tree.leaves(run(x[k], lengths[k])), strict=True):
+            np.testing.assert_allclose(a[k], b, rtol=0, atol=1e-15)
+
+
+def _stacked_by_scans(jaxpr: Any) -> list[tuple[int, ...]]:
+    """The shapes of what the scans in a jaxpr stack up over their steps."""
+    shapes = []
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "scan":
+            shapes += [v.aval.shape for v in equation.outvars[equation.params["num_carry"] :]]
+        for inner in jax.extend.core.jaxprs_in_params(equation.params):
+            shapes += _stacked_by_scans(inner)
+    return shapes
+
+
+def test_inference_keeps_no_history_but_the_outputs() -> None:
+    spec = jaxrnn.Spec(jaxrnn.LSTM_CELL, I, H, bidirectional=True)
+    params = spec.init(jax.random.key(0), jnp.float64)
+    run = lambda x: jaxrnn.apply(spec, params, x, lengths=[1, 2, 3])  # noqa: E731
+    assert _stacked_by_scans(jax.make_jaxpr(run)(_normal(T, N, I)).jaxpr) == [(T, N, H)] * 2
+    # What training keeps is seen:
+    gradient = jax.grad(lambda x: run(x)[0].sum())
+    assert len(_stacked_by_scans(jax.make_jaxpr(gradient)(_normal(T, N, I)).jaxpr)) > 10
+
+
+# Streaming and resets.
+
+CHUNKINGS = int(os.environ.get("JAXRNN_CHUNKINGS", "50"))
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+def test_any_chunks_equal_the_whole(kind: str) -> None:
+    cell = {"LSTM": jaxrnn.LSTM_CELL, "GRU": jaxrnn.GRU_CELL, "RNN": jaxrnn.RNN_TANH}[kind]
+    spec = jaxrnn.Spec(cell, I, H, num_layers=2, proj_size=2 if kind == "LSTM" else 0)
+    params, x = spec.init(jax.random.key(0), jnp.float64), _normal(12, N, I)
+    output, last = jaxrnn.apply(spec, params, x)
+    random = np.random.RandomState(0)
+    for _ in range(CHUNKINGS):
+        cuts = np.flatnonzero(random.rand(11) < random.rand()) + 1
+        pieces, state = [], None
+        for chunk in np.split(x, cuts):
+            piece, state = jaxrnn.apply(spec, params, chunk, state)
+            pieces.append(piece)
+        np.testing.assert_allclose(np.concatenate(pieces), output, rtol=0, atol=1e-12)
+        for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(last), strict=True):
+            np.testing.assert_allclose(a, b, rtol=0, atol=1e-12)
+
+
+ONE_WAY = jaxrnn.Spec(jaxrnn.LSTM_CELL, I, H, num_layers=2, batch_first=True)
+ONE_WAY_PARAMS = ONE_WAY.init(jax.random.key(0), jnp.float64)
+
+
+def _episodes(x: jax.Array, hx: tuple, reset: np.ndarray, reset_state: tuple) -> tuple:
+    """Each row by itself, cut where it is reset."""
+    outputs, states = [], []
+    for row in range(len(x)):
+        state, pieces = tuple(a[:, row] for a in hx), []
+        starts = np.flatnonzero(reset[row])
+        for start, chunk in zip([None, *starts], np.split(x[row], starts), strict=True):
+            state = state if start is None else tuple(a[:, row] for a in reset_state)
+            if len(chunk):
+                piece, state = jaxrnn.apply(ONE_WAY, ONE_WAY_PARAMS, chunk, state)
+                pieces.append(piece)
+        outputs.append(jnp.concatenate(pieces))
+        states.append(state)
+    return jnp.stack(outputs), tuple(jnp.stack(rows, axis=1) for rows in zip(*states, strict=True))
+
+
+def test_reset_starts_an_episode() -> None:
+    reset = np.array([[0, 0, 1, 0, 0], [1, 0, 0, 1, 1], [0, 0, 0, 0, 0]], bool)
+    x, hx, zeros = _normal(N, T, I), (_normal(2, N, H), _normal(2, N, H + 1)[..., 1:]), (jnp.zeros((2, N, H)),) * 2
+    other = jax.tree.map(jnp.cos, hx)
+    run = jax.jit(lambda reset, reset_state: jaxrnn.apply(
+        ONE_WAY, ONE_WAY_PARAMS, x, hx, reset=reset, reset_state=reset_state
+    ))  # fmt: skip
+    for ours, state in ((run(reset, None), zeros), (run(reset, other), other)):
+        expected = _episodes(x, hx, reset, state)
+        for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(a, b, rtol=0, atol=1e-12)
+    unbatched = jaxrnn.apply(ONE_WAY, ONE_WAY_PARAMS, x[1], tuple(a[:, 1] for a in hx), reset=reset[1])
+    np.testing.assert_allclose(unbatched[0], run(reset, None)[0][1], rtol=0, atol=1e-15)
+
+
+def test_a_reset_past_the_end_of_a_row_does_nothing() -> None:
+    x, lengths, reset = _normal(N, T, I), [2, 5, 0], np.zeros((N, T), bool)
+    plain = jaxrnn.apply(ONE_WAY, ONE_WAY_PARAMS, x, lengths=lengths, reset=reset)
+    reset[0, 2:] = reset[2] = True
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        jaxrnn.apply(ONE_WAY, ONE_WAY_PARAMS, x, lengths=lengths, reset=reset),
+        plain,
+    )
+
+
+BAD_MARKS = [
+    (GRU, {"lengths": [1, 2]}, RuntimeError, r"lengths should have shape \(3,\), one for each row of x, got \(2,\)"),
+    (GRU, {"lengths": 3}, RuntimeError, r"lengths should have shape \(3,\)"),
+    (GRU, {"lengths": [1.0, 2.0, 3.0]}, TypeError, "lengths should be integers, got float64"),
+    (GRU, {"lengths": [True, True, True]}, TypeError, "lengths should be integers, got bool"),
+    (
+        GRU,
+        {"lengths": [1, T + 1, 2]},
+        ValueError,
+        r"lengths should be from 0 to the 5 time steps of x, got \[1, 6, 2\]",
+    ),
+    (GRU, {"lengths": [1, -1, 2]}, ValueError, r"from 0 to the 5 time steps of x, got \[1, -1, 2\]"),
+    (LSTM, {"reset": np.zeros((T, N), bool)}, ValueError, "reset is for unidirectional networks"),
+    (
+        GRU,
+        {"reset": np.zeros((N, T), bool)},
+        RuntimeError,
+        r"reset should have the shape of x .* \(5, 3\), got \(3, 5\)",
+    ),
+    (GRU, {"reset": np.zeros((T, N))}, TypeError, "reset should be boolean, got float64"),
+    (GRU, {"reset_state": np.zeros((1, N, H))}, ValueError, "reset_state needs reset"),
+    (
+        GRU,
+        {"reset": np.zeros((T, N), bool), "reset_state": np.zeros((1, 1, H))},
+        RuntimeError,
+        r"h_0 of reset_state should have shape \(1, 3, 4\), got \(1, 1, 4\)",
+    ),
+]
+
+
+@pytest.mark.parametrize(("spec", "arguments", "error", "message"), BAD_MARKS)
+def test_bad_lengths_and_resets(spec: jaxrnn.Spec, arguments: dict, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        jaxrnn.apply(spec, PARAMS[spec], _normal(T, N, I), **arguments)
+
+
+# Half precision: products accumulate, and the state is carried, in float32.
+
+HALF = [
+    jaxrnn.Spec(jaxrnn.RNN_TANH, 32, 64, num_layers=2, bidirectional=True),
+    jaxrnn.Spec(jaxrnn.LSTM_CELL, 32, 64, num_layers=2, bidirectional=True, proj_size=32),
+    jaxrnn.Spec(jaxrnn.GRU_CELL, 32, 64, num_layers=2, bidirectional=True),
+]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("spec", HALF, ids=lambda spec: spec.cell.name)
+def test_half_precision_is_one_rounding_from_float64(spec: jaxrnn.Spec, dtype: str) -> None:
+    """Results and gradients, each scaled by max(1, its largest), are off by less than eps, 200 steps on."""
+    half, eps = jnp.dtype(dtype), float(jnp.finfo(dtype).eps)
+    params, x = jax.tree.map(lambda a: a.astype(half), (spec.init(jax.random.key(0)), _normal(200, 4, 32)))
+    run = lambda params, x: jax.tree.leaves(jaxrnn.apply(spec, params, x))  # noqa: E731
+    ours, pullback = jax.vjp(run, params, x)
+    cotangents = [_normal(*a.shape).astype(half) for a in ours]
+    wide = lambda tree: jax.tree.map(lambda a: a.astype(jnp.float64), tree)  # noqa: E731
+    truth, true_pullback = jax.vjp(run, *wide((params, x)))
+    pairs = [*zip(ours, truth, strict=True)]
+    gradients = pullback(cotangents), true_pullback(wide(cotangents))
+    pairs += zip(*(jax.tree.leaves(gradient) for gradient in gradients), strict=True)
+    for a, b in pairs:
+        assert a.dtype == half
+        error = np.max(np.abs(wide(a) - b)) / max(1.0, np.max(np.abs(b)))
+        assert error <= eps
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_chunk_boundary_costs_one_rounding(dtype: str) -> None:
+    """The state inside a call is more precise than what the call returns."""
+    spec = HALF[2]
+    spec = jaxrnn.Spec(spec.cell, 32, 64)
+    params, x = spec.init(jax.random.key(0)), _normal(200, 4, 32).astype(jnp.float32)
+    truth = jaxrnn.apply(spec, params, x, dtype=jnp.float64)[1]
+    _, whole = jaxrnn.apply(spec, params, x, dtype=dtype)
+    _, first = jaxrnn.apply(spec, params, x[:100], dtype=dtype)
+    assert first.dtype == whole.dtype == dtype
+    _, halves = jaxrnn.apply(spec, params, x[100:], first, dtype=dtype)
+    np.testing.assert_allclose(halves.astype(float), whole.astype(float), rtol=0, atol=float(jnp.finfo(dtype).eps))
+    state = None
+    for t in range(200):
+        _, state = jaxrnn.apply(spec, params, x[t : t + 1], state, dtype=dtype)
+    error = [np.sqrt(np.mean((np.asarray(a, np.float64) - truth) ** 2)) for a in (whole, state)]
+    assert error[0] < error[1]
 
 
 # Dropout.
