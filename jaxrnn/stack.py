@@ -11,32 +11,35 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jaxrnn import recurrence
 from jaxrnn.cells import Arrays
+from jaxrnn.packed import PackedSequence, layout, pack, pad
 from jaxrnn.spec import CellSpec, Spec
 
+HX = ArrayLike | Sequence[ArrayLike] | None
 State = jax.Array | Arrays
+Output = Any  # a jax.Array, or a PackedSequence for one
 
 
 def apply(
     spec: Spec,
     params: Mapping[str, ArrayLike],
-    x: ArrayLike,
-    hx: ArrayLike | Sequence[ArrayLike] | None = None,
+    x: ArrayLike | PackedSequence,
+    hx: HX = None,
     *,
     lengths: ArrayLike | None = None,
     reset: ArrayLike | None = None,
-    reset_state: ArrayLike | Sequence[ArrayLike] | None = None,
+    reset_state: HX = None,
     dropout_key: jax.Array | None = None,
     dropout_masks: Sequence[ArrayLike] | None = None,
     dtype: DTypeLike | None = None,
     precision: jax.lax.PrecisionLike = None,
-) -> tuple[jax.Array, State]:
+) -> tuple[Output, State]:
     """Run a recurrent network over a sequence, as torch's RNN, LSTM and GRU modules do.
 
     Args:
         spec: the settings.
         params: the parameters by name, of the shapes in `spec.shapes()`.
         x: the input, (time, batch, input_size), or (batch, time, input_size) with `batch_first`, or unbatched
-            (time, input_size); floating.
+            (time, input_size); floating. Or a PackedSequence of such steps.
         hx: the initial state h_0, (num_layers * directions, batch, output size), or (num_layers * directions, output
             size) for unbatched x; zeros if None. For a cell of several states a tuple or list: (h_0, c_0) for an LSTM,
             where c_0 has hidden_size features and h_0 has proj_size, if that is set.
@@ -44,11 +47,12 @@ def apply(
             None. What x holds past a row's end reaches nothing. Data under jit, where their values cannot be checked:
             there a length below 0 counts as 0, and one above time as time.
         reset: True before which steps the state is put back, as between the episodes of an environment; boolean, in
-            the layout of x without its features. Not for a bidirectional network.
+            the layout of x, or its data, without the features. Not for a bidirectional network.
         reset_state: what `reset` puts the state back to, like hx; zeros if None.
         dropout_key: a jax random key, for dropout in training; without it or `dropout_masks` there is none.
         dropout_masks: instead of a key, what dropout keeps: for each layer but the last an array of 0 or 1,
-            (time, batch, directions * output size) also with `batch_first`, without batch for unbatched x.
+            (time, batch, directions * output size) also with `batch_first`, without batch for unbatched x, and in
+            the layout of its data for a PackedSequence.
         dtype: the floating dtype to compute in and to return; by default that to which x, params and hx promote.
         precision: the precision of the products, as for `jax.lax.dot_general`.
 
@@ -56,12 +60,13 @@ def apply(
         `(output, h_n)`, or for a cell of several states `(output, (h_n, c_n))`: the last layer's outputs, laid out
         as x with directions * output size features, 0 past a row's end; and the states after each row's last step,
         laid out as hx. The backward direction starts at each row's own last step. A row of length 0 keeps its hx.
+        For a PackedSequence the output is one, and the rows of hx and of the states are in their original order.
 
     Raises:
         TypeError: x, hx, reset_state or a parameter is not floating, hx or reset_state has not the form that the
             cell's states need, lengths are not integers, or reset is not boolean.
         ValueError: x is neither 2-D nor 3-D, params has not the names and shapes of `spec.shapes()`, a length is
-            out of range, or reset comes with a bidirectional network.
+            out of range, lengths come with a PackedSequence, or reset with a bidirectional network.
         RuntimeError: the size of x, hx, lengths, reset or reset_state does not fit, or the sequence is empty.
 
     >>> import jax, jaxrnn
@@ -71,6 +76,11 @@ def apply(
     >>> output.shape, h_n.shape, c_n.shape
     ((5, 3, 20), (2, 3, 20), (2, 3, 20))
     """
+    settings = {"dropout_key": dropout_key, "dtype": dtype, "precision": precision}
+    if isinstance(x, PackedSequence):
+        if lengths is not None:
+            raise ValueError("lengths should be None for a PackedSequence, which has its own")
+        return _apply_packed(spec, params, x, hx, reset, reset_state, dropout_masks, settings)
     x = _floating("x", x)
     if x.ndim not in (2, 3):
         raise ValueError(f"x should be 2-D (unbatched) or 3-D (batched), got shape {x.shape}")
@@ -96,11 +106,44 @@ def apply(
     return output, _unwrap(state)
 
 
+def _apply_packed(
+    spec: Spec,
+    params: Mapping[str, ArrayLike],
+    x: PackedSequence,
+    hx: Any,
+    reset: ArrayLike | None,
+    reset_state: Any,
+    dropout_masks: Sequence[ArrayLike] | None,
+    settings: dict[str, Any],
+) -> tuple[PackedSequence, State]:
+    """As padded rows with their lengths: as many steps as the longest row has, and one trace for all such rows."""
+    data = _floating("x.data", x.data)
+    if data.shape != (len(data), spec.input_size):
+        raise RuntimeError(f"x.data should have shape (rows, input_size={spec.input_size}), got {data.shape}")
+    where = layout(x, spec.batch_first)
+    reset = _reset(spec, reset, data.shape[:1])
+    if spec.dropout and dropout_masks is not None:
+        masks = _masks(dropout_masks, spec.num_layers - 1, (len(data), spec.num_directions * spec.output_size))
+        dropout_masks = [pad(mask, layout(x).places) for mask in masks]
+    output, state = apply(
+        spec,
+        params,
+        pad(data, where.places),
+        hx,
+        lengths=None if where.lengths.min() == where.lengths.max() else where.lengths,
+        reset=None if reset is None else pad(reset, where.places),
+        reset_state=reset_state,
+        dropout_masks=dropout_masks,
+        **settings,
+    )
+    return x._replace(data=pack(output, where.rows)), state
+
+
 def apply_cell(
     spec: CellSpec,
     params: Mapping[str, ArrayLike],
     x: ArrayLike,
-    hx: ArrayLike | Sequence[ArrayLike] | None = None,
+    hx: HX = None,
     *,
     dtype: DTypeLike | None = None,
     precision: jax.lax.PrecisionLike = None,

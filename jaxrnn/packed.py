@@ -1,0 +1,354 @@
+"""PackedSequence, and torch's functions that pack, pad and unpack: rows of different lengths without their padding.
+
+Where a row of packed data lies in a padded array is worked out in NumPy, for all of them at once, from the static
+integer fields; the data themselves move in one gather.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+Rows = Sequence[ArrayLike] | jax.Array | np.ndarray
+Lengths = ArrayLike | Sequence[int]
+
+
+class _Fields(NamedTuple):
+    data: jax.Array
+    batch_sizes: np.ndarray
+    sorted_indices: np.ndarray | None
+    unsorted_indices: np.ndarray | None
+
+
+class PackedSequence(_Fields):
+    """Rows of different lengths, step by step: torch's `PackedSequence`, with its fields.
+
+    It is made by `pack_padded_sequence` and `pack_sequence`; the layers take one and return one. It is a pytree whose
+    only leaf is `data`. The integer fields are static, so that jit traces anew for each pattern of lengths; `lengths=`
+    of the layers is the way with one trace for all of them.
+
+    Args:
+        data: the steps of all rows, (rows' lengths in all, ...), of any dtype: the first steps of all rows, then
+            their second steps, and so on, the longest row first in each.
+        batch_sizes: how many rows have each step, integers (longest length,); not traced.
+        sorted_indices: the place in the original batch of each row, the longest first, integers (batch,); None for a
+            batch that came sorted.
+        unsorted_indices: the inverse permutation, which is worked out if it is None.
+
+    The fields are attributes and, as in torch, what the tuple holds; batch_sizes and the indices are NumPy's int64.
+
+    Raises:
+        TypeError: an integer field is traced, or not of integers.
+        ValueError: batch_sizes do not go down to at least 1 or do not add up to the length of data, or the indices are
+            no permutation of the batch.
+
+    >>> import jax.numpy as jnp, jaxrnn
+    >>> packed = jaxrnn.pack_sequence([jnp.array([1, 2, 3]), jnp.array([4, 5])])
+    >>> packed.data.tolist(), packed.batch_sizes.tolist()
+    ([1, 4, 2, 5, 3], [2, 2, 1])
+    """
+
+    def __new__(
+        cls,
+        data: ArrayLike,
+        batch_sizes: ArrayLike,
+        sorted_indices: ArrayLike | None = None,
+        unsorted_indices: ArrayLike | None = None,
+    ) -> "PackedSequence":
+        data, sizes = jnp.asarray(data), _static("batch_sizes", batch_sizes)
+        if not len(sizes) or sizes[-1] < 1 or np.any(np.diff(sizes) > 0):
+            raise ValueError(f"batch_sizes should go down, to at least 1, got {sizes.tolist()}")
+        if data.shape[:1] != (sizes.sum(),):
+            raise ValueError(f"data should have {sizes.sum()} rows, the sum of batch_sizes, got shape {data.shape}")
+        order = inverse = None
+        if sorted_indices is not None:
+            order = _static("sorted_indices", sorted_indices)
+            if not np.array_equal(np.sort(order), np.arange(sizes[0])):
+                raise ValueError(f"sorted_indices should be a permutation of {sizes[0]} rows, got {order.tolist()}")
+            inverse = np.argsort(order)
+        if unsorted_indices is not None:
+            given = _static("unsorted_indices", unsorted_indices)
+            if inverse is None or not np.array_equal(given, inverse):
+                raise ValueError(f"unsorted_indices should be the inverse of sorted_indices, got {given.tolist()}")
+        return tuple.__new__(cls, (data, *map(_frozen, (sizes, order, inverse))))
+
+
+def _frozen(integers: np.ndarray | None) -> np.ndarray | None:
+    if integers is not None:
+        integers = integers.astype(np.int64)
+        integers.flags.writeable = False
+    return integers
+
+
+def _flatten(packed: PackedSequence) -> tuple[tuple, tuple]:
+    static = tuple(None if field is None else tuple(field.tolist()) for field in packed[1:])
+    return ((jax.tree_util.GetAttrKey("data"), packed.data),), static
+
+
+def _unflatten(static: tuple, children: Iterable) -> PackedSequence:
+    # Whatever stands in for the data, it is not looked at.
+    fields = (None if field is None else _frozen(np.array(field)) for field in static)
+    return tuple.__new__(PackedSequence, (*children, *fields))
+
+
+jax.tree_util.register_pytree_with_keys(PackedSequence, _flatten, _unflatten)
+
+
+class Layout(NamedTuple):
+    """Where the steps of a PackedSequence are in a padded array of its rows in their original order."""
+
+    places: np.ndarray  # the row of data at each place of the padded array, or len(data), (time, batch)
+    rows: np.ndarray  # the place of each row of data in the padded array, its first two axes as one
+    lengths: np.ndarray  # of the rows in the original order, int64
+
+
+def layout(packed: PackedSequence, batch_first: bool = False, total_length: int | None = None) -> Layout:
+    """For a padded array (time, batch, ...) with as many steps as the longest row has, or `total_length`.
+
+    With `batch_first` (batch, time, ...), and `places` likewise.
+    """
+    sizes = packed.batch_sizes
+    steps, batch = total_length or len(sizes), int(sizes[0])
+    order, inverse = (np.arange(batch) if index is None else index for index in packed[2:])
+    running = np.arange(batch) < np.pad(sizes, (0, steps - len(sizes)))[:, None]
+    places = np.full((steps, batch), sizes.sum(), np.int32)
+    places[running] = np.arange(sizes.sum())
+    time, column = np.nonzero(running)
+    rows = order[column] * steps + time if batch_first else time * batch + order[column]
+    places, lengths = places[:, inverse], running.sum(axis=0)[inverse]
+    return Layout(places.T if batch_first else places, rows.astype(np.int32), lengths)
+
+
+def pad(data: jax.Array, places: np.ndarray, padding_value: Any = 0) -> jax.Array:
+    """Put rows of data in their `places`, and padding where there is none."""
+    fill = np.asarray(padding_value).astype(data.dtype).item()
+    return data.at[places].get(mode="fill", fill_value=fill)
+
+
+def pack(padded: jax.Array, rows: np.ndarray) -> jax.Array:
+    """Gather `rows` of data from a padded array."""
+    flat = padded.reshape(-1, *padded.shape[2:])
+    return flat.at[rows].get(mode="promise_in_bounds", unique_indices=True)
+
+
+def _static(name: str, value: Any) -> np.ndarray:
+    """An array of integers that are known, one axis."""
+    if isinstance(value, jax.core.Tracer):
+        raise TypeError(
+            f"{name} should be known when a function is traced; for data, give lengths= to the layer instead"
+        )
+    array = np.asarray(value)
+    if not (np.issubdtype(array.dtype, np.integer) or array.size == 0):
+        raise TypeError(f"{name} should be integers, got {array.dtype}")
+    if array.ndim != 1:
+        raise RuntimeError(f"{name} should have one axis, got shape {array.shape}")
+    return array.astype(np.int64)
+
+
+def _check_within(lengths: np.ndarray, steps: int) -> None:
+    if np.any(lengths > steps):
+        raise ValueError(f"lengths should be at most the {steps} time steps there are, got {lengths.tolist()}")
+
+
+def _packed(name: str, value: Any) -> PackedSequence:
+    if not isinstance(value, PackedSequence):
+        raise TypeError(f"{name} should be a jaxrnn.PackedSequence, got {type(value).__name__}")
+    return value
+
+
+def pack_padded_sequence(
+    input: ArrayLike, lengths: Lengths, batch_first: bool = False, enforce_sorted: bool = True
+) -> PackedSequence:
+    """Pack rows of different lengths: torch's function.
+
+    Args:
+        input: the padded rows, (time, batch, ...), or (batch, time, ...) with `batch_first`; of any dtype.
+        lengths: how many steps each row has, integers from 1 to time, (batch,); not traced.
+        batch_first: which of the first two axes is the batch.
+        enforce_sorted: whether to raise if the rows do not come longest first; if False they are sorted.
+
+    Returns:
+        The PackedSequence. What input holds past a row's end is not in it. `sorted_indices` and `unsorted_indices` are
+        None with `enforce_sorted`.
+
+    Raises:
+        TypeError: lengths are traced, or not integers. Where lengths are data, give `lengths=` to the layer.
+        RuntimeError: input has less than two axes, no row or no step; lengths are not one for each row, one of them
+            is less than 1, or they do not go down although `enforce_sorted`.
+        ValueError: a length is greater than time.
+
+    >>> import jax.numpy as jnp, jaxrnn
+    >>> packed = jaxrnn.pack_padded_sequence(jnp.array([[1, 4], [2, 5], [0, 6]]), [2, 3], enforce_sorted=False)
+    >>> packed.data.tolist(), packed.batch_sizes.tolist(), packed.sorted_indices.tolist()
+    ([4, 1, 5, 2, 6], [2, 2, 1], [1, 0])
+    """
+    padded = jnp.asarray(input)
+    if padded.ndim < 2:
+        raise RuntimeError(f"input should have two axes at least, time and batch, got shape {padded.shape}")
+    batch, steps = padded.shape[:2] if batch_first else padded.shape[1::-1]
+    if not (batch and steps):
+        raise RuntimeError(f"input should have at least one row and one step, got shape {padded.shape}")
+    known = _static("lengths", lengths)
+    if len(known) != batch:
+        raise RuntimeError(f"lengths should be {batch}, one for each row, got {len(known)}")
+    if np.any(known < 1):
+        raise RuntimeError(f"lengths should be 1 or more, got {known.tolist()}: leave empty rows out")
+    _check_within(known, steps)
+    order = None if enforce_sorted else np.argsort(-known, kind="stable")
+    if enforce_sorted and np.any(np.diff(known) > 0):
+        raise RuntimeError(f"lengths should go down, got {known.tolist()}: sort the rows, or give enforce_sorted=False")
+    sizes = np.sum(known > np.arange(known.max())[:, None], axis=1)
+    # Without data first: where they come from depends on the integers only.
+    empty = PackedSequence(np.zeros((known.sum(), 0)), sizes, order)
+    return empty._replace(data=pack(padded, layout(empty, batch_first, steps).rows))
+
+
+def pad_packed_sequence(
+    sequence: PackedSequence, batch_first: bool = False, padding_value: float = 0.0, total_length: int | None = None
+) -> tuple[jax.Array, np.ndarray]:
+    """Pad packed rows to one length: torch's function, the inverse of `pack_padded_sequence`.
+
+    Args:
+        sequence: a PackedSequence.
+        batch_first: whether the rows come as (batch, time, ...) instead of (time, batch, ...).
+        padding_value: what is put past a row's end.
+        total_length: how many steps to pad to; by default as many as the longest row has.
+
+    Returns:
+        `(padded, lengths)`: the rows in their original order, and their lengths, NumPy's int64 (batch,).
+
+    Raises:
+        TypeError: sequence is no PackedSequence.
+        ValueError: total_length is less than the longest row's length.
+
+    >>> import jax.numpy as jnp, jaxrnn
+    >>> packed = jaxrnn.pack_sequence([jnp.array([1, 2, 3]), jnp.array([4, 5])])
+    >>> padded, lengths = jaxrnn.pad_packed_sequence(packed, batch_first=True, padding_value=-1)
+    >>> padded.tolist(), lengths.tolist()
+    ([[1, 2, 3], [4, 5, -1]], [3, 2])
+    """
+    longest = len(_packed("sequence", sequence).batch_sizes)
+    if total_length is not None and total_length < longest:
+        raise ValueError(f"total_length should be at least {longest}, the longest row's length, got {total_length}")
+    where = layout(sequence, batch_first, total_length)
+    return pad(sequence.data, where.places, padding_value), where.lengths
+
+
+def pad_sequence(
+    sequences: Rows,
+    batch_first: bool = False,
+    padding_value: float = 0.0,
+    padding_side: str = "right",
+) -> jax.Array:
+    """Stack rows of different lengths, padded to the longest: torch's function.
+
+    Args:
+        sequences: the rows, (length, ...) each, alike but for their lengths; of any dtype.
+        batch_first: whether the rows come as (batch, time, ...) instead of (time, batch, ...).
+        padding_value: what is put beside the shorter rows.
+        padding_side: "right", past their ends, or "left", before their starts.
+
+    Returns:
+        The padded rows.
+
+    Raises:
+        RuntimeError: there are no rows, they are not alike, one has no axis, or padding_side is unknown.
+
+    >>> import jax.numpy as jnp, jaxrnn
+    >>> jaxrnn.pad_sequence([jnp.array([1, 2, 3]), jnp.array([4])], batch_first=True, padding_side="left").tolist()
+    [[1, 2, 3], [0, 0, 4]]
+    """
+    if padding_side not in ("right", "left"):
+        raise RuntimeError(f"padding_side should be 'right' or 'left', got {padding_side!r}")
+    if not isinstance(sequences, Iterable):
+        raise RuntimeError(f"sequences should be a list of rows, got {type(sequences).__name__}")
+    rows = [jnp.asarray(row) for row in sequences]
+    if not rows:
+        raise RuntimeError("sequences should be at least one row, got none")
+    if any(row.ndim == 0 or row.shape[1:] != rows[0].shape[1:] for row in rows):
+        shapes = ", ".join(sorted({str(row.shape) for row in rows}))
+        raise RuntimeError(f"sequences should be alike but for their first axes, got shapes {shapes}")
+    lengths = np.array([len(row) for row in rows])
+    step = np.arange(lengths.max()) - (lengths.max() - lengths if padding_side == "left" else 0 * lengths)[:, None]
+    inside = (step >= 0) & (step < lengths[:, None])
+    places = np.where(inside, step + (np.cumsum(lengths) - lengths)[:, None], lengths.sum()).astype(np.int32)
+    return pad(jnp.concatenate(rows), places if batch_first else places.T, padding_value)
+
+
+def pack_sequence(sequences: Rows, enforce_sorted: bool = True) -> PackedSequence:
+    """Pack a list of rows of different lengths: torch's function.
+
+    Args:
+        sequences: the rows, (length, ...) each, alike but for their lengths; of any dtype.
+        enforce_sorted: whether to raise if the rows do not come longest first; if False they are sorted.
+
+    Returns:
+        The PackedSequence.
+
+    Raises:
+        RuntimeError: there are no rows, they are not alike, one is empty, or they do not come longest first although
+            `enforce_sorted`.
+
+    >>> import jax.numpy as jnp, jaxrnn
+    >>> jaxrnn.pack_sequence([jnp.ones((2, 8)), jnp.ones((5, 8))], enforce_sorted=False).data.shape
+    (7, 8)
+    """
+    padded = pad_sequence(sequences)
+    return pack_padded_sequence(padded, [np.shape(row)[0] for row in sequences], enforce_sorted=enforce_sorted)
+
+
+def unpad_sequence(padded_sequences: ArrayLike, lengths: Lengths, batch_first: bool = False) -> list[jax.Array]:
+    """Take rows of different lengths out of a padded array: torch's function, the inverse of `pad_sequence`.
+
+    Args:
+        padded_sequences: the padded rows, (time, batch, ...), or (batch, time, ...) with `batch_first`.
+        lengths: how many steps each row has, integers from 0 to time, (batch,); not traced.
+        batch_first: which of the first two axes is the batch.
+
+    Returns:
+        The rows, (length, ...) each.
+
+    Raises:
+        TypeError: lengths are traced, or not integers.
+        RuntimeError: there are less than two axes.
+        ValueError: lengths are not one for each row, or one of them is not from 0 to time.
+
+    >>> import jax.numpy as jnp, jaxrnn
+    >>> [row.tolist() for row in jaxrnn.unpad_sequence(jnp.array([[1, 4], [2, 5], [3, 0]]), [3, 2])]
+    [[1, 2, 3], [4, 5]]
+    """
+    padded = jnp.asarray(padded_sequences)
+    if padded.ndim < 2:
+        raise RuntimeError(f"padded_sequences should have two axes at least, time and batch, got shape {padded.shape}")
+    if not batch_first:
+        padded = padded.swapaxes(0, 1)
+    known = _static("lengths", lengths)
+    if len(known) != len(padded):
+        raise ValueError(f"lengths should be {len(padded)}, one for each row, got {len(known)}")
+    if np.any(known < 0):
+        raise ValueError(f"lengths should not be negative, got {known.tolist()}")
+    _check_within(known, padded.shape[1])
+    return [padded[row, :length] for row, length in enumerate(known)]
+
+
+def unpack_sequence(packed_sequences: PackedSequence) -> list[jax.Array]:
+    """Take the rows out of a PackedSequence: torch's function, the inverse of `pack_sequence`.
+
+    Args:
+        packed_sequences: a PackedSequence.
+
+    Returns:
+        The rows in their original order, (length, ...) each.
+
+    Raises:
+        TypeError: packed_sequences is no PackedSequence.
+
+    >>> import jax.numpy as jnp, jaxrnn
+    >>> rows = [jnp.array([1, 2]), jnp.array([3, 4, 5])]
+    >>> [row.tolist() for row in jaxrnn.unpack_sequence(jaxrnn.pack_sequence(rows, enforce_sorted=False))]
+    [[1, 2], [3, 4, 5]]
+    """
+    return unpad_sequence(*pad_packed_sequence(_packed("packed_sequences", packed_sequences)))
