@@ -99,3 +99,11 @@ RNN_TANH = Cell("RNN_TANH", gates=("h",), states=("h",), step=_rnn_tanh)
 RNN_RELU = Cell("RNN_RELU", gates=("h",), states=("h",), step=_rnn_relu)
 LSTM_CELL = Cell("LSTM", gates=("i", "f", "g", "o"), states=("h", "c"), step=_lstm, projects=True)
 GRU_CELL = Cell("GRU", gates=("r", "z", "n"), states=("h",), step=_gru, apart=("n",))
+
+
+def rnn_cell(nonlinearity: str) -> Cell:
+    """The cell of torch's RNN and RNNCell with this nonlinearity."""
+    cells = {"tanh": RNN_TANH, "relu": RNN_RELU}
+    if nonlinearity not in cells:
+        raise ValueError(f"nonlinearity should be 'tanh' or 'relu', got {nonlinearity!r}")
+    return cells[nonlinearity]

@@ -4,31 +4,26 @@ What a module computes is in `jaxrnn.stack`; a module adds the parameters and th
 """
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import ArrayLike, DTypeLike
 
-from jaxrnn.cells import GRU_CELL, LSTM_CELL, RNN_RELU, RNN_TANH, Cell
+from jaxrnn import flax_cell
+from jaxrnn.cells import GRU_CELL, LSTM_CELL, RNN_RELU, rnn_cell
+from jaxrnn.packed import PackedSequence
 from jaxrnn.spec import CellSpec, Spec
-from jaxrnn.stack import State, apply, apply_cell
+from jaxrnn.stack import HX, Output, State, apply, apply_cell
 
-HX = ArrayLike | Sequence[ArrayLike] | None
-DropoutRngs = nnx.Rngs | nnx.RngStream | jax.Array
-
-
-def _nonlinear(nonlinearity: str) -> Cell:
-    cells = {"tanh": RNN_TANH, "relu": RNN_RELU}
-    if nonlinearity not in cells:
-        raise ValueError(f"nonlinearity should be 'tanh' or 'relu', got {nonlinearity!r}")
-    return cells[nonlinearity]
+Randomness = nnx.Rngs | nnx.RngStream | jax.Array
 
 
-def _key(rngs: DropoutRngs | None) -> jax.Array:
+def _key(rngs: Randomness | None, stream: str) -> jax.Array:
     if isinstance(rngs, nnx.Rngs):
-        rngs = rngs["dropout"]
+        rngs = rngs[stream]
     if isinstance(rngs, nnx.RngStream):
         return rngs()
     if isinstance(rngs, jax.Array):
@@ -108,26 +103,26 @@ class _Layers(_Module):
 
     def __call__(
         self,
-        x: ArrayLike,
+        x: ArrayLike | PackedSequence,
         hx: HX = None,
         *,
         lengths: ArrayLike | None = None,
         reset: ArrayLike | None = None,
         reset_state: HX = None,
         deterministic: bool | None = None,
-        rngs: DropoutRngs | None = None,
-    ) -> tuple[jax.Array, State]:
+        rngs: Randomness | None = None,
+    ) -> tuple[Output, State]:
         """Run over a sequence.
 
         Args:
             x: the input, (time, batch, input_size), or (batch, time, input_size) with `batch_first`, or unbatched
-                (time, input_size); floating.
+                (time, input_size); floating. Or a PackedSequence of such steps.
             hx: the initial state h_0, for an LSTM (h_0, c_0), of the shapes that are returned; zeros if None.
             lengths: how many steps each row has, integers from 0 to time, (batch,), or for unbatched x (); all of
                 them if None. What x holds past a row's end reaches nothing. Data under jit, where their values cannot
                 be checked: there a length below 0 counts as 0, and one above time as time.
             reset: True before which steps the state is put back, as between the episodes of an environment; boolean,
-                in the layout of x without its features. Not for a bidirectional module.
+                in the layout of x, or its data, without the features. Not for a bidirectional module.
             reset_state: what `reset` puts the state back to, like hx; zeros if None.
             deterministic: whether dropout is off; the module's `deterministic` if None, which `train()` sets to
                 False and `eval()` to True.
@@ -137,18 +132,20 @@ class _Layers(_Module):
             `(output, h_n)`, for an LSTM `(output, (h_n, c_n))`. output: the last layer's outputs at every step, laid
             out as x, with directions * (proj_size or hidden_size) features, 0 past a row's end. h_n and c_n: the
             states after each row's last step, (num_layers * directions, batch, features), without batch for unbatched
-            x; the backward direction starts at that step, and a row of length 0 keeps its hx.
+            x; the backward direction starts at that step, and a row of length 0 keeps its hx. For a PackedSequence
+            the output is one, and the rows of hx and of the states are in their original order.
 
         Raises:
             TypeError: x, hx or reset_state is not floating; hx or reset_state is not one array, or for an LSTM not
                 two; lengths are not integers; or reset is not boolean.
-            ValueError: x is neither 2-D nor 3-D, a length is out of range, or reset comes with a bidirectional module.
+            ValueError: x is neither 2-D nor 3-D, a length is out of range, lengths come with a PackedSequence, or
+                reset with a bidirectional module.
             RuntimeError: the size of x, hx, lengths, reset or reset_state does not fit, or the sequence is empty.
         """
         key = None
         deterministic = self.deterministic if deterministic is None else deterministic
         if self._drops() and not deterministic:
-            key = _key(self.rngs if rngs is None else rngs)
+            key = _key(self.rngs if rngs is None else rngs, "dropout")
         return apply(
             self.spec,
             self._params(),
@@ -229,7 +226,7 @@ class RNN(_Layers):
         precision: jax.lax.PrecisionLike = None,
         rngs: nnx.Rngs,
     ) -> None:
-        cell = _nonlinear(nonlinearity)
+        cell = rnn_cell(nonlinearity)
         spec = Spec(cell, input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size)
         super().__init__(spec, dtype, param_dtype, precision, rngs)
 
@@ -397,7 +394,7 @@ class RNNCell(_OneStep):
         precision: jax.lax.PrecisionLike = None,
         rngs: nnx.Rngs,
     ) -> None:
-        spec = CellSpec(_nonlinear(nonlinearity), input_size, hidden_size, bias)
+        spec = CellSpec(rnn_cell(nonlinearity), input_size, hidden_size, bias)
         super().__init__(spec, dtype, param_dtype, precision, rngs)
 
 
@@ -449,3 +446,60 @@ class GRUCell(_OneStep):
         rngs: nnx.Rngs,
     ) -> None:
         super().__init__(CellSpec(GRU_CELL, input_size, hidden_size, bias), dtype, param_dtype, precision, rngs)
+
+
+class FlaxCell(nnx.RNNCellBase):
+    """A cell in Flax's own convention, for `flax.nnx.RNN` and `flax.nnx.Bidirectional`.
+
+    There the carry comes first and is returned first, an LSTM's is (c, h), and there may be any number of batch axes.
+    Flax's wrappers run a step at a time; `jaxrnn.LSTM` and its like are faster, and right for length 0.
+
+    Args:
+        cell: a `jaxrnn.RNNCell`, `LSTMCell` or `GRUCell`, whose parameters are under `cell`.
+
+    Raises:
+        TypeError: cell is none of these.
+
+    >>> import jax.numpy as jnp, jaxrnn
+    >>> from flax import nnx
+    >>> rnn = nnx.RNN(jaxrnn.FlaxCell(jaxrnn.LSTMCell(10, 20, rngs=nnx.Rngs(0))), return_carry=True)
+    >>> (c, h), output = rnn(jnp.ones((3, 7, 10)))
+    >>> output.shape, c.shape
+    ((3, 7, 20), (3, 20))
+    """
+
+    def __init__(self, cell: _OneStep) -> None:
+        flax_cell.check(cell, _OneStep)
+        self.cell = cell
+
+    def __call__(self, carry: Any, inputs: jax.Array) -> tuple[Any, jax.Array]:
+        """Make one step.
+
+        Args:
+            carry: as `initialize_carry` makes it: h, for an LSTM (c, h).
+            inputs: (..., input_size), with any number of batch axes.
+
+        Returns:
+            The next carry, in the dtype of carry, and h.
+        """
+        return flax_cell.step(self.cell, carry, inputs)
+
+    def initialize_carry(self, input_shape: tuple[int, ...], rngs: Any = None, carry_init: Any = None) -> Any:
+        """The first carry.
+
+        Args:
+            input_shape: (..., input_size), with any number of batch axes.
+            rngs: nnx.Rngs, an nnx.RngStream or a jax key, for `carry_init` only.
+            carry_init: `carry_init(key, shape, dtype)` makes each array of the carry; zeros if None.
+
+        Returns:
+            h, for an LSTM (c, h), each (..., hidden_size), in the dtype of the cell or else of its parameters.
+        """
+        if carry_init is None:
+            return flax_cell.initialize_carry(self.cell, input_shape)
+        keys = (lambda: None) if rngs is None else functools.partial(_key, rngs, "carry")
+        return flax_cell.initialize_carry(self.cell, input_shape, lambda shape, dtype: carry_init(keys(), shape, dtype))
+
+    @property
+    def num_feature_axes(self) -> int:
+        return 1

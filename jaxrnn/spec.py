@@ -42,13 +42,14 @@ class _Parameters:
         >>> {name: value.shape for name, value in params.items()}
         {'weight_ih': (12, 3), 'weight_hh': (12, 4), 'bias_ih': (12,), 'bias_hh': (12,)}
         """
-        bound = 1 / math.sqrt(self.hidden_size) if self.hidden_size else 0.0
         shapes = self.shapes()
         keys = jax.random.split(key, len(shapes))
-        return {
-            name: jax.random.uniform(keys[i], shape, dtype, -bound, bound)
-            for i, (name, shape) in enumerate(shapes.items())
-        }
+        return {name: self.draw(keys[i], shape, dtype) for i, (name, shape) in enumerate(shapes.items())}
+
+    def draw(self, key: jax.Array, shape: Shape, dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
+        """The initial value of one parameter; see `init`."""
+        bound = 1 / math.sqrt(self.hidden_size) if self.hidden_size else 0.0
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
 def _shape(role: str, cell: Cell, input_size: int, hidden_size: int, proj_size: int = 0) -> Shape:

@@ -2,6 +2,7 @@
 
 import types
 
+import hypothesis
 import jax
 import pytest
 
@@ -11,9 +12,22 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "torch: compares with a live PyTorch; skipped where there is none")
+    for name, examples in (("quick", 100), ("thorough", 2500)):  # no deadline, for what is new compiles
+        hypothesis.settings.register_profile(name, max_examples=examples, deadline=None)
+    hypothesis.settings.load_profile("thorough" if config.getoption("--thorough") else "quick")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--thorough", action="store_true", help="whole tables and more random inputs: minutes longer")
 
 
 @pytest.fixture
+def thorough(request: pytest.FixtureRequest) -> bool:
+    """Whether to take the time for everything."""
+    return bool(request.config.getoption("--thorough"))
+
+
+@pytest.fixture(scope="session")
 def torch() -> types.ModuleType:
     """PyTorch, on one thread since tests run beside each other; skips the test where there is none."""
     module = pytest.importorskip("torch", reason="PyTorch is not installed: pip install 'jaxrnn[torch]'")

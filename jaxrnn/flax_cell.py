@@ -1,0 +1,36 @@
+"""Flax's own convention for cells, which the adapters of both Flax APIs follow.
+
+The carry comes first and is returned first, an LSTM's is (c, h), and there may be any number of batch axes.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def check(cell: Any, kind: type) -> None:
+    """A FlaxCell wraps a cell of its own Flax API."""
+    if not isinstance(cell, kind):
+        raise TypeError(f"cell should be an RNNCell, LSTMCell or GRUCell of {kind.__module__}, got {cell!r}")
+
+
+def initialize_carry(cell: Any, input_shape: tuple[int, ...], make: Callable[..., jax.Array] = jnp.zeros) -> Any:
+    """The first carry, in the dtype that the cell computes in, or without one in its parameters'."""
+    shape = (*input_shape[:-1], cell.hidden_size)
+    return _carry(tuple(make(shape, cell.dtype or cell.param_dtype) for _ in cell.spec.cell.states))
+
+
+def step(cell: Any, carry: Any, inputs: jax.Array) -> tuple[Any, jax.Array]:
+    """Call a cell with the batch axes as one. The carry keeps its dtype, for a scan wants it fixed."""
+    state = carry[::-1] if isinstance(carry, tuple) else (carry,)
+    batch = inputs.shape[:-1]
+    x, *flat = (a.reshape(-1, a.shape[-1]) for a in (inputs, *state))
+    after = cell(x, tuple(flat) if len(flat) > 1 else flat[0])
+    after = [a.reshape(*batch, -1) for a in (after if isinstance(after, tuple) else (after,))]
+    return _carry(tuple(a.astype(old.dtype) for a, old in zip(after, state, strict=True))), after[0]
+
+
+def _carry(state: tuple[jax.Array, ...]) -> Any:
+    return state[::-1] if len(state) > 1 else state[0]

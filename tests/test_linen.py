@@ -1,0 +1,234 @@
+"""The Linen modules: torch's arguments and keys, dropout as Linen has it, and bit by bit what the NNX modules give."""
+
+import functools
+import inspect
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen
+from flax.errors import InvalidRngError
+
+import jaxrnn
+from parity import sides
+from parity.cases import CASES, KINDS, Case
+
+KEY = jax.random.key(0)
+POSITIONAL = {
+    "RNN": "input_size hidden_size num_layers nonlinearity bias batch_first dropout bidirectional",
+    "LSTM": "input_size hidden_size num_layers bias batch_first dropout bidirectional proj_size",
+    "GRU": "input_size hidden_size num_layers bias batch_first dropout bidirectional",
+    "RNNCell": "input_size hidden_size bias nonlinearity",
+    "LSTMCell": "input_size hidden_size bias",
+    "GRUCell": "input_size hidden_size bias",
+}
+
+
+def _x(*shape: int) -> jax.Array:
+    return jnp.asarray(np.random.RandomState(0).randn(*(shape or (5, 2, 3))), jnp.float32)
+
+
+def _results(case: Case, build: Any, call: Any) -> tuple:
+    """What a side gives without jit of its own, so that the sides share what jaxrnn.apply compiles."""
+    parameters, inputs, cotangents = (jax.tree.map(jnp.asarray, arrays) for arrays in case.arrays())
+    module, parameters = build(case, "float64", parameters)
+    x, hx = inputs["input"], sides._state(case, inputs, "0") if case.hx else None
+    run = lambda parameters, x, hx: sides.Feed.of(case)(  # noqa: E731
+        functools.partial(call, module, parameters), x, hx, None if case.lengths is None else np.array(case.lengths)
+    )
+    returned, pullback = jax.vjp(run, parameters, x, hx)
+    state = sides._state(case, cotangents, "n")
+    return returned, pullback(state if case.steps is None else (cotangents["output"], state))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_linen_is_nnx_bit_by_bit(kind: str, thorough: bool) -> None:
+    cases = [case for case in CASES.values() if case.small and case.kind == kind]
+    assert len(cases) >= 8
+    if not thorough:  # a step that is prime to the table's, so that every setting is met
+        cases = cases[::5]
+    for case in cases:
+        nnx_results = _results(case, sides._build_nnx, sides._call_nnx)
+        linen_results = _results(case, sides._build_linen, sides._call_linen)
+        chex.assert_trees_all_equal(nnx_results, linen_results)
+
+
+@pytest.mark.parametrize("name", POSITIONAL)
+def test_positional_arguments_are_torchs(name: str) -> None:
+    expected = POSITIONAL[name].split()
+    parameters = inspect.signature(getattr(jaxrnn.linen, name)).parameters.values()
+    fields = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+    assert [field for field in fields if field not in ("parent", "name")] == expected  # these two are Linen's own
+    assert fields[: len(expected)] == expected
+    assert {p.name for p in parameters if p.kind is p.KEYWORD_ONLY} >= {"dtype", "param_dtype", "precision"}
+
+
+@pytest.mark.parametrize("name", POSITIONAL)
+def test_params_have_torchs_keys_and_ranges(name: str) -> None:
+    module = getattr(jaxrnn.linen, name)(3, 16, param_dtype=jnp.float64)
+    x = _x(2, 3) if "Cell" in name else _x()
+    params = module.init(KEY, x.astype(jnp.float64))["params"]
+    nnx_module = getattr(jaxrnn, name)(3, 16, rngs=jaxrnn.nnx.nnx.Rngs(0))
+    assert {key: value.shape for key, value in params.items()} == nnx_module.spec.shapes()
+    assert list(params) == list(nnx_module.spec.shapes())
+    for value in params.values():
+        assert value.dtype == jnp.float64
+        assert 0.15 < np.abs(value).max() <= 0.25  # 1 / sqrt(16)
+    assert len({np.asarray(value).ravel()[0] for value in params.values()}) == len(params)  # each drawn by itself
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: jaxrnn.linen.LSTM(3, 0), ValueError, "hidden_size should be greater than zero, got 0"),
+        (lambda: jaxrnn.linen.GRU(3.0, 4), TypeError, "input_size should be of type int"),
+        (lambda: jaxrnn.linen.GRU(3, 4, bias=1), TypeError, "bias should be of type bool"),
+        (lambda: jaxrnn.linen.GRU(3, 4, proj_size=2), ValueError, "proj_size is for LSTM only"),
+        (lambda: jaxrnn.linen.LSTM(3, 4, proj_size=4), ValueError, "less than hidden_size=4"),
+        (lambda: jaxrnn.linen.RNN(3, 4, 2, "sine"), ValueError, "nonlinearity should be 'tanh' or 'relu', got 'sine'"),
+        (lambda: jaxrnn.linen.RNNCell(3, 4, True, "sine"), ValueError, "nonlinearity should be 'tanh' or 'relu'"),
+        (lambda: jaxrnn.linen.LSTMCell(-1, 4), ValueError, "input_size should not be negative"),
+    ],
+)
+def test_bad_arguments_raise_at_construction(make: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        make()
+
+
+def test_calls_take_what_apply_takes() -> None:
+    gru = jaxrnn.linen.GRU(3, 4, batch_first=True)
+    x, lengths, reset = _x(2, 5, 3), [3, 0], np.zeros((2, 5), bool)
+    reset[0, 1] = True
+    variables = gru.init(KEY, x)
+    hx = reset_state = jnp.ones((1, 2, 4), jnp.float32)
+    arguments = {"hx": hx, "lengths": lengths, "reset": reset, "reset_state": reset_state}
+    ours = gru.apply(variables, x, **arguments)
+    chex.assert_trees_all_equal(ours, jaxrnn.apply(gru.spec, variables["params"], x, **arguments))
+    packed = jaxrnn.pack_padded_sequence(x, [3, 5], True, enforce_sorted=False)
+    output, h_n = gru.apply(variables, packed)
+    assert isinstance(output, jaxrnn.PackedSequence)
+    np.testing.assert_allclose(h_n, gru.apply(variables, x, lengths=[3, 5])[1], rtol=0, atol=1e-7)
+    assert gru.clone(dtype=jnp.bfloat16).apply(variables, x)[0].dtype == jnp.bfloat16
+
+
+def test_dropout_through_rng_collections() -> None:
+    gru = jaxrnn.linen.GRU(3, 4, num_layers=2, dropout=0.5)
+    x = _x()
+    variables = gru.init(KEY, x, deterministic=True)
+
+    def run(seed: int, module: jaxrnn.linen.GRU = gru, collection: str = "dropout", **arguments: Any) -> np.ndarray:
+        return np.asarray(module.apply(variables, x, rngs={collection: jax.random.key(seed)}, **arguments)[0])
+
+    plain = gru.apply(variables, x, deterministic=True)[0]
+    on = run(1, deterministic=False)
+    np.testing.assert_array_equal(on, run(1, deterministic=False))
+    assert not np.array_equal(on, run(2, deterministic=False))
+    assert not np.array_equal(on, plain)
+    np.testing.assert_array_equal(run(1, deterministic=True), plain)
+    np.testing.assert_array_equal(run(1, module=gru.clone(deterministic=False)), on)
+    other = gru.clone(rng_collection="noise")
+    assert run(1, module=other, collection="noise", deterministic=False).shape == on.shape
+    by_key = gru.apply(variables, x, deterministic=False, rng=jax.random.key(3))[0]
+    np.testing.assert_array_equal(by_key, gru.apply(variables, x, deterministic=False, rng=jax.random.key(3))[0])
+    np.testing.assert_array_equal(gru.apply(variables, x, deterministic=True, rng=jax.random.key(3))[0], plain)
+    with pytest.raises(InvalidRngError, match="dropout"):
+        gru.apply(variables, x, deterministic=False)
+    with pytest.raises(ValueError, match='"deterministic" must be passed'):
+        gru.apply(variables, x)
+    # Where there is nothing to drop, nothing has to be said.
+    jaxrnn.linen.GRU(3, 4, num_layers=2).init(KEY, x)
+
+
+class _Tagger(linen.Module):
+    """Uses modules made in setup and in a compact call."""
+
+    def setup(self) -> None:
+        self.encoder = jaxrnn.linen.LSTM(3, 8, bidirectional=True)
+        self.head = linen.Dense(2)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.head(self.encoder(x)[0])
+
+
+class _Stacked(linen.Module):
+    @linen.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x, _ = jaxrnn.linen.GRU(3, 4)(x)
+        x, _ = linen.remat(jaxrnn.linen.GRU)(4, 4, name="second")(x)
+        return x
+
+
+def test_inside_other_modules() -> None:
+    variables = _Tagger().init(KEY, _x())
+    assert set(variables["params"]["encoder"]) == set(jaxrnn.linen.LSTM(3, 8, bidirectional=True).spec.shapes())
+    assert _Tagger().apply(variables, _x()).shape == (5, 2, 2)
+    variables = _Stacked().init(KEY, _x())
+    assert set(variables["params"]) == {"GRU_0", "second"}
+    one, _ = jaxrnn.linen.GRU(3, 4).apply({"params": variables["params"]["GRU_0"]}, _x())
+    two, _ = jaxrnn.linen.GRU(4, 4).apply({"params": variables["params"]["second"]}, one)
+    np.testing.assert_allclose(_Stacked().apply(variables, _x()), two, rtol=0, atol=1e-7)
+    assert "weight_hh_l0" in linen.tabulate(_Stacked(), KEY)(_x())
+
+
+def test_scan_vmap_and_shapes_only() -> None:
+    class Step(linen.Module):
+        @linen.compact
+        def __call__(self, h: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+            h = jaxrnn.linen.GRUCell(3, 4)(x, h)
+            return h, h
+
+    scanned = linen.scan(Step, variable_broadcast="params", split_rngs={"params": False})()
+    h = jnp.zeros((2, 4), jnp.float32)
+    variables = scanned.init(KEY, h, _x())
+    last, outputs = scanned.apply(variables, h, _x())
+    params = {f"{name}_l0": value for name, value in variables["params"]["GRUCell_0"].items()}
+    expected, h_n = jaxrnn.linen.GRU(3, 4).apply({"params": params}, _x())
+    np.testing.assert_allclose(outputs, expected, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(last, h_n[0], rtol=0, atol=1e-6)
+
+    several = linen.vmap(jaxrnn.linen.GRU, variable_axes={"params": 0}, split_rngs={"params": True}, axis_size=3)(3, 4)
+    x = jnp.stack([_x()] * 3)
+    variables = several.init(KEY, x)
+    outputs, _ = several.apply(variables, x)
+    assert not np.array_equal(outputs[0], outputs[1])
+    one = jax.tree.map(lambda a: a[1], variables)
+    np.testing.assert_allclose(jaxrnn.linen.GRU(3, 4).apply(one, x[1])[0], outputs[1], rtol=0, atol=1e-6)
+
+    shapes = jax.eval_shape(jaxrnn.linen.LSTM(3, 4).init, KEY, jax.ShapeDtypeStruct((5, 2, 3), jnp.float32))
+    assert shapes["params"]["weight_ih_l0"].shape == (16, 3)
+
+
+def test_a_model_learns_with_optax() -> None:
+    """The parity of five bits: nothing but memory tells it."""
+
+    class Model(linen.Module):
+        @linen.compact
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return linen.Dense(1)(jaxrnn.linen.LSTM(1, 16)(x)[0][-1])[:, 0]
+
+    bits = np.random.RandomState(0).randint(0, 2, (5, 256))
+    x, y = jnp.asarray(bits[..., None], jnp.float32), jnp.asarray(bits.sum(0) % 2, jnp.float32)
+    model, optimizer = Model(), optax.adam(2e-2)
+
+    def loss(variables: dict) -> jax.Array:
+        return optax.sigmoid_binary_cross_entropy(model.apply(variables, x), y).mean()
+
+    @jax.jit
+    def step(variables: dict, state: Any) -> tuple:
+        value, gradient = jax.value_and_grad(loss)(variables)
+        updates, state = optimizer.update(gradient, state, variables)
+        return value, optax.apply_updates(variables, updates), state
+
+    variables = model.init(KEY, x)
+    state = optimizer.init(variables)
+    losses = []
+    with jax.numpy_dtype_promotion("standard"):  # optax's adam mixes dtypes
+        for _ in range(400):
+            value, variables, state = step(variables, state)
+            losses.append(float(value))
+    assert losses[0] > 0.6
+    assert losses[-1] < 0.1
