@@ -40,9 +40,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--json", type=Path, metavar="OUT", help="also write everything to this file")
     options = parser.parse_args(arguments)
-    cases = [case for case in CASES.values() if options.filter in case.name]
+    dtypes = [options.dtype] if options.dtype else DTYPES
+    cases = [case for case in CASES.values() if options.filter in case.name and set(dtypes) & set(case.dtypes)]
     if not cases:
-        parser.error(f"no case has {options.filter!r} in its name; the first is {next(iter(CASES))}")
+        parser.error(f"no case of {dtypes} has {options.filter!r} in its name; the first case is {next(iter(CASES))}")
 
     jax.config.update("jax_enable_x64", True)
     console = Console()
@@ -52,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for path in reference.record():
             console.print(f"{path.name}: {path.stat().st_size:,} bytes", highlight=False)
         return 0
-    outcomes, torch = _outcomes(cases, options.side, [options.dtype] if options.dtype else DTYPES, options.live)
+    outcomes, torch = _outcomes(cases, options.side, dtypes, options.live)
     report = Report.of(options.side, outcomes, torch)
     report.show(console)
     if options.json:
@@ -83,9 +84,10 @@ def _outcomes(cases: list[Case], side: str, dtypes: Sequence[str], live: bool) -
             return outcomes
 
         # Nearly all of the time goes into compiling, which leaves Python free for other threads. Cases that differ in
-        # their seeds only share a compilation, so one thread has them all.
+        # their seeds or lengths only share a compilation, so one thread has them all.
         groups = [
-            list(group) for _, group in itertools.groupby(cases, lambda case: re.sub(r"-seed\d+$", "", case.name))
+            list(group)
+            for _, group in itertools.groupby(cases, lambda case: re.sub(r"-(seed\d+|lengths-\w+)$", "", case.name))
         ]
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as executor:
             return list(itertools.chain.from_iterable(executor.map(run, groups))), version

@@ -8,6 +8,7 @@ import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from jaxrnn.cells import GRU_CELL, LSTM_CELL, RNN_RELU, RNN_TANH, Cell
@@ -49,6 +50,18 @@ CELLS = {
 KINDS = {**LAYERS, **CELLS}
 
 
+# The lengths of the ragged cases' rows, four rows of up to five steps.
+LENGTHS = {"unsorted": (2, 5, 1, 4), "sorted": (5, 4, 2, 1), "equal": (4, 4, 4, 4), "ones": (1, 1, 5, 1)}
+WAYS = {
+    "whole": "the sequence in one array",
+    "lengths": "rows of different lengths, as lengths=",
+    "packed": "rows of different lengths, as a PackedSequence",
+    "sorted": "the same, packed with enforce_sorted",
+    "chunked": "chunk by chunk, the state carried on",
+}
+CHUNKS = (2, 1, 2)
+
+
 @dataclasses.dataclass(frozen=True)
 class Case:
     """One call of one module, and the cotangents of its results.
@@ -61,6 +74,9 @@ class Case:
         batch: rows, or None for an unbatched input.
         hx: whether an initial state is given.
         small: whether the truth is recorded in full; else it is recorded as a digest, and the case measures accuracy.
+        dtypes: what it is run in: float64, and maybe one dtype that is less exact.
+        way: how the sequence is fed, a key of `WAYS`.
+        lengths: of the rows, for the ways that have any.
     """
 
     name: str
@@ -70,6 +86,14 @@ class Case:
     batch: int | None
     hx: bool
     small: bool = True
+    dtypes: tuple[str, ...] = ("float64", "float32")
+    way: str = "whole"
+    lengths: tuple[int, ...] | None = None
+
+    @property
+    def inexact(self) -> str | None:
+        """The dtype beside float64, in which torch is inexact, too."""
+        return self.dtypes[1] if len(self.dtypes) > 1 else None
 
     @property
     def module(self) -> str:
@@ -111,14 +135,19 @@ class Case:
         return results | {f"{name}.grad": shape for name, shape in (inputs | parameters).items()}
 
     def arrays(self) -> tuple[Arrays, Arrays, Arrays]:
-        """The parameters, the inputs and the results' cotangents, as float64 arrays of numbers that float32 has."""
+        """The parameters, the inputs and the results' cotangents.
+
+        As float64 arrays of numbers that float32 has, or the less exact
+        dtype of the case.
+        """
         # RandomState's stream is frozen, so that the recorded results stay the results of these numbers.
         random = np.random.RandomState(zlib.crc32(self.name.encode()))
         bound = 1 / math.sqrt(self.arguments["hidden_size"])
         parameters, inputs, results = self.shapes()
+        dtype = jnp.dtype(self.inexact or "float32")
 
         def rounded(array: np.ndarray) -> np.ndarray:
-            return array.astype(np.float32).astype(np.float64)
+            return array.astype(dtype).astype(np.float64)
 
         return (
             {name: rounded(random.uniform(-bound, bound, shape)) for name, shape in parameters.items()},
@@ -132,36 +161,83 @@ def quantity(name: str) -> str:
     return re.sub(r"_l\d+(_reverse)?", "", name)
 
 
-def _case(kind: str, arguments: dict[str, Any], *, steps: int | None = None, batch: int | None, hx: bool) -> Case:
+def _case(kind: str, arguments: dict[str, Any], *, pattern: str = "", **settings: Any) -> Case:
     words = [
-        f"layers{arguments['num_layers']}" if steps else "",
+        f"layers{arguments['num_layers']}" if settings["steps"] else "",
         "bidirectional" if arguments.get("bidirectional") else "",
         "" if arguments.get("bias", True) else "nobias",
         "batch_first" if arguments.get("batch_first") else "",
-        "" if batch else "unbatched",
-        "hx" if hx else "",
+        "" if settings["batch"] else "unbatched",
+        "hx" if settings["hx"] else "",
+        settings.get("way", ""),
+        pattern,
     ]
-    return Case("-".join([kind, *filter(None, words)]), kind, arguments, steps, batch, hx)
+    return Case("-".join([kind, *filter(None, words)]), kind, arguments, **settings)
+
+
+SIZES = {"input_size": 3, "hidden_size": 4}
+
+
+def _layers(kind: str, layers: int, bidirectional: bool, **arguments: Any) -> dict[str, Any]:
+    projection = {"proj_size": 2} if LAYERS[kind].projects else {}
+    return {**SIZES, "num_layers": layers, "bidirectional": bidirectional, **projection, **arguments}
 
 
 def _small() -> Iterator[Case]:
-    sizes = {"input_size": 3, "hidden_size": 4}
+    both, exact = ("float64", "float32"), ("float64",)
     # batch_first, batch, hx: half of the combinations, in which any two of them meet in every way.
-    layouts = [(False, 3, True), (True, 3, False), (False, None, False), (True, None, True)]
-    for kind, layers, bidirectional, bias, (batch_first, batch, hx) in itertools.product(
+    layouts = [
+        (False, 3, True, both),
+        (True, 3, False, exact),
+        (False, None, False, exact),
+        (True, None, True, both),
+    ]
+    for kind, layers, bidirectional, bias, (batch_first, batch, hx, dtypes) in itertools.product(
         LAYERS, (1, 2, 3), (False, True), (True, False), layouts
     ):
-        arguments = {
-            **sizes,
-            "num_layers": layers,
-            "bias": bias,
-            "batch_first": batch_first,
-            "bidirectional": bidirectional,
-            **({"proj_size": 2} if LAYERS[kind].projects else {}),
-        }
-        yield _case(kind, arguments, steps=5, batch=batch, hx=hx)
+        arguments = _layers(kind, layers, bidirectional, bias=bias, batch_first=batch_first)
+        yield _case(kind, arguments, steps=5, batch=batch, hx=hx, dtypes=dtypes)
     for kind, bias, batch, hx in itertools.product(CELLS, (True, False), (3, None), (True, False)):
-        yield _case(kind, {**sizes, "bias": bias}, batch=batch, hx=hx)
+        yield _case(kind, {**SIZES, "bias": bias}, steps=None, batch=batch, hx=hx)
+
+
+def _ragged() -> Iterator[Case]:
+    def case(kind: str, layers: int, bidirectional: bool, way: str, pattern: str, hx: bool) -> Case:
+        arguments = _layers(kind, layers, bidirectional, batch_first=layers == 2)
+        lengths = LENGTHS[pattern]
+        settings = {"steps": 5, "batch": len(lengths), "hx": hx, "dtypes": ("float64",), "way": way}
+        return _case(kind, arguments, pattern=pattern, lengths=lengths, **settings)
+
+    # The patterns change fastest: those of one module share a compilation where lengths are data.
+    for kind, layers, bidirectional in itertools.product(LAYERS, (1, 2, 3), (False, True)):
+        yield case(kind, layers, bidirectional, "lengths", "unsorted", hx=True)
+        if (layers, bidirectional) == (2, True):
+            for pattern in ("sorted", "equal", "ones"):
+                yield case(kind, layers, bidirectional, "lengths", pattern, hx=True)
+            for way, pattern in (("packed", "equal"), ("packed", "ones"), ("sorted", "sorted"), ("sorted", "equal")):
+                yield case(kind, layers, bidirectional, way, pattern, hx=pattern != "ones")
+        yield case(kind, layers, bidirectional, "packed", "unsorted", hx=True)
+
+
+def _chunked() -> Iterator[Case]:
+    for kind in LAYERS:
+        arguments = _layers(kind, 2, bidirectional=False)
+        steps = sum(CHUNKS)
+        yield _case(kind, arguments, steps=steps, batch=3, hx=True, dtypes=("float64",), way="chunked")
+
+
+def _half() -> Iterator[Case]:
+    """One case of each kind in the dtypes of 16 bits. Those of relu are tiny, so that none comes near its kink."""
+    for dtype, (name, kind) in itertools.product(("bfloat16", "float16"), KINDS.items()):
+        relu = kind.cell is RNN_RELU
+        arguments: dict[str, Any] = SIZES if relu else {"input_size": 24, "hidden_size": 32}
+        if name in LAYERS and not relu:
+            arguments = {**arguments, "num_layers": 2, "bidirectional": True}
+            if kind.projects:
+                arguments["proj_size"] = 16
+        steps = None if name in CELLS else 3 if relu else 32
+        batch, dtypes = 2 if relu else 8, ("float64", dtype)
+        yield Case(f"{name}-{dtype}", name, arguments, steps, batch, hx=True, small=False, dtypes=dtypes)
 
 
 def _accuracy() -> Iterator[Case]:
@@ -193,4 +269,4 @@ def _seeds(case: Case) -> Iterator[Case]:
         yield dataclasses.replace(case, name=f"{case.name}-seed{seed}")
 
 
-CASES = {case.name: case for case in (*_small(), *_accuracy())}
+CASES = {case.name: case for case in (*_small(), *_ragged(), *_chunked(), *_half(), *_accuracy())}

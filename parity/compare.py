@@ -10,12 +10,13 @@ from parity.cases import ENOUGH, Arrays, Case, quantity
 from parity.reference import digest, errors, truth_of
 from parity.sides import Side
 
-DTYPES = ("float64", "float32")
 # The largest error of a case, scaled by max(1, largest of the truth). In float32 that finds what is wrong, not what
-# is inaccurate: correct results, torch's own too, come as far as 1.3e-6.
-LARGEST = {"float64": 1e-12, "float32": 4e-6}
-# The rms float32 error by torch's own, both against torch's float64: for each kind and quantity, and for all. The aim
-# is 1.5 and 1.25; on a CPU three rows miss it, at 1.55 to 1.63: XLA's tanh, and one product that sums over all steps.
+# is inaccurate: correct results, torch's own too, come as far as 1.3e-6. In 16 bits it is eps, one rounding at worst.
+LARGEST = {"float64": 1e-12, "float32": 4e-6, "bfloat16": 2.0**-7, "float16": 2.0**-10}
+DTYPES = tuple(LARGEST)
+# The rms error in a less exact dtype by torch's own, both against torch's float64: for each kind and quantity, and for
+# all. The aim is 1.5 and 1.25; in float32 on a CPU three rows miss it, at 1.55 to 1.63: XLA's tanh, and one product
+# that sums over all steps.
 RATIO = 1.75
 RATIO_OVERALL = 1.25
 
@@ -27,7 +28,7 @@ class Outcome:
     Attributes:
         case: the case.
         errors: for each dtype the errors (see `reference.errors`), a row for each measured array.
-        torch: the errors of torch's own float32.
+        torch: the errors of torch's own in the case's less exact dtype, if it has one.
         problem: what kept the case from being measured, if anything did.
     """
 
@@ -55,8 +56,8 @@ def compare(case: Case, record: Arrays, side: Side, dtypes: Sequence[str] = DTYP
         case: the case.
         record: what torch gave, see `parity.reference`.
         side: a value of `parity.sides.SIDES`.
-        dtypes: which of `DTYPES` to run. Where only a digest of the truth is known, float64 is always run: once it
-            has matched the digest, it is the truth for float32.
+        dtypes: which of the case's to run. Where only a digest of the truth is known, float64 is always run: once it
+            has matched the digest, it is the truth for the other.
     """
     truth = truth_of(case, record)
     measured: dict[str, np.ndarray] = {}
@@ -67,13 +68,13 @@ def compare(case: Case, record: Arrays, side: Side, dtypes: Sequence[str] = DTYP
             measured["float64"] = np.array(
                 [(array.size, 0.0, np.max(np.abs(ours - row)) / row[0]) for array, ours, row in pairs]
             )
-        for dtype in dtypes:
-            if dtype not in measured:
+        for dtype in case.dtypes:
+            if dtype in dtypes and dtype not in measured:
                 results = _run(case, side, dtype)
                 measured[dtype] = np.stack([errors(results[name], truth[name]) for name in truth])
     except Exception as problem:  # a case that breaks is a case that fails; the others go on
         return Outcome(case, problem=f"{type(problem).__name__}: {problem}".splitlines()[0])
-    return Outcome(case, measured, record["float32"])
+    return Outcome(case, measured, record.get("errors"))
 
 
 def _run(case: Case, side: Side, dtype: str) -> Arrays:
@@ -91,65 +92,80 @@ def _run(case: Case, side: Side, dtype: str) -> Arrays:
 
 @dataclasses.dataclass
 class Row:
-    """One kind and quantity, over all cases: see `reference.errors` for what the numbers mean.
+    """One kind and quantity, over all cases that have one less exact dtype: see `reference.errors` for the numbers.
 
     Attributes:
         kind: a key of `parity.cases.KINDS`.
+        dtype: the less exact one, float32 too where none was run.
         quantity: see `parity.cases.quantity`.
-        count: how many numbers were compared, in each dtype.
+        count: how many numbers were compared.
         float64: the largest float64 error.
-        float32: the largest float32 error.
-        rms: the rms float32 error.
-        torch_float32: torch's own largest float32 error.
-        torch_rms: torch's own rms float32 error.
+        inexact: how many numbers were compared in `dtype`.
+        worst: the largest error in `dtype`.
+        rms: the rms error in `dtype`.
+        torch_worst: torch's own largest error in `dtype`.
+        torch_rms: torch's own rms error in `dtype`.
     """
 
     kind: str
+    dtype: str
     quantity: str
     count: int = 0
     float64: float | None = None
-    float32: float | None = None
+    inexact: int = 0
+    worst: float | None = None
     rms: float | None = None
-    torch_float32: float | None = None
+    torch_worst: float | None = None
     torch_rms: float | None = None
 
     @property
+    def name(self) -> str:
+        return f"{self.kind} {self.quantity}" + ("" if self.dtype == "float32" else f" in {self.dtype}")
+
+    @property
     def ratio(self) -> float | None:
-        """Our rms float32 error by torch's, or None if too few numbers were measured for a judgement."""
-        if self.rms is None or self.torch_rms is None or self.count < ENOUGH:
+        """Our rms error by torch's, or None if too few numbers were measured for a judgement."""
+        if self.rms is None or self.torch_rms is None or self.inexact < ENOUGH:
             return None
         return self.rms / self.torch_rms if self.torch_rms else math.inf if self.rms else 1.0
 
-    def failure(self, limit: float = RATIO) -> str:
+    def failure(self) -> str:
         """What is wrong with the row as a whole; empty if nothing is."""
+        limit = RATIO_OVERALL if self.kind == EVERYTHING[0] else RATIO
         if self.ratio is None or self.ratio <= limit:
             return ""
-        return f"the rms float32 error is {self.ratio:.2f} of torch's own, more than {limit}"
+        return f"the rms {self.dtype} error is {self.ratio:.2f} of torch's own, more than {limit}"
 
 
-def pool(outcomes: Iterable[Outcome]) -> tuple[list[Row], Row]:
-    """The rows for each kind and quantity, in the order of the cases, and one row for everything."""
-    groups: dict[tuple[str, str], list[tuple[dict[str, np.ndarray], np.ndarray]]] = {}
-    everything = []
+EVERYTHING = ("all kinds", "all quantities")
+
+
+def pool(outcomes: Iterable[Outcome]) -> tuple[list[Row], list[Row]]:
+    """A row for each kind and quantity, in the order of the cases, and a row for everything: for each dtype."""
+    groups: dict[tuple[str, str, str], list[tuple[dict[str, np.ndarray], np.ndarray | None]]] = {}
+    overall: dict[tuple[str, str, str], list[tuple[dict[str, np.ndarray], np.ndarray | None]]] = {}
     for outcome in outcomes:
-        if outcome.torch is None:
-            continue
+        dtype = outcome.case.inexact or "float32"
         for index, name in enumerate(outcome.case.measured()):
-            entry = ({dtype: rows[index] for dtype, rows in outcome.errors.items()}, outcome.torch[index])
-            groups.setdefault((outcome.case.kind, quantity(name)), []).append(entry)
-            everything.append(entry)
-    return [_row(*key, entries) for key, entries in groups.items()], _row("all kinds", "all quantities", everything)
+            ours = {dtype: rows[index] for dtype, rows in outcome.errors.items()}
+            entry = (ours, None if outcome.torch is None else outcome.torch[index])
+            if ours:
+                groups.setdefault((outcome.case.kind, dtype, quantity(name)), []).append(entry)
+                overall.setdefault((EVERYTHING[0], dtype, EVERYTHING[1]), []).append(entry)
+    rows, everything = ([_row(*key, entries) for key, entries in table.items()] for table in (groups, overall))
+    return rows, everything
 
 
-def _row(kind: str, name: str, entries: list[tuple[dict[str, np.ndarray], np.ndarray]]) -> Row:
-    row = Row(kind, name)
-    by_dtype = {dtype: np.array([ours[dtype] for ours, _ in entries if dtype in ours]) for dtype in DTYPES}
-    double, single = by_dtype["float64"], by_dtype["float32"]
+def _row(kind: str, dtype: str, name: str, entries: list[tuple[dict[str, np.ndarray], np.ndarray | None]]) -> Row:
+    row = Row(kind, dtype, name)
+    double = np.array([ours["float64"] for ours, _ in entries if "float64" in ours])
+    pairs = [(ours[dtype], torch) for ours, torch in entries if dtype in ours and torch is not None]
     if len(double):
         row.count, row.float64 = int(double[:, 0].sum()), float(double[:, 2].max())
-    if len(single):
-        torch = np.array([theirs for _, theirs in entries])
-        row.count = int(single[:, 0].sum())
-        row.float32, row.torch_float32 = float(single[:, 2].max()), float(torch[:, 2].max())
-        row.rms, row.torch_rms = (math.sqrt(table[:, 1].sum() / row.count) for table in (single, torch))
+    if pairs:
+        ours, torch = (np.array(table) for table in zip(*pairs, strict=True))
+        row.inexact = int(ours[:, 0].sum())
+        row.count = max(row.count, row.inexact)
+        row.worst, row.torch_worst = float(ours[:, 2].max()), float(torch[:, 2].max())
+        row.rms, row.torch_rms = (math.sqrt(table[:, 1].sum() / row.inexact) for table in (ours, torch))
     return row

@@ -2,9 +2,9 @@
 
 A record is a dict of arrays, with one row for each of the case's measured arrays, in their order:
 
-    truth    torch's float64 results, all numbers in a row
-    digest   instead of `truth` where that is large: the norm, and projections on fixed vectors of +1 and -1
-    float32  the errors (see `errors`) of torch's own float32 results against its float64 results
+    truth   torch's float64 results, all numbers in a row
+    digest  instead of `truth` where that is large: the norm, and projections on fixed vectors of +1 and -1
+    errors  the errors (see `errors`) of torch's own results in the case's less exact dtype, if it has one
 """
 
 import math
@@ -44,9 +44,10 @@ def digest(array: np.ndarray) -> np.ndarray:
 
 def live(case: Case, *, full: bool = True) -> Arrays:
     """The record of a case, from torch here; with the truth, or with its digest only."""
-    truth, single = run_torch(case, "float64"), run_torch(case, "float32")
-    names = list(case.measured())
-    record = {"float32": np.stack([errors(single[name], truth[name]) for name in names])}
+    truth, names, record = run_torch(case, "float64"), list(case.measured()), {}
+    if case.inexact:
+        inexact = run_torch(case, case.inexact)
+        record["errors"] = np.stack([errors(inexact[name], truth[name]) for name in names])
     if full:
         record["truth"] = np.concatenate([truth[name].ravel() for name in names])
     else:
@@ -90,7 +91,7 @@ class Recorded:
 
     def __call__(self, case: Case) -> Arrays:
         file = self._files[case.kind]
-        names = [f"{case.name}/{name}" for name in ("truth", "digest", "float32")]
+        names = [f"{case.name}/{name}" for name in ("truth", "digest", "errors")]
         found = {name.rpartition("/")[2]: file[name] for name in names if name in file}
         if not found:
             raise KeyError(f"no recorded results of {case.name}: run `python -m parity record`")

@@ -15,9 +15,9 @@ from rich.table import Table
 
 import jaxrnn
 from parity.cases import ENOUGH
-from parity.compare import RATIO_OVERALL, Outcome, Row, pool
+from parity.compare import Outcome, Row, pool
 
-HEADINGS = ("numbers", "float64\nworst", "float32\nworst", "float32\nrms", "torch's\nrms", "ratio\nof rms")
+HEADINGS = ("numbers", "float64\nworst", "{dtype}\nworst", "{dtype}\nrms", "torch's\nrms", "ratio\nof rms")
 
 
 @dataclasses.dataclass
@@ -26,8 +26,8 @@ class Report:
 
     Attributes:
         side: which side was compared with torch.
-        rows: one for each kind and quantity.
-        overall: one for everything.
+        rows: one for each kind, quantity and less exact dtype.
+        overall: one for everything, for each less exact dtype.
         failures: what failed, by case or by kind and quantity; empty if all is well.
         cases: how many cases were compared.
         environment: versions and the device.
@@ -35,7 +35,7 @@ class Report:
 
     side: str
     rows: list[Row]
-    overall: Row
+    overall: list[Row]
     failures: dict[str, str]
     cases: int
     environment: dict[str, str]
@@ -45,7 +45,7 @@ class Report:
         """Judge the outcomes. `torch` says which torch they were compared with."""
         rows, overall = pool(outcomes)
         failures = {outcome.case.name: outcome.failure() for outcome in outcomes}
-        failures |= {_name(row): row.failure() for row in rows} | {_name(overall): overall.failure(RATIO_OVERALL)}
+        failures |= {row.name: row.failure() for row in (*rows, *overall)}
         failures = {name: failure for name, failure in failures.items() if failure}
         return cls(side, rows, overall, failures, len(outcomes), _environment(torch))
 
@@ -54,53 +54,56 @@ class Report:
         torch = f"torch {self.environment['torch']}"
         if self.failures:
             return f"{self.side} does not give what {torch} gives: {len(self.failures)} failures in {self.cases} cases."
-        words = [f"{self.side} gives what {torch} gives: {self.cases} cases, {self.overall.count:,} numbers."]
-        if self.overall.float64 is not None:
-            words.append(f"In float64 they are at most {self.overall.float64:.1e} apart.")
-        if self.overall.float32 is not None:
-            words.append(f"In float32 they are at most {self.overall.float32:.1e} from the truth.")
-            judged = [row for row in self.rows if row.ratio is not None]
-            if judged:
+        count = sum(row.count for row in self.overall)
+        words = [f"{self.side} gives what {torch} gives: {self.cases} cases, {count:,} numbers."]
+        exact = [row.float64 for row in self.overall if row.float64 is not None]
+        if exact:
+            words.append(f"In float64 they are at most {max(exact):.1e} apart.")
+        for overall in self.overall:
+            if overall.worst is None:
+                continue
+            words.append(f"In {overall.dtype} they are at most {overall.worst:.1e} from the truth.")
+            judged = [row for row in self.rows if row.dtype == overall.dtype and row.ratio is not None]
+            if judged and overall.ratio is not None:
                 top = max(judged, key=lambda row: row.ratio or 0.0)
-                words.append(f"The rms float32 error is {self.overall.ratio:.2f} of torch's own,")
-                words.append(f"at worst {top.ratio:.2f} for one kind and quantity, {_name(top)}.")
+                words.append(f"The rms {overall.dtype} error is {overall.ratio:.2f} of torch's own,")
+                words.append(f"at worst {top.ratio:.2f} for one kind and quantity, {top.name}.")
             else:
-                words.append(f"{ENOUGH:,} numbers of one quantity, enough to compare float32 errors, are not here.")
+                words.append(
+                    f"{ENOUGH:,} numbers of one quantity, enough to compare {overall.dtype} errors, are not here."
+                )
         return " ".join(words)
 
     def json(self) -> dict[str, Any]:
         """All of it, in JSON's types."""
-        rows = [dataclasses.asdict(row) | {"ratio": row.ratio} for row in (*self.rows, self.overall)]
-        return dataclasses.asdict(self) | {
-            "passed": not self.failures,
-            "verdict": self.verdict,
-            "rows": rows[:-1],
-            "overall": rows[-1],
+        tables = {
+            name: [dataclasses.asdict(row) | {"ratio": row.ratio} for row in rows]
+            for name, rows in (("rows", self.rows), ("overall", self.overall))
         }
+        return dataclasses.asdict(self) | {"passed": not self.failures, "verdict": self.verdict} | tables
 
     def show(self, console: Console) -> None:
-        title = f"{self.side}: errors against torch's float64"
-        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-        table.add_column("quantity", no_wrap=True)
-        for heading in HEADINGS:
-            table.add_column(heading, justify="right", no_wrap=True)
-        for kind, rows in itertools.groupby((*self.rows, self.overall), lambda row: row.kind):
-            table.add_section()
-            table.add_row(kind, style="bold")
-            for row in rows:
-                numbers = (row.float64, row.float32, row.rms, row.torch_rms)
-                cells = [f"{row.count:,}", *("" if number is None else f"{number:.1e}" for number in numbers)]
-                cells.append("" if row.ratio is None else f"{row.ratio:.2f}")
-                table.add_row(f" {row.quantity}", *cells, style="red" if _name(row) in self.failures else "")
-        console.print(table)
+        for overall in self.overall:
+            dtype = overall.dtype
+            title = f"{self.side}: errors against torch's float64, in float64 and {dtype}"
+            table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+            table.add_column("quantity", no_wrap=True)
+            for heading in HEADINGS:
+                table.add_column(heading.format(dtype=dtype), justify="right", no_wrap=True)
+            rows = [row for row in (*self.rows, overall) if row.dtype == dtype]
+            for kind, group in itertools.groupby(rows, lambda row: row.kind):
+                table.add_section()
+                table.add_row(kind, style="bold")
+                for row in group:
+                    numbers = (row.float64, row.worst, row.rms, row.torch_rms)
+                    cells = [f"{row.count:,}", *("" if number is None else f"{number:.1e}" for number in numbers)]
+                    cells.append("" if row.ratio is None else f"{row.ratio:.2f}")
+                    table.add_row(f" {row.quantity}", *cells, style="red" if row.name in self.failures else "")
+            console.print(table)
         for name, failure in self.failures.items():
             console.print(f"[red]FAIL[/] {name}: ", failure, sep="", highlight=False, soft_wrap=True)
         console.print(self.verdict, style="red" if self.failures else "green", highlight=False)
         console.print(", ".join(f"{name} {value}" for name, value in self.environment.items()), highlight=False)
-
-
-def _name(row: Row) -> str:
-    return f"{row.kind} {row.quantity}"
 
 
 def _environment(torch: str) -> dict[str, str]:

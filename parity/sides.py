@@ -1,9 +1,10 @@
 """Run a case with one library. A side is a function of a case and a dtype; all give the same named arrays."""
 
 import functools
+import itertools
 import warnings
 from collections.abc import Callable, Hashable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 import jaxrnn
-from parity.cases import Arrays, Case
+from parity.cases import CHUNKS, Arrays, Case
 
 Side = Callable[[Case, str], Arrays]
 
@@ -34,6 +35,7 @@ def _named(case: Case, returned: Any) -> dict[str, Any]:
 def run_torch(case: Case, dtype: str) -> Arrays:
     """The case with torch.nn, on the CPU, in torch's default way."""
     import torch
+    from torch.nn.utils import rnn
 
     torch.set_num_threads(1)  # the same sums in the same order, however many cores there are
     parameters, inputs, cotangents = (
@@ -44,24 +46,64 @@ def run_torch(case: Case, dtype: str) -> Arrays:
     module.load_state_dict(parameters)
     for tensor in inputs.values():
         tensor.requires_grad_()
+    x, hx = inputs["input"], _state(case, inputs, "0") if case.hx else None
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="LSTM with projections is not supported with oneDNN")
-        results = _named(case, module(inputs["input"], _state(case, inputs, "0") if case.hx else None))
+        if case.lengths is None:
+            results = _named(case, module(x, hx))
+        else:
+            batch_first, pack, pad = module.batch_first, rnn.pack_padded_sequence, rnn.pad_packed_sequence
+            output, state = module(pack(x, list(case.lengths), batch_first, enforce_sorted=case.way == "sorted"), hx)
+            results = _named(case, (pad(output, batch_first, total_length=case.steps)[0], state))
     sources = inputs | dict(module.named_parameters())
     gradients = torch.autograd.grad(
         [results[name] for name in cotangents], list(sources.values()), list(cotangents.values())
     )
     named = results | {f"{name}.grad": gradient for name, gradient in zip(sources, gradients, strict=True)}
-    return {name: tensor.detach().numpy() for name, tensor in named.items()}
+    # NumPy has no bfloat16 of its own.
+    return {name: (t if dtype.startswith("float") else t.double()).detach().numpy() for name, t in named.items()}
+
+
+class Feed(NamedTuple):
+    """How a case feeds its sequence to a JAX module: what of it is fixed when the module is traced."""
+
+    way: str
+    lengths: tuple[int, ...] | None
+    batch_first: bool
+    steps: int | None
+
+    @classmethod
+    def of(cls, case: Case) -> "Feed":
+        static = case.lengths if case.way in ("packed", "sorted") else None
+        return cls(case.way, static, case.arguments.get("batch_first", False), case.steps)
+
+    def __call__(self, module: Callable, x: jax.Array, hx: Any, lengths: jax.Array | None) -> Any:
+        if self.way == "whole":
+            return module(x, hx)
+        if self.way == "lengths":
+            return module(x, hx, lengths=lengths)
+        if self.way == "chunked":
+            outputs = []
+            for start, steps in zip(itertools.accumulate(CHUNKS, initial=0), CHUNKS, strict=False):
+                output, hx = module(x[start : start + steps], hx)
+                outputs.append(output)
+            return jnp.concatenate(outputs), hx
+        assert self.lengths is not None
+        packed = jaxrnn.pack_padded_sequence(x, self.lengths, self.batch_first, enforce_sorted=self.way == "sorted")
+        output, state = module(packed, hx)
+        return jaxrnn.pad_packed_sequence(output, self.batch_first, total_length=self.steps)[0], state
 
 
 # Modules that differ in their numbers only are equal here, and share a compilation. Old compilations are dropped: each
 # takes memory maps, and Linux gives a process 65,530.
 @functools.lru_cache(maxsize=16)
-def _differentiate(call: Callable[..., Any], module: Hashable) -> Callable[..., Any]:
+def _differentiate(call: Callable[..., Any], module: Hashable, feed: Feed) -> Callable[..., Any]:
     @jax.jit
-    def differentiate(parameters: Any, inputs: Any, cotangents: Any) -> Any:
-        returned, pullback = jax.vjp(functools.partial(call, module), parameters, *inputs)
+    def differentiate(parameters: Any, inputs: Any, lengths: jax.Array | None, cotangents: Any) -> Any:
+        def run(parameters: Any, x: jax.Array, hx: Any) -> Any:
+            return feed(functools.partial(call, module, parameters), x, hx, lengths)
+
+        returned, pullback = jax.vjp(run, parameters, *inputs)
         return returned, pullback(cotangents)
 
     return differentiate
@@ -72,15 +114,16 @@ def _run_jax(
 ) -> Arrays:
     """What the JAX sides share. `build` gives the static and the differentiable part of a module that `call` calls."""
     parameters, inputs, cotangents = (
-        {name: array.astype(dtype) for name, array in arrays.items()} for arrays in case.arrays()
+        {name: array.astype(jnp.dtype(dtype)) for name, array in arrays.items()} for arrays in case.arrays()
     )
+    lengths = np.array(case.lengths) if case.way == "lengths" else None
     hx = _state(case, inputs, "0") if case.hx else None
     state = _state(case, cotangents, "n")
     # TF32 and bfloat16 products on accelerators are a choice of speed, not what is compared here.
     with jax.default_matmul_precision("highest"):
         module, parameters = build(case, dtype, parameters)
-        returned, (d_parameters, *d_inputs) = _differentiate(call, module)(
-            parameters, (inputs["input"], hx), state if case.steps is None else (cotangents["output"], state)
+        returned, (d_parameters, *d_inputs) = _differentiate(call, module, Feed.of(case))(
+            parameters, (inputs["input"], hx), lengths, state if case.steps is None else (cotangents["output"], state)
         )
     named = _named(case, returned)
     named |= {f"{name}.grad": array for name, array in zip(inputs, jax.tree.leaves(d_inputs), strict=True)}
@@ -95,8 +138,8 @@ def _build_nnx(case: Case, dtype: str, parameters: Arrays) -> tuple[Hashable, An
     return graphdef, nnx.to_pure_dict(state)
 
 
-def _call_nnx(graphdef: Any, parameters: Any, x: jax.Array, hx: Any) -> Any:
-    return nnx.merge(graphdef, nnx.State(parameters))(x, hx)
+def _call_nnx(graphdef: Any, parameters: Any, *arguments: Any, **marks: Any) -> Any:
+    return nnx.merge(graphdef, nnx.State(parameters))(*arguments, **marks)
 
 
 def run_jaxrnn(case: Case, dtype: str) -> Arrays:
@@ -104,4 +147,17 @@ def run_jaxrnn(case: Case, dtype: str) -> Arrays:
     return _run_jax(case, dtype, _build_nnx, _call_nnx)
 
 
-SIDES: dict[str, Side] = {"torch": run_torch, "jaxrnn": run_jaxrnn}
+def _build_linen(case: Case, dtype: str, parameters: Arrays) -> tuple[Hashable, Any]:
+    return getattr(jaxrnn.linen, case.module)(**case.constructor, param_dtype=jnp.dtype(dtype)), parameters
+
+
+def _call_linen(module: Any, parameters: Any, *arguments: Any, **marks: Any) -> Any:
+    return module.apply({"params": parameters}, *arguments, **marks)
+
+
+def run_linen(case: Case, dtype: str) -> Arrays:
+    """The case with jaxrnn's flax.linen module, differentiated under jit."""
+    return _run_jax(case, dtype, _build_linen, _call_linen)
+
+
+SIDES: dict[str, Side] = {"torch": run_torch, "jaxrnn": run_jaxrnn, "linen": run_linen}

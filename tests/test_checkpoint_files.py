@@ -55,7 +55,7 @@ def arrays(draw: st.DrawFn) -> np.ndarray:
     return np.frombuffer(data, np.uint8).view(dtype).reshape(shape)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(tensors=st.dictionaries(st.text(st.characters(exclude_categories=["Cs"])), arrays(), max_size=5))
 def test_round_trip(tmp_path, tensors):
     tensors.pop("__metadata__", None)

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import jaxrnn
@@ -46,7 +46,6 @@ def specs(draw: st.DrawFn) -> Spec | CellSpec:
     )
 
 
-@settings(deadline=None)
 @given(
     wanted=st.dictionaries(
         st.sampled_from(["", "a.", "b.", "a.b.", "encoder.rnns.0.", "encoder.rnns.1.", "ä b."]),
@@ -124,7 +123,6 @@ def test_live_torch_modules(torch):
 WHOLE = Spec(jaxrnn.LSTM_CELL, 7, 5, num_layers=3, bidirectional=True, proj_size=2)
 
 
-@settings(deadline=None)
 @given(st.sets(st.sampled_from(list(WHOLE.shapes())), min_size=1, max_size=len(WHOLE.shapes()) - 1))
 def test_every_missing_key_is_named_or_the_rest_is_a_smaller_module(lost):
     tensors = {

@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jaxrnn
 from jaxrnn import recurrence
 
+FEW = settings(max_examples=settings.default.max_examples // 5)  # each new shape compiles
 LENGTHS = [2, 5, 1, 3]
 DTYPES = ["float64", "float32", "float16", "int32", "int64", "uint8", "bool"]
 
@@ -43,6 +44,7 @@ def _rows(draw: Any, distinct: bool) -> tuple[list[int], tuple[int, ...], str]:
 
 
 @pytest.mark.torch
+@FEW
 @given(st.data())
 def test_pack_and_pad_are_torchs(torch: types.ModuleType, data: Any) -> None:
     draw = data.draw
@@ -69,6 +71,7 @@ def test_pack_and_pad_are_torchs(torch: types.ModuleType, data: Any) -> None:
 
 
 @pytest.mark.torch
+@FEW
 @given(st.data())
 def test_sequences_are_torchs(torch: types.ModuleType, data: Any) -> None:
     draw = data.draw

@@ -1,6 +1,5 @@
 """The whole call: layout, order, dropout, dtypes, what compiles when, and what bad arguments get."""
 
-import os
 import types
 from typing import Any
 
@@ -277,17 +276,15 @@ def test_inference_keeps_no_history_but_the_outputs() -> None:
 
 # Streaming and resets.
 
-CHUNKINGS = int(os.environ.get("JAXRNN_CHUNKINGS", "50"))
-
 
 @pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
-def test_any_chunks_equal_the_whole(kind: str) -> None:
+def test_any_chunks_equal_the_whole(kind: str, thorough: bool) -> None:
     cell = {"LSTM": jaxrnn.LSTM_CELL, "GRU": jaxrnn.GRU_CELL, "RNN": jaxrnn.RNN_TANH}[kind]
     spec = jaxrnn.Spec(cell, I, H, num_layers=2, proj_size=2 if kind == "LSTM" else 0)
     params, x = spec.init(jax.random.key(0), jnp.float64), _normal(12, N, I)
     output, last = jaxrnn.apply(spec, params, x)
     random = np.random.RandomState(0)
-    for _ in range(CHUNKINGS):
+    for _ in range(1000 if thorough else 50):
         cuts = np.flatnonzero(random.rand(11) < random.rand()) + 1
         pieces, state = [], None
         for chunk in np.split(x, cuts):
