@@ -76,11 +76,11 @@ def apply(
     >>> output.shape, h_n.shape, c_n.shape
     ((5, 3, 20), (2, 3, 20), (2, 3, 20))
     """
-    settings = {"dropout_key": dropout_key, "dtype": dtype, "precision": precision}
     if isinstance(x, PackedSequence):
         if lengths is not None:
             raise ValueError("lengths should be None for a PackedSequence, which has its own")
-        return _apply_packed(spec, params, x, hx, reset, reset_state, dropout_masks, settings)
+        rest = {"reset_state": reset_state, "dropout_key": dropout_key, "dtype": dtype, "precision": precision}
+        return _apply_packed(spec, params, x, hx, reset, dropout_masks, **rest)
     x = _floating("x", x)
     if x.ndim not in (2, 3):
         raise ValueError(f"x should be 2-D (unbatched) or 3-D (batched), got shape {x.shape}")
@@ -110,11 +110,10 @@ def _apply_packed(
     spec: Spec,
     params: Mapping[str, ArrayLike],
     x: PackedSequence,
-    hx: Any,
+    hx: HX,
     reset: ArrayLike | None,
-    reset_state: Any,
     dropout_masks: Sequence[ArrayLike] | None,
-    settings: dict[str, Any],
+    **rest: Any,
 ) -> tuple[PackedSequence, State]:
     """As padded rows with their lengths: as many steps as the longest row has, and one trace for all such rows."""
     data = _floating("x.data", x.data)
@@ -132,9 +131,8 @@ def _apply_packed(
         hx,
         lengths=None if where.lengths.min() == where.lengths.max() else where.lengths,
         reset=None if reset is None else pad(reset, where.places),
-        reset_state=reset_state,
         dropout_masks=dropout_masks,
-        **settings,
+        **rest,
     )
     return x._replace(data=pack(output, where.rows)), state
 
@@ -228,15 +226,17 @@ def _states(spec: Spec | CellSpec, argument: str, hx: Any, shapes: list[tuple[in
 def _lengths(lengths: Any, shape: tuple[int, ...], steps: int) -> jax.Array | None:
     if lengths is None:
         return None
-    if not isinstance(lengths, jax.core.Tracer):
-        lengths = np.asarray(lengths)
-    if not jnp.issubdtype(lengths.dtype, jnp.integer):
-        raise TypeError(f"lengths should be integers, got {lengths.dtype}")
-    if lengths.shape != shape:
-        raise RuntimeError(f"lengths should have shape {shape}, one for each row of x, got {lengths.shape}")
-    if isinstance(lengths, np.ndarray) and not np.all((lengths >= 0) & (lengths <= steps)):
-        raise ValueError(f"lengths should be from 0 to the {steps} time steps of x, got {lengths.tolist()}")
-    return jnp.asarray(lengths)
+    array = lengths if isinstance(lengths, jax.Array) else np.asarray(lengths)
+    if not jnp.issubdtype(array.dtype, jnp.integer):
+        raise TypeError(f"lengths should be integers, got {array.dtype}")
+    if array.shape != shape:
+        raise RuntimeError(f"lengths should have shape {shape}, one for each row of x, got {array.shape}")
+    # The values are not to be seen while a function is traced, nor on the devices of other processes.
+    if not isinstance(array, jax.core.Tracer) and getattr(array, "is_fully_addressable", True):
+        values = np.asarray(array)
+        if np.any((values < 0) | (values > steps)):
+            raise ValueError(f"lengths should be from 0 to the {steps} time steps of x, got {values.tolist()}")
+    return jnp.asarray(array)
 
 
 def _reset(spec: Spec, reset: ArrayLike | None, shape: tuple[int, ...]) -> jax.Array | None:
@@ -300,7 +300,7 @@ def _apply(
         state = tuple(jnp.zeros((rows, x.shape[1], size), x.dtype) for size in spec.state_sizes())
     marks = recurrence.Marks(reset=None if reset is None else reset[..., None])
     if lengths is not None:
-        steps = jnp.arange(len(x), dtype=jnp.int32)
+        steps = jnp.arange(x.shape[0], dtype=jnp.int32)
         ended = (steps[:, None] >= lengths.astype(jnp.int32))[..., None]
         x = jnp.where(ended, jnp.zeros_like(x), x)  # NaN there would reach the gradients through the products
         marks = marks._replace(ended=ended)

@@ -18,14 +18,7 @@ from parity import sides
 from parity.cases import CASES, KINDS, Case
 
 KEY = jax.random.key(0)
-POSITIONAL = {
-    "RNN": "input_size hidden_size num_layers nonlinearity bias batch_first dropout bidirectional",
-    "LSTM": "input_size hidden_size num_layers bias batch_first dropout bidirectional proj_size",
-    "GRU": "input_size hidden_size num_layers bias batch_first dropout bidirectional",
-    "RNNCell": "input_size hidden_size bias nonlinearity",
-    "LSTMCell": "input_size hidden_size bias",
-    "GRUCell": "input_size hidden_size bias",
-}
+MODULES = ("RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell")
 
 
 def _x(*shape: int) -> jax.Array:
@@ -57,17 +50,22 @@ def test_linen_is_nnx_bit_by_bit(kind: str, thorough: bool) -> None:
         chex.assert_trees_all_equal(nnx_results, linen_results)
 
 
-@pytest.mark.parametrize("name", POSITIONAL)
-def test_positional_arguments_are_torchs(name: str) -> None:
-    expected = POSITIONAL[name].split()
-    parameters = inspect.signature(getattr(jaxrnn.linen, name)).parameters.values()
-    fields = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
-    assert [field for field in fields if field not in ("parent", "name")] == expected  # these two are Linen's own
-    assert fields[: len(expected)] == expected
-    assert {p.name for p in parameters if p.kind is p.KEYWORD_ONLY} >= {"dtype", "param_dtype", "precision"}
+def _arguments(function: Any, *kinds: Any) -> list[str]:
+    return [name for name, p in inspect.signature(function).parameters.items() if p.kind in kinds and name != "self"]
 
 
-@pytest.mark.parametrize("name", POSITIONAL)
+@pytest.mark.parametrize("name", MODULES)
+def test_arguments_are_those_of_the_nnx_module(name: str) -> None:
+    either, keyword = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
+    ours, nnx_module = getattr(jaxrnn.linen, name), getattr(jaxrnn, name).__init__
+    expected = _arguments(nnx_module, either)
+    found = _arguments(ours, either)
+    assert found[: len(expected)] == expected
+    assert set(found[len(expected) :]) <= {"parent", "name"}  # Linen's own
+    assert set(_arguments(ours, either, keyword)) >= set(_arguments(nnx_module, keyword)) - {"rngs"}
+
+
+@pytest.mark.parametrize("name", MODULES)
 def test_params_have_torchs_keys_and_ranges(name: str) -> None:
     module = getattr(jaxrnn.linen, name)(3, 16, param_dtype=jnp.float64)
     x = _x(2, 3) if "Cell" in name else _x()

@@ -107,6 +107,19 @@ def test_a_module_is_its_pure_function(name: str, settings: dict) -> None:
     chex.assert_trees_all_equal(module(_x(), hx=state), module(_x(), state))
 
 
+def test_a_call_takes_what_apply_takes() -> None:
+    gru = _make("GRU", num_layers=2)
+    params = {key: getattr(gru, key)[...] for key in gru.spec.shapes()}
+    reset, hx = np.zeros((5, 2), bool), jnp.ones((2, 2, 4), jnp.float32)
+    reset[1, 0] = True
+    arguments = {"lengths": jnp.array([4, 0]), "reset": reset, "reset_state": 2 * hx}
+    ours = gru(_x(), hx, **arguments)
+    chex.assert_trees_all_equal(ours, jaxrnn.apply(gru.spec, params, _x(), hx, **arguments))
+    for name in ("lengths", "reset_state"):
+        other = gru(_x(), hx, **{**arguments, name: None})
+        assert not np.array_equal(ours[1], other[1])
+
+
 def test_dtype_and_param_dtype() -> None:
     gru = jaxrnn.GRU(3, 4, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
     assert gru.weight_ih_l0.dtype == jnp.float32

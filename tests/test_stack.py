@@ -352,6 +352,7 @@ BAD_MARKS = [
         ValueError,
         r"lengths should be from 0 to the 5 time steps of x, got \[1, 6, 2\]",
     ),
+    (GRU, {"lengths": jnp.array([1, 9, 2])}, ValueError, r"from 0 to the 5 time steps of x, got \[1, 9, 2\]"),
     (GRU, {"lengths": [1, -1, 2]}, ValueError, r"from 0 to the 5 time steps of x, got \[1, -1, 2\]"),
     (LSTM, {"reset": np.zeros((T, N), bool)}, ValueError, "reset is for unidirectional networks"),
     (
