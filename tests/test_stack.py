@@ -1,5 +1,6 @@
 """The whole call: layout, order, dropout, dtypes, what compiles when, and what bad arguments get."""
 
+import itertools
 import types
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 import jaxrnn
-from jaxrnn import recurrence
+from jaxrnn import GRU_CELL, LSTM_CELL, RNN_RELU, RNN_TANH, recurrence
 
 T, N, I, H = 5, 3, 2, 4  # noqa: E741 - the field's names for time, batch, input and hidden size
 LSTM = jaxrnn.Spec(jaxrnn.LSTM_CELL, I, H, num_layers=2, bidirectional=True)
@@ -133,7 +134,8 @@ class Ragged:
         self.spec = spec
         self.params = spec.init(jax.random.key(0), jnp.float64)
         self.x = _normal(T, len(ROWS), I)
-        self.hx = tuple(_normal(4, len(ROWS), size) for size in spec.state_sizes())
+        rows = spec.num_layers * spec.num_directions
+        self.hx = tuple(_normal(rows, len(ROWS), size) for size in spec.state_sizes())
         self.padding = np.arange(T)[:, None] >= ROWS
 
     def turn(self, a: jax.Array) -> jax.Array:
@@ -160,6 +162,19 @@ def ragged(request: pytest.FixtureRequest) -> Ragged:
 
 
 def test_lengths_equal_each_row_alone(ragged: Ragged) -> None:
+    _assert_each_row_alone(ragged)
+
+
+def test_lengths_equal_each_row_alone_for_every_kind(thorough: bool) -> None:
+    kinds = [(RNN_TANH, 0), (RNN_RELU, 0), (LSTM_CELL, 0), (LSTM_CELL, 2), (GRU_CELL, 0)]
+    table = list(itertools.product(kinds, (1, 2, 3), (False, True)))
+    for (cell, proj_size), num_layers, bidirectional in table if thorough else table[::11]:
+        _assert_each_row_alone(
+            Ragged(jaxrnn.Spec(cell, I, H, num_layers, bidirectional=bidirectional, proj_size=proj_size))
+        )
+
+
+def _assert_each_row_alone(ragged: Ragged) -> None:
     results, (d_params, d_x, d_hx) = ragged.differentiate(7.0)
     output, *states = results
     added = jax.tree.map(jnp.zeros_like, ragged.params)
