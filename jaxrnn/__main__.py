@@ -46,6 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     command.add_argument("out", metavar="OUT", help="the file to write, whose name ends in .safetensors")
     command.add_argument("--prefix", default="", help="write only keys that start with this, without it: encoder.lstm.")
     command.add_argument("--force", action="store_true", help="replace OUT where it exists")
+    for command in commands.choices.values():
+        command.add_argument("--key", help="under what key of a torch.save file the state dict is: trainer.model")
     arguments = parser.parse_args(argv)
     try:
         arguments.run(arguments)
@@ -56,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
-    tensors = load(arguments.file)
+    tensors = load(arguments.file, arguments.key)
     try:
         found = find_rnns(tensors)
     except CheckpointError as error:
@@ -92,7 +94,7 @@ def _inspect(arguments: argparse.Namespace) -> None:
 def _convert(arguments: argparse.Namespace) -> None:
     if os.path.lexists(arguments.out) and not arguments.force:
         raise CheckpointError(f"{arguments.out}: it exists already\ngive another name, or --force to replace it")
-    tensors = load(arguments.file)
+    tensors = load(arguments.file, arguments.key)
     prefix = arguments.prefix
     chosen = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
     if not chosen:

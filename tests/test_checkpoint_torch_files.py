@@ -2,6 +2,7 @@ import argparse
 import io
 import os
 import pathlib
+import re
 import sys
 import types
 import zipfile
@@ -14,6 +15,7 @@ import pytest
 
 from jaxrnn import checkpoint
 from jaxrnn.checkpoint import CheckpointError
+from jaxrnn.checkpoint.torch_files import LEGACY_MAGIC
 
 
 def refusal(path: Path) -> str:
@@ -35,12 +37,15 @@ def archive(**entries: bytes) -> bytes:
     return file.getvalue()
 
 
+# How a file of torch.save from before torch 1.6 starts.
+LEGACY = b"\x80\x02" + LEGACY_MAGIC + b"."
+
 # Without torch
 
 
 def test_torch_missing(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
-    (tmp_path / "a.pt").write_bytes(archive(data_pkl=b"\x80\x02}."))
+    (tmp_path / "a.pt").write_bytes(LEGACY)
     with pytest.raises(CheckpointError) as caught:
         checkpoint.load(tmp_path / "a.pt")
     assert "needs torch, which is not installed" in str(caught.value)
@@ -53,8 +58,9 @@ def test_torch_too_old(version, tmp_path, monkeypatch):
     torch = types.ModuleType("torch")
     monkeypatch.setattr(torch, "__version__", version, raising=False)
     monkeypatch.setitem(sys.modules, "torch", torch)
-    (tmp_path / "a.pt").write_bytes(archive(data_pkl=b"\x80\x02}."))
-    assert refusal(tmp_path / "a.pt") == f"reading a file of torch.save needs torch 2.10 or later, not {version}"
+    (tmp_path / "a.pt").write_bytes(LEGACY)
+    cause = "reading a file of torch.save from before torch 1.6 needs torch 2.10 or later"
+    assert refusal(tmp_path / "a.pt") == f"{cause}, not {version}"
 
 
 @pytest.mark.parametrize(
@@ -94,10 +100,10 @@ def test_zip_cut_anywhere(tmp_path):
 
 
 def test_flipped_bit(tmp_path):
-    data = bytearray(archive(data_pkl=b"\x80\x02}.", data=b"0123456789"))
+    data = bytearray(archive(**{"data_pkl": b"\x80\x02}.", "data/0": b"0123456789"}))
     data[data.index(b"0123456789") + 5] ^= 1
     (tmp_path / "a.pt").write_bytes(data)
-    assert "the checksum (CRC) of its entry model/data does not match" in refusal(tmp_path / "a.pt")
+    assert "the checksum (CRC) of its entry 'model/data/0' does not match" in refusal(tmp_path / "a.pt")
 
 
 # With torch
@@ -163,7 +169,7 @@ def test_code_never_runs(zipped, torch, tmp_path):
 
 @pytest.mark.torch
 def test_torch_loads_weights_only_onto_the_cpu(torch, tmp_path, monkeypatch):
-    torch.save({"x": torch.ones(1)}, tmp_path / "a.pt")
+    torch.save({"x": torch.ones(1)}, tmp_path / "a.pt", _use_new_zipfile_serialization=False)
     load, calls = torch.load, []
     monkeypatch.setattr(torch, "load", lambda file, **settings: calls.append(settings) or load(file, **settings))
     checkpoint.load(tmp_path / "a.pt")
@@ -181,11 +187,50 @@ def test_what_is_no_flat_dict_of_tensors(zipped, torch, tmp_path):
     assert "nested under model, optimizer" in save_and_refuse(nested)
     assert "a whole module, not a state_dict" in save_and_refuse(lstm)
     assert "one tensor, not a dict" in save_and_refuse(torch.ones(3))
-    assert "a list, not a dict" in save_and_refuse([torch.ones(3)])
+    assert "of type list, not a dict" in save_and_refuse([torch.ones(3)])
+    assert "dicts are nested under optimizer" in save_and_refuse({"optimizer": {"state": {}}})
     assert "epoch (int), 3 (Tensor)" in save_and_refuse({"x": torch.ones(1), "epoch": 3, 3: torch.ones(1)})
     assert "argparse.Namespace" in save_and_refuse({"x": torch.ones(1), "args": argparse.Namespace(a=1)})
     assert "pathlib" in save_and_refuse({"x": torch.ones(1), "path": pathlib.Path("a")})
     assert "scalar" in save_and_refuse({"x": torch.ones(1), "loss": np.float64(1)})
+
+
+@pytest.mark.torch
+def test_nested_state_dicts(zipped, torch, tmp_path):
+    def save(value: object) -> None:
+        torch.save(value, tmp_path / "a.pt", _use_new_zipfile_serialization=zipped)
+
+    tensors = {"weight": torch.ones(2)}
+    for key in ("state_dict", "model_state_dict", "model_state", "model"):
+        save({key: tensors, "optimizer": {"state": {}}, "epoch": 3})
+        assert list(checkpoint.load(tmp_path / "a.pt")) == ["weight"]
+    save({"model": {"state_dict": tensors}})
+    assert list(checkpoint.load(tmp_path / "a.pt")) == ["weight"]
+    save({"model": tensors, "state_dict": {"other": torch.ones(1)}})
+    assert "nested under model, state_dict" in refusal(tmp_path / "a.pt")
+    assert list(checkpoint.load(tmp_path / "a.pt", key="state_dict")) == ["other"]
+    save({"trainer": {"ema": tensors}, "epoch": 3})
+    assert "nested under trainer" in refusal(tmp_path / "a.pt")
+    assert list(checkpoint.load(tmp_path / "a.pt", key="trainer.ema")) == ["weight"]
+    for key, cause in {
+        "trainer.model": "its 'trainer' has no 'model'\nits keys: ema",
+        "epoch": "its 'epoch' is of type int, not a dict",
+        "trainer.ema.weight": "its 'trainer.ema.weight' is one tensor, not a dict",
+        "trainer": "its 'trainer' holds not tensors alone: dicts are nested under ema\nsay which: key='trainer.ema'",
+    }.items():
+        with pytest.raises(CheckpointError, match=re.escape(cause)):
+            checkpoint.load(tmp_path / "a.pt", key=key)
+
+
+def test_a_dict_that_holds_itself(tmp_path):
+    (tmp_path / "a.pt").write_bytes(archive(data_pkl=b"\x80\x02}q\x00X\x05\x00\x00\x00modelh\x00s."))
+    assert "dicts are nested under model" in refusal(tmp_path / "a.pt")
+
+
+def test_safetensors_have_no_keys(tmp_path):
+    checkpoint.save(tmp_path / "a.safetensors", {"x": np.ones(1)})
+    with pytest.raises(CheckpointError, match="nests no dicts under keys such as 'model'"):
+        checkpoint.load(tmp_path / "a.safetensors", key="model")
 
 
 @pytest.mark.torch

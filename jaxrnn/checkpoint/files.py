@@ -1,7 +1,7 @@
 """Checkpoint files: what a file is by its first bytes, and safetensors read and written.
 
-A reader of one format is a function from a path to tensors that raises CheckpointError without the path, which `load`
-puts in front.
+A reader of one format is a function from a path, and a key or None, to tensors. It raises CheckpointError without the
+path, which `load` puts in front.
 """
 
 import codecs
@@ -42,22 +42,26 @@ _NOT_CHECKPOINTS = {
 }
 
 
-def load(path: Path) -> Tensors:
+def load(path: Path, key: str | None = None) -> Tensors:
     """Read every tensor of a checkpoint file.
 
-    The first bytes decide what a file is, not its name. Files of torch.save are read by torch (2.10 or later) with
-    `weights_only=True`: code in a checkpoint never runs.
+    The first bytes decide what a file is, not its name. Code in a checkpoint never runs: files of torch.save are read
+    without torch, by a reader that builds data and nothing else; only those from before torch 1.6 need torch, 2.10 or
+    later, which reads them with `weights_only=True`.
 
     Args:
-        path: a safetensors file, or a torch.save file of a flat dict of tensors, such as a state dict.
+        path: a safetensors file, or a torch.save file of a dict of tensors, such as a state dict.
+        key: in a torch.save file, under what key that dict is nested, dotted for a deeper one ("trainer.model"). If
+            None it is at the top, or under the one of "state_dict", "model_state_dict", "model_state" and "model" that
+            is there.
 
     Returns:
         A dict from name to array, with the file's dtypes (bfloat16 as `ml_dtypes.bfloat16`), each array a copy of its
         own in the host's memory.
 
     Raises:
-        CheckpointError: the file is missing, unreadable, damaged, or no such checkpoint; or torch is needed and is
-            missing or too old.
+        CheckpointError: the file is missing, unreadable, damaged, or no such checkpoint; nothing is under `key`; or
+            torch is needed and is missing or too old.
 
     >>> import os, tempfile
     >>> import numpy as np
@@ -69,7 +73,7 @@ def load(path: Path) -> Tensors:
     {'scale': array([1., 2.])}
     """
     try:
-        return _reader(path)(path)
+        return _reader(path)(path, key)
     except CheckpointError as error:
         raise CheckpointError(f"{os.fspath(path)}: {error}") from error
     except OSError as error:
@@ -123,7 +127,7 @@ def _os_cause(error: OSError) -> str:
     return causes.get(type(error)) or error.strerror or str(error)
 
 
-def _reader(path: Path) -> Callable[[Path], Tensors]:
+def _reader(path: Path) -> Callable[[Path, str | None], Tensors]:
     """What reads the file, by its first bytes."""
     if "\0" in os.fspath(path):
         raise CheckpointError("a path cannot hold a NUL character\ncheck the path")
@@ -167,7 +171,9 @@ def _is_text(head: bytes) -> bool:
     return all(character.isprintable() or character.isspace() for character in text)
 
 
-def _read_safetensors(path: Path) -> Tensors:
+def _read_safetensors(path: Path, key: str | None) -> Tensors:
+    if key is not None:
+        raise CheckpointError(f"a safetensors file nests no dicts under keys such as {key!r}\nload it without a key")
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         size = os.fstat(file.fileno()).st_size - 8

@@ -1,66 +1,208 @@
-"""Files of torch.save, read by torch with `weights_only=True`. Everything that needs torch to read a file is here."""
+"""Files of torch.save: the zip format read here, without torch; the one before torch 1.6 read by torch."""
 
-import io
 import os
 import pickletools
 import re
+import struct
+import sys
 import zipfile
 import zlib
+from collections.abc import Callable
 from types import ModuleType
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 
 from jaxrnn.checkpoint.arrays import is_torch_tensor, to_numpy
 from jaxrnn.checkpoint.errors import CheckpointError, listed
+from jaxrnn.checkpoint.pickles import AGAIN, STATE_DICT, Other, StoredTensor, unpickle
 
 # The number that a file of torch.save before 1.6 pickles first.
 LEGACY_MAGIC = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"
-_AGAIN = "download or copy it again"
-_STATE_DICT = "save only the tensors: torch.save(model.state_dict(), path)"
-# Far above what compression gains on weights: a file of zeros made to fill the memory.
+# Far above what compression, or sharing, gains on weights: a file of zeros made to fill the memory.
 _LARGEST_INFLATION = 100
+_PIECE = 1 << 20  # bytes read at once
+# Under what people nest a model's state dict beside an optimizer's.
+_USUAL_KEYS = ("state_dict", "model_state_dict", "model_state", "model")
+# The magic number, the protocol, the system, the tensors, and the storages' keys.
+_LEGACY_PICKLES = 5
 
 
 def is_tar(head: bytes) -> bool:
     return head[257:262] == b"ustar"
 
 
-def read_zip(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+def read_zip(path: str | os.PathLike[str], key: str | None) -> dict[str, np.ndarray]:
     try:
         with zipfile.ZipFile(path) as archive:
-            _check_entries(archive.infolist(), os.path.getsize(path))
-            stream = io.BytesIO(archive.read(next(name for name in archive.namelist() if _inside(name) == "data.pkl")))
-            if damaged := archive.testzip():
-                raise CheckpointError(f"damaged: the checksum (CRC) of its entry {damaged} does not match\n{_AGAIN}")
+            size = os.path.getsize(path)
+            entries = _entries(archive.infolist(), size)
+            tensors = _tensors(unpickle(_read(archive, entries["data.pkl"]).tobytes()), key)
+            if (total := sum(tensor.nbytes for tensor in tensors.values())) > _LARGEST_INFLATION * size:
+                cause = f"a zip bomb: its tensors have {total} bytes, in a file of {size}"
+                raise CheckpointError(f"{cause}\nget the file from a source that you trust")
+            return _arrays(archive, entries, tensors)
     except zipfile.BadZipFile as error:
-        raise CheckpointError(f"a truncated or damaged zip file: {error}\n{_AGAIN}") from error
-    except (NotImplementedError, RuntimeError, EOFError, zlib.error) as error:
-        raise CheckpointError(f"a damaged zip file, or one that torch.save did not write: {error}\n{_AGAIN}") from error
-    return _read(path, stream, 1)
+        cause = f"a truncated or damaged zip file: {error}"
+        if damaged := re.fullmatch(r"Bad CRC-32 for file (.*)", str(error), re.DOTALL):
+            cause = f"damaged: the checksum (CRC) of its entry {damaged[1]} does not match"
+        raise CheckpointError(f"{cause}\n{AGAIN}") from error
+    except CheckpointError:
+        raise
+    except (NotImplementedError, RuntimeError, EOFError, ValueError, struct.error, zlib.error) as error:
+        raise CheckpointError(f"a damaged zip file, or one that torch.save did not write: {error}\n{AGAIN}") from error
 
 
-def read_legacy(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
-    with open(path, "rb") as file:
-        # The magic number, the protocol, the system, the tensors, and the storages' keys.
-        return _read(path, file, 5)
-
-
-def _inside(name: str) -> str:
-    return name.partition("/")[2]  # after the folder, whose name is any
-
-
-def _check_entries(entries: list[zipfile.ZipInfo], size: int) -> None:
+def _entries(entries: list[zipfile.ZipInfo], size: int) -> dict[str, zipfile.ZipInfo]:
+    """The entries by their names inside the folder, whose name is any, once they are what torch.save writes."""
     if (inflated := sum(entry.file_size for entry in entries)) > _LARGEST_INFLATION * size:
         cause = f"a zip bomb: its {len(entries)} entries inflate to {inflated} bytes, from a file of {size}"
         raise CheckpointError(f"{cause}\nget the file from a source that you trust")
-    names = {_inside(entry.filename) for entry in entries}
-    if "constants.pkl" in names:
+    found: dict[str, zipfile.ZipInfo] = {}
+    for entry in entries:
+        name = entry.filename.partition("/")[2]
+        plain = entry.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) and not entry.filename.startswith("/")
+        if name in found or not plain or ".." in entry.filename.split("/"):
+            raise CheckpointError(f"damaged: its entry {entry.filename} is none that torch.save writes\n{AGAIN}")
+        found[name] = entry
+    if "constants.pkl" in found:
         remedy = "export its tensors: torch.save(torch.jit.load(path).state_dict(), new_path)"
         raise CheckpointError(f"a TorchScript archive, not a state dict\n{remedy}")
-    if "data.pkl" not in names:
+    if "data.pkl" not in found:
         kind = "a NumPy .npz archive" if all(entry.filename.endswith(".npy") for entry in entries) else "a zip file"
-        raise CheckpointError(f"{kind}, but none of torch.save: it has no data.pkl\n{_STATE_DICT}")
+        raise CheckpointError(f"{kind}, but none of torch.save: it has no data.pkl\n{STATE_DICT}")
+    return found
+
+
+def _read(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> np.ndarray:
+    """The bytes of an entry, whose checksum zipfile compares at its end."""
+    data = np.empty(entry.file_size, np.uint8)
+    with archive.open(entry) as file:
+        start = 0
+        while piece := file.read(_PIECE):
+            data[start : start + len(piece)] = np.frombuffer(piece, np.uint8)
+            start += len(piece)
+    if start < len(data):
+        raise EOFError(f"its entry {entry.filename} ends early")
+    return data
+
+
+def _tensors(checkpoint: Any, key: str | None) -> dict[str, StoredTensor]:
+    tensors = _choose(checkpoint, key, lambda value: isinstance(value, StoredTensor | Other))
+    for name, tensor in tensors.items():
+        if isinstance(tensor, Other):
+            raise CheckpointError(f"{name} is a {tensor.what}\nsave it as a dense tensor of numbers")
+        _check_expanded(name, tensor.shape, tensor.nbytes, tensor.storage.nbytes)
+    return tensors
+
+
+def _choose(checkpoint: Any, key: str | None, is_tensor: Callable[[Any], bool]) -> dict[str, Any]:
+    """The dict of tensors under a key, or without one at the top or under the one usual key that is there."""
+    path = [] if key is None else key.split(".")
+    for index, part in enumerate(path):
+        _check_dict(checkpoint, path[:index], is_tensor)
+        if part not in checkpoint:
+            raise CheckpointError(f"{_at(path[:index])} has no {part!r}\nits keys: {listed(checkpoint)}")
+        checkpoint = checkpoint[part]
+    _check_dict(checkpoint, path, is_tensor)
+    while key is None and not any(is_tensor(value) for value in checkpoint.values()):
+        usual = [name for name in _USUAL_KEYS if isinstance(checkpoint.get(name), dict)]
+        if len(usual) != 1 or len(path) == len(_USUAL_KEYS):  # a dict may hold itself
+            break
+        path.append(usual[0])
+        checkpoint = checkpoint[usual[0]]
+    nested = [name for name, value in checkpoint.items() if isinstance(value, dict)]
+    if nested:
+        remedy = f"say which: key={'.'.join([*path, str(nested[0])])!r}, on the command line --key"
+        raise CheckpointError(f"{_at(path)} holds not tensors alone: dicts are nested under {listed(nested)}\n{remedy}")
+    others = [
+        f"{name} ({'Tensor' if is_tensor(value) else type(value).__name__})"
+        for name, value in checkpoint.items()
+        if not (isinstance(name, str) and is_tensor(value))
+    ]
+    if others:
+        raise CheckpointError(f"some entries of {_at(path)} are not named tensors: {listed(others)}\n{STATE_DICT}")
+    return checkpoint
+
+
+def _check_dict(value: Any, path: list[str], is_tensor: Callable[[Any], bool]) -> None:
+    if not isinstance(value, dict):
+        what = "one tensor" if is_tensor(value) else f"of type {type(value).__name__}"
+        raise CheckpointError(f"{_at(path)} is {what}, not a dict of tensors\n{STATE_DICT}")
+
+
+def _at(path: list[str]) -> str:
+    return f"its {'.'.join(path)!r}" if path else "it"
+
+
+def _check_expanded(name: str, shape: tuple[int, ...], size: int, stored: int) -> None:
+    if size > stored:
+        cause = f"{name} of shape {shape} is larger than what is stored of it"
+        raise CheckpointError(f"{cause}\nsave a copy that is not expanded: tensor.clone()")
+
+
+def _arrays(
+    archive: zipfile.ZipFile, entries: dict[str, zipfile.ZipInfo], tensors: dict[str, StoredTensor]
+) -> dict[str, np.ndarray]:
+    """A copy of every tensor. Each storage is read once, and dropped when its tensors are there."""
+    order = _read(archive, entries["byteorder"]).tobytes() if "byteorder" in entries else b"little"
+    if order not in (b"little", b"big"):
+        raise CheckpointError(f"damaged: its byte order is {order[:20]!r}\n{AGAIN}")
+    by_storage: dict[str, list[str]] = {key: [] for name in entries if (key := name.removeprefix("data/")) != name}
+    for name, tensor in tensors.items():
+        by_storage.setdefault(tensor.storage.key, []).append(name)
+    arrays: dict[str, np.ndarray] = {}
+    for key, names in by_storage.items():
+        entry = entries.get(f"data/{key}")
+        for name in names:
+            wanted, there = tensors[name].storage.nbytes, -1 if entry is None else entry.file_size
+            if wanted != there:
+                found = "none are there" if entry is None else f"{there} are there"
+                raise CheckpointError(f"damaged: of {name} {wanted} bytes should be stored, and {found}\n{AGAIN}")
+        if entry is not None:
+            data = _read(archive, entry)  # of no tensor too, for its checksum
+            arrays |= {name: _array(name, tensors[name], data, order.decode() != sys.byteorder) for name in names}
+    return {name: arrays[name] for name in tensors}
+
+
+def _array(name: str, tensor: StoredTensor, data: np.ndarray, swap: bool) -> np.ndarray:
+    """A contiguous copy of a tensor's view of its storage."""
+    itemsize = tensor.dtype.itemsize
+    try:
+        if tensor.numel == 0:
+            return np.zeros(tensor.shape, tensor.dtype)
+        last = tensor.offset + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.strides, strict=True))
+        if (last + 1) * itemsize > len(data):
+            raise ValueError("it reaches past the end of what is stored")
+        # As bytes without a meaning, because as_strided does not know every dtype.
+        numbers = data[tensor.offset * itemsize : (last + 1) * itemsize].view(f"V{itemsize}")
+        strides = [step * itemsize for step in tensor.strides]
+        view = np.lib.stride_tricks.as_strided(numbers, tensor.shape, strides, writeable=False)
+        array = np.array(view, order="C").view(tensor.dtype)
+    except (ValueError, OverflowError) as error:
+        raise CheckpointError(f"damaged: {name} of shape {tensor.shape} cannot be read: {error}\n{AGAIN}") from error
+    if swap:
+        array = array.byteswap()
+    for bit in tensor.bits:
+        array = np.conj(array) if bit == "conj" else -array
+    return array
+
+
+def read_legacy(path: str | os.PathLike[str], key: str | None) -> dict[str, np.ndarray]:
+    """Let torch read the file."""
+    torch = _import_torch()
+    try:
+        with open(path, "rb") as file:  # by its path, torch would go by its suffix
+            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged pickle makes torch raise almost anything
+        with open(path, "rb") as file:
+            raise CheckpointError(_cause(error, file)) from error
+    tensors = _choose(checkpoint, key, is_torch_tensor)
+    for name, tensor in tensors.items():
+        if not tensor.is_meta and str(tensor.layout) == "torch.strided":  # to_numpy refuses the others
+            stored = tensor.untyped_storage().nbytes()
+            _check_expanded(name, tuple(tensor.shape), tensor.numel() * tensor.element_size(), stored)
+    return {name: to_numpy(name, tensor) for name, tensor in tensors.items()}
 
 
 def _import_torch() -> ModuleType:
@@ -68,66 +210,37 @@ def _import_torch() -> ModuleType:
     try:
         import torch
     except ImportError as error:
-        raise CheckpointError(f"reading a file of torch.save needs torch, which is not installed\n{remedy}") from error
+        raise CheckpointError(
+            f"reading a file of torch.save from before torch 1.6 needs torch, which is not installed\n{remedy}"
+        ) from error
     if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 10):
         # Earlier versions of weights_only could be made to run code.
-        cause = f"reading a file of torch.save needs torch 2.10 or later, not {torch.__version__}"
+        cause = f"reading a file of torch.save from before torch 1.6 needs torch 2.10 or later, not {torch.__version__}"
         raise CheckpointError(f"{cause}\n{remedy}")
     return torch
 
 
-def _read(path: str | os.PathLike[str], stream: IO[bytes], pickles: int) -> dict[str, np.ndarray]:
-    """Let torch read the file, in which `stream` is at the first of so many pickles."""
-    torch = _import_torch()
-    try:
-        with open(path, "rb") as file:  # by its path, torch would go by its suffix
-            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged pickle makes torch raise almost anything
-        raise CheckpointError(_cause(error, stream, pickles)) from error
-    if not isinstance(checkpoint, dict):
-        what = "one tensor" if is_torch_tensor(checkpoint) else f"a {type(checkpoint).__name__}"
-        raise CheckpointError(f"it holds {what}, not a dict of tensors\n{_STATE_DICT}")
-    nested = [key for key, value in checkpoint.items() if isinstance(value, dict)]
-    if nested:
-        remedy = f"save that dict alone: torch.save(checkpoint[{nested[0]!r}], path)"
-        raise CheckpointError(f"its tensors are not at the top: dicts are nested under {listed(nested)}\n{remedy}")
-    others = [
-        f"{key} ({type(value).__name__})"
-        for key, value in checkpoint.items()
-        if not (isinstance(key, str) and is_torch_tensor(value))
-    ]
-    if others:
-        raise CheckpointError(f"some of its entries are not named tensors: {listed(others)}\n{_STATE_DICT}")
-    for name, tensor in checkpoint.items():
-        if tensor.is_meta or str(tensor.layout) != "torch.strided":
-            continue  # to_numpy refuses these, which have no storage to compare with
-        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-            cause = f"{name} of shape {tuple(tensor.shape)} is larger than what is stored of it"
-            raise CheckpointError(f"{cause}\nsave a copy that is not expanded: tensor.clone()")
-    return {name: to_numpy(name, tensor) for name, tensor in checkpoint.items()}
-
-
-def _cause(error: Exception, stream: IO[bytes], pickles: int) -> str:
+def _cause(error: Exception, file: IO[bytes]) -> str:
     """Why torch could not load, without its advice to load unsafely."""
     try:
-        names = _globals(stream, pickles)
+        names = _globals(file)
     except Exception as damage:  # pickletools too
-        return f"truncated or damaged: its pickle cannot be read ({damage})\n{_AGAIN}"
+        return f"truncated or damaged: its pickle cannot be read ({damage})\n{AGAIN}"
     refused = re.search(r"GLOBAL (\S+)", str(error))
     if refused and any(name.startswith("torch.nn.modules.") for name in names):
         return f"a whole module, not a state_dict: it names {refused[1]}\nsave model.state_dict() instead"
     if refused:
-        return f"it holds more than tensors, and its code is not run: it names {refused[1]}\n{_STATE_DICT}"
+        return f"it holds more than tensors, and its code is not run: it names {refused[1]}\n{STATE_DICT}"
     reason = str(error).rpartition("WeightsUnpickler error: ")[2].strip().partition("\n")[0]
     reason = type(error).__name__ + (f": {reason}" if reason and "weights_only" not in reason else "")
-    return f"truncated or damaged: torch cannot read it ({reason})\n{_AGAIN}"
+    return f"truncated or damaged: torch cannot read it ({reason})\n{AGAIN}"
 
 
-def _globals(stream: IO[bytes], pickles: int) -> list[str]:
-    """Every global that so many pickles name, read without running them."""
+def _globals(file: IO[bytes]) -> list[str]:
+    """Every global that the file's pickles name, read without running them."""
     return [
         str(argument).replace(" ", ".")
-        for _ in range(pickles)
-        for opcode, argument, _ in pickletools.genops(stream)
+        for _ in range(_LEGACY_PICKLES)
+        for opcode, argument, _ in pickletools.genops(file)
         if opcode.name == "GLOBAL"
     ]

@@ -1,0 +1,327 @@
+"""The pickle in a file of torch.save, read by a machine that builds data and nothing else.
+
+Python's unpickler calls what a file names. This one has no way to: a global is a name, the names below are known, and
+what torch would make of them is worked out here. Everything else is refused by its name.
+"""
+
+import math
+import pickletools
+import struct
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxrnn.checkpoint.errors import CheckpointError
+
+AGAIN = "download or copy it again"
+STATE_DICT = "save only the tensors: torch.save(model.state_dict(), path)"
+
+_DTYPES = {
+    "Double": "float64", "Float": "float32", "Half": "float16", "BFloat16": "bfloat16", "Long": "int64",
+    "Int": "int32", "Short": "int16", "Char": "int8", "Byte": "uint8", "Bool": "bool", "ComplexFloat": "complex64",
+    "ComplexDouble": "complex128",
+}  # fmt: skip
+_STORAGES = {f"torch.{name}Storage": jnp.dtype(dtype) for name, dtype in _DTYPES.items()}
+# The dtypes that torch names, and one of which NumPy has none.
+_NAMED = {f"torch.{name}": jnp.dtype(name) for name in (*_DTYPES.values(), "uint16", "uint32", "uint64")}
+_NAMED |= {f"torch.float8_{name}": jnp.dtype(f"float8_{name}") for name in ("e4m3fn", "e5m2", "e4m3fnuz", "e5m2fnuz")}
+_NAMED |= {"torch.float8_e8m0fnu": jnp.dtype("float8_e8m0fnu")}
+_NO_NUMPY = "torch.complex32"
+# Of bytes: those of a dtype that is named elsewhere, or of a quantized one.
+_BYTES = ("torch.storage.UntypedStorage", *(f"torch.Q{name}Storage" for name in ("Int8", "UInt8", "Int32")))
+_BYTES += ("torch.QUInt4x2Storage", "torch.QUInt2x4Storage")
+# Calls whose results are no tensors of numbers: they are kept as what they are, and nothing is done with them.
+_OTHER_CALLS = {
+    "torch._utils._rebuild_meta_tensor_no_storage": "meta tensor",
+    "torch._utils._rebuild_qtensor": "quantized tensor",
+    "torch._utils._rebuild_nested_tensor": "nested tensor",
+    "torch._utils._rebuild_sparse_tensor": "sparse tensor",
+    "torch.serialization._get_layout": "layout",
+    "torch.device": "device",
+    "_codecs.encode": "bytes",
+    "__builtin__.set": "set",
+    "builtins.set": "set",
+}
+_TENSOR_CALLS = {
+    "torch._utils._rebuild_tensor",
+    "torch._utils._rebuild_tensor_v2",
+    "torch._utils._rebuild_tensor_v3",
+    "torch._utils._rebuild_parameter",
+    "torch._utils._rebuild_parameter_with_state",
+    "torch._tensor._rebuild_from_type_v2",
+}
+_CALLS = _TENSOR_CALLS | _OTHER_CALLS.keys() | {"collections.OrderedDict", "torch.Size"}
+_TENSOR_TYPES = ("torch.Tensor", "torch.nn.parameter.Parameter", "torch.nn.parameter.Buffer")
+_SCHEMES = ("torch.per_tensor_affine", "torch.per_channel_affine", "torch.per_channel_affine_float_qparams")
+_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
+_ARGUMENTS = {
+    "INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT", "UNICODE", "SHORT_BINUNICODE",
+    "BINUNICODE", "BINUNICODE8", "STRING", "BINSTRING", "SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8",
+}  # fmt: skip
+# What a damaged pickle, or one made to, can raise here and in pickletools.
+_DAMAGE = (ValueError, TypeError, IndexError, KeyError, AttributeError, OverflowError, EOFError, struct.error)
+
+
+class Global(NamedTuple):
+    """A name, of which nothing is known but that it is on the list."""
+
+    name: str
+
+
+class Other(NamedTuple):
+    """Something that is no tensor of numbers, and what it is."""
+
+    what: str
+
+
+class Storage(NamedTuple):
+    """The numbers of one or more tensors: where they are in the file, of what dtype, and how many."""
+
+    key: str
+    dtype: np.dtype
+    size: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.size * self.dtype.itemsize
+
+
+class StoredTensor(NamedTuple):
+    """A tensor as the pickle describes it: not checked, and its numbers not read."""
+
+    storage: Storage
+    dtype: np.dtype
+    offset: int  # in elements, as the strides
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    bits: tuple[str, ...] = ()  # "conj", "neg": what is still to be done to the numbers
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.dtype.itemsize
+
+
+class _Refused(Exception):
+    """What a pickle may not do; the argument is the cause."""
+
+
+def unpickle(data: bytes) -> Any:
+    """What a pickle of torch.save holds: dicts, lists, tuples, numbers, strings, `StoredTensor`s and `Other`s.
+
+    Raises:
+        CheckpointError: it names a global that is not on the list, it does what no torch.save does, or it is damaged.
+    """
+    operations = pickletools.genops(data)
+    try:
+        return _Machine().run(operations)
+    except _Refused as refusal:
+        if "names torch.nn.modules" in str(refusal) or _is_module(operations):
+            cause, remedy = f"a whole module, not a state_dict: {refusal}", "save model.state_dict() instead"
+        else:
+            cause, remedy = f"it holds more than tensors, and its code is not run: {refusal}", STATE_DICT
+        raise CheckpointError(f"{cause}\n{remedy}") from refusal
+    except _DAMAGE as damage:
+        cause = str(damage).partition("\n")[0][:100]
+        raise CheckpointError(f"truncated or damaged: its pickle cannot be read ({cause})\n{AGAIN}") from damage
+
+
+def _is_module(operations: Iterator) -> bool:
+    """Whether what is left of a pickle names parts of torch.nn."""
+    try:
+        return any(
+            opcode.name == "GLOBAL" and str(argument).startswith("torch.nn.modules")
+            for opcode, argument, _ in operations
+        )
+    except _DAMAGE:
+        return False
+
+
+class _Machine:
+    """The pickle machine's stack, marks and memo."""
+
+    def __init__(self) -> None:
+        self.stack: list[Any] = []
+        self.marked: list[list[Any]] = []
+        self.memo: dict[int, Any] = {}
+
+    def run(self, operations: Iterator) -> Any:
+        for opcode, argument, _ in operations:
+            if opcode.name == "STOP":
+                return self.stack.pop()
+            if opcode.name in _ARGUMENTS:
+                self.stack.append(argument)
+            elif opcode.name in _CONSTANTS:
+                self.stack.append(_CONSTANTS[opcode.name])
+            elif method := getattr(self, f"_{opcode.name.lower()}", None):
+                method(argument)
+            elif opcode.name not in ("PROTO", "FRAME"):
+                raise _Refused(f"its pickle has the operation {opcode.name}")
+        raise EOFError("no end")
+
+    def _items(self) -> list[Any]:
+        """What is above the last mark."""
+        items, self.stack = self.stack, self.marked.pop()
+        return items
+
+    def _mark(self, _: None) -> None:
+        self.marked.append(self.stack)
+        self.stack = []
+
+    def _pop(self, _: None) -> None:
+        self.stack.pop()
+
+    def _binput(self, index: int) -> None:
+        self.memo[index] = self.stack[-1]
+
+    def _memoize(self, _: None) -> None:
+        self.memo[len(self.memo)] = self.stack[-1]
+
+    def _binget(self, index: int) -> None:
+        self.stack.append(self.memo[index])
+
+    _put = _long_binput = _binput
+    _get = _long_binget = _binget
+
+    def _empty_tuple(self, _: None) -> None:
+        self.stack.append(())
+
+    def _empty_list(self, _: None) -> None:
+        self.stack.append([])
+
+    def _empty_dict(self, _: None) -> None:
+        self.stack.append({})
+
+    def _tuple(self, _: None) -> None:
+        items = self._items()
+        self.stack.append(tuple(items))
+
+    def _tuple1(self, _: None) -> None:
+        self.stack[-1:] = [tuple(self.stack[-1:])]
+
+    def _tuple2(self, _: None) -> None:
+        self.stack[-2:] = [(self.stack[-2], self.stack[-1])]
+
+    def _tuple3(self, _: None) -> None:
+        self.stack[-3:] = [(self.stack[-3], self.stack[-2], self.stack[-1])]
+
+    def _list(self, _: None) -> None:
+        items = self._items()
+        self.stack.append(items)
+
+    def _append(self, _: None) -> None:
+        self._extend([self.stack.pop()])
+
+    def _appends(self, _: None) -> None:
+        self._extend(self._items())
+
+    def _extend(self, items: list[Any]) -> None:
+        if type(self.stack[-1]) is not list:
+            raise ValueError("it appends to what is no list")
+        self.stack[-1].extend(items)
+
+    def _dict(self, _: None) -> None:
+        items = self._items()
+        self.stack.append({})
+        self._set(items)
+
+    def _setitem(self, _: None) -> None:
+        value = self.stack.pop()
+        self._set([self.stack.pop(), value])
+
+    def _setitems(self, _: None) -> None:
+        self._set(self._items())
+
+    def _set(self, items: list[Any]) -> None:
+        target = self.stack[-1]
+        if type(target) is not dict:
+            raise ValueError("it sets an item of what is no dict")
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            # No others: the hashes of nested tuples, or of large numbers, can be made to take for ever.
+            if type(key) not in (str, bool, type(None)) and not (type(key) is int and abs(key) < 2**60):
+                raise _Refused(f"a dict in it has a key of type {type(key).__name__}")
+            target[key] = value
+
+    def _global(self, name: str) -> None:
+        self._push_global(name.replace(" ", "."))
+
+    def _stack_global(self, _: None) -> None:
+        name, module = self.stack.pop(), self.stack.pop()
+        self._push_global(f"{module}.{name}")
+
+    def _push_global(self, name: str) -> None:
+        known = (_CALLS, _STORAGES, _BYTES, _TENSOR_TYPES, _SCHEMES, _NAMED, (_NO_NUMPY,))
+        if not any(name in names for names in known):
+            raise _Refused(f"it names {name}")
+        self.stack.append(Global(name))
+
+    def _binpersid(self, _: None) -> None:
+        kind, storage, key, _location, size = self.stack.pop()
+        if kind != "storage" or type(storage) is not Global or type(key) is not str or type(size) is not int:
+            raise ValueError("what it says of a storage")
+        dtype = jnp.dtype(np.uint8) if storage.name in _BYTES else _STORAGES[storage.name]
+        self.stack.append(Storage(key, dtype, size))
+
+    def _reduce(self, _: None) -> None:
+        arguments, function = self.stack.pop(), self.stack.pop()
+        self.stack.append(_call(function, arguments))
+
+    def _build(self, _: None) -> None:
+        self.stack.pop()
+        if type(self.stack[-1]) is not dict:  # torch says of a state dict the version of its format
+            raise ValueError("it sets attributes")
+
+
+def _call(function: Any, arguments: Any) -> Any:
+    """What torch would make of a call, as data."""
+    if type(function) is not Global or function.name not in _CALLS or type(arguments) is not tuple:
+        raise ValueError("it calls what is no function")
+    name = function.name
+    if name == "collections.OrderedDict":
+        if arguments not in ((), ([],)):
+            raise ValueError("an OrderedDict that does not start empty")
+        return {}
+    if name == "torch.Size":
+        (size,) = arguments
+        return tuple(size)
+    if name == "torch._tensor._rebuild_from_type_v2":
+        function, kind, arguments, _state = arguments
+        if type(kind) is not Global or kind.name not in _TENSOR_TYPES:
+            raise ValueError("a tensor of an unknown type")
+        # Not through itself: as deep as a file says.
+        if type(function) is not Global or function.name == name:
+            raise ValueError("a tensor made by what is no function")
+        return _call(function, arguments)
+    if name.startswith("torch._utils._rebuild_parameter"):
+        if type(arguments[0]) not in (StoredTensor, Other):
+            raise ValueError("a parameter of what is no tensor")
+        return arguments[0]
+    if name not in _TENSOR_CALLS:
+        what = _OTHER_CALLS[name]
+        if what == "layout":
+            what = str(arguments[0]).removeprefix("torch.")
+        elif what == "sparse tensor" and type(arguments[0]) is Other:
+            what = f"{arguments[0].what} tensor"
+        return Other(what)
+    return _tensor(name, *arguments)
+
+
+def _tensor(
+    name: str, storage: Any, offset: Any, shape: Any, strides: Any, _requires_grad: Any = None, _hooks: Any = None,
+    *more: Any,
+) -> StoredTensor | Other:  # fmt: skip
+    dtype = storage.dtype
+    if name.endswith("_v3"):
+        if more[0].name == _NO_NUMPY:
+            return Other(f"{_NO_NUMPY} tensor")
+        dtype, more = _NAMED[more[0].name], more[1:]
+    sizes = (storage.size, offset, *shape, *strides)
+    if type(storage) is not Storage or len(shape) != len(strides) or any(type(n) is not int or n < 0 for n in sizes):
+        raise ValueError("the size of a tensor")
+    bits = tuple(bit for bit in ("conj", "neg") if more and more[0] and more[0].get(bit))
+    return StoredTensor(storage, dtype, offset, tuple(shape), tuple(strides), bits)
