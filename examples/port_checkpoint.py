@@ -53,9 +53,6 @@ class Denoiser(nnx.Module):
 
 
 def port(tensors: dict[str, np.ndarray]) -> Denoiser:
-    # Recurrent weights keep PyTorch's names and layout. A Linear's weight is Flax's kernel, transposed.
-    tensors = {**tensors, "head.kernel": tensors["head.weight"].T}
-    del tensors["head.weight"]
     model = Denoiser(rngs=nnx.Rngs(0))
     jaxrnn.load_state_dict(model, tensors)
     return model

@@ -111,7 +111,7 @@ def test_nested_modules_have_dotted_names_in_order_of_definition() -> None:
     model = _Model(nnx.Rngs(0))
     cell = ["weight_ih", "weight_hh", "bias_ih", "bias_hh"]
     names = [f"cells.{k}.{name}" for k in (0, 1) for name in cell]
-    names += ["block.lstm.weight_ih_l0", "block.lstm.weight_hh_l0", "aaa.kernel", "aaa.bias"]
+    names += ["block.lstm.weight_ih_l0", "block.lstm.weight_hh_l0", "aaa.weight", "aaa.bias"]
     tensors = jaxrnn.state_dict(model)
     assert list(tensors) == names
     other = _Model(nnx.Rngs(1))

@@ -1,6 +1,5 @@
 """Models that other people trained and published: what PyTorch computed from them, jaxrnn computes."""
 
-import types
 from pathlib import Path
 
 import jax
@@ -48,8 +47,7 @@ def test_silero_vad_as_a_cell_and_as_a_layer() -> None:
     _check((output, last_h, last_c), [h_n, h_n[-1:], c_n[-1:]])
 
 
-@pytest.mark.torch
-def test_the_four_lstms_of_dtln(torch: types.ModuleType) -> None:
+def test_the_four_lstms_of_dtln() -> None:
     expected = np.load(FOLDER / "dtln" / "expected.npz")
     tensors = checkpoint.load(FOLDER / "dtln" / "model.pth")
     found = checkpoint.find_rnns(tensors)
@@ -59,3 +57,41 @@ def test_the_four_lstms_of_dtln(torch: types.ModuleType) -> None:
         jaxrnn.load_state_dict(lstm, tensors, rnn.prefix)
         output, (h_n, c_n) = lstm(expected[f"{rnn.prefix}input"])
         _check((output, h_n, c_n), [expected[rnn.prefix + name] for name in ("output", "h_n", "c_n")])
+
+
+class _SileroVAD(nnx.Module):
+    """The whole model, a chunk of sound at a time: torch's attribute names, so that the checkpoint loads by name."""
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.stft_conv = nnx.Conv(1, 258, (256,), strides=128, padding="VALID", use_bias=False, rngs=rngs)
+        sizes = [(129, 128, 1), (128, 64, 2), (64, 64, 2), (64, 128, 1)]
+        for index, (before, after, stride) in enumerate(sizes, start=1):
+            setattr(self, f"conv{index}", nnx.Conv(before, after, (3,), strides=stride, padding=1, rngs=rngs))
+        self.lstm_cell = jaxrnn.LSTMCell(128, 128, rngs=rngs)
+        self.final_conv = nnx.Conv(128, 1, (1,), rngs=rngs)
+
+    def __call__(self, samples: jax.Array, state: tuple) -> tuple[jax.Array, tuple]:
+        padded = jnp.pad(samples, ((0, 0), (0, 64)), mode="reflect")
+        real, imaginary = jnp.split(self.stft_conv(padded[..., None]), 2, axis=-1)
+        x = jnp.sqrt(real**2 + imaginary**2)
+        for index in range(1, 5):
+            x = nnx.relu(getattr(self, f"conv{index}")(x))
+        h, c = self.lstm_cell(x[:, 0], state)
+        return nnx.sigmoid(self.final_conv(nnx.relu(h)[:, None])).mean(), (h, c)
+
+
+def test_silero_vad_from_end_to_end() -> None:
+    expected = np.load(FOLDER / "silero_vad" / "expected.npz")
+    model = _SileroVAD(nnx.Rngs(0))
+    tensors = checkpoint.load(FOLDER / "silero_vad" / "silero_vad_16k.safetensors")
+    assert jaxrnn.load_state_dict(model, tensors) == ([], [])
+    graph, params = nnx.split(model)
+    step = jax.jit(lambda samples, state: nnx.merge(graph, params)(samples, state))
+    samples = expected["audio_int16"].astype(np.float32) / 32768
+    context, state, probabilities = np.zeros(64, np.float32), (jnp.zeros((1, 128), jnp.float32),) * 2, []
+    for chunk in samples.reshape(-1, 512):
+        probability, state = step(np.concatenate([context, chunk])[None], state)
+        probabilities.append(probability)
+        context = chunk[-64:]
+    assert len(probabilities) == 600
+    np.testing.assert_allclose(probabilities, expected["speech_probability"], rtol=0, atol=2e-5)

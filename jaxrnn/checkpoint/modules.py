@@ -3,7 +3,7 @@
 import inspect
 import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ from flax import nnx
 import jaxrnn.nnx
 from jaxrnn.checkpoint.arrays import NO_NUMBERS, dtype_of, to_numpy
 from jaxrnn.checkpoint.errors import CheckpointError
+from jaxrnn.checkpoint.layers import Entry, entries, ignored
 from jaxrnn.spec import CellSpec, Spec
 
 _CLASSES = ("RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell")
@@ -25,12 +26,15 @@ def load_state_dict(
 ) -> tuple[list[str], list[str]]:
     """Load tensors into a module's parameters, in place, by name.
 
-    The names are those of `state_dict`. Each value is cast to its parameter's dtype, as torch does; the `nnx.Param`
-    objects, their metadata and their sharding stay. When an error is raised, nothing has changed.
+    The names and layouts are torch's, as those of `state_dict`: a whole model loads whose attributes are named as in
+    torch. Each value is cast to its parameter's dtype, as torch does; the `nnx.Param` objects, their metadata and their
+    sharding stay. When an error is raised, nothing has changed.
 
     Args:
-        module: any flax.nnx module.
-        tensors: from name to floating array of numpy, jax or torch, of the parameter's shape.
+        module: any flax.nnx module. Beside the modules of jaxrnn, these layers are known: Linear, Embed, Conv,
+            ConvTranspose, LayerNorm, GroupNorm, InstanceNorm, RMSNorm, and BatchNorm with its running statistics.
+            An `nnx.Param` anywhere else has its own name and layout.
+        tensors: from name to floating array of numpy, jax or torch, of the parameter's shape in torch.
         prefix: only keys that start with it are considered, without it, such as "encoder.lstm.".
         strict: whether a missing or unexpected key is an error.
 
@@ -51,16 +55,16 @@ def load_state_dict(
     >>> jaxrnn.load_state_dict(jaxrnn.LSTM(10, 20, bias=False, rngs=nnx.Rngs(1)), tensors, "encoder.", strict=False)
     ([], ['bias_ih_l0', 'bias_hh_l0'])
     """
-    params = _params(module)
+    params, ignored = _params(module)
     values = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
     missing = [name for name in params if name not in values]
-    unexpected = [name for name in values if name not in params]
+    unexpected = [name for name in values if name not in params and name not in ignored]
     problems = [f"{name} is missing" for name in missing if strict]
     problems += [f"{name} is unexpected" for name in unexpected if strict]
     loaded = {}
     for name in [name for name in params if name in values]:
         try:
-            loaded[name] = _fitted(name, values[name], params[name].get_value())
+            loaded[name] = _fitted(name, values[name], params[name])
         except CheckpointError as error:
             problems.append(str(error).partition("\n")[0])
     if problems:
@@ -71,7 +75,7 @@ def load_state_dict(
         lines = [f"{type(module).__name__}: the tensors{under} do not fit:", *problems]
         raise CheckpointError("\n  ".join(lines) + f"\n{remedy}")
     for name, value in loaded.items():
-        params[name].set_value(value)
+        params[name].variable.set_value(value)
     return missing, unexpected
 
 
@@ -79,24 +83,30 @@ def state_dict(module: nnx.Module) -> dict[str, np.ndarray]:
     """A module's parameters by name, as torch's `state_dict()` gives them.
 
     A name is the path of attributes to an `nnx.Param`, joined by dots, with numbers for what is in lists; as in torch,
-    the modules in an `nnx.Sequential` are numbered right under it. The order is torch's too: a module's own parameters
-    before its submodules', both as they were defined. (A module that went through `nnx.merge` no longer knows in which
-    order its attributes were defined: there they are sorted. The parameters of one RNN, LSTM, GRU or cell are in
-    torch's order even so.) A parameter that is shared has each of its names.
+    the modules in an `nnx.Sequential` are numbered right under it. The layers that `load_state_dict` knows have torch's
+    names and layouts, such as `weight` for the kernel of an `nnx.Linear`, transposed.
+
+    The order is torch's too: a module's own parameters before its submodules', both as they were defined. (A module
+    that went through `nnx.merge` no longer knows in which order its attributes were defined: there they are sorted. The
+    parameters of one layer, or RNN, LSTM, GRU or cell, are in torch's order even so.) A parameter that is shared has
+    each of its names.
 
     Args:
         module: any flax.nnx module.
 
     Returns:
-        A dict from name to a NumPy copy, of the parameter's shape and dtype.
+        A dict from name to a NumPy copy, of the parameter's dtype, and its shape in torch.
 
     >>> import jaxrnn
     >>> from flax import nnx
     >>> model = nnx.Sequential(jaxrnn.GRUCell(3, 4, rngs=nnx.Rngs(0)), nnx.Linear(4, 2, rngs=nnx.Rngs(1)))
     >>> list(jaxrnn.state_dict(model))
-    ['0.weight_ih', '0.weight_hh', '0.bias_ih', '0.bias_hh', '1.kernel', '1.bias']
+    ['0.weight_ih', '0.weight_hh', '0.bias_ih', '0.bias_hh', '1.weight', '1.bias']
     """
-    return {name: to_numpy(name, param.get_value()) for name, param in _params(module).items()}
+    return {
+        name: np.array(param.entry.to_torch(to_numpy(name, param.variable.get_value()), param.layer), order="C")
+        for name, param in _params(module)[0].items()
+    }
 
 
 def from_torch(torch_module: Any, rngs: nnx.Rngs | None = None) -> nnx.Module:
@@ -141,16 +151,38 @@ def from_torch(torch_module: Any, rngs: nnx.Rngs | None = None) -> nnx.Module:
     return module
 
 
-def _params(node: object, prefix: str = "", above: tuple[int, ...] = ()) -> dict[str, nnx.Param]:
-    """Every nnx.Param under a node by its dotted name, in torch's order."""
-    params: dict[str, nnx.Param] = {}
-    children = _children(node) if id(node) not in above else []
-    for name, child in sorted(children, key=lambda item: not isinstance(item[1], nnx.Param)):
-        if not isinstance(child, nnx.Param):
-            params |= _params(child, f"{prefix}{name}.", (*above, id(node)))
-        elif child.get_raw_value() is not None:
-            params[prefix + name] = child
-    return params
+class _Parameter(NamedTuple):
+    """A variable, the layer that it is of, and how it is laid out in torch."""
+
+    variable: nnx.Variable
+    layer: Any
+    entry: Entry
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape in torch."""
+        there = np.broadcast_to(np.zeros(()), jnp.shape(self.variable.get_value()))
+        return self.entry.to_torch(there, self.layer).shape
+
+
+def _params(node: object, prefix: str = "", above: tuple[int, ...] = ()) -> tuple[dict[str, _Parameter], set[str]]:
+    """Every parameter under a node by its dotted name, in torch's order; and the names there that mean nothing here."""
+    params: dict[str, _Parameter] = {}
+    below: dict[str, _Parameter] = {}
+    names = {prefix + name for name in ignored(node)}
+    children = dict(_children(node)) if id(node) not in above else {}
+    known = {entry.attribute: entry for entry in entries(node)}
+    for name in [*(name for name in known if name in children), *(name for name in children if name not in known)]:
+        child = children[name]
+        if isinstance(child, nnx.Param) or (name in known and isinstance(child, nnx.Variable)):
+            if child.get_raw_value() is not None:
+                entry = known.get(name, Entry(name, name))
+                params[prefix + entry.name] = _Parameter(child, node, entry)
+        else:
+            deeper, more = _params(child, f"{prefix}{name}.", (*above, id(node)))
+            below |= deeper
+            names |= more
+    return params | below, names
 
 
 def _children(node: object) -> list[tuple[str, Any]]:
@@ -168,18 +200,19 @@ def _children(node: object) -> list[tuple[str, Any]]:
     return []
 
 
-def _fitted(name: str, value: Any, param: Any) -> jax.Array:
-    """`value` in the dtype, and on the devices, of the parameter's present value."""
-    dtype, wanted = dtype_of(value), jnp.result_type(param)
+def _fitted(name: str, value: Any, param: _Parameter) -> jax.Array:
+    """`value` in the layout and dtype, and on the devices, of the parameter's present value."""
+    present = param.variable.get_value()
+    dtype, wanted = dtype_of(value), jnp.result_type(present)
     if dtype == NO_NUMBERS:
         return jnp.asarray(to_numpy(name, value))  # which says what it is instead
-    if tuple(value.shape) != jnp.shape(param) or not any(
+    if tuple(value.shape) != param.shape or not any(
         jnp.issubdtype(dtype, kind) and jnp.issubdtype(wanted, kind) for kind in _KINDS
     ):
-        raise CheckpointError(f"{name} is {dtype} {tuple(value.shape)}, should be {wanted} {jnp.shape(param)}")
+        raise CheckpointError(f"{name} is {dtype} {tuple(value.shape)}, should be {wanted} {param.shape}")
     # Out of range becomes infinite without a warning, as in torch's copy_.
     with np.errstate(over="ignore"):
-        array = to_numpy(name, value).astype(wanted)
-    if isinstance(param, jax.Array) and param.committed:
-        return jax.device_put(array, param.sharding)
+        array = param.entry.to_flax(to_numpy(name, value), param.layer).astype(wanted)
+    if isinstance(present, jax.Array) and present.committed:
+        return jax.device_put(array, present.sharding)
     return jnp.asarray(array)

@@ -1,0 +1,171 @@
+"""Whole models: Flax layers filled from torch's state dict compute what torch's do, and give the state dict back."""
+
+import types
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import jaxrnn
+from jaxrnn.checkpoint import CheckpointError
+
+F = jnp.float64
+
+
+class Model(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.embedding = nnx.Embed(11, 6, param_dtype=F, rngs=rngs)
+        self.conv = nnx.Conv(6, 8, (3,), padding="VALID", feature_group_count=2, param_dtype=F, rngs=rngs)
+        self.norm = nnx.BatchNorm(8, use_running_average=True, epsilon=1e-5, param_dtype=F, rngs=rngs)
+        self.upsample = nnx.ConvTranspose(8, 6, (4,), 2, padding="VALID", param_dtype=F, rngs=rngs)
+        self.group = nnx.GroupNorm(6, 3, epsilon=1e-5, use_fast_variance=False, param_dtype=F, rngs=rngs)
+        self.encoder = jaxrnn.LSTM(6, 5, 2, batch_first=True, bidirectional=True, proj_size=3, param_dtype=F, rngs=rngs)
+        self.layer = nnx.LayerNorm(6, epsilon=1e-5, use_fast_variance=False, param_dtype=F, rngs=rngs)
+        self.head = nnx.Sequential(
+            nnx.Linear(6, 4, param_dtype=F, rngs=rngs),
+            nnx.relu,
+            nnx.Linear(4, 2, use_bias=False, param_dtype=F, rngs=rngs),
+        )
+
+    def __call__(self, tokens: Any) -> Any:
+        x = self.norm(self.conv(self.embedding(tokens)))
+        x = self.group(self.upsample(x))
+        return self.head(self.layer(self.encoder(x)[0]))
+
+
+def _theirs(torch: types.ModuleType) -> Any:
+    nn = torch.nn
+
+    class Theirs(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding = nn.Embedding(11, 6)
+            self.conv = nn.Conv1d(6, 8, 3, groups=2)
+            self.norm = nn.BatchNorm1d(8)
+            self.upsample = nn.ConvTranspose1d(8, 6, 4, stride=2)
+            self.group = nn.GroupNorm(3, 6)
+            self.encoder = nn.LSTM(6, 5, 2, batch_first=True, bidirectional=True, proj_size=3)
+            self.layer = nn.LayerNorm(6)
+            self.head = nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 2, bias=False))
+
+        def forward(self, tokens: Any) -> Any:
+            x = self.norm(self.conv(self.embedding(tokens).transpose(1, 2)))
+            x = self.group(self.upsample(x)).transpose(1, 2)
+            return self.head(self.layer(self.encoder(x)[0]))
+
+    model = Theirs().double()
+    random = np.random.RandomState(0)
+    with torch.no_grad():
+        for name, value in model.state_dict().items():
+            if value.is_floating_point():  # norms start at 0 and 1, which would hide a mistake
+                numbers = random.uniform(0.2, 1, tuple(value.shape)) * (1 if "var" in name else random.choice([-1, 1]))
+                value.copy_(torch.tensor(numbers.astype(np.float32)))  # Flax keeps running statistics in float32
+    return model.eval()
+
+
+@pytest.fixture(autouse=True)
+def _flaxs_norms_mix_dtypes() -> Iterator[None]:
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@pytest.mark.torch
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
+def test_a_whole_model_both_ways(torch: types.ModuleType) -> None:
+    theirs, ours = _theirs(torch), Model(nnx.Rngs(0))
+    tensors = theirs.state_dict()
+    assert jaxrnn.load_state_dict(ours, {f"module.{name}": t for name, t in tensors.items()}, "module.") == ([], [])
+    tokens = np.random.RandomState(0).randint(0, 11, (3, 9))
+    np.testing.assert_allclose(ours(tokens), theirs(torch.tensor(tokens)).detach().numpy(), rtol=0, atol=1e-12)
+
+    back = jaxrnn.state_dict(ours)
+    assert list(back) == [name for name in tensors if "num_batches_tracked" not in name]
+    for name, value in back.items():
+        np.testing.assert_array_equal(value, tensors[name].numpy(), err_msg=name)
+        assert value.shape == tuple(tensors[name].shape)
+        assert value.flags.c_contiguous
+    fresh = _theirs(torch)
+    with torch.no_grad():
+        for value in fresh.state_dict().values():
+            value.zero_()
+    fresh.load_state_dict({name: torch.tensor(value) for name, value in back.items()})  # strict
+    assert torch.equal(fresh(torch.tensor(tokens)), theirs(torch.tensor(tokens)))
+
+
+LAYERS = {
+    "Conv2d": (
+        lambda nn: nn.Conv2d(4, 6, (2, 3), stride=(1, 2), groups=2),
+        lambda rngs: nnx.Conv(4, 6, (2, 3), (1, 2), padding="VALID", feature_group_count=2, param_dtype=F, rngs=rngs),
+    ),
+    "ConvTranspose2d": (
+        lambda nn: nn.ConvTranspose2d(4, 6, (2, 3), stride=(1, 2)),
+        lambda rngs: nnx.ConvTranspose(4, 6, (2, 3), (1, 2), padding="VALID", param_dtype=F, rngs=rngs),
+    ),
+    "ConvTranspose2d, transpose_kernel": (
+        lambda nn: nn.ConvTranspose2d(4, 6, (2, 3), stride=(1, 2)),
+        lambda rngs: nnx.ConvTranspose(
+            4, 6, (2, 3), (1, 2), padding="VALID", transpose_kernel=True, param_dtype=F, rngs=rngs
+        ),
+    ),
+    "InstanceNorm2d": (
+        lambda nn: nn.InstanceNorm2d(4, affine=True),
+        lambda rngs: nnx.InstanceNorm(4, epsilon=1e-5, use_fast_variance=False, param_dtype=F, rngs=rngs),
+    ),
+}
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers_on_images(torch: types.ModuleType, name: str) -> None:
+    make_theirs, make_ours = LAYERS[name]
+    theirs, ours = make_theirs(torch.nn).double(), make_ours(nnx.Rngs(0))
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+    jaxrnn.load_state_dict(ours, theirs.state_dict())
+    x = np.random.RandomState(0).randn(2, 7, 8, 4)
+    expected = theirs(torch.tensor(x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1).detach().numpy()
+    np.testing.assert_allclose(ours(x), expected, rtol=0, atol=1e-12)
+    for key, value in jaxrnn.state_dict(ours).items():
+        np.testing.assert_array_equal(value, theirs.state_dict()[key].numpy(), strict=True)
+
+
+@pytest.mark.torch
+def test_rms_norm(torch: types.ModuleType) -> None:
+    theirs, ours = torch.nn.RMSNorm(5, eps=1e-6).double(), nnx.RMSNorm(5, param_dtype=F, rngs=nnx.Rngs(0))
+    jaxrnn.load_state_dict(ours, {"weight": np.arange(5.0)})
+    theirs.load_state_dict({"weight": torch.arange(5.0)})
+    x = np.random.RandomState(0).randn(3, 5)
+    np.testing.assert_allclose(ours(x), theirs(torch.tensor(x)).detach().numpy(), rtol=0, atol=1e-12)
+
+
+def test_misfits_are_said_in_torchs_layout() -> None:
+    model = nnx.Sequential(nnx.Linear(3, 4, rngs=nnx.Rngs(0)), nnx.BatchNorm(4, rngs=nnx.Rngs(0)))
+    tensors = jaxrnn.state_dict(model)
+    names = ["0.weight", "0.bias", "1.weight", "1.bias", "1.running_mean", "1.running_var"]
+    assert list(tensors) == names
+    with pytest.raises(CheckpointError, match=r"0\.weight is float32 \(3, 4\), should be float32 \(4, 3\)"):
+        jaxrnn.load_state_dict(model, {**tensors, "0.weight": tensors["0.weight"].T})
+    with pytest.raises(CheckpointError, match=r"1\.running_var is missing"):
+        jaxrnn.load_state_dict(model, {name: tensors[name] for name in names[:-1]})
+    assert jaxrnn.load_state_dict(model, {**tensors, "1.num_batches_tracked": np.array(3)}) == ([], [])
+    with pytest.raises(CheckpointError, match=r"0\.num_batches_tracked is unexpected"):
+        jaxrnn.load_state_dict(model, {**tensors, "0.num_batches_tracked": np.array(3)})
+
+
+def test_a_layer_of_ones_own_is_laid_out_as_its_parent() -> None:
+    class Scaled(nnx.Linear):
+        def __init__(self, *arguments: Any, rngs: nnx.Rngs) -> None:
+            super().__init__(*arguments, rngs=rngs)
+            self.gain = nnx.Param(jnp.ones(2))
+
+    layer = Scaled(3, 4, rngs=nnx.Rngs(0))
+    assert {name: value.shape for name, value in jaxrnn.state_dict(layer).items()} == {
+        "weight": (4, 3),
+        "bias": (4,),
+        "gain": (2,),
+    }
