@@ -5,13 +5,13 @@ import os
 import sys
 import textwrap
 from collections.abc import Sequence
-from typing import TextIO
+from typing import Any, TextIO
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from jaxrnn.checkpoint import CheckpointError, find_rnns, load, save
+from jaxrnn.checkpoint import CheckpointError, find_rnns, fold, load, save
 from jaxrnn.checkpoint.errors import listed
 
 
@@ -48,6 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     command.add_argument("--force", action="store_true", help="replace OUT where it exists")
     for command in commands.choices.values():
         command.add_argument("--key", help="under what key of a torch.save file the state dict is: trainer.model")
+        command.add_argument(
+            "--raw", action="store_true", help="take weight_hh_l0_raw, of weight drop, for weight_hh_l0"
+        )
     arguments = parser.parse_args(argv)
     try:
         arguments.run(arguments)
@@ -57,8 +60,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _inspect(arguments: argparse.Namespace) -> None:
+def _load(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The file's tensors, those in parts put together."""
     tensors = load(arguments.file, arguments.key)
+    try:
+        return fold(tensors, arguments.raw)
+    except CheckpointError as error:
+        raise CheckpointError(f"{arguments.file}: {error}") from error
+
+
+def _inspect(arguments: argparse.Namespace) -> None:
+    tensors = _load(arguments)
     try:
         found = find_rnns(tensors)
     except CheckpointError as error:
@@ -94,7 +106,7 @@ def _inspect(arguments: argparse.Namespace) -> None:
 def _convert(arguments: argparse.Namespace) -> None:
     if os.path.lexists(arguments.out) and not arguments.force:
         raise CheckpointError(f"{arguments.out}: it exists already\ngive another name, or --force to replace it")
-    tensors = load(arguments.file, arguments.key)
+    tensors = _load(arguments)
     prefix = arguments.prefix
     chosen = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
     if not chosen:

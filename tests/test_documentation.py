@@ -30,7 +30,8 @@ def test_docstring_examples(name: str) -> None:
     assert _run(test).failed == 0
 
 
-def test_readme_examples() -> None:
+def test_readme_examples(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(README.parent)
     result = _run(doctest.DocTestParser().get_doctest(README.read_text(), {}, "README.md", str(README), 0))
     assert result.failed == 0
     assert result.attempted > 10

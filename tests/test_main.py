@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import jax
@@ -104,3 +105,20 @@ def test_the_module_runs_as_a_program(model: Path) -> None:
     assert (run.returncode, run.stderr) == (0, "")
     assert "encoder." in run.stdout
     assert subprocess.run([sys.executable, "-m", "jaxrnn"], capture_output=True).returncode == 2
+
+
+@pytest.mark.torch
+def test_nested_and_raw_weights_when_asked(
+    torch: types.ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tensors = {f"rnn.{name}": torch.tensor(np.asarray(value)) for name, value in LSTM.init(jax.random.key(0)).items()}
+    tensors["rnn.weight_hh_l0_raw"] = tensors.pop("rnn.weight_hh_l0")
+    path, out = tmp_path / "model.pt", str(tmp_path / "out.safetensors")
+    torch.save({"trainer": {"ema": tensors}}, path)
+    assert main(["inspect", str(path)]) == 2
+    assert "say which: key='trainer.ema', on the command line --key" in capsys.readouterr().err.replace("\n  ", " ")
+    assert main(["inspect", str(path), "--key", "trainer.ema"]) == 2
+    assert "rnn.weight_hh_l0 is missing" in capsys.readouterr().err
+    assert main(["inspect", str(path), "--key", "trainer.ema", "--raw"]) == 0
+    assert main(["convert", str(path), out, "--key", "trainer.ema", "--raw", "--prefix", "rnn."]) == 0
+    assert checkpoint.load(out).keys() == LSTM.shapes().keys()

@@ -4,11 +4,13 @@ from jaxrnn.checkpoint.errors import CheckpointError
 from jaxrnn.checkpoint.files import load, save
 from jaxrnn.checkpoint.find import FoundRNN, find_rnns
 from jaxrnn.checkpoint.modules import from_torch, load_state_dict, state_dict
+from jaxrnn.checkpoint.names import fold
 
 __all__ = [
     "CheckpointError",
     "FoundRNN",
     "find_rnns",
+    "fold",
     "from_torch",
     "load",
     "load_state_dict",

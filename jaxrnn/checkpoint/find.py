@@ -15,6 +15,7 @@ import numpy as np
 from jaxrnn.cells import GRU_CELL, LSTM_CELL, RNN_TANH, Cell
 from jaxrnn.checkpoint.arrays import dtype_of
 from jaxrnn.checkpoint.errors import CheckpointError
+from jaxrnn.checkpoint.names import fold
 from jaxrnn.spec import ROLES, CellSpec, Shape, Spec
 
 _CELLS = {len(cell.gates): cell for cell in (LSTM_CELL, GRU_CELL, RNN_TANH)}
@@ -96,7 +97,8 @@ def find_rnns(tensors: Mapping[str, Any]) -> list[FoundRNN]:
     shapes are those of a torch cell and nothing else is under its prefix, and is passed over otherwise.
 
     Args:
-        tensors: from name to array of numpy, jax or torch, as from `jaxrnn.checkpoint.load` or `state_dict()`.
+        tensors: from name to array of numpy, jax or torch, as from `jaxrnn.checkpoint.load` or `state_dict()`; weights
+            in parts are folded, see `jaxrnn.checkpoint.fold`.
 
     Returns:
         A `FoundRNN` for each, in the order of their first keys; an empty list if there is none.
@@ -114,6 +116,7 @@ def find_rnns(tensors: Mapping[str, Any]) -> list[FoundRNN]:
     >>> found.assumed
     {'batch_first': False, 'dropout': 0.0}
     """
+    tensors = fold(tensors)
     groups: dict[tuple[str, bool], dict[str, Any]] = {}
     keys = [key for key in tensors if isinstance(key, str)]
     for key in keys:

@@ -14,6 +14,7 @@ import jaxrnn.nnx
 from jaxrnn.checkpoint.arrays import NO_NUMBERS, dtype_of, to_numpy
 from jaxrnn.checkpoint.errors import CheckpointError
 from jaxrnn.checkpoint.layers import Entry, entries, ignored
+from jaxrnn.checkpoint.names import as_named, fold
 from jaxrnn.spec import CellSpec, Spec
 
 _CLASSES = ("RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell")
@@ -27,7 +28,10 @@ def load_state_dict(
     """Load tensors into a module's parameters, in place, by name.
 
     The names and layouts are torch's, as those of `state_dict`: a whole model loads whose attributes are named as in
-    torch. Each value is cast to its parameter's dtype, as torch does; the `nnx.Param` objects, their metadata and their
+    torch. Weights in parts are folded (see `jaxrnn.checkpoint.fold`), a `module.` in front of every key is dropped, and
+    the weights of one layer serve a cell, and a cell's one layer.
+
+    Each value is cast to its parameter's dtype, as torch does; the `nnx.Param` objects, their metadata and their
     sharding stay. When an error is raised, nothing has changed.
 
     Args:
@@ -56,7 +60,8 @@ def load_state_dict(
     ([], ['bias_ih_l0', 'bias_hh_l0'])
     """
     params, ignored = _params(module)
-    values = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+    values = {key.removeprefix(prefix): value for key, value in fold(tensors).items() if key.startswith(prefix)}
+    values = as_named(params, values)
     missing = [name for name in params if name not in values]
     unexpected = [name for name in values if name not in params and name not in ignored]
     problems = [f"{name} is missing" for name in missing if strict]

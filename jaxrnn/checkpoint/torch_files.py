@@ -111,9 +111,13 @@ def _choose(checkpoint: Any, key: str | None, is_tensor: Callable[[Any], bool]) 
             break
         path.append(usual[0])
         checkpoint = checkpoint[usual[0]]
-    nested = [name for name, value in checkpoint.items() if isinstance(value, dict)]
+    nested = _dicts(checkpoint)
     if nested:
-        remedy = f"say which: key={'.'.join([*path, str(nested[0])])!r}, on the command line --key"
+        first, value = [*path, str(nested[0])], checkpoint[nested[0]]
+        while not any(is_tensor(item) for item in value.values()) and _dicts(value) and len(first) < 8:
+            first.append(str(_dicts(value)[0]))
+            value = value[_dicts(value)[0]]
+        remedy = f"say which: key={'.'.join(first)!r}, on the command line --key"
         raise CheckpointError(f"{_at(path)} holds not tensors alone: dicts are nested under {listed(nested)}\n{remedy}")
     others = [
         f"{name} ({'Tensor' if is_tensor(value) else type(value).__name__})"
@@ -123,6 +127,10 @@ def _choose(checkpoint: Any, key: str | None, is_tensor: Callable[[Any], bool]) 
     if others:
         raise CheckpointError(f"some entries of {_at(path)} are not named tensors: {listed(others)}\n{STATE_DICT}")
     return checkpoint
+
+
+def _dicts(value: dict) -> list[Any]:
+    return [name for name, item in value.items() if isinstance(item, dict)]
 
 
 def _check_dict(value: Any, path: list[str], is_tensor: Callable[[Any], bool]) -> None:

@@ -1,0 +1,136 @@
+"""The names that weights really have in checkpoints, where torch's utilities keep them in parts, and torch's own."""
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from jaxrnn.checkpoint.arrays import to_numpy
+from jaxrnn.checkpoint.errors import CheckpointError
+
+_COMPILED = re.compile(r"(?<![^.])_orig_mod\.")
+_PARAMETRIZED = re.compile(r"(?P<path>|.*\.)parametrizations\.(?P<name>[^.]+)\.(?P<part>original[01]?|0\._[uv])", re.S)
+_PARAMETRIZED_PARTS = {"original0": "g", "original1": "v", "original": "orig", "0._u": "u", "0._v": "v"}
+_SUFFIXED = re.compile(r"(?P<target>(?:.*\.)?(?:weight|bias)[^.]*)_(?P<part>g|v|u|orig|mask|raw)", re.S)
+
+
+def fold(tensors: Mapping[str, Any], raw: bool = False) -> dict[str, Any]:
+    """Put together the weights that torch's utilities keep in parts, and give them the names that they have without.
+
+    What is folded: `weight_norm` (`weight_g` and `weight_v`, or `parametrizations.weight.original0` and `original1`),
+    `spectral_norm` as in evaluation (`weight_orig`, `_u` and `_v`, or their parametrized names), pruning
+    (`weight_orig` and `weight_mask`), and `torch.compile`'s `_orig_mod.`, which is dropped. Everything else stays.
+
+    Args:
+        tensors: from name to array of numpy, jax or torch.
+        raw: whether `weight_hh_l0_raw` is taken for `weight_hh_l0`, as weight-dropped LSTMs store it; if there is also
+            a `module.weight_hh_l0` beside it, what is left of the last dropout, for that.
+
+    Returns:
+        A dict in the same order, in which what was folded is a NumPy array of the dtype of its parts, worked out in
+        float64.
+
+    Raises:
+        CheckpointError: parts that do not fit together, or two keys that become one.
+
+    >>> import numpy as np
+    >>> from jaxrnn import checkpoint
+    >>> g, v = np.array([[10.0], [1.0]]), np.array([[3.0, 4.0], [0.0, 2.0]])
+    >>> checkpoint.fold({"head.weight_g": g, "head.weight_v": v})
+    {'head.weight': array([[6., 8.],
+           [0., 1.]])}
+    """
+    renamed: dict[str, str] = {}
+    for key in tensors:
+        name = _COMPILED.sub("", key) if isinstance(key, str) else key
+        if name in renamed:
+            raise CheckpointError(f"{renamed[name]} and {key} are both {name}\nleave one of them out")
+        renamed[name] = key
+    parts: dict[str, dict[str, str]] = {}  # of each weight: from part to name
+    for name in filter(lambda name: isinstance(name, str), renamed):
+        if match := _PARAMETRIZED.fullmatch(name):
+            target, part = match["path"] + match["name"], _PARAMETRIZED_PARTS[match["part"]]
+            parts.setdefault(target, {})[part] = name
+        elif match := _SUFFIXED.fullmatch(name):
+            parts.setdefault(match["target"], {})[match["part"]] = name
+    folded: dict[str, tuple[str, Any]] = {}  # from the name of a first part to what takes its place
+    gone: set[str] = set()
+    for target, names in parts.items():
+        recipe = _RECIPES.get(frozenset(names))
+        if recipe is None or (recipe is _raw and not raw) or target in renamed:
+            continue
+        arrays = {part: to_numpy(name, tensors[renamed[name]]) for part, name in names.items()}
+        try:
+            value = recipe(**{part: array.astype(np.float64) for part, array in arrays.items()})
+        except (ValueError, IndexError) as error:
+            shapes = ", ".join(f"{names[part]} {array.shape}" for part, array in arrays.items())
+            raise CheckpointError(f"the parts of {target} do not fit together: {shapes}\n{_SAVE_AGAIN}") from error
+        dtype = next(iter(arrays.values())).dtype if "orig" not in arrays else arrays["orig"].dtype
+        path, _, leaf = target.rpartition(".")
+        dropped = f"{path}.module.{leaf}".removeprefix(".")
+        if recipe is _raw and dropped in renamed:
+            target = dropped
+            gone.add(dropped)
+        folded[next(iter(names.values()))] = (target, value.astype(dtype))
+        gone.update(names.values())
+    plain: dict[str, Any] = {}
+    for name, key in renamed.items():
+        if name in folded:
+            target, value = folded[name]
+            plain[target] = value
+        elif name not in gone:
+            plain[name] = tensors[key]
+    return plain
+
+
+_SAVE_AGAIN = "save the whole state_dict() of the model"
+
+
+def _raw(raw: np.ndarray) -> np.ndarray:
+    return raw
+
+
+def _weight_norm(g: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """As torch.nn.utils.weight_norm: g is as v along the one axis that has a norm each, or has one number."""
+    if g.ndim not in (0, v.ndim) or any(n not in (1, size) for n, size in zip(g.shape, v.shape, strict=False)):
+        raise ValueError
+    axes = tuple(axis for axis in range(v.ndim) if g.ndim == 0 or g.shape[axis] == 1)
+    return v * (g / np.sqrt(np.sum(v**2, axis=axes, keepdims=True)))
+
+
+def _spectral_norm(orig: np.ndarray, u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """As torch.nn.utils.spectral_norm in evaluation, along the axis that u is as long as: 0, or 1 if transposed."""
+    axis = orig.shape.index(len(u))
+    matrix = np.moveaxis(orig, axis, 0).reshape(len(u), -1)
+    return orig / (u @ matrix @ v)
+
+
+def _pruned(orig: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    if orig.shape != mask.shape:
+        raise ValueError
+    return orig * mask
+
+
+_RECIPES: dict[frozenset[str], Callable[..., np.ndarray]] = {
+    frozenset({"g", "v"}): _weight_norm,
+    frozenset({"orig", "u", "v"}): _spectral_norm,
+    frozenset({"orig", "mask"}): _pruned,
+    frozenset({"raw"}): _raw,
+}
+
+
+def as_named(names: Mapping[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    """`values` under the names that are wanted, where only a wrapper or a layer's number tells them apart.
+
+    DistributedDataParallel's `module.` in front of every key is dropped, unless names begin so; and the weights of one
+    layer serve a cell, and a cell's one layer.
+    """
+    if values and all(key.startswith("module.") for key in values) and not any(n.startswith("module.") for n in names):
+        values = {key.removeprefix("module."): value for key, value in values.items()}
+    others = {}
+    for name in names:
+        other = name.removesuffix("_l0") if name.endswith("_l0") else f"{name}_l0"
+        if name not in values and other in values and other not in names:
+            others[other] = name
+    return {others.get(key, key): value for key, value in values.items()}

@@ -1,0 +1,187 @@
+"""The names that weights have in checkpoints: what torch's own utilities made of them, put together again."""
+
+import importlib
+import types
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import jaxrnn
+from jaxrnn import checkpoint
+from jaxrnn.checkpoint import CheckpointError
+
+
+def _lstm(torch: types.ModuleType) -> Any:
+    torch.manual_seed(0)
+    return torch.nn.LSTM(3, 4, 2, bidirectional=True).double()
+
+
+def _weight_norm(torch: types.ModuleType, dim: int | None = 0) -> Any:
+    lstm = _lstm(torch)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        for name in ("weight_hh_l0", "weight_ih_l1_reverse"):
+            torch.nn.utils.weight_norm(lstm, name, dim)
+    with torch.no_grad():
+        lstm.weight_hh_l0_g *= 1.5
+    return lstm
+
+
+def _parametrized(torch: types.ModuleType) -> Any:
+    module = torch.nn.Sequential(torch.nn.Conv1d(3, 4, 2), torch.nn.Linear(4, 2)).double()
+    for layer in module:
+        torch.nn.utils.parametrizations.weight_norm(layer)
+    with torch.no_grad():
+        module[0].parametrizations.weight.original0.mul_(1.5)
+    return module
+
+
+def _spectral(torch: types.ModuleType, parametrized: bool) -> Any:
+    layers = torch.nn.Conv2d(3, 4, 2), torch.nn.Linear(4, 2), torch.nn.ConvTranspose1d(3, 5, 2)
+    module = torch.nn.Sequential(*layers).double()
+    norm = torch.nn.utils.parametrizations.spectral_norm if parametrized else torch.nn.utils.spectral_norm
+    for layer in module:
+        norm(layer, n_power_iterations=3)
+    return module
+
+
+def _pruned(torch: types.ModuleType) -> Any:
+    prune = importlib.import_module("torch.nn.utils.prune")
+    lstm = _lstm(torch)
+    for name in ("weight_hh_l0", "bias_ih_l1"):
+        prune.random_unstructured(lstm, name, amount=0.5)
+    return lstm
+
+
+MADE: dict[str, Callable[[types.ModuleType], Any]] = {
+    "weight norm": _weight_norm,
+    "weight norm, one for all": lambda torch: _weight_norm(torch, None),
+    "weight norm of columns": lambda torch: _weight_norm(torch, 1),
+    "weight norm, parametrized": _parametrized,
+    "spectral norm": lambda torch: _spectral(torch, False),
+    "spectral norm, parametrized": lambda torch: _spectral(torch, True),
+    "pruned": _pruned,
+}
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("name", MADE)
+def test_what_torch_keeps_in_parts(torch: types.ModuleType, name: str) -> None:
+    module = MADE[name](torch).eval()
+    tensors = module.state_dict()
+    if "LSTM" in type(module).__name__:
+        module(torch.zeros(1, 1, 3).double())  # a hook sets the whole weight before each call
+        wanted = {key: getattr(module, key) for key in _lstm(torch).state_dict()}
+    else:
+        with torch.no_grad():
+            for layer in module:
+                if hasattr(layer, "weight_u"):  # likewise
+                    layer(torch.zeros({4: (1, 3, 5, 5), 2: (1, 4), 3: (1, 3, 5)}[layer.weight_orig.dim()]).double())
+        wanted = {f"{k}.{key}": getattr(layer, key) for k, layer in enumerate(module) for key in ("weight", "bias")}
+    folded = checkpoint.fold({f"model.{key}": value for key, value in tensors.items()})
+    assert folded.keys() == {f"model.{key}" for key in wanted}
+    for key, value in wanted.items():
+        found = np.asarray(folded[f"model.{key}"])
+        np.testing.assert_allclose(found, value.detach().numpy(), rtol=1e-13, atol=1e-14, err_msg=key, strict=True)
+
+
+@pytest.mark.torch
+def test_a_weight_normed_lstm_is_found_and_loads(torch: types.ModuleType) -> None:
+    theirs = _weight_norm(torch)
+    tensors = {f"module.rnn._orig_mod.{key}": value for key, value in theirs.state_dict().items()}
+    [found] = checkpoint.find_rnns(tensors)
+    assert (found.prefix, found.num_layers, found.bidirectional) == ("module.rnn.", 2, True)
+    ours = jaxrnn.LSTM(3, 4, 2, bidirectional=True, param_dtype=jnp.float64, rngs=nnx.Rngs(0))
+    jaxrnn.load_state_dict(ours, tensors, found.prefix)
+    x = np.random.RandomState(0).randn(5, 2, 3)
+    np.testing.assert_allclose(ours(x)[0], theirs(torch.tensor(x))[0].detach().numpy(), rtol=0, atol=1e-12)
+
+
+def test_folding_keeps_the_dtype_and_the_order() -> None:
+    tensors = {
+        "a": np.zeros(1),
+        "weight_v": np.ones((2, 2), np.float16),
+        "weight_g": np.ones((2, 1), np.float16),
+        "z": np.zeros(1),
+    }
+    folded = checkpoint.fold(tensors)
+    assert list(folded) == ["a", "weight", "z"]
+    assert folded["weight"].dtype == np.float16
+    assert folded["a"] is tensors["a"]
+
+
+def test_what_only_looks_like_parts_stays() -> None:
+    tensors = {name: np.ones(2) for name in ("weight_g", "loss_g", "loss_v", "weight_orig", "mask", "x.weight_mask")}
+    assert checkpoint.fold(tensors) == tensors
+    assert checkpoint.fold({3: np.ones(1), "weight_hh_l0_raw": np.ones(1)}).keys() == {3, "weight_hh_l0_raw"}
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {"weight_g": np.ones((3, 1)), "weight_v": np.ones((2, 2))},
+        {"weight_g": np.ones(2), "weight_v": np.ones((2, 2))},
+        {"weight_orig": np.ones((2, 3)), "weight_mask": np.ones((3, 2))},
+        {"weight_orig": np.ones((2, 3)), "weight_u": np.ones(4), "weight_v": np.ones(3)},
+    ],
+)
+def test_parts_that_do_not_fit(tensors: dict) -> None:
+    with pytest.raises(CheckpointError, match="the parts of weight do not fit together: weight_"):
+        checkpoint.fold(tensors)
+
+
+def test_two_keys_that_become_one() -> None:
+    with pytest.raises(CheckpointError, match=r"_orig_mod\.x and x are both x"):
+        checkpoint.fold({"_orig_mod.x": np.ones(1), "x": np.ones(1)})
+
+
+def test_raw_weights_of_weight_drop() -> None:
+    lstm = jaxrnn.LSTM(3, 4, rngs=nnx.Rngs(0))
+    tensors = jaxrnn.state_dict(lstm)
+    raw = tensors.pop("weight_hh_l0")
+    for names in (
+        {f"rnn.{name}": value for name, value in tensors.items()},
+        {f"rnn.module.{name}": value for name, value in {**tensors, "weight_hh_l0": 0 * raw}.items()},
+    ):
+        stored = {"rnn.weight_hh_l0_raw": raw, **names}
+        prefix = "rnn.module." if len(names) == 4 else "rnn."
+        folded = checkpoint.fold(stored, raw=True)
+        np.testing.assert_array_equal(folded[f"{prefix}weight_hh_l0"], raw)
+        other = jaxrnn.LSTM(3, 4, rngs=nnx.Rngs(1))
+        assert jaxrnn.load_state_dict(other, folded, prefix) == ([], [])
+        np.testing.assert_array_equal(other.weight_hh_l0[...], raw)
+        assert "rnn.weight_hh_l0_raw" in checkpoint.fold(stored)
+
+
+def test_module_in_front_of_everything() -> None:
+    gru = jaxrnn.GRU(3, 4, rngs=nnx.Rngs(0))
+    tensors = {f"module.{name}": value for name, value in jaxrnn.state_dict(gru).items()}
+    assert jaxrnn.load_state_dict(jaxrnn.GRU(3, 4, rngs=nnx.Rngs(1)), tensors) == ([], [])
+    with pytest.raises(CheckpointError, match=r"module\.weight_ih_l0 is unexpected"):
+        jaxrnn.load_state_dict(jaxrnn.GRU(3, 4, rngs=nnx.Rngs(1)), {**tensors, "x": np.ones(1)})
+
+    class Wrapped(nnx.Module):
+        def __init__(self) -> None:
+            self.module = gru
+
+    assert jaxrnn.load_state_dict(Wrapped(), tensors) == ([], [])
+
+
+def test_a_layer_serves_a_cell_and_a_cell_a_layer() -> None:
+    layer, cell = jaxrnn.GRU(3, 4, rngs=nnx.Rngs(0)), jaxrnn.GRUCell(3, 4, rngs=nnx.Rngs(1))
+    jaxrnn.load_state_dict(cell, jaxrnn.state_dict(layer))
+    x = jnp.ones((1, 2, 3), jnp.float32)
+    np.testing.assert_allclose(cell(x[0]), layer(x)[1][0], rtol=0, atol=1e-7)
+    other = jaxrnn.GRU(3, 4, rngs=nnx.Rngs(2))
+    jaxrnn.load_state_dict(other, jaxrnn.state_dict(cell))
+    np.testing.assert_array_equal(other(x)[0], layer(x)[0])
+    two = jaxrnn.GRU(3, 4, 2, rngs=nnx.Rngs(0))
+    with pytest.raises(CheckpointError, match="weight_ih_l1 is missing"):
+        jaxrnn.load_state_dict(two, jaxrnn.state_dict(cell))
+    with pytest.raises(CheckpointError, match="weight_ih_l1 is unexpected"):
+        jaxrnn.load_state_dict(cell, jaxrnn.state_dict(two))
