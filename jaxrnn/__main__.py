@@ -40,10 +40,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = commands.add_parser("inspect", help="list the recurrent modules in a checkpoint")
     command.set_defaults(run=_inspect)
     command.add_argument("file", metavar="FILE", help="a safetensors file, or a torch.save file of a state dict")
-    command = commands.add_parser("convert", help="write a checkpoint's tensors to a safetensors file")
+    command = commands.add_parser("convert", help="write a checkpoint's tensors to another file")
     command.set_defaults(run=_convert)
     command.add_argument("file", metavar="IN", help="a safetensors file, or a torch.save file of a state dict")
-    command.add_argument("out", metavar="OUT", help="the file to write, whose name ends in .safetensors")
+    command.add_argument("out", metavar="OUT", help="the file to write, .safetensors or .pt by its name")
     command.add_argument("--prefix", default="", help="write only keys that start with this, without it: encoder.lstm.")
     command.add_argument("--force", action="store_true", help="replace OUT where it exists")
     for command in commands.choices.values():

@@ -214,13 +214,27 @@ def test_save_refuses(value, cause, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", ["a.pt", "a", ".safetensors/a"])
-def test_save_writes_safetensors_only(name, tmp_path):
-    with pytest.raises(CheckpointError, match="only safetensors files are written"):
+@pytest.mark.parametrize("name", ["a.npz", "a", ".safetensors/a", "a.pt.gz"])
+def test_save_goes_by_the_suffix(name, tmp_path):
+    with pytest.raises(CheckpointError, match=r"no format has its suffix\nend its name in one of \.safetensors, \.pt"):
         checkpoint.save(tmp_path / name, {"x": np.ones(1)})
     with pytest.raises(CheckpointError, match="__metadata__"):
         checkpoint.save(tmp_path / "a.safetensors", {"__metadata__": np.ones(1)})
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "pt"])
+def test_what_was_written_is_read_and_compared(suffix, tmp_path, monkeypatch):
+    path = tmp_path / f"a.{suffix}"
+    checkpoint.save(path, {"x": np.ones(2)})
+    before = path.read_bytes()
+    write = files._WRITERS[f".{suffix}"]
+    for other in ({"x": np.array([1.0, np.nan])}, {"x": np.ones(2, np.float32)}, {"x": np.ones((2, 1))}, {}):
+        monkeypatch.setitem(files._WRITERS, f".{suffix}", lambda file, arrays, other=other: write(file, other))
+        with pytest.raises(CheckpointError, match="the file does not hold what was written: x"):
+            checkpoint.save(path, {"x": np.array([1.0, 2.0])})
+        assert path.read_bytes() == before
+        assert list(tmp_path.iterdir()) == [path]
 
 
 def test_save_into_no_folder(tmp_path):

@@ -10,12 +10,15 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save as safetensors_bytes
 
+import jaxrnn
 from jaxrnn import checkpoint
 from jaxrnn.checkpoint import CheckpointError
 from jaxrnn.checkpoint.pickles import unpickle
@@ -115,6 +118,53 @@ def test_whatever_holds_numbers(torch: types.ModuleType, without_torch: Callable
     found = without_torch(_saved(torch, module.state_dict()), tmp_path)
     for name, tensor in module.state_dict().items():
         _assert_same_bits(found[name], tensor, torch)
+
+
+def _contents(tensors: dict[str, np.ndarray]) -> dict[str, tuple]:
+    return {name: (str(array.dtype), array.shape, array.tobytes()) for name, array in tensors.items()}
+
+
+@pytest.mark.torch
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_what_we_write_torch_reads_and_back(
+    torch: types.ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, data: st.DataObject
+) -> None:
+    """torch, and what torch saved again, hold every bit of what was written where torch cannot be imported."""
+    names = st.text(st.characters(exclude_categories=["Cs"]), max_size=5)
+    tensors = {}
+    for name in data.draw(st.lists(names, max_size=4, unique=True)):
+        shape = tuple(data.draw(st.lists(st.integers(0, 3), max_size=3)))
+        numbers = np.random.RandomState(len(name)).randint(0, 2, shape)
+        tensors[name] = np.asarray(numbers).astype(jnp.dtype(data.draw(st.sampled_from(DTYPES))))
+    path = tmp_path / data.draw(st.sampled_from(["a.pt", "a.pth", "a.ckpt", "a.bin"]))
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "torch", None)
+        checkpoint.save(path, tensors)
+        assert _contents(checkpoint.load(path)) == _contents(tensors)
+    theirs = torch.load(path, weights_only=True)
+    assert list(theirs) == list(tensors)
+    for name, tensor in theirs.items():
+        _assert_same_bits(tensors[name], tensor, torch)
+        assert tensor.is_contiguous()
+    torch.save(theirs, path)
+    assert _contents(checkpoint.load(path)) == _contents(tensors)
+
+
+@pytest.mark.torch
+def test_a_module_of_torch_loads_what_we_write(torch: types.ModuleType, tmp_path: Path) -> None:
+    ours = jaxrnn.LSTM(3, 4, 2, bidirectional=True, proj_size=2, rngs=nnx.Rngs(0))
+    checkpoint.save(tmp_path / "a.pt", jaxrnn.state_dict(ours))
+    theirs = torch.nn.LSTM(3, 4, 2, bidirectional=True, proj_size=2)
+    theirs.load_state_dict(torch.load(tmp_path / "a.pt", weights_only=True), strict=True)
+    for name, value in jaxrnn.state_dict(ours).items():
+        np.testing.assert_array_equal(theirs.state_dict()[name].numpy(), value, strict=True)
+
+
+def test_dtypes_that_torch_has_not(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="x is of int4, which torch has not"):
+        checkpoint.save(tmp_path / "a.pt", {"x": np.ones(2, jnp.int4)})
+    assert not list(tmp_path.iterdir())
 
 
 # Pickles by hand. GLOBAL is b"cMODULE\nNAME\n", REDUCE is b"R", and so on: see the pickletools of the standard library.

@@ -23,7 +23,7 @@ def dtype_of(value: Any) -> np.dtype:
     """The NumPy dtype of an array of NumPy, JAX or torch; `NO_NUMBERS` of anything else, and where NumPy has none."""
     if isinstance(value, np.ndarray | np.generic | jax.Array) or is_torch_tensor(value):
         try:
-            dtype = jnp.dtype(str(value.dtype).removeprefix("torch."))
+            dtype = jnp.dtype(str(value.dtype).removeprefix("torch.")).newbyteorder("=")
         except TypeError:
             return NO_NUMBERS
         if dtype.kind == "b" or jnp.issubdtype(dtype, np.number):

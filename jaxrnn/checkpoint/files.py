@@ -10,7 +10,7 @@ import os
 import secrets
 import stat
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import IO, Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -19,7 +19,8 @@ from safetensors.numpy import save as serialize
 
 from jaxrnn.checkpoint import torch_files
 from jaxrnn.checkpoint.arrays import to_numpy
-from jaxrnn.checkpoint.errors import CheckpointError
+from jaxrnn.checkpoint.errors import CheckpointError, listed
+from jaxrnn.checkpoint.pickles import is_known
 
 Path = str | os.PathLike[str]
 Tensors = dict[str, np.ndarray]
@@ -81,45 +82,75 @@ def load(path: Path, key: str | None = None) -> Tensors:
 
 
 def save(path: Path, tensors: Mapping[str, Any]) -> None:
-    """Write tensors to a safetensors file, which appears whole or not at all.
+    """Write tensors to a file, which appears whole or not at all, once what was written has been read and compared.
 
     Args:
-        path: the file, whose name should end in .safetensors. An existing file is replaced.
-        tensors: from name to array of numpy or jax (or torch), of any shape, and any dtype that safetensors has.
+        path: the file, a safetensors file if its name ends in .safetensors, or a state dict that `torch.load` reads,
+            with `weights_only=True` too, if it ends in .pt, .pth, .ckpt or .bin. An existing file is replaced.
+        tensors: from name to array of numpy or jax (or torch), of any shape, and any dtype that the format has.
 
     Raises:
-        CheckpointError: another suffix, a value that cannot be written, or the file system's refusal.
+        CheckpointError: another suffix, a value that cannot be written, the file system's refusal, or a file that does
+            not read as it was written.
 
     An example is at `load`.
     """
     try:
-        if not os.fspath(path).endswith(".safetensors"):
-            raise CheckpointError(f"only safetensors files are written\nend its name in {'.safetensors'!r}")
+        write = _WRITERS.get(os.path.splitext(os.fspath(path))[1])
+        if write is None:
+            raise CheckpointError(f"no format has its suffix\nend its name in one of {', '.join(_WRITERS)}")
         arrays = {name: to_numpy(name, value) for name, value in tensors.items()}
-        for name, array in arrays.items():
-            if name == "__metadata__" or array.dtype.name not in _DTYPES.values():
-                cause = f"{name} of {array.dtype} cannot be written to safetensors"
-                raise CheckpointError(f"{cause}\nrename or convert it, or leave it out")
-        _save(os.path.realpath(path), arrays)
+        _save(os.path.realpath(path), arrays, write)
     except CheckpointError as error:
         raise CheckpointError(f"{os.fspath(path)}: {error}") from error
     except OSError as error:
         raise CheckpointError(f"{os.fspath(path)}: {_os_cause(error)}\ncheck the folder and its space") from error
 
 
-def _save(path: str, arrays: Tensors) -> None:
+def _save(path: str, arrays: Tensors, write: Callable[[IO[bytes], Tensors], None]) -> None:
     # In the same folder, because a rename is atomic only inside one file system.
     temporary = f"{path}.{secrets.token_hex(4)}.tmp"
     try:
         with open(temporary, "xb") as file:
-            # Names and layout are torch's, which is what readers take this metadata to say.
-            file.write(serialize(arrays, metadata={"format": "pt"}))
+            write(file, arrays)
             file.flush()
             os.fsync(file.fileno())
+        _compare(load(temporary), arrays)
         os.replace(temporary, path)
     finally:
         if os.path.lexists(temporary):
             os.remove(temporary)
+
+
+def _compare(found: Tensors, arrays: Tensors) -> None:
+    different = [
+        name
+        for name in {**found, **arrays}
+        if not (name in found and name in arrays)
+        or (found[name].dtype, found[name].shape) != (arrays[name].dtype, arrays[name].shape)
+        or not np.array_equal(found[name].reshape(-1).view(np.uint8), arrays[name].reshape(-1).view(np.uint8))
+    ]
+    if different:
+        raise CheckpointError(f"the file does not hold what was written: {listed(different)}\ncheck the disk")
+
+
+def _write_safetensors(file: IO[bytes], arrays: Tensors) -> None:
+    for name, array in arrays.items():
+        if name == "__metadata__" or array.dtype.name not in _DTYPES.values():
+            cause = f"{name} of {array.dtype} cannot be written to safetensors"
+            raise CheckpointError(f"{cause}\nrename or convert it, or leave it out")
+    # Names and layout are torch's, which is what readers take this metadata to say.
+    file.write(serialize(arrays, metadata={"format": "pt"}))
+
+
+def _write_torch(file: IO[bytes], arrays: Tensors) -> None:
+    for name, array in arrays.items():
+        if not is_known(array.dtype):
+            raise CheckpointError(f"{name} is of {array.dtype}, which torch has not\nconvert it, or leave it out")
+    torch_files.write_zip(file, arrays)
+
+
+_WRITERS = {".safetensors": _write_safetensors, **dict.fromkeys((".pt", ".pth", ".ckpt", ".bin"), _write_torch)}
 
 
 def _os_cause(error: OSError) -> str:

@@ -1,4 +1,4 @@
-"""The pickle in a file of torch.save, read by a machine that builds data and nothing else.
+"""The pickle in a file of torch.save, read by a machine that builds data and nothing else; and written.
 
 Python's unpickler calls what a file names. This one has no way to: a global is a name, the names below are known, and
 what torch would make of them is worked out here. Everything else is refused by its name.
@@ -7,7 +7,7 @@ what torch would make of them is worked out here. Everything else is refused by 
 import math
 import pickletools
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -109,6 +109,11 @@ class StoredTensor(NamedTuple):
 
 class _Refused(Exception):
     """What a pickle may not do; the argument is the cause."""
+
+
+def is_known(dtype: np.dtype) -> bool:
+    """Whether torch has the dtype."""
+    return dtype in _NAMED.values()
 
 
 def unpickle(data: bytes) -> Any:
@@ -325,3 +330,43 @@ def _tensor(
         raise ValueError("the size of a tensor")
     bits = tuple(bit for bit in ("conj", "neg") if more and more[0] and more[0].get(bit))
     return StoredTensor(storage, dtype, offset, tuple(shape), tuple(strides), bits)
+
+
+def pickle_tensors(tensors: Mapping[str, np.ndarray]) -> bytes:
+    """A state dict as torch.save pickles it: an OrderedDict of contiguous tensors, each with a storage of its own.
+
+    The storages' keys are "0", "1" and so on, in the order of the tensors.
+    """
+    storages = {dtype: name for name, dtype in _STORAGES.items()}
+    named = {dtype: name for name, dtype in _NAMED.items()}
+    ordered_dict = _name("collections.OrderedDict") + b")R"
+    pieces = [b"\x80\x02", ordered_dict, b"("]
+    for index, (name, array) in enumerate(tensors.items()):
+        untyped = array.dtype not in storages
+        kind = "torch.storage.UntypedStorage" if untyped else storages[array.dtype]
+        size = array.nbytes if untyped else array.size
+        strides = [math.prod(max(n, 1) for n in array.shape[axis + 1 :]) for axis in range(array.ndim)]
+        pieces += [
+            _value(name),
+            _name(f"torch._utils._rebuild_tensor_v{3 if untyped else 2}"),
+            b"((" + _value("storage") + _name(kind) + _value(str(index)) + _value("cpu") + _value(size) + b"tQ",
+            _value(0),
+            *(b"(" + b"".join(_value(n) for n in numbers) + b"t" for numbers in (array.shape, strides)),
+            b"\x89" + ordered_dict,  # no gradient is required, and there are no hooks
+            _name(named[array.dtype]) if untyped else b"",
+            b"tR",
+        ]
+    return b"".join([*pieces, b"u."])
+
+
+def _name(name: str) -> bytes:
+    module, _, leaf = name.rpartition(".")
+    return f"c{module}\n{leaf}\n".encode()
+
+
+def _value(value: str | int) -> bytes:
+    if isinstance(value, str):
+        text = value.encode("utf-8", "surrogatepass")
+        return b"X" + len(text).to_bytes(4, "little") + text
+    size = value.bit_length() // 8 + 1
+    return b"\x8a" + bytes([size]) + value.to_bytes(size, "little", signed=True)

@@ -1,4 +1,4 @@
-"""Files of torch.save: the zip format read here, without torch; the one before torch 1.6 read by torch."""
+"""Files of torch.save: the zip format read and written here, without torch; the one before torch 1.6 read by torch."""
 
 import os
 import pickletools
@@ -7,7 +7,7 @@ import struct
 import sys
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import IO, Any
 
@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxrnn.checkpoint.arrays import is_torch_tensor, to_numpy
 from jaxrnn.checkpoint.errors import CheckpointError, listed
-from jaxrnn.checkpoint.pickles import AGAIN, STATE_DICT, Other, StoredTensor, unpickle
+from jaxrnn.checkpoint.pickles import AGAIN, STATE_DICT, Other, StoredTensor, pickle_tensors, unpickle
 
 # The number that a file of torch.save before 1.6 pickles first.
 LEGACY_MAGIC = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"
@@ -211,6 +211,17 @@ def read_legacy(path: str | os.PathLike[str], key: str | None) -> dict[str, np.n
             stored = tensor.untyped_storage().nbytes()
             _check_expanded(name, tuple(tensor.shape), tensor.numel() * tensor.element_size(), stored)
     return {name: to_numpy(name, tensor) for name, tensor in tensors.items()}
+
+
+def write_zip(file: IO[bytes], tensors: Mapping[str, np.ndarray]) -> None:
+    """Write contiguous tensors as torch.save writes a state dict."""
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("archive/data.pkl", pickle_tensors(tensors))
+        archive.writestr("archive/byteorder", sys.byteorder)
+        for index, array in enumerate(tensors.values()):
+            with archive.open(f"archive/data/{index}", "w", force_zip64=array.nbytes >= 1 << 31) as entry:
+                entry.write(array.reshape(-1).view(np.uint8).data)
+        archive.writestr("archive/version", "3\n")
 
 
 def _import_torch() -> ModuleType:
