@@ -60,6 +60,7 @@ _ARGUMENTS = {
     "INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT", "UNICODE", "SHORT_BINUNICODE",
     "BINUNICODE", "BINUNICODE8", "STRING", "BINSTRING", "SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8",
 }  # fmt: skip
+_MOST_AXES = 64  # NumPy's and torch's
 # What a damaged pickle, or one made to, can raise here and in pickletools.
 _DAMAGE = (ValueError, TypeError, IndexError, KeyError, AttributeError, OverflowError, EOFError, struct.error)
 
@@ -257,12 +258,14 @@ class _Machine:
 
     def _stack_global(self, _: None) -> None:
         name, module = self.stack.pop(), self.stack.pop()
+        if type(name) is not str or type(module) is not str:
+            raise ValueError("the name of a global")
         self._push_global(f"{module}.{name}")
 
     def _push_global(self, name: str) -> None:
         known = (_CALLS, _STORAGES, _BYTES, _TENSOR_TYPES, _SCHEMES, _NAMED, (_NO_NUMPY,))
         if not any(name in names for names in known):
-            raise _Refused(f"it names {name}")
+            raise _Refused(f"it names {name[:200]}")
         self.stack.append(Global(name))
 
     def _binpersid(self, _: None) -> None:
@@ -308,8 +311,8 @@ def _call(function: Any, arguments: Any) -> Any:
         return arguments[0]
     if name not in _TENSOR_CALLS:
         what = _OTHER_CALLS[name]
-        if what == "layout":
-            what = str(arguments[0]).removeprefix("torch.")
+        if what == "layout" and type(arguments[0]) is str:
+            what = arguments[0].removeprefix("torch.")
         elif what == "sparse tensor" and type(arguments[0]) is Other:
             what = f"{arguments[0].what} tensor"
         return Other(what)
@@ -326,7 +329,9 @@ def _tensor(
             return Other(f"{_NO_NUMPY} tensor")
         dtype, more = _NAMED[more[0].name], more[1:]
     sizes = (storage.size, offset, *shape, *strides)
-    if type(storage) is not Storage or len(shape) != len(strides) or any(type(n) is not int or n < 0 for n in sizes):
+    if not (type(storage) is Storage and len(shape) == len(strides) <= _MOST_AXES):
+        raise ValueError("the shape of a tensor")
+    if any(type(n) is not int or not 0 <= n < 1 << 63 for n in sizes):
         raise ValueError("the size of a tensor")
     bits = tuple(bit for bit in ("conj", "neg") if more and more[0] and more[0].get(bit))
     return StoredTensor(storage, dtype, offset, tuple(shape), tuple(strides), bits)
