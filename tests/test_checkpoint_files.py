@@ -2,6 +2,9 @@ import json
 import os
 import stat
 import struct
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -295,3 +298,50 @@ def test_saved_file_is_an_ordinary_one(tmp_path):
         os.umask(mask)
     assert (tmp_path / "a.safetensors").is_symlink()
     assert stat.S_IMODE((tmp_path / "folder" / "b.safetensors").stat().st_mode) == 0o640
+
+
+WRITER = """
+import sys, numpy as np
+from jaxrnn import checkpoint
+path = sys.argv[1]
+print("ready", flush=True)
+for number in range(10**6):
+    checkpoint.save(path, {"x": np.full(200_000, number), "y": np.full(3, number)})
+"""
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "pt"])
+def test_a_writer_that_is_killed_leaves_a_whole_file(suffix, tmp_path, thorough):
+    path = tmp_path / f"a.{suffix}"
+    random = np.random.RandomState(0)
+    abandoned = 0
+    for _ in range(100 if thorough else 5):
+        process = subprocess.Popen([sys.executable, "-c", WRITER, path], stdout=subprocess.PIPE, text=True)
+        assert process.stdout.readline() == "ready\n"
+        # Longer than one takes, so that there is an old file to lose.
+        time.sleep(random.uniform(0, 0.05))
+        process.kill()
+        process.wait()
+        process.stdout.close()
+        others = [other for other in tmp_path.iterdir() if other != path]
+        assert len(others) <= 1
+        abandoned += len(others)
+        if path.exists():
+            found = checkpoint.load(path)
+            assert np.all(found["x"] == found["y"][0])
+    checkpoint.save(path, {"x": np.ones(1)})
+    assert list(tmp_path.iterdir()) == [path]
+    assert abandoned or not thorough
+
+
+def test_what_another_writer_holds_stays(tmp_path):
+    fcntl = pytest.importorskip("fcntl")
+    held, other = tmp_path / "a.pt.0123abcd.tmp", tmp_path / "b.pt.0123abcd.tmp"
+    other.write_bytes(b"")
+    with open(held, "wb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        checkpoint.save(tmp_path / "a.pt", {"x": np.ones(1)})
+        assert held.exists()
+    checkpoint.save(tmp_path / "a.pt", {"x": np.ones(1)})
+    assert not held.exists()
+    assert other.exists()

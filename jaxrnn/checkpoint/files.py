@@ -5,8 +5,10 @@ path, which `load` puts in front.
 """
 
 import codecs
+import contextlib
 import json
 import os
+import re
 import secrets
 import stat
 from collections.abc import Callable, Mapping
@@ -18,9 +20,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as serialize
 
 from jaxrnn.checkpoint import torch_files
-from jaxrnn.checkpoint.arrays import to_numpy
+from jaxrnn.checkpoint.arrays import dtype_of, to_numpy
 from jaxrnn.checkpoint.errors import CheckpointError, listed
 from jaxrnn.checkpoint.pickles import is_known
+
+try:
+    import fcntl
+except ImportError:  # where files are not locked, nor removed under whoever writes them
+    fcntl = None  # type: ignore[assignment]
 
 Path = str | os.PathLike[str]
 Tensors = dict[str, np.ndarray]
@@ -99,7 +106,7 @@ def save(path: Path, tensors: Mapping[str, Any]) -> None:
         write = _WRITERS.get(os.path.splitext(os.fspath(path))[1])
         if write is None:
             raise CheckpointError(f"no format has its suffix\nend its name in one of {', '.join(_WRITERS)}")
-        arrays = {name: to_numpy(name, value) for name, value in tensors.items()}
+        arrays = {name: value if _is_plain(value) else to_numpy(name, value) for name, value in tensors.items()}
         _save(os.path.realpath(path), arrays, write)
     except CheckpointError as error:
         raise CheckpointError(f"{os.fspath(path)}: {error}") from error
@@ -107,19 +114,43 @@ def save(path: Path, tensors: Mapping[str, Any]) -> None:
         raise CheckpointError(f"{os.fspath(path)}: {_os_cause(error)}\ncheck the folder and its space") from error
 
 
+def _is_plain(value: Any) -> bool:
+    """Whether an array can be written as it lies in memory: a large checkpoint is not copied once more."""
+    return type(value) is np.ndarray and value.flags.c_contiguous and value.dtype == dtype_of(value)
+
+
 def _save(path: str, arrays: Tensors, write: Callable[[IO[bytes], Tensors], None]) -> None:
+    _remove_abandoned(path)
     # In the same folder, because a rename is atomic only inside one file system.
     temporary = f"{path}.{secrets.token_hex(4)}.tmp"
     try:
         with open(temporary, "xb") as file:
+            _lock(file)
             write(file, arrays)
             file.flush()
             os.fsync(file.fileno())
-        _compare(load(temporary), arrays)
+            _compare(load(temporary), arrays)
         os.replace(temporary, path)
     finally:
         if os.path.lexists(temporary):
             os.remove(temporary)
+
+
+def _remove_abandoned(path: str) -> None:
+    """Remove what writers of this path left that were killed: their temporary files, which nobody holds."""
+    folder, name = os.path.split(path)
+    pattern = re.compile(re.escape(name) + r"\.[0-9a-f]{8}\.tmp")
+    for entry in os.listdir(folder):
+        if pattern.fullmatch(entry):
+            with contextlib.suppress(OSError), open(os.path.join(folder, entry), "rb") as file:
+                _lock(file)
+                os.remove(file.name)
+
+
+def _lock(file: IO[bytes]) -> None:
+    """Hold the file until it is closed; OSError if another process holds it."""
+    if fcntl is not None:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _compare(found: Tensors, arrays: Tensors) -> None:
