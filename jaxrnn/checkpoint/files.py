@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as serialize
 
 from jaxrnn.checkpoint import torch_files
-from jaxrnn.checkpoint.arrays import dtype_of, to_numpy
+from jaxrnn.checkpoint.arrays import NO_NUMBERS, dtype_of, to_numpy
 from jaxrnn.checkpoint.errors import CheckpointError, listed
 from jaxrnn.checkpoint.pickles import is_known
 
@@ -116,7 +116,7 @@ def save(path: Path, tensors: Mapping[str, Any]) -> None:
 
 def _is_plain(value: Any) -> bool:
     """Whether an array can be written as it lies in memory: a large checkpoint is not copied once more."""
-    return type(value) is np.ndarray and value.flags.c_contiguous and value.dtype == dtype_of(value)
+    return type(value) is np.ndarray and value.flags.c_contiguous and value.dtype == dtype_of(value) != NO_NUMBERS
 
 
 def _save(path: str, arrays: Tensors, write: Callable[[IO[bytes], Tensors], None]) -> None:
