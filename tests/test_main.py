@@ -1,5 +1,6 @@
 """The command line: what it prints and writes, its exit codes, and that a refusal leaves nothing behind."""
 
+import json
 import subprocess
 import sys
 import types
@@ -122,3 +123,66 @@ def test_nested_and_raw_weights_when_asked(
     assert main(["inspect", str(path), "--key", "trainer.ema", "--raw"]) == 0
     assert main(["convert", str(path), out, "--key", "trainer.ema", "--raw", "--prefix", "rnn."]) == 0
     assert checkpoint.load(out).keys() == LSTM.shapes().keys()
+
+
+def test_inspect_as_json(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(model), "--json"]) == 0
+    encoder, cell = json.loads(capsys.readouterr().out)
+    assert (encoder["prefix"], encoder["kind"], encoder["proj_size"]) == ("encoder.", "LSTM", 5)
+    assert encoder["assumed"] == {"batch_first": False, "dropout": 0.0}
+    assert (cell["kind"], cell["dtype"], cell["bias"], cell["num_parameters"]) == ("GRUCell", "bfloat16", False, 84)
+
+
+def test_convert_chooses_renames_and_casts(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out.safetensors"
+    chosen = ["--only-rnn", "--rename", "cell.=c.", "--rename", "encoder.=", "--dtype", "float16"]
+    assert main(["convert", str(model), str(out), *chosen]) == 0
+    capsys.readouterr()
+    before, after = checkpoint.load(model), checkpoint.load(out)
+    assert after.keys() == {*LSTM.shapes(), *(f"c.{name}" for name in CELL.shapes())}
+    assert {value.dtype.name for value in after.values()} == {"float16"}
+    np.testing.assert_array_equal(after["weight_hh_l0"], before["encoder.weight_hh_l0"].astype(np.float16))
+    for wrong, message in {
+        "--rename=nobody=x": "no key starts with 'nobody'",
+        "--rename=cell.weight_hh=cell.weight_ih": "gives two keys one name",
+    }.items():
+        assert message in _refused(["convert", str(model), str(tmp_path / "b.pt"), wrong], capsys)
+    checkpoint.save(model, {"large": np.array([1e5]), "count": np.array([10**6])})
+    assert "large has numbers that are too large for float16" in _refused(
+        ["convert", str(model), str(tmp_path / "b.pt"), "--dtype", "float16"], capsys
+    )
+    assert main(["convert", str(model), str(tmp_path / "b.pt"), "--dtype", "bfloat16"]) == 0
+    assert {value.dtype.name for value in checkpoint.load(tmp_path / "b.pt").values()} == {"bfloat16", "int64"}
+
+
+def test_diff(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = tmp_path / "other.pt"
+    assert main(["convert", str(model), str(other)]) == 0
+    assert main(["diff", str(model), str(other)]) == 0
+    tensors = checkpoint.load(model)
+    assert f"all {len(tensors)} tensors are equal" in capsys.readouterr().out
+    changed = tensors["encoder.weight_hh_l0"].copy()
+    changed[0, :2] += np.float32([0.5, np.nan])
+    kept = {**tensors, "encoder.weight_hh_l0": changed, "new": np.ones(1), "head.weight": np.ones(3, np.float32)}
+    kept["cell.weight_ih"] = kept["cell.weight_ih"].astype(np.float32)
+    del kept["encoder.bias_ih_l0"]
+    checkpoint.save(other, kept)
+    assert main(["diff", str(model), str(other)]) == 1
+    lines = capsys.readouterr().out
+    for line in (
+        "encoder.weight_hh_l0: 2 of 400 numbers differ, by nan at most",
+        "encoder.bias_ih_l0: only in A",
+        "new: only in B",
+        "head.weight: shape (2, 10) in A, (3,) in B",
+        "cell.weight_ih: dtype bfloat16 in A, float32 in B",
+        f"5 of {len(tensors) + 1} tensors differ",
+    ):
+        assert line in lines
+    assert main(["diff", str(other), str(other), "--json"]) == 0  # NaN is equal to NaN
+    assert json.loads(capsys.readouterr().out) == {"equal": True, "tensors": len(kept), "differences": {}}
+    changed[0, 1] = tensors["encoder.weight_hh_l0"][0, 1]
+    checkpoint.save(other, {**tensors, "encoder.weight_hh_l0": changed})
+    assert main(["diff", str(model), str(other), "--json"]) == 1
+    [difference] = json.loads(capsys.readouterr().out)["differences"].values()
+    assert difference == "1 of 400 numbers differ, by 0.5 at most"
+    assert _refused(["diff", str(model), str(tmp_path / "missing.pt")], capsys)
