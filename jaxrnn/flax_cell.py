@@ -3,6 +3,7 @@
 The carry comes first and is returned first, an LSTM's is (c, h), and there may be any number of batch axes.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -26,9 +27,9 @@ def step(cell: Any, carry: Any, inputs: jax.Array) -> tuple[Any, jax.Array]:
     """Call a cell with the batch axes as one. The carry keeps its dtype, for a scan wants it fixed."""
     state = carry[::-1] if isinstance(carry, tuple) else (carry,)
     batch = inputs.shape[:-1]
-    x, *flat = (a.reshape(-1, a.shape[-1]) for a in (inputs, *state))
+    x, *flat = (a.reshape(math.prod(batch), a.shape[-1]) for a in (inputs, *state))
     after = cell(x, tuple(flat) if len(flat) > 1 else flat[0])
-    after = [a.reshape(*batch, -1) for a in (after if isinstance(after, tuple) else (after,))]
+    after = [a.reshape(*batch, a.shape[-1]) for a in (after if isinstance(after, tuple) else (after,))]
     return _carry(tuple(a.astype(old.dtype) for a, old in zip(after, state, strict=True))), after[0]
 
 

@@ -115,6 +115,8 @@ def test_the_carry_is_flaxs() -> None:
     (many_c, many_h), many = ours((c[None, :, None], h[None, :, None]), x[None, :, None])
     assert many.shape == (1, B, 1, H)
     _assert_close((many_c[0, :, 0], many_h[0, :, 0]), (c_1, h_1))
+    _, none = ours((c[:0], h[:0]), x[:0])
+    assert none.shape == (0, H)
     (_, one), _ = ours((c[0], h[0]), x[0])
     _assert_close(one, h_1[0])
     for shape in ((I,), (B, I), (2, B, I)):
