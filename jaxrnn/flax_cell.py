@@ -27,6 +27,9 @@ def step(cell: Any, carry: Any, inputs: jax.Array) -> tuple[Any, jax.Array]:
     """Call a cell with the batch axes as one. The carry keeps its dtype, for a scan wants it fixed."""
     state = carry[::-1] if isinstance(carry, tuple) else (carry,)
     batch = inputs.shape[:-1]
+    for array in state:  # once flattened, rows of another shape but as many would pass
+        if array.shape != (wanted := (*batch, cell.hidden_size)):
+            raise RuntimeError(f"carry should have arrays of shape {wanted} for these inputs, got {array.shape}")
     x, *flat = (a.reshape(math.prod(batch), a.shape[-1]) for a in (inputs, *state))
     after = cell(x, tuple(flat) if len(flat) > 1 else flat[0])
     after = [a.reshape(*batch, a.shape[-1]) for a in (after if isinstance(after, tuple) else (after,))]

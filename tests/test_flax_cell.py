@@ -1,5 +1,6 @@
 """Our cells in Flax's own wrappers, of both APIs, equal our layers."""
 
+import functools
 from typing import Any
 
 import jax
@@ -162,3 +163,19 @@ def test_only_cells_of_the_same_api() -> None:
     for cell in (jaxrnn.linen.GRU(I, H), jaxrnn.GRUCell(I, H, rngs=nnx.Rngs(0)), linen.GRUCell(H)):
         with pytest.raises(TypeError, match=r"an RNNCell, LSTMCell or GRUCell of jaxrnn\.linen, got"):
             jaxrnn.linen.FlaxCell(cell)
+
+
+@pytest.mark.parametrize("framework", ["nnx", "linen"])
+def test_a_carry_of_another_batch_is_refused(framework: str) -> None:
+    """Flattened, it has as many rows."""
+    if framework == "nnx":
+        cell = jaxrnn.FlaxCell(jaxrnn.LSTMCell(I, H, param_dtype=jnp.float64, rngs=nnx.Rngs(0)))
+        call = cell
+    else:
+        cell = jaxrnn.linen.FlaxCell(jaxrnn.linen.LSTMCell(I, H, param_dtype=jnp.float64))
+        inputs = jnp.ones((2, 3, I))
+        variables = cell.init(KEY, cell.initialize_carry(KEY, inputs.shape), inputs)
+        call = functools.partial(cell.apply, variables)
+    carry = (jnp.zeros((2, 3, H)), jnp.zeros((3, 2, H)))
+    with pytest.raises(RuntimeError, match=r"carry should have arrays of shape \(2, 3, 4\).*got \(3, 2, 4\)"):
+        call(carry, jnp.ones((2, 3, I)))
