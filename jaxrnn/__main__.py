@@ -1,4 +1,4 @@
-"""The command line over checkpoints: `jaxrnn inspect FILE`, `jaxrnn convert IN OUT` and `jaxrnn diff A B`."""
+"""The command line over checkpoints: `jaxrnn inspect FILE`, `convert IN OUT`, `diff A B` and `check FILE`."""
 
 import argparse
 import contextlib
@@ -6,19 +6,25 @@ import json
 import os
 import sys
 import textwrap
-from collections.abc import Iterator, Sequence
-from typing import Any, TextIO
+from collections.abc import Callable, Iterator, Sequence
+from typing import TextIO
 
 import jax.numpy as jnp
 import numpy as np
 from rich import box
 from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from jaxrnn.checkpoint import CheckpointError, FoundRNN, find_rnns, fold, load, save
+from jaxrnn.checkpoint import CheckpointError, FoundRNN, find_rnns, fold, save
+from jaxrnn.checkpoint.check import LIMIT, check, installed_torch
 from jaxrnn.checkpoint.errors import listed
+from jaxrnn.checkpoint.files import Tensors, opened
+from jaxrnn.checkpoint.stored import UnreadableError, Value, equal, not_finite, read
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
+# Bytes from which on there is a progress bar: what takes a second or so.
+LARGE = 256 << 20
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,8 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments; those of the process if None.
 
     Returns:
-        The exit code: 0, 1 from diff where the files differ, or 2 with a message on stderr for a file that cannot be
-        used.
+        The exit code: 0, 1 from diff or check where something differs, or 2 with a message on stderr for a file that
+        cannot be used.
 
     Raises:
         SystemExit: for arguments that argparse refuses, and for --help.
@@ -44,14 +50,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(prog="jaxrnn", description="PyTorch's recurrent weights in checkpoint files.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    file = "a safetensors file, or a torch.save file of a state dict"
+    file = "a safetensors file, a torch.save file of a state dict, or an orbax checkpoint"
     command = commands.add_parser("inspect", help="list the recurrent modules in a checkpoint")
     command.set_defaults(run=_inspect)
     command.add_argument("file", metavar="FILE", help=file)
     command = commands.add_parser("convert", help="write a checkpoint's tensors to another file")
     command.set_defaults(run=_convert)
     command.add_argument("file", metavar="IN", help=file)
-    command.add_argument("out", metavar="OUT", help="the file to write, .safetensors or .pt by its name")
+    command.add_argument("out", metavar="OUT", help="what to write: .safetensors, .pt or .orbax by its name")
     command.add_argument("--prefix", default="", help="write only keys that start with this, without it: encoder.lstm.")
     command.add_argument("--only-rnn", action="store_true", help="write only the weights of recurrent modules")
     command.add_argument(
@@ -63,13 +69,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     command.set_defaults(run=_diff)
     command.add_argument("file", metavar="A", help=file)
     command.add_argument("other", metavar="B", help="another")
-    for name, command in commands.choices.items():
-        command.add_argument("--key", help="under what key of a torch.save file the state dict is: trainer.model")
+    command = commands.add_parser("check", help="run the recurrent modules in a checkpoint, and compare with PyTorch")
+    command.set_defaults(run=_check)
+    command.add_argument("file", metavar="FILE", help=file)
+    for command in commands.choices.values():
+        command.add_argument("--key", help="under what key of the file the state dict is: trainer.model")
         command.add_argument(
             "--raw", action="store_true", help="take weight_hh_l0_raw, of weight drop, for weight_hh_l0"
         )
-        if name != "convert":
-            command.add_argument("--json", action="store_true", help="print it as JSON")
+        command.add_argument("--json", action="store_true", help="print it as JSON")
     arguments = parser.parse_args(argv)
     try:
         return arguments.run(arguments)
@@ -78,22 +86,41 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
-def _load(path: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """The file's tensors, those in parts put together."""
-    tensors = load(path, arguments.key)
+def _load(path: str, arguments: argparse.Namespace) -> Tensors:
+    """The file's tensors, those in parts put together, after all of it was read once."""
+    tensors = opened(path, arguments.key)
     with _said_of(path):
-        return fold(tensors, arguments.raw)
+        tensors = fold(tensors, arguments.raw)
+    with _progress(f"reading {path}", tensors) as progress:
+        odd = not_finite(tensors, progress)
+    if odd:
+        _print(f"warning: {path}: NaN or infinite numbers in {listed(odd)}", sys.stderr)
+    return tensors
+
+
+@contextlib.contextmanager
+def _progress(what: str, tensors: Tensors, times: int = 1) -> Iterator[Callable[[int], None]]:
+    """A progress bar over the tensors' bytes, on a terminal and for many bytes; gives what to call with a number."""
+    total = times * sum(value.nbytes for value in tensors.values())
+    console = Console(stderr=True, markup=False, emoji=False, highlight=False)
+    columns = (TextColumn(_printable(what), markup=False), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    hidden = total < LARGE or not console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=hidden) as progress:
+        task = progress.add_task("", total=total)
+        yield lambda count: progress.advance(task, count)
 
 
 @contextlib.contextmanager
 def _said_of(path: str) -> Iterator[None]:
     try:
         yield
+    except UnreadableError:
+        raise
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
 
 
-def _found(path: str, tensors: dict[str, Any]) -> list[FoundRNN]:
+def _found(path: str, tensors: Tensors) -> list[FoundRNN]:
     with _said_of(path):
         found = find_rnns(tensors)
     if not found:
@@ -108,17 +135,14 @@ def _inspect(arguments: argparse.Namespace) -> int:
         names = ["prefix", "input_size", "hidden_size", "num_layers", "bidirectional", "bias", "proj_size"]
         names += ["num_parameters", "assumed"]
         rows = [{name: getattr(rnn, name) for name in names} for rnn in found]
-        kinds = [{"kind": rnn.kind + "Cell" * rnn.is_cell, "dtype": rnn.dtype.name} for rnn in found]
+        kinds = [{"kind": _kind(rnn), "dtype": rnn.dtype.name} for rnn in found]
         print(json.dumps([row | kind for row, kind in zip(rows, kinds, strict=True)], indent=1))
         return 0
-    table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False, show_edge=False)
-    table.add_column("prefix", overflow="fold")
-    for name in ("kind", "input", "hidden", "layers", "bidir", "bias", "proj", "dtype", "parameters"):
-        table.add_column(name, justify="left" if name in ("kind", "dtype") else "right", no_wrap=True)
-    for rnn in found:
-        table.add_row(
-            _printable(rnn.prefix) or '""',
-            rnn.kind + "Cell" * rnn.is_cell,
+    columns = ("prefix", "kind", "input", "hidden", "layers", "bidir", "bias", "proj", "dtype", "parameters")
+    described = [
+        (
+            rnn.prefix,
+            _kind(rnn),
             str(rnn.input_size),
             str(rnn.hidden_size),
             str(rnn.num_layers),
@@ -128,13 +152,34 @@ def _inspect(arguments: argparse.Namespace) -> int:
             rnn.dtype.name,
             f"{rnn.num_parameters:,}",
         )
-    # A key may hold what would otherwise be markup.
+        for rnn in found
+    ]
+    _print_table(columns, described)
+    _print_assumed(found)
+    return 0
+
+
+def _kind(rnn: FoundRNN) -> str:
+    return rnn.kind + "Cell" * rnn.is_cell
+
+
+def _print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table whose first column is a prefix, which may hold anything."""
+    table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False, show_edge=False)
+    table.add_column(columns[0], overflow="fold")
+    for name in columns[1:]:
+        table.add_column(name, justify="left" if name in ("kind", "dtype", "verdict") else "right", no_wrap=True)
+    for prefix, *row in rows:
+        table.add_row(_printable(prefix) or '""', *row)
+    # A prefix may hold what would otherwise be markup.
     Console(markup=False, emoji=False, highlight=False).print(table)
+
+
+def _print_assumed(found: list[FoundRNN]) -> None:
     assumed = {name: value for rnn in found for name, value in rnn.assumed.items()}
     if assumed:
         settings = ", ".join(f"{name}={value!r}" for name, value in assumed.items())
         _print(f"\nAssumed, because no state dict says it: {settings}")
-    return 0
 
 
 def _convert(arguments: argparse.Namespace) -> int:
@@ -154,13 +199,17 @@ def _convert(arguments: argparse.Namespace) -> int:
             chosen = _renamed(chosen, rename)
         if arguments.dtype:
             chosen = {key: _cast(key, value, arguments.dtype) for key, value in chosen.items()}
-    save(arguments.out, chosen)
+    with _progress(f"writing {arguments.out}", chosen, times=2) as progress:
+        save(arguments.out, chosen, progress)
     numbers = sum(value.size for value in chosen.values())
+    if arguments.json:
+        print(json.dumps({"out": arguments.out, "tensors": len(chosen), "numbers": numbers, "keys": list(chosen)}))
+        return 0
     _print(f"wrote {arguments.out}: {len(chosen)} tensors of {numbers:,} numbers\nkeys: {listed(chosen)}")
     return 0
 
 
-def _renamed(tensors: dict[str, Any], rename: str) -> dict[str, Any]:
+def _renamed(tensors: Tensors, rename: str) -> Tensors:
     before, equals, after = rename.partition("=")
     if not equals or not any(key.startswith(before) for key in tensors):
         raise CheckpointError(f"--rename {rename}: no key starts with {before!r}\nits keys: {listed(tensors)}")
@@ -170,12 +219,13 @@ def _renamed(tensors: dict[str, Any], rename: str) -> dict[str, Any]:
     return {names[key]: value for key, value in tensors.items()}
 
 
-def _cast(key: str, value: np.ndarray, dtype: str) -> np.ndarray:
-    if not jnp.issubdtype(value.dtype, jnp.floating):
+def _cast(key: str, value: Value, dtype: str) -> Value:
+    if not jnp.issubdtype(value.dtype, jnp.floating) or value.dtype == dtype:
         return value
+    array = read(value)
     with np.errstate(over="ignore"):
-        cast = value.astype(jnp.dtype(dtype))
-    if np.any(np.isinf(cast.astype(np.float64)) & np.isfinite(value.astype(np.float64))):
+        cast = array.astype(jnp.dtype(dtype))
+    if np.any(np.isinf(cast) & np.isfinite(array)):
         raise CheckpointError(f"{key} has numbers that are too large for {dtype}\nchoose another dtype")
     return cast
 
@@ -194,21 +244,59 @@ def _diff(arguments: argparse.Namespace) -> int:
     return 1 if differences else 0
 
 
-def _difference(one: np.ndarray | None, other: np.ndarray | None) -> str:
+def _difference(one: Value | None, other: Value | None) -> str:
     """What is different, empty if nothing is: NaN is equal to NaN."""
     if one is None or other is None:
         return "only in B" if one is None else "only in A"
     for name in ("shape", "dtype"):
         if (a := getattr(one, name)) != (b := getattr(other, name)):
             return f"{name} {a} in A, {b} in B"
+    if equal(one, other):
+        return ""
     wide = np.complex128 if one.dtype.kind == "c" else np.float64
-    a, b = (array.astype(wide) if jnp.issubdtype(array.dtype, jnp.inexact) else array for array in (one, other))
+    arrays = (read(one), read(other))
+    a, b = (array.astype(wide) if jnp.issubdtype(array.dtype, jnp.inexact) else array for array in arrays)
     same = (a == b) | ((a != a) & (b != b))
     if np.all(same):
         return ""
     with np.errstate(invalid="ignore"):
         worst = np.max(np.abs(a.astype(wide) - b.astype(wide))[~same])
     return f"{np.sum(~same):,} of {same.size:,} numbers differ, by {worst:.3g} at most"
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    tensors = _load(arguments.file, arguments)
+    found = _found(arguments.file, tensors)
+    torch = installed_torch()
+    checked = [check(rnn, tensors, torch) for rnn in found]
+    equal = all(result.equal for result in checked)
+    if arguments.json:
+        rows = [
+            {"prefix": rnn.prefix, "kind": _kind(rnn), "finite": result.finite, "difference": result.difference}
+            for rnn, result in zip(found, checked, strict=True)
+        ]
+        print(json.dumps({"equal": equal, "torch": torch and torch.__version__, "limit": LIMIT, "modules": rows}))
+        return 0 if equal else 1
+    verdicts = [
+        "not compared" if result.difference is None else "equal" if result.equal else "DIFFERENT" for result in checked
+    ]
+    table = [
+        (rnn.prefix, _kind(rnn), "yes" if result.finite else "no", *_shown(result.difference), verdict)
+        for rnn, result, verdict in zip(found, checked, verdicts, strict=True)
+    ]
+    difference = [] if torch is None else [f"from torch {torch.__version__}"]
+    _print_table(("prefix", "kind", "finite", *difference, "verdict"), table)
+    _print_assumed(found)
+    count = f"{len(found)} recurrent module{'s' * (len(found) > 1)}"
+    if torch is None:
+        _print(f"\n{count} built and run. PyTorch is not installed: nothing to compare with.")
+    else:
+        _print(f"\n{count} built and run in float64, the largest difference relative to the largest number.")
+    return 0 if equal else 1
+
+
+def _shown(difference: float | None) -> list[str]:
+    return [] if difference is None else [f"{difference:.1e}"]
 
 
 def _print(text: str, file: TextIO | None = None) -> None:

@@ -1,6 +1,8 @@
 """What every test runs under: float64 at hand, no implicit dtype promotion, PyTorch only where a test asks for it."""
 
 import types
+from collections.abc import Callable
+from pathlib import Path
 
 import hypothesis
 import jax
@@ -33,3 +35,20 @@ def torch() -> types.ModuleType:
     module = pytest.importorskip("torch", reason="PyTorch is not installed: pip install 'jaxrnn[torch]'")
     module.set_num_threads(1)
     return module
+
+
+@pytest.fixture
+def refusal() -> Callable[[Path], str]:
+    """A function that tells why `load` refuses a file, having checked that the message has path, cause and remedy."""
+    from jaxrnn import checkpoint
+
+    def refuse(path: Path) -> str:
+        with pytest.raises(checkpoint.CheckpointError) as caught:
+            checkpoint.load(path)
+        path_and_cause, remedy = str(caught.value).split("\n")
+        assert path_and_cause.startswith(f"{path}: ")
+        assert remedy
+        assert "weights_only" not in str(caught.value)
+        return path_and_cause.removeprefix(f"{path}: ")
+
+    return refuse

@@ -7,7 +7,6 @@ import sys
 import types
 import zipfile
 from collections import OrderedDict
-from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -16,17 +15,6 @@ import pytest
 from jaxrnn import checkpoint
 from jaxrnn.checkpoint import CheckpointError
 from jaxrnn.checkpoint.torch_files import LEGACY_MAGIC
-
-
-def refusal(path: Path) -> str:
-    """Why `load` refuses the file, having checked that the message has the path, a cause and a remedy."""
-    with pytest.raises(CheckpointError) as caught:
-        checkpoint.load(path)
-    path_and_cause, remedy = str(caught.value).split("\n")
-    assert path_and_cause.startswith(f"{path}: ")
-    assert remedy
-    assert "weights_only" not in str(caught.value)
-    return path_and_cause.removeprefix(f"{path}: ")
 
 
 def archive(**entries: bytes) -> bytes:
@@ -54,7 +42,7 @@ def test_torch_missing(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("version", ["2.9.1", "1.13.0+cpu", "2.1"])
-def test_torch_too_old(version, tmp_path, monkeypatch):
+def test_torch_too_old(version, tmp_path, monkeypatch, refusal):
     torch = types.ModuleType("torch")
     monkeypatch.setattr(torch, "__version__", version, raising=False)
     monkeypatch.setitem(sys.modules, "torch", torch)
@@ -71,19 +59,19 @@ def test_torch_too_old(version, tmp_path, monkeypatch):
         ({"config_json": b"{}"}, "a zip file, but none of torch.save"),
     ],
 )
-def test_zip_of_another_kind(entries, cause, tmp_path):
+def test_zip_of_another_kind(entries, cause, tmp_path, refusal):
     (tmp_path / "a.pt").write_bytes(archive(**entries))
     assert cause in refusal(tmp_path / "a.pt")
 
 
-def test_zip_bomb(tmp_path):
+def test_zip_bomb(tmp_path, refusal):
     with zipfile.ZipFile(tmp_path / "a.pt", "w", zipfile.ZIP_DEFLATED) as writer:
         writer.writestr("model/data.pkl", b"\x80\x02}.")
         writer.writestr("model/data/0", bytes(10_000_000))
     assert "its 2 entries inflate to 10000004 bytes" in refusal(tmp_path / "a.pt")
 
 
-def test_damaged_compression(tmp_path):
+def test_damaged_compression(tmp_path, refusal):
     with zipfile.ZipFile(tmp_path / "a.pt", "w", zipfile.ZIP_DEFLATED) as writer:
         writer.writestr("model/data.pkl", b"0123456789")
     data = bytearray((tmp_path / "a.pt").read_bytes())
@@ -92,18 +80,11 @@ def test_damaged_compression(tmp_path):
     assert "a damaged zip file" in refusal(tmp_path / "a.pt")
 
 
-def test_zip_cut_anywhere(tmp_path):
+def test_zip_cut_anywhere(tmp_path, refusal):
     data = archive(data_pkl=b"\x80\x02}.", version=b"3\n")
     for length in range(4, len(data)):
         (tmp_path / "a.pt").write_bytes(data[:length])
         assert "truncated" in refusal(tmp_path / "a.pt")
-
-
-def test_flipped_bit(tmp_path):
-    data = bytearray(archive(**{"data_pkl": b"\x80\x02}.", "data/0": b"0123456789"}))
-    data[data.index(b"0123456789") + 5] ^= 1
-    (tmp_path / "a.pt").write_bytes(data)
-    assert "the checksum (CRC) of its entry 'model/data/0' does not match" in refusal(tmp_path / "a.pt")
 
 
 # With torch
@@ -157,7 +138,7 @@ def test_every_tensor_is_a_contiguous_copy(zipped, torch, tmp_path):
 
 
 @pytest.mark.torch
-def test_code_never_runs(zipped, torch, tmp_path):
+def test_code_never_runs(zipped, torch, tmp_path, refusal):
     class Evil:
         def __reduce__(self) -> tuple[object, tuple[str]]:
             return os.mkdir, (str(tmp_path / "ran"),)
@@ -177,7 +158,7 @@ def test_torch_loads_weights_only_onto_the_cpu(torch, tmp_path, monkeypatch):
 
 
 @pytest.mark.torch
-def test_what_is_no_flat_dict_of_tensors(zipped, torch, tmp_path):
+def test_what_is_no_flat_dict_of_tensors(zipped, torch, tmp_path, refusal):
     def save_and_refuse(value: object) -> str:
         torch.save(value, tmp_path / "a.pt", _use_new_zipfile_serialization=zipped)
         return refusal(tmp_path / "a.pt")
@@ -196,7 +177,7 @@ def test_what_is_no_flat_dict_of_tensors(zipped, torch, tmp_path):
 
 
 @pytest.mark.torch
-def test_nested_state_dicts(zipped, torch, tmp_path):
+def test_nested_state_dicts(zipped, torch, tmp_path, refusal):
     def save(value: object) -> None:
         torch.save(value, tmp_path / "a.pt", _use_new_zipfile_serialization=zipped)
 
@@ -222,7 +203,7 @@ def test_nested_state_dicts(zipped, torch, tmp_path):
             checkpoint.load(tmp_path / "a.pt", key=key)
 
 
-def test_a_dict_that_holds_itself(tmp_path):
+def test_a_dict_that_holds_itself(tmp_path, refusal):
     (tmp_path / "a.pt").write_bytes(archive(data_pkl=b"\x80\x02}q\x00X\x05\x00\x00\x00modelh\x00s."))
     assert "dicts are nested under model" in refusal(tmp_path / "a.pt")
 
@@ -235,7 +216,7 @@ def test_safetensors_have_no_keys(tmp_path):
 
 @pytest.mark.torch
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_tensors_of_other_kinds(torch, tmp_path):
+def test_tensors_of_other_kinds(torch, tmp_path, refusal):
     kinds = {
         "meta": torch.ones(2, device="meta"),
         "sparse_coo": torch.ones(2).to_sparse(),
@@ -248,7 +229,7 @@ def test_tensors_of_other_kinds(torch, tmp_path):
 
 
 @pytest.mark.torch
-def test_expanded_tensor(torch, tmp_path):
+def test_expanded_tensor(torch, tmp_path, refusal):
     torch.save({"a.weight": torch.ones(1).expand(10**12)}, tmp_path / "a.pt")
     assert "a.weight of shape (1000000000000,) is larger than what is stored" in refusal(tmp_path / "a.pt")
 
@@ -260,7 +241,7 @@ def test_empty_dict(torch, tmp_path):
 
 
 @pytest.mark.torch
-def test_truncated(zipped, torch, tmp_path):
+def test_truncated(zipped, torch, tmp_path, refusal):
     torch.save(torch.nn.LSTM(2, 3).state_dict(), tmp_path / "a.pt", _use_new_zipfile_serialization=zipped)
     data = (tmp_path / "a.pt").read_bytes()
     for length in range(32, len(data), 17):
@@ -269,7 +250,7 @@ def test_truncated(zipped, torch, tmp_path):
 
 
 @pytest.mark.torch
-def test_truncated_pickle_in_a_whole_zip(torch, tmp_path):
+def test_truncated_pickle_in_a_whole_zip(torch, tmp_path, refusal):
     torch.save({"x": torch.ones(3)}, tmp_path / "a.pt")
     with zipfile.ZipFile(tmp_path / "a.pt") as reader:
         entries = {name: reader.read(name) for name in reader.namelist()}

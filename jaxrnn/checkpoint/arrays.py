@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrnn.checkpoint.errors import CheckpointError
+from jaxrnn.checkpoint.stored import Stored
 
 # What `dtype_of` says of things that are not arrays of numbers.
 NO_NUMBERS = np.dtype(object)
@@ -20,8 +21,8 @@ def is_torch_tensor(value: object) -> bool:
 
 
 def dtype_of(value: Any) -> np.dtype:
-    """The NumPy dtype of an array of NumPy, JAX or torch; `NO_NUMBERS` of anything else, and where NumPy has none."""
-    if isinstance(value, np.ndarray | np.generic | jax.Array) or is_torch_tensor(value):
+    """The NumPy dtype of an array of NumPy, JAX, torch or a file; `NO_NUMBERS` of what has none."""
+    if isinstance(value, np.ndarray | np.generic | jax.Array | Stored) or is_torch_tensor(value):
         try:
             dtype = jnp.dtype(str(value.dtype).removeprefix("torch.")).newbyteorder("=")
         except TypeError:
@@ -32,11 +33,13 @@ def dtype_of(value: Any) -> np.dtype:
 
 
 def to_numpy(name: str, value: Any) -> np.ndarray:
-    """A contiguous NumPy copy, on the host and in the machine's byte order, of a numpy, jax or torch array.
+    """A contiguous NumPy copy, on the host and in the machine's byte order, of an array of numpy, jax, torch or a file.
 
     Raises:
         CheckpointError: `value`, which the message calls `name`, is no dense array of numbers.
     """
+    if isinstance(value, Stored):
+        return value.read()
     dtype = dtype_of(value)
     if is_torch_tensor(value):
         kind = next((kind for kind in ("meta", "quantized", "nested") if getattr(value, f"is_{kind}")), None)

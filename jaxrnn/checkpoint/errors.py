@@ -2,6 +2,8 @@
 
 from collections.abc import Iterable
 
+AGAIN = "download or copy it again"
+
 
 class CheckpointError(ValueError):
     """A checkpoint, or a set of tensors, that cannot be used.
@@ -9,6 +11,21 @@ class CheckpointError(ValueError):
     The message starts with the file's path, or with the module's class from `jaxrnn.load_state_dict`; then come the
     cause, naming the keys where there are any, and a line with the remedy.
     """
+
+
+def os_cause(error: OSError) -> str:
+    """Why the system refused a file."""
+    causes = {FileNotFoundError: "no such file", PermissionError: "permission denied"}
+    return causes.get(type(error)) or error.strerror or str(error)
+
+
+def check_unicode(name: str) -> None:
+    """Refuse a name with half of a surrogate pair, which a pickle may hold and other formats may not."""
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        name = name.encode(errors="backslashreplace").decode()
+        raise CheckpointError(f"{name} is no Unicode text, which this format wants of a name\nrename it") from error
 
 
 def listed(names: Iterable[object], limit: int = 20) -> str:

@@ -1,40 +1,30 @@
-"""Checkpoint files: what a file is by its first bytes, and safetensors read and written.
+"""Checkpoint files read: what a file is by its first bytes, and safetensors.
 
 A reader of one format is a function from a path, and a key or None, to tensors. It raises CheckpointError without the
-path, which `load` puts in front.
+path, which `opened` puts in front.
 """
 
 import codecs
-import contextlib
 import json
 import os
-import re
-import secrets
 import stat
-from collections.abc import Callable, Mapping
-from typing import IO, Any
+import sys
+from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save as serialize
 
-from jaxrnn.checkpoint import torch_files
-from jaxrnn.checkpoint.arrays import NO_NUMBERS, dtype_of, to_numpy
-from jaxrnn.checkpoint.errors import CheckpointError, listed
-from jaxrnn.checkpoint.pickles import is_known
-
-try:
-    import fcntl
-except ImportError:  # where files are not locked, nor removed under whoever writes them
-    fcntl = None  # type: ignore[assignment]
+from jaxrnn.checkpoint import orbax_files, torch_files
+from jaxrnn.checkpoint.errors import AGAIN, CheckpointError, os_cause
+from jaxrnn.checkpoint.stored import Source, Stored, Value, read
 
 Path = str | os.PathLike[str]
-Tensors = dict[str, np.ndarray]
+Tensors = dict[str, Value]
 
 _SAVE = "save the tensors as a .safetensors file, or with torch.save(model.state_dict(), path)"
-_AGAIN = "download or copy it again"
-_DTYPES = {
+SAFETENSORS_DTYPES = {
     "BOOL": "bool", "I8": "int8", "U8": "uint8", "I16": "int16", "U16": "uint16", "I32": "int32", "U32": "uint32",
     "I64": "int64", "U64": "uint64", "F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64",
     "C64": "complex64", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu",
@@ -50,7 +40,7 @@ _NOT_CHECKPOINTS = {
 }
 
 
-def load(path: Path, key: str | None = None) -> Tensors:
+def load(path: Path, key: str | None = None) -> dict[str, np.ndarray]:
     """Read every tensor of a checkpoint file.
 
     The first bytes decide what a file is, not its name. Code in a checkpoint never runs: files of torch.save are read
@@ -58,10 +48,11 @@ def load(path: Path, key: str | None = None) -> Tensors:
     later, which reads them with `weights_only=True`.
 
     Args:
-        path: a safetensors file, or a torch.save file of a dict of tensors, such as a state dict.
-        key: in a torch.save file, under what key that dict is nested, dotted for a deeper one ("trainer.model"). If
-            None it is at the top, or under the one of "state_dict", "model_state_dict", "model_state" and "model" that
-            is there.
+        path: a safetensors file, a torch.save file of a dict of tensors, such as a state dict, or the directory of an
+            orbax checkpoint, whose nested names are joined by dots.
+        key: under what key that dict is nested, dotted for a deeper one ("trainer.model"). If None it is at the top, or
+            in a torch.save file under the one of "state_dict", "model_state_dict", "model_state" and "model" that is
+            there.
 
     Returns:
         A dict from name to array, with the file's dtypes (bfloat16 as `ml_dtypes.bfloat16`), each array a copy of its
@@ -80,113 +71,17 @@ def load(path: Path, key: str | None = None) -> Tensors:
     ...     checkpoint.load(path)
     {'scale': array([1., 2.])}
     """
+    return {name: read(value) for name, value in opened(path, key).items()}
+
+
+def opened(path: Path, key: str | None = None) -> Tensors:
+    """A checkpoint file's tensors, those not read yet that lie in it as they are; else as `load`."""
     try:
         return _reader(path)(path, key)
     except CheckpointError as error:
         raise CheckpointError(f"{os.fspath(path)}: {error}") from error
     except OSError as error:
-        raise CheckpointError(f"{os.fspath(path)}: {_os_cause(error)}\ncheck the path and its permissions") from error
-
-
-def save(path: Path, tensors: Mapping[str, Any]) -> None:
-    """Write tensors to a file, which appears whole or not at all, once what was written has been read and compared.
-
-    Args:
-        path: the file, a safetensors file if its name ends in .safetensors, or a state dict that `torch.load` reads,
-            with `weights_only=True` too, if it ends in .pt, .pth, .ckpt or .bin. An existing file is replaced.
-        tensors: from name to array of numpy or jax (or torch), of any shape, and any dtype that the format has.
-
-    Raises:
-        CheckpointError: another suffix, a value that cannot be written, the file system's refusal, or a file that does
-            not read as it was written.
-
-    An example is at `load`.
-    """
-    try:
-        write = _WRITERS.get(os.path.splitext(os.fspath(path))[1])
-        if write is None:
-            raise CheckpointError(f"no format has its suffix\nend its name in one of {', '.join(_WRITERS)}")
-        arrays = {name: value if _is_plain(value) else to_numpy(name, value) for name, value in tensors.items()}
-        _save(os.path.realpath(path), arrays, write)
-    except CheckpointError as error:
-        raise CheckpointError(f"{os.fspath(path)}: {error}") from error
-    except OSError as error:
-        raise CheckpointError(f"{os.fspath(path)}: {_os_cause(error)}\ncheck the folder and its space") from error
-
-
-def _is_plain(value: Any) -> bool:
-    """Whether an array can be written as it lies in memory: a large checkpoint is not copied once more."""
-    return type(value) is np.ndarray and value.flags.c_contiguous and value.dtype == dtype_of(value) != NO_NUMBERS
-
-
-def _save(path: str, arrays: Tensors, write: Callable[[IO[bytes], Tensors], None]) -> None:
-    _remove_abandoned(path)
-    # In the same folder, because a rename is atomic only inside one file system.
-    temporary = f"{path}.{secrets.token_hex(4)}.tmp"
-    try:
-        with open(temporary, "xb") as file:
-            _lock(file)
-            write(file, arrays)
-            file.flush()
-            os.fsync(file.fileno())
-            _compare(load(temporary), arrays)
-        os.replace(temporary, path)
-    finally:
-        if os.path.lexists(temporary):
-            os.remove(temporary)
-
-
-def _remove_abandoned(path: str) -> None:
-    """Remove what writers of this path left that were killed: their temporary files, which nobody holds."""
-    folder, name = os.path.split(path)
-    pattern = re.compile(re.escape(name) + r"\.[0-9a-f]{8}\.tmp")
-    for entry in os.listdir(folder):
-        if pattern.fullmatch(entry):
-            with contextlib.suppress(OSError), open(os.path.join(folder, entry), "rb") as file:
-                _lock(file)
-                os.remove(file.name)
-
-
-def _lock(file: IO[bytes]) -> None:
-    """Hold the file until it is closed; OSError if another process holds it."""
-    if fcntl is not None:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-
-def _compare(found: Tensors, arrays: Tensors) -> None:
-    different = [
-        name
-        for name in {**found, **arrays}
-        if not (name in found and name in arrays)
-        or (found[name].dtype, found[name].shape) != (arrays[name].dtype, arrays[name].shape)
-        or not np.array_equal(found[name].reshape(-1).view(np.uint8), arrays[name].reshape(-1).view(np.uint8))
-    ]
-    if different:
-        raise CheckpointError(f"the file does not hold what was written: {listed(different)}\ncheck the disk")
-
-
-def _write_safetensors(file: IO[bytes], arrays: Tensors) -> None:
-    for name, array in arrays.items():
-        if name == "__metadata__" or array.dtype.name not in _DTYPES.values():
-            cause = f"{name} of {array.dtype} cannot be written to safetensors"
-            raise CheckpointError(f"{cause}\nrename or convert it, or leave it out")
-    # Names and layout are torch's, which is what readers take this metadata to say.
-    file.write(serialize(arrays, metadata={"format": "pt"}))
-
-
-def _write_torch(file: IO[bytes], arrays: Tensors) -> None:
-    for name, array in arrays.items():
-        if not is_known(array.dtype):
-            raise CheckpointError(f"{name} is of {array.dtype}, which torch has not\nconvert it, or leave it out")
-    torch_files.write_zip(file, arrays)
-
-
-_WRITERS = {".safetensors": _write_safetensors, **dict.fromkeys((".pt", ".pth", ".ckpt", ".bin"), _write_torch)}
-
-
-def _os_cause(error: OSError) -> str:
-    causes = {FileNotFoundError: "no such file", PermissionError: "permission denied"}
-    return causes.get(type(error)) or error.strerror or str(error)
+        raise CheckpointError(f"{os.fspath(path)}: {os_cause(error)}\ncheck the path and its permissions") from error
 
 
 def _reader(path: Path) -> Callable[[Path, str | None], Tensors]:
@@ -197,13 +92,13 @@ def _reader(path: Path) -> Callable[[Path, str | None], Tensors]:
         raise CheckpointError(f"a link to {os.readlink(path)}, which is not there\nmend the link")
     mode = os.stat(path).st_mode
     if stat.S_ISDIR(mode):
-        raise CheckpointError("a directory, not a file\ngive the path of the checkpoint in it")
+        return orbax_files.read_directory
     if not stat.S_ISREG(mode):
         raise CheckpointError("not a regular file\ncopy it to a regular file first")
     with open(path, "rb") as file:
         head = file.read(1024)
     if not head:
-        raise CheckpointError(f"an empty file\n{_AGAIN}")
+        raise CheckpointError(f"an empty file\n{AGAIN}")
     if head.startswith(b"PK\x03\x04"):
         return torch_files.read_zip
     if torch_files.LEGACY_MAGIC in head[:32]:
@@ -220,7 +115,7 @@ def _reader(path: Path) -> Callable[[Path, str | None], Tensors]:
         remedy = "download the file itself, not the page about it" if web else _SAVE
         raise CheckpointError(f"{'an HTML page' if web else 'a text file'}, not a checkpoint\n{remedy}")
     if len(head) < 9:
-        raise CheckpointError(f"truncated: {len(head)} bytes are no checkpoint\n{_AGAIN}")
+        raise CheckpointError(f"truncated: {len(head)} bytes are no checkpoint\n{AGAIN}")
     raise CheckpointError(f"neither safetensors nor a file of torch.save, by its first bytes\n{_SAVE}")
 
 
@@ -251,18 +146,17 @@ def _read_safetensors(path: Path, key: str | None) -> Tensors:
                 end = max((info["data_offsets"][1] for _, info in _entries(file.read(length))), default=0)
                 there = f"the tensors should have {end} bytes, and {size - length} are there"
                 cause = f"truncated: {there}" if size - length < end else f"trailing bytes: {there}"
-            raise CheckpointError(f"a damaged safetensors file, {cause}\n{_AGAIN}") from error
+            raise CheckpointError(f"a damaged safetensors file, {cause}\n{AGAIN}") from error
+        source = Source.of(file)
         tensors: Tensors = {}
         for name, info in _entries(file.read(length)):
             if name in tensors:
-                raise CheckpointError(f"a damaged safetensors file, two tensors are named {name}\n{_AGAIN}")
-            if info["dtype"] not in _DTYPES:
+                raise CheckpointError(f"a damaged safetensors file, two tensors are named {name}\n{AGAIN}")
+            if info["dtype"] not in SAFETENSORS_DTYPES:
                 raise CheckpointError(f"{name} is of {info['dtype']}, which NumPy has not\nconvert it before saving")
-            begin, end = info["data_offsets"]
-            file.seek(8 + length + begin)
-            data = np.fromfile(file, np.uint8, end - begin)
-            tensors[name] = data.view(jnp.dtype(_DTYPES[info["dtype"]])).reshape(info["shape"])
-        return tensors
+            dtype = jnp.dtype(SAFETENSORS_DTYPES[info["dtype"]])
+            tensors[name] = Stored(source, 8 + length + info["data_offsets"][0], dtype, tuple(info["shape"]))
+        return tensors if sys.byteorder == "little" else {name: read(v).byteswap() for name, v in tensors.items()}
 
 
 def _entries(header: bytes) -> list[tuple[str, dict[str, Any]]]:

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrnn.checkpoint.errors import CheckpointError
+from jaxrnn.checkpoint.errors import AGAIN, CheckpointError
+from jaxrnn.checkpoint.stored import Value
 
-AGAIN = "download or copy it again"
 STATE_DICT = "save only the tensors: torch.save(model.state_dict(), path)"
 
 _DTYPES = {
@@ -106,6 +106,17 @@ class StoredTensor(NamedTuple):
     @property
     def nbytes(self) -> int:
         return self.numel * self.dtype.itemsize
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is its whole storage, in order."""
+        whole = self.offset == 0 and self.nbytes == self.storage.nbytes and not self.bits
+        return whole and self.strides == contiguous_strides(self.shape)
+
+
+def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The strides that torch gives a contiguous tensor, in elements."""
+    return tuple(math.prod(max(n, 1) for n in shape[axis + 1 :]) for axis in range(len(shape)))
 
 
 class _Refused(Exception):
@@ -337,7 +348,7 @@ def _tensor(
     return StoredTensor(storage, dtype, offset, tuple(shape), tuple(strides), bits)
 
 
-def pickle_tensors(tensors: Mapping[str, np.ndarray]) -> bytes:
+def pickle_tensors(tensors: Mapping[str, Value]) -> bytes:
     """A state dict as torch.save pickles it: an OrderedDict of contiguous tensors, each with a storage of its own.
 
     The storages' keys are "0", "1" and so on, in the order of the tensors.
@@ -346,17 +357,21 @@ def pickle_tensors(tensors: Mapping[str, np.ndarray]) -> bytes:
     named = {dtype: name for name, dtype in _NAMED.items()}
     ordered_dict = _name("collections.OrderedDict") + b")R"
     pieces = [b"\x80\x02", ordered_dict, b"("]
+
+    def numbers(values: tuple[int, ...]) -> bytes:
+        return b"(" + b"".join(map(_value, values)) + b"t"
+
     for index, (name, array) in enumerate(tensors.items()):
         untyped = array.dtype not in storages
         kind = "torch.storage.UntypedStorage" if untyped else storages[array.dtype]
         size = array.nbytes if untyped else array.size
-        strides = [math.prod(max(n, 1) for n in array.shape[axis + 1 :]) for axis in range(array.ndim)]
         pieces += [
             _value(name),
             _name(f"torch._utils._rebuild_tensor_v{3 if untyped else 2}"),
             b"((" + _value("storage") + _name(kind) + _value(str(index)) + _value("cpu") + _value(size) + b"tQ",
             _value(0),
-            *(b"(" + b"".join(_value(n) for n in numbers) + b"t" for numbers in (array.shape, strides)),
+            numbers(array.shape),
+            numbers(contiguous_strides(array.shape)),
             b"\x89" + ordered_dict,  # no gradient is required, and there are no hooks
             _name(named[array.dtype]) if untyped else b"",
             b"tR",

@@ -14,8 +14,9 @@ from typing import IO, Any
 import numpy as np
 
 from jaxrnn.checkpoint.arrays import is_torch_tensor, to_numpy
-from jaxrnn.checkpoint.errors import CheckpointError, listed
-from jaxrnn.checkpoint.pickles import AGAIN, STATE_DICT, Other, StoredTensor, pickle_tensors, unpickle
+from jaxrnn.checkpoint.errors import AGAIN, CheckpointError, listed
+from jaxrnn.checkpoint.pickles import STATE_DICT, Other, StoredTensor, pickle_tensors, unpickle
+from jaxrnn.checkpoint.stored import Source, Stored, Value, pieces
 
 # The number that a file of torch.save before 1.6 pickles first.
 LEGACY_MAGIC = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"
@@ -32,16 +33,16 @@ def is_tar(head: bytes) -> bool:
     return head[257:262] == b"ustar"
 
 
-def read_zip(path: str | os.PathLike[str], key: str | None) -> dict[str, np.ndarray]:
+def read_zip(path: str | os.PathLike[str], key: str | None) -> dict[str, Value]:
     try:
-        with zipfile.ZipFile(path) as archive:
-            size = os.path.getsize(path)
+        with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
+            size = os.fstat(file.fileno()).st_size
             entries = _entries(archive.infolist(), size)
             tensors = _tensors(unpickle(_read(archive, entries["data.pkl"]).tobytes()), key)
             if (total := sum(tensor.nbytes for tensor in tensors.values())) > _LARGEST_INFLATION * size:
                 cause = f"a zip bomb: its tensors have {total} bytes, in a file of {size}"
                 raise CheckpointError(f"{cause}\nget the file from a source that you trust")
-            return _arrays(archive, entries, tensors)
+            return _arrays(file, archive, entries, tensors)
     except zipfile.BadZipFile as error:
         cause = f"a truncated or damaged zip file: {error}"
         if damaged := re.fullmatch(r"Bad CRC-32 for file (.*)", str(error), re.DOTALL):
@@ -150,27 +151,48 @@ def _check_expanded(name: str, shape: tuple[int, ...], size: int, stored: int) -
 
 
 def _arrays(
-    archive: zipfile.ZipFile, entries: dict[str, zipfile.ZipInfo], tensors: dict[str, StoredTensor]
-) -> dict[str, np.ndarray]:
-    """A copy of every tensor. Each storage is read once, and dropped when its tensors are there."""
+    file: IO[bytes], archive: zipfile.ZipFile, entries: dict[str, zipfile.ZipInfo], tensors: dict[str, StoredTensor]
+) -> dict[str, Value]:
+    """Every tensor: where it lies, if that is all there is to it, else a copy.
+
+    What several tensors share is read once, however they lie in it, and dropped when they are there.
+    """
     order = _read(archive, entries["byteorder"]).tobytes() if "byteorder" in entries else b"little"
     if order not in (b"little", b"big"):
         raise CheckpointError(f"damaged: its byte order is {order[:20]!r}\n{AGAIN}")
-    by_storage: dict[str, list[str]] = {key: [] for name in entries if (key := name.removeprefix("data/")) != name}
+    swap = order.decode() != sys.byteorder
+    source = Source.of(file)
+    by_storage: dict[str, list[str]] = {}
     for name, tensor in tensors.items():
         by_storage.setdefault(tensor.storage.key, []).append(name)
-    arrays: dict[str, np.ndarray] = {}
+    arrays: dict[str, Value] = {}
     for key, names in by_storage.items():
         entry = entries.get(f"data/{key}")
         for name in names:
-            wanted, there = tensors[name].storage.nbytes, -1 if entry is None else entry.file_size
-            if wanted != there:
-                found = "none are there" if entry is None else f"{there} are there"
+            wanted = tensors[name].storage.nbytes
+            if entry is None or wanted != entry.file_size:
+                found = "none are there" if entry is None else f"{entry.file_size} are there"
                 raise CheckpointError(f"damaged: of {name} {wanted} bytes should be stored, and {found}\n{AGAIN}")
-        if entry is not None:
-            data = _read(archive, entry)  # of no tensor too, for its checksum
-            arrays |= {name: _array(name, tensors[name], data, order.decode() != sys.byteorder) for name in names}
+        assert entry is not None  # for every storage has a name
+        if len(names) == 1 and entry.compress_type == zipfile.ZIP_STORED and tensors[names[0]].is_plain and not swap:
+            tensor, offset = tensors[names[0]], _offset(file, archive, entry)
+            arrays[names[0]] = Stored(source, offset, tensor.dtype, tensor.shape, entry.CRC, entry.filename)
+        else:
+            data = _read(archive, entry)
+            arrays |= {name: _array(name, tensors[name], data, swap) for name in names}
     return {name: arrays[name] for name in tensors}
+
+
+def _offset(file: IO[bytes], archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> int:
+    """Where in the file an entry's bytes begin, which are as they were stored."""
+    archive.open(entry).close()  # which checks what stands before them
+    file.seek(entry.header_offset + 26)
+    name_length, extra_length = struct.unpack("<HH", file.read(4))
+    offset = entry.header_offset + 30 + name_length + extra_length
+    end = offset + entry.file_size
+    if entry.compress_size != entry.file_size or end > os.fstat(file.fileno()).st_size:
+        raise EOFError(f"its entry {entry.filename} ends early")
+    return offset
 
 
 def _array(name: str, tensor: StoredTensor, data: np.ndarray, swap: bool) -> np.ndarray:
@@ -196,7 +218,7 @@ def _array(name: str, tensor: StoredTensor, data: np.ndarray, swap: bool) -> np.
     return array
 
 
-def read_legacy(path: str | os.PathLike[str], key: str | None) -> dict[str, np.ndarray]:
+def read_legacy(path: str | os.PathLike[str], key: str | None) -> dict[str, Value]:
     """Let torch read the file."""
     torch = _import_torch()
     try:
@@ -213,14 +235,16 @@ def read_legacy(path: str | os.PathLike[str], key: str | None) -> dict[str, np.n
     return {name: to_numpy(name, tensor) for name, tensor in tensors.items()}
 
 
-def write_zip(file: IO[bytes], tensors: Mapping[str, np.ndarray]) -> None:
-    """Write contiguous tensors as torch.save writes a state dict."""
+def write_zip(file: IO[bytes], tensors: Mapping[str, Value], wrote: Callable[[int], None]) -> None:
+    """Write contiguous tensors as torch.save writes a state dict; `wrote` gets how many of their bytes were written."""
     with zipfile.ZipFile(file, "w") as archive:
         archive.writestr("archive/data.pkl", pickle_tensors(tensors))
         archive.writestr("archive/byteorder", sys.byteorder)
         for index, array in enumerate(tensors.values()):
             with archive.open(f"archive/data/{index}", "w", force_zip64=array.nbytes >= 1 << 31) as entry:
-                entry.write(array.reshape(-1).view(np.uint8).data)
+                for piece in pieces(array):
+                    entry.write(piece)
+                    wrote(len(piece))
         archive.writestr("archive/version", "3\n")
 
 

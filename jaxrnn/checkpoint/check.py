@@ -1,0 +1,91 @@
+"""Whether a recurrent module in a checkpoint computes here what torch computes: built, run, and compared."""
+
+import importlib
+import warnings
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax import nnx
+
+import jaxrnn.nnx
+from jaxrnn.checkpoint.arrays import to_numpy
+from jaxrnn.checkpoint.find import FoundRNN
+from jaxrnn.checkpoint.modules import load_state_dict
+
+_STEPS, _BATCH = 7, 3
+# Far above rounding in float64, and far below what any mistake makes.
+LIMIT = 1e-9
+
+
+class Checked(NamedTuple):
+    """What came of a recurrent module.
+
+    Attributes:
+        finite: whether all that it computed is finite.
+        difference: how far torch's results are from it, relative to their largest number or to 1; None if torch was
+            not asked.
+    """
+
+    finite: bool
+    difference: float | None
+
+    @property
+    def equal(self) -> bool:
+        """Whether nothing speaks against it: NaN and infinities are no difference where torch has them, too."""
+        return self.difference is None or self.difference <= LIMIT
+
+
+def installed_torch() -> ModuleType | None:
+    """PyTorch, or None where it is not installed."""
+    try:
+        return importlib.import_module("torch")
+    except ImportError:
+        return None
+
+
+def check(rnn: FoundRNN, tensors: Mapping[str, Any], torch: ModuleType | None) -> Checked:
+    """Build a module that `find_rnns` found, run it on random numbers in float64, and compare with torch if given.
+
+    Settings that no state dict says are as `find_rnns` assumes them.
+
+    Raises:
+        CheckpointError: its tensors cannot be read.
+    """
+    params = {
+        name: to_numpy(rnn.prefix + name, tensors[rnn.prefix + name]).astype(np.float64) for name in rnn.spec.shapes()
+    }
+    settings: dict[str, Any] = {"input_size": rnn.input_size, "hidden_size": rnn.hidden_size, "bias": rnn.bias}
+    if not rnn.is_cell:
+        settings |= {"num_layers": rnn.num_layers, "bidirectional": rnn.bidirectional}
+    if rnn.proj_size:
+        settings["proj_size"] = rnn.proj_size
+    name = rnn.kind + "Cell" * rnn.is_cell
+    random = np.random.default_rng(0)
+    x = random.standard_normal((_BATCH, rnn.input_size) if rnn.is_cell else (_STEPS, _BATCH, rnn.input_size))
+    with jax.enable_x64(True), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # such as those of load_state_dict, which the caller gives
+        module = getattr(jaxrnn.nnx, name)(**settings, param_dtype=np.float64, rngs=nnx.Rngs(0))
+        load_state_dict(module, params)
+        states = jax.tree.map(lambda shape: random.standard_normal(shape.shape), jax.eval_shape(module, x))
+        hx = states if rnn.is_cell else states[1]
+        ours = [np.asarray(array) for array in jax.tree.leaves(module(x, hx))]
+        finite = all(np.isfinite(array).all() for array in ours)
+        if torch is None:
+            return Checked(finite, None)
+        theirs = getattr(torch.nn, name)(**settings, dtype=torch.float64).eval()
+        theirs.load_state_dict({key: torch.tensor(value) for key, value in params.items()}, strict=True)
+        with torch.no_grad():
+            results = theirs(torch.tensor(x), jax.tree.map(torch.tensor, hx))
+        pairs = zip(ours, jax.tree.leaves(results), strict=True)
+        return Checked(finite, max(_difference(a, b.numpy()) for a, b in pairs))
+
+
+def _difference(ours: np.ndarray, theirs: np.ndarray) -> float:
+    same = (ours == theirs) | (np.isnan(ours) & np.isnan(theirs))
+    with np.errstate(invalid="ignore"):
+        distance = np.where(same, 0, np.abs(ours - theirs))
+    largest = np.max(np.abs(theirs), where=np.isfinite(theirs), initial=1)
+    return float(np.max(np.where(np.isnan(distance), np.inf, distance), initial=0) / largest)

@@ -1,0 +1,131 @@
+"""Orbax checkpoints, which are directories: a tree of arrays, whose names are joined by dots, and written as a dict.
+
+Orbax comes with Flax. It is imported when it is needed, for that takes a while.
+"""
+
+import contextlib
+import glob
+import logging
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxrnn.checkpoint.errors import AGAIN, CheckpointError, check_unicode, listed
+from jaxrnn.checkpoint.stored import Value, read
+
+# What orbax writes into the directory of a tree, to describe it.
+_METADATA = "_METADATA"
+# Far above what compression gains on weights. What is not stored would be read as zeros, as many as the file says.
+_LARGEST_INFLATION = 100
+# Flax's variables in a tree of nnx.State: each is a dict of this.
+_VALUE = ".value"
+
+
+def read_directory(path: str | os.PathLike[str], key: str | None) -> dict[str, Value]:
+    import orbax.checkpoint as ocp
+
+    path = _tree_in(os.path.abspath(path))
+    try:
+        with _quiet(), ocp.PyTreeCheckpointer() as checkpointer:
+            metadata = checkpointer.metadata(path).item_metadata.tree
+            described = dict(_leaves(metadata))
+            _check(described, path)
+            # As NumPy's arrays, because JAX's would be cut to 32 bits and lie on a device.
+            arguments = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), metadata)
+            leaves = _leaves(checkpointer.restore(path, restore_args=arguments))
+    except CheckpointError:
+        raise
+    except Exception as error:  # damage makes orbax, tensorstore and JSON raise almost anything
+        cause = f"{type(error).__name__}: {error}".partition("\n")[0][:200]
+        raise CheckpointError(f"a damaged orbax checkpoint, or of another kind ({cause})\n{AGAIN}") from error
+    arrays = {name: np.ascontiguousarray(value).reshape(np.shape(value)) for name, value in leaves}
+    if all(name.endswith(_VALUE) for name in arrays):
+        arrays = {name.removesuffix(_VALUE): array for name, array in arrays.items()}
+    if key is None:
+        return dict(arrays)
+    chosen: dict[str, Value] = {n.removeprefix(f"{key}."): a for n, a in arrays.items() if n.startswith(f"{key}.")}
+    if not chosen:
+        raise CheckpointError(f"it has nothing under {key!r}\nits keys: {listed(arrays)}")
+    return chosen
+
+
+def _tree_in(path: str) -> str:
+    """The directory of the tree: this one, or the only one in it, as where orbax's CheckpointManager kept one step."""
+    trees = [
+        folder
+        for below in ("", "*", "*/*")
+        for folder in sorted(glob.glob(os.path.join(glob.escape(path), below)))
+        if os.path.isfile(os.path.join(folder, _METADATA))
+    ]
+    if not trees:
+        raise CheckpointError("a directory, but no orbax checkpoint\ngive the path of the checkpoint in it")
+    if len(trees) > 1 and not os.path.samefile(trees[0], path):
+        names = listed(os.path.relpath(tree, path) for tree in trees)
+        raise CheckpointError(f"a directory with several checkpoints\ngive the path of one of them: {names}")
+    return trees[0]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what orbax logs: of what goes wrong it raises, too."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """What is in nested dicts and lists, by their keys joined by dots."""
+    items: Iterable[tuple[Any, Any]]
+    if isinstance(tree, Mapping):
+        items = tree.items()
+    elif isinstance(tree, list | tuple):
+        items = enumerate(tree)
+    else:
+        yield prefix.removesuffix("."), tree
+        return
+    for name, value in items:
+        yield from _leaves(value, f"{prefix}{name}.")
+
+
+def _check(described: Mapping[str, Any], path: str) -> None:
+    """Refuse what is no array, and arrays that are far larger than their files."""
+    size = 0
+    for name, leaf in described.items():
+        if getattr(leaf, "shape", None) is None or leaf.dtype is None:
+            what = type(leaf).__name__.removesuffix("Metadata").lower()
+            raise CheckpointError(f"{name} is of type {what}, not an array\nsave the arrays alone")
+        size += math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize
+    files = (os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names)
+    stored = sum(map(os.path.getsize, files))
+    if size > _LARGEST_INFLATION * stored:
+        cause = f"a bomb: its tensors have {size} bytes, in files of {stored}"
+        raise CheckpointError(f"{cause}\nget it from a source that you trust")
+
+
+def write_directory(path: str, tensors: Mapping[str, Value]) -> None:
+    import orbax.checkpoint as ocp
+
+    if not tensors:
+        raise CheckpointError("an orbax checkpoint cannot be empty\nchoose another format")
+    for name, value in tensors.items():
+        if value.size == 0:
+            raise CheckpointError(f"{name} has no numbers, which orbax cannot write\nleave it out")
+        check_unicode(name)
+    # Weights hardly compress, and compressed ones take twice the memory to write.
+    handler = ocp.PyTreeCheckpointHandler(use_compression=False)
+    try:
+        with _quiet(), ocp.Checkpointer(handler) as checkpointer:
+            checkpointer.save(path, args=ocp.args.PyTreeSave({name: read(value) for name, value in tensors.items()}))
+    except ValueError as error:  # tensorstore says so of a full disk, too
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"orbax cannot write it ({str(error)[:200]})\ncheck the disk, and the names") from error

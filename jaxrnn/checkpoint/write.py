@@ -1,0 +1,197 @@
+"""Checkpoint files written: whole or not at all, and read back before they take their name.
+
+A writer of one format is a function from an open file, the tensors, and what is called with the number of bytes written
+since. It returns the path of what it wrote: the file's, or that of a directory beside it.
+"""
+
+import contextlib
+import json
+import os
+import re
+import secrets
+import shutil
+import sys
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import IO, Any
+
+import numpy as np
+
+from jaxrnn.checkpoint import orbax_files, torch_files
+from jaxrnn.checkpoint.arrays import NO_NUMBERS, dtype_of, to_numpy
+from jaxrnn.checkpoint.errors import CheckpointError, check_unicode, listed, os_cause
+from jaxrnn.checkpoint.files import SAFETENSORS_DTYPES, Path, Tensors, opened
+from jaxrnn.checkpoint.pickles import is_known
+from jaxrnn.checkpoint.stored import THREADS, Stored, UnreadableError, Value, equal, pieces
+
+try:
+    import fcntl
+except ImportError:  # where files are not locked, nor removed under whoever writes them
+    fcntl = None  # type: ignore[assignment]
+
+Wrote = Callable[[int], None]
+
+
+def save(path: Path, tensors: Mapping[str, Any], progress: Wrote | None = None) -> None:
+    """Write tensors to a file, which appears whole or not at all, once what was written has been read and compared.
+
+    Args:
+        path: the file, a safetensors file if its name ends in .safetensors, a state dict that `torch.load` reads, with
+            `weights_only=True` too, if it ends in .pt, .pth, .ckpt or .bin, or the directory of an orbax checkpoint if
+            it ends in .orbax. An existing one is replaced.
+        tensors: from name to array of numpy or jax (or torch), of any shape, and any dtype that the format has.
+        progress: called now and then with a number of bytes that were written, or compared, since: in all twice those
+            that the tensors have.
+
+    Raises:
+        CheckpointError: another suffix, a value that cannot be written, the file system's refusal, or a file that does
+            not read as it was written.
+
+    An example is at `load`.
+    """
+    try:
+        write = _WRITERS.get(os.path.splitext(os.fspath(path))[1])
+        if write is None:
+            raise CheckpointError(f"no format has its suffix\nend its name in one of {', '.join(_WRITERS)}")
+        arrays = {name: value if _is_plain(value) else to_numpy(name, value) for name, value in tensors.items()}
+        _save(os.path.realpath(path), arrays, write, progress or (lambda count: None))
+    except UnreadableError:  # of a tensor that was to be written
+        raise
+    except CheckpointError as error:
+        raise CheckpointError(f"{os.fspath(path)}: {error}") from error
+    except OSError as error:
+        raise CheckpointError(f"{os.fspath(path)}: {os_cause(error)}\ncheck the folder and its space") from error
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether an array can be written as it lies in memory, or in a file: a large one is not copied once more."""
+    if isinstance(value, Stored):
+        return True
+    return type(value) is np.ndarray and value.flags.c_contiguous and value.dtype == dtype_of(value) != NO_NUMBERS
+
+
+def _save(path: str, arrays: Tensors, write: Callable[[IO[bytes], Tensors, Wrote], str], progress: Wrote) -> None:
+    _remove_abandoned(path)
+    # In the same folder, because a rename is atomic only inside one file system.
+    temporary = f"{path}.{secrets.token_hex(4)}.tmp"
+    try:
+        with open(temporary, "xb") as file, ThreadPoolExecutor(THREADS) as pool:
+            _lock(file)
+            written = write(file, arrays, progress)
+            file.flush()
+            synced = pool.submit(_sync, written)
+            _compare(written, arrays, pool, progress)
+            synced.result()
+            if os.path.isdir(path) and written != temporary:
+                os.rename(path, temporary + _OLD)  # a directory does not replace another
+            os.replace(written, path)
+    finally:
+        _remove(temporary, path)
+
+
+# What belongs to a temporary file: the directory that is written, as orbax names it until it is whole, and the one that
+# is to be replaced.
+_NEW, _OLD = ".new", ".old"
+_BESIDE = (_NEW, f"{_NEW}.orbax-checkpoint-tmp", _OLD)
+
+
+def _remove_abandoned(path: str) -> None:
+    """Remove what writers of this path left that were killed: their temporary files, which nobody holds."""
+    folder, name = os.path.split(path)
+    pattern = re.compile(re.escape(name) + r"\.[0-9a-f]{8}\.tmp")
+    for entry in os.listdir(folder):
+        if pattern.fullmatch(entry):
+            with contextlib.suppress(OSError), open(os.path.join(folder, entry), "rb") as file:
+                _lock(file)
+                _remove(file.name, path)
+
+
+def _remove(temporary: str, path: str) -> None:
+    """Remove a temporary file and what belongs to it, but for the only whole directory that there is."""
+    if os.path.isdir(temporary + _OLD) and not os.path.lexists(path):
+        os.rename(temporary + _OLD, path)
+    for suffix in _BESIDE:
+        if os.path.isdir(temporary + suffix):
+            shutil.rmtree(temporary + suffix)
+    if os.path.lexists(temporary):  # the last, because the others are found by it
+        os.remove(temporary)
+
+
+def _sync(path: str) -> None:
+    """Have the system write a file, or all that is in a directory, to its disk."""
+    files = [os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names]
+    for name in files or [path]:
+        with open(name, "r+b") as file:
+            os.fsync(file.fileno())
+
+
+def _lock(file: IO[bytes]) -> None:
+    """Hold the file until it is closed; OSError if another process holds it."""
+    if fcntl is not None:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _compare(path: str, arrays: Tensors, pool: ThreadPoolExecutor, progress: Wrote) -> None:
+    """Read a file, and compare it with what was to be written."""
+    found = opened(path)
+
+    def same(name: str) -> bool:
+        return name in found and name in arrays and equal(found[name], arrays[name])
+
+    names = list({**found, **arrays})
+    different = []
+    for name, is_same in zip(names, pool.map(same, names), strict=True):
+        different += [] if is_same else [name]
+        progress(arrays[name].nbytes if name in arrays else 0)
+    if different:
+        raise CheckpointError(f"the file does not hold what was written: {listed(different)}\ncheck the disk")
+
+
+def _write_safetensors(file: IO[bytes], arrays: Tensors, wrote: Wrote) -> str:
+    names = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
+    for name, array in arrays.items():
+        check_unicode(name)
+        if name == "__metadata__" or array.dtype.name not in names:
+            cause = f"{name} of {array.dtype} cannot be written to safetensors"
+            raise CheckpointError(f"{cause}\nrename or convert it, or leave it out")
+    # The widest first, so that each lies where a number of its size may: the format's readers map it into memory.
+    order = sorted(arrays, key=lambda name: -arrays[name].dtype.itemsize)
+    begin, offsets = 0, {}
+    for name in order:
+        offsets[name] = [begin, begin := begin + arrays[name].nbytes]
+    # Names and layout are torch's, which is what readers take this metadata to say.
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    for name, array in arrays.items():
+        header[name] = {
+            "dtype": names[array.dtype.name], "shape": list(array.shape), "data_offsets": offsets[name],
+        }  # fmt: skip
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(len(text).to_bytes(8, "little") + text)
+    for name in order:
+        for piece in pieces(_little_endian(arrays[name])):
+            file.write(piece)
+            wrote(len(piece))
+    return file.name
+
+
+def _little_endian(value: Value) -> Value:
+    return value if sys.byteorder == "little" else to_numpy("", value).byteswap()
+
+
+def _write_torch(file: IO[bytes], arrays: Tensors, wrote: Wrote) -> str:
+    for name, array in arrays.items():
+        if not is_known(array.dtype):
+            raise CheckpointError(f"{name} is of {array.dtype}, which torch has not\nconvert it, or leave it out")
+    torch_files.write_zip(file, arrays, wrote)
+    return file.name
+
+
+def _write_orbax(file: IO[bytes], arrays: Tensors, wrote: Wrote) -> str:
+    orbax_files.write_directory(file.name + _NEW, arrays)
+    wrote(sum(array.nbytes for array in arrays.values()))
+    return file.name + _NEW
+
+
+_WRITERS = {".safetensors": _write_safetensors, **dict.fromkeys((".pt", ".pth", ".ckpt", ".bin"), _write_torch)}
+_WRITERS |= {".orbax": _write_orbax}

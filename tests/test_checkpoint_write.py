@@ -1,0 +1,216 @@
+"""Files that we write: whole or not at all, compared before they take their name, and ordinary ones."""
+
+import os
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jaxrnn import checkpoint
+from jaxrnn.checkpoint import CheckpointError, files, stored, write
+
+
+@pytest.mark.parametrize(
+    ("value", "cause"),
+    [
+        (np.array([None]), "x is an array of object"),
+        (np.array(["a"]), "x is an array of <U1"),
+        ([1.0], "x is of type list"),
+        (1.0, "x is of type float"),
+        (np.ones(1, np.complex128), "x of complex128 cannot be written"),
+    ],
+    ids=str,
+)
+def test_save_refuses(value, cause, tmp_path):
+    path = tmp_path / "a.safetensors"
+    with pytest.raises(CheckpointError) as caught:
+        checkpoint.save(path, {"x": value})
+    assert str(caught.value).startswith(f"{path}: {cause}")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["a.npz", "a", ".safetensors/a", "a.pt.gz"])
+def test_save_goes_by_the_suffix(name, tmp_path):
+    with pytest.raises(CheckpointError, match=r"no format has its suffix\nend its name in one of \.safetensors, \.pt"):
+        checkpoint.save(tmp_path / name, {"x": np.ones(1)})
+    with pytest.raises(CheckpointError, match="__metadata__"):
+        checkpoint.save(tmp_path / "a.safetensors", {"__metadata__": np.ones(1)})
+    assert not list(tmp_path.iterdir())
+
+
+FORMATS = ["safetensors", "pt", "orbax"]
+
+
+def _contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_what_was_written_is_read_and_compared(suffix, tmp_path, monkeypatch):
+    path = tmp_path / f"a.{suffix}"
+    checkpoint.save(path, {"x": np.ones(2)})
+    before = _contents(tmp_path)
+    right = write._WRITERS[f".{suffix}"]
+    for other in (
+        {"x": np.array([1.0, np.nan])},
+        {"x": np.ones(2, np.float32)},
+        {"x": np.ones((2, 1))},
+        {"y": np.ones(1)},
+    ):
+        monkeypatch.setitem(write._WRITERS, f".{suffix}", lambda file, _, wrote, other=other: right(file, other, wrote))
+        with pytest.raises(CheckpointError, match=f"^{path}: the file does not hold what was written: [xy]"):
+            checkpoint.save(path, {"x": np.array([1.0, 2.0])})
+        assert _contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_from_file_to_file_in_pieces(suffix, tmp_path):
+    """What lies in a file is written piece by piece, and tells of what has happened to that file."""
+    numbers = np.random.RandomState(0).randint(0, 2**16, 3_000_001).astype(np.uint16)
+    one, other = tmp_path / "one.safetensors", tmp_path / f"other.{suffix}"
+    checkpoint.save(one, {"x": numbers, "y": np.ones((), np.float32)})
+    lazy, done = files.opened(one), []
+    assert all(isinstance(value, stored.Stored) for value in lazy.values())
+    checkpoint.save(other, lazy, done.append)
+    assert sum(done) == 2 * (numbers.nbytes + 4)
+    found = checkpoint.load(other)
+    assert list(found) == ["x", "y"]
+    np.testing.assert_array_equal(found["x"], numbers, strict=True)
+    before = other.stat().st_mtime_ns
+    checkpoint.save(one, {"x": numbers + np.uint16(1), "y": np.ones((), np.float32)})
+    with pytest.raises(CheckpointError, match=f"^{one}: it has changed since it was opened\n"):
+        checkpoint.save(other, lazy)
+    one.unlink()
+    with pytest.raises(CheckpointError, match=f"^{one}: no such file\n"):
+        checkpoint.save(other, lazy)
+    assert other.stat().st_mtime_ns == before
+    assert list(tmp_path.iterdir()) == [other]
+
+
+def test_an_orbax_checkpoint_takes_anothers_place(tmp_path):
+    path = tmp_path / "a.orbax"
+    checkpoint.save(path, {"x": np.ones(2)})
+    checkpoint.save(path, {"x": np.zeros(3)})
+    assert checkpoint.load(path)["x"].shape == (3,)
+    assert list(tmp_path.iterdir()) == [path]
+    before = _contents(path)
+
+    # As if killed between the two renames: the old one is all that there is, and comes back though the new is refused.
+    os.rename(path, f"{path}.01234567.tmp.old")
+    (tmp_path / "a.orbax.01234567.tmp.new").mkdir()
+    (tmp_path / "a.orbax.01234567.tmp").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="x has no numbers, which orbax cannot write"):
+        checkpoint.save(path, {"x": np.ones((0, 2))})
+    assert _contents(path) == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_save_into_no_folder(tmp_path):
+    with pytest.raises(CheckpointError, match=f"^{tmp_path}/nothing/a.safetensors: no such"):
+        checkpoint.save(tmp_path / "nothing" / "a.safetensors", {})
+    (tmp_path / "b.safetensors").mkdir()
+    with pytest.raises(CheckpointError, match=r"b\.safetensors: Is a directory"):
+        checkpoint.save(tmp_path / "b.safetensors", {})
+    assert [path.name for path in tmp_path.iterdir()] == ["b.safetensors"]
+
+
+@pytest.mark.parametrize("name", ["write", "fsync", "replace"])
+def test_save_is_whole_or_not_at_all(name, tmp_path, monkeypatch):
+    path = tmp_path / "a.safetensors"
+    checkpoint.save(path, {"x": np.ones(2)})
+    before = path.read_bytes()
+
+    def fail(*args: object) -> None:
+        assert path.read_bytes() == before
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(*((write, "pieces") if name == "write" else (os, name)), lambda *args, **kwargs: fail())
+    with pytest.raises(CheckpointError, match=f"^{path}: No space left on device\n"):
+        checkpoint.save(path, {"x": np.zeros(3)})
+    assert list(tmp_path.iterdir()) == [path]
+    assert path.read_bytes() == before
+
+
+def test_save_syncs_before_it_renames(tmp_path, monkeypatch):
+    calls = []
+    fsync, replace = os.fsync, os.replace
+
+    def record_fsync(descriptor: int) -> None:
+        calls.append(("fsync", os.fstat(descriptor).st_ino, os.fstat(descriptor).st_size))
+        fsync(descriptor)
+
+    def record_replace(source: str, target: str) -> None:
+        assert os.path.dirname(source) == os.path.dirname(target)
+        calls.append(("replace", os.stat(source).st_ino, os.stat(source).st_size))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", record_fsync)
+    monkeypatch.setattr(os, "replace", record_replace)
+    checkpoint.save(tmp_path / "a.safetensors", {"x": np.ones(1000)})
+    (sync, *synced), (rename, *renamed) = calls
+    assert (sync, rename) == ("fsync", "replace")
+    assert synced == renamed
+    assert synced[1] > 8000
+
+
+def test_saved_file_is_an_ordinary_one(tmp_path):
+    (tmp_path / "folder").mkdir()
+    os.symlink(tmp_path / "folder" / "b.safetensors", tmp_path / "a.safetensors")
+    mask = os.umask(0o027)
+    try:
+        checkpoint.save(tmp_path / "a.safetensors", {"x": np.ones(1)})
+    finally:
+        os.umask(mask)
+    assert (tmp_path / "a.safetensors").is_symlink()
+    assert stat.S_IMODE((tmp_path / "folder" / "b.safetensors").stat().st_mode) == 0o640
+
+
+WRITER = """
+import sys, numpy as np
+from jaxrnn import checkpoint
+path = sys.argv[1]
+print("ready", flush=True)
+for number in range(10**6):
+    checkpoint.save(path, {"x": np.full(200_000, number), "y": np.full(3, number)})
+"""
+
+
+@pytest.mark.parametrize(("suffix", "longest"), [("safetensors", 0.05), ("pt", 0.05), ("orbax", 0.5)])
+def test_a_writer_that_is_killed_leaves_a_whole_file(suffix, longest, tmp_path, thorough):
+    path = tmp_path / f"a.{suffix}"
+    random = np.random.RandomState(0)
+    abandoned = 0
+    for _ in range(70 if thorough else 4):
+        process = subprocess.Popen([sys.executable, "-c", WRITER, path], stdout=subprocess.PIPE, text=True)
+        assert process.stdout.readline() == "ready\n"
+        # Longer than one takes, so that there is an old file to lose.
+        time.sleep(random.uniform(0, longest))
+        process.kill()
+        process.wait()
+        process.stdout.close()
+        others = [other.name for other in tmp_path.iterdir() if other != path]
+        assert len({name[: len("a.pt.01234567.tmp") - 2 + len(suffix)] for name in others}) <= 1
+        abandoned += bool(others)
+        if path.exists():
+            found = checkpoint.load(path)
+            assert np.all(found["x"] == found["y"][0])
+    checkpoint.save(path, {"x": np.ones(1)})
+    assert list(tmp_path.iterdir()) == [path]
+    assert abandoned or not thorough
+
+
+def test_what_another_writer_holds_stays(tmp_path):
+    fcntl = pytest.importorskip("fcntl")
+    held, other = tmp_path / "a.pt.0123abcd.tmp", tmp_path / "b.pt.0123abcd.tmp"
+    other.write_bytes(b"")
+    with open(held, "wb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        checkpoint.save(tmp_path / "a.pt", {"x": np.ones(1)})
+        assert held.exists()
+    checkpoint.save(tmp_path / "a.pt", {"x": np.ones(1)})
+    assert not held.exists()
+    assert other.exists()
