@@ -91,7 +91,7 @@ def _load(path: str, arguments: argparse.Namespace) -> Tensors:
     tensors = opened(path, arguments.key)
     with _said_of(path):
         tensors = fold(tensors, arguments.raw)
-    with _progress(f"reading {path}", tensors) as progress:
+    with _progress(f"reading {os.path.basename(path)}", tensors) as progress:
         odd = not_finite(tensors, progress)
     if odd:
         _print(f"warning: {path}: NaN or infinite numbers in {listed(odd)}", sys.stderr)
@@ -199,7 +199,7 @@ def _convert(arguments: argparse.Namespace) -> int:
             chosen = _renamed(chosen, rename)
         if arguments.dtype:
             chosen = {key: _cast(key, value, arguments.dtype) for key, value in chosen.items()}
-    with _progress(f"writing {arguments.out}", chosen, times=2) as progress:
+    with _progress(f"writing {os.path.basename(arguments.out)}", chosen, times=2) as progress:
         save(arguments.out, chosen, progress)
     numbers = sum(value.size for value in chosen.values())
     if arguments.json:

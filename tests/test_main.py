@@ -1,5 +1,6 @@
 """The command line: what it prints and writes, its exit codes, and that a refusal leaves nothing behind."""
 
+import io
 import json
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 import jaxrnn
 from jaxrnn import checkpoint
 from jaxrnn.__main__ import main
+from jaxrnn.checkpoint import check
 
 LSTM = jaxrnn.Spec(jaxrnn.LSTM_CELL, 10, 20, num_layers=2, bidirectional=True, proj_size=5)
 CELL = jaxrnn.CellSpec(jaxrnn.GRU_CELL, 3, 4, bias=False)
@@ -186,3 +188,77 @@ def test_diff(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     [difference] = json.loads(capsys.readouterr().out)["differences"].values()
     assert difference == "1 of 400 numbers differ, by 0.5 at most"
     assert _refused(["diff", str(model), str(tmp_path / "missing.pt")], capsys)
+
+
+def test_check(model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "torch", None)
+        assert main(["check", str(model)]) == 0
+    lines = capsys.readouterr().out
+    assert "2 recurrent modules built and run. PyTorch is not installed" in lines
+    assert "not compared" in lines
+    assert "batch_first=False" in lines
+    different = check.Checked(True, 1e-3)
+    monkeypatch.setattr("jaxrnn.__main__.check", lambda rnn, tensors, torch: different)
+    assert main(["check", str(model), "--json"]) == 1
+    result = json.loads(capsys.readouterr().out)
+    assert not result["equal"]
+    assert [module["difference"] for module in result["modules"]] == [1e-3, 1e-3]
+    assert [module["kind"] for module in result["modules"]] == ["LSTM", "GRUCell"]
+
+
+@pytest.mark.torch
+def test_check_against_torch(torch: types.ModuleType, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", str(model)]) == 0
+    lines = capsys.readouterr().out
+    assert max(map(len, lines.splitlines())) <= 80
+    rows = {line.split()[0]: line.split()[1:] for line in lines.splitlines() if line.strip()}
+    assert rows["encoder."][0::3] == ["LSTM", "equal"]
+    assert float(rows["cell."][2]) < 1e-14
+    assert f"from torch {torch.__version__}" in lines
+
+
+def test_orbax_there_and_back(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, back = tmp_path / "model.orbax", tmp_path / "back.safetensors"
+    assert main(["convert", str(model), str(out), "--json"]) == 0
+    written = json.loads(capsys.readouterr().out)
+    assert (written["out"], written["tensors"]) == (str(out), len(checkpoint.load(model)))
+    assert "exists already" in _refused(["convert", str(model), str(out)], capsys)
+    assert main(["convert", str(model), str(out), "--force"]) == 0
+    assert main(["convert", str(out), str(back)]) == 0
+    assert main(["diff", str(model), str(back)]) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"model.safetensors", "model.orbax", "back.safetensors"}
+
+
+def test_numbers_that_are_not_finite_are_told(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tensors = checkpoint.load(model)
+    assert main(["inspect", str(model)]) == 0
+    assert capsys.readouterr().err == ""
+    tensors["encoder.bias_ih_l0"][3] = -np.inf
+    checkpoint.save(model, tensors)
+    for command in ("inspect", "check"):
+        assert main([command, str(model)]) == 0
+        message = capsys.readouterr().err.replace("\n  ", " ")
+        assert message == f"warning: {model}: NaN or infinite numbers in encoder.bias_ih_l0\n"
+
+
+def test_a_progress_bar_on_a_terminal(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    main_module = sys.modules["jaxrnn.__main__"]
+    shown = []
+
+    class Terminal(main_module.Console):
+        def __init__(self, **settings: object) -> None:
+            super().__init__(file=io.StringIO(), force_terminal=True, width=100)
+            shown.append(self.file)
+
+    monkeypatch.setattr(main_module, "LARGE", 1)
+    monkeypatch.setattr(main_module, "Console", Terminal)
+    assert main(["convert", str(model), str(tmp_path / "out.pt")]) == 0
+    reading, writing = (file.getvalue() for file in shown)
+    total = sum(value.nbytes for value in checkpoint.load(model).values())
+    assert f"reading {model.name}" in reading
+    assert f"{2 * total / 1000:.1f} kB" in writing
+    monkeypatch.setattr(main_module, "LARGE", 10**9)
+    shown.clear()
+    assert main(["convert", str(model), str(tmp_path / "other.pt")]) == 0
+    assert [file.getvalue() for file in shown] == ["", ""]

@@ -158,7 +158,7 @@ def _layers_spec(prefix: str, group: dict[str, Any], problems: list[str]) -> Spe
     }
     projected = "weight_hr" in roles
     layers: Sequence[int] = range(settings["num_layers"])
-    gap = len(layers) > 2 * len(group)  # of any length: not to be walked
+    gap = len(layers) > 10 * len(group)  # of any length: not to be walked
     if gap:
         problems.append(f"{prefix}: layers up to {max(present)} are named, but only {len(present)} of them are there")
         layers = sorted(present)

@@ -1,0 +1,68 @@
+"""The check of a checkpoint's modules: equal where they are, and red where ours or the weights are not torch's."""
+
+import types
+
+import jax
+import numpy as np
+import pytest
+
+import jaxrnn
+from jaxrnn import checkpoint
+from jaxrnn.checkpoint.check import LIMIT, check
+
+SPECS = {
+    "RNN": jaxrnn.Spec(jaxrnn.RNN_TANH, 3, 4),
+    "LSTM": jaxrnn.Spec(jaxrnn.LSTM_CELL, 3, 4, num_layers=2, bidirectional=True, proj_size=2),
+    "GRU": jaxrnn.Spec(jaxrnn.GRU_CELL, 3, 4, bias=False, num_layers=2),
+    "LSTMCell": jaxrnn.CellSpec(jaxrnn.LSTM_CELL, 3, 4),
+    "GRUCell": jaxrnn.CellSpec(jaxrnn.GRU_CELL, 3, 4, bias=False),
+    "RNNCell": jaxrnn.CellSpec(jaxrnn.RNN_TANH, 3, 4),
+}
+
+
+def _tensors(name: str) -> dict[str, np.ndarray]:
+    params = SPECS[name].init(jax.random.key(0))
+    return {f"enc.{key}": np.array(value) for key, value in params.items()}
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("name", SPECS)
+def test_equal_to_torch(torch: types.ModuleType, name: str) -> None:
+    tensors = _tensors(name)
+    [rnn] = checkpoint.find_rnns(tensors)
+    result = check(rnn, tensors, torch)
+    assert result.finite
+    assert result.equal
+    assert 0 <= result.difference < 1e-14
+    weight = f"enc.weight_hh{'' if rnn.is_cell else '_l0'}"
+    tensors[weight][0, 0] = np.nan
+    result = check(rnn, tensors, torch)
+    assert not result.finite
+    assert result.equal  # NaN where torch has NaN
+
+
+@pytest.mark.torch
+def test_a_difference_is_seen(torch: types.ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = _tensors("GRU")
+    [rnn] = checkpoint.find_rnns(tensors)
+    call = jaxrnn.nnx.GRU.__call__
+
+    def wrong(self: object, *args: object) -> tuple:
+        output, h_n = call(self, *args)
+        return output, h_n.at[1, 2, 3].add(2 * LIMIT)
+
+    monkeypatch.setattr(jaxrnn.nnx.GRU, "__call__", wrong)
+    result = check(rnn, tensors, torch)
+    assert not result.equal
+    assert LIMIT < result.difference < 3 * LIMIT
+    monkeypatch.setattr(
+        jaxrnn.nnx.GRU, "__call__", lambda self, *args: jax.tree.map(lambda a: a * np.nan, call(self, *args))
+    )
+    assert check(rnn, tensors, torch).difference == np.inf
+
+
+def test_without_torch() -> None:
+    tensors = _tensors("LSTM")
+    [rnn] = checkpoint.find_rnns(tensors)
+    assert check(rnn, tensors, None) == (True, None)
+    assert check(rnn, tensors, None).equal

@@ -1,0 +1,146 @@
+"""Orbax checkpoints: every bit there and back, those that Flax users write, and what is refused."""
+
+import contextlib
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from flax import nnx
+
+import jaxrnn
+from jaxrnn import checkpoint
+from jaxrnn.checkpoint import CheckpointError
+from jaxrnn.checkpoint.files import SAFETENSORS_DTYPES
+
+# Names that a path, or a tree with dots, could trip over.
+NAMES = ("encoder.weight_ih_l0", "", ".", "..", "../x", "a/b", "a", "a.b", "é\n", "\0", ".zarray", "0", "value")
+
+
+def test_every_dtype_and_name(tmp_path: Path) -> None:
+    dtypes = [jnp.dtype(name) for name in SAFETENSORS_DTYPES.values()]
+    random = np.random.RandomState(0)
+    tensors = {}
+    for number, dtype in enumerate(dtypes):
+        shape = [(), (3,), (2, 3), (1, 2, 1)][number % 4]
+        name = NAMES[number] if number < len(NAMES) else f"x{number}"
+        tensors[name] = np.asarray(random.randint(0, 2, shape)).astype(dtype)
+    assert len(tensors) == len(dtypes) > len(NAMES)
+    checkpoint.save(tmp_path / "a.orbax", tensors)
+    found = checkpoint.load(tmp_path / "a.orbax")
+    assert found.keys() == tensors.keys()
+    for name, value in tensors.items():
+        assert (found[name].dtype, found[name].shape) == (value.dtype, value.shape)
+        assert found[name].tobytes() == value.tobytes()
+        assert found[name].flags.writeable
+
+
+def test_the_numbers_are_not_cut_to_32_bits(tmp_path: Path) -> None:
+    with jax.enable_x64(False):
+        checkpoint.save(tmp_path / "a.orbax", {"x": np.array([1 / 3]), "n": np.array(2**60)})
+        found = checkpoint.load(tmp_path / "a.orbax")
+    assert found["x"][0] == 1 / 3
+    assert found["n"] == 2**60
+
+
+def test_orbax_itself_reads_it(tmp_path: Path) -> None:
+    gru = jaxrnn.GRU(3, 4, rngs=nnx.Rngs(0))
+    checkpoint.save(tmp_path / "a.orbax", jaxrnn.state_dict(gru))
+    with ocp.StandardCheckpointer() as checkpointer:
+        target = {name: jax.ShapeDtypeStruct(p.shape, p.dtype) for name, p in jaxrnn.state_dict(gru).items()}
+        tensors = checkpointer.restore(tmp_path / "a.orbax", target)
+    other = jaxrnn.GRU(3, 4, rngs=nnx.Rngs(1))
+    assert jaxrnn.load_state_dict(other, tensors) == ([], [])
+    np.testing.assert_array_equal(other.weight_hh_l0[...], gru.weight_hh_l0[...])
+
+
+def test_what_flax_users_write(tmp_path: Path) -> None:
+    class Model(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs) -> None:
+            self.encoder = jaxrnn.LSTM(3, 4, rngs=rngs)
+            self.heads = nnx.List([jaxrnn.GRUCell(4, 5, rngs=rngs)])
+
+    model = Model(nnx.Rngs(0))
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "state", nnx.state(model))
+    assert jaxrnn.load_state_dict(Model(nnx.Rngs(1)), checkpoint.load(tmp_path / "state")) == ([], [])
+    variables = jaxrnn.linen.GRU(3, 4).init(jax.random.key(0), jnp.ones((5, 3), jnp.float32))
+    with ocp.CheckpointManager(tmp_path / "run") as manager:
+        manager.save(7, args=ocp.args.Composite(model=ocp.args.StandardSave({**variables, "step": 3})))
+    for path in ("run", "run/7", "run/7/model"):  # the only one there is
+        tensors = checkpoint.load(tmp_path / path, key="params")
+        assert tensors.keys() == variables["params"].keys()
+    np.testing.assert_array_equal(tensors["weight_hh_l0"], variables["params"]["weight_hh_l0"])
+    assert checkpoint.load(tmp_path / "run")["step"] == 3
+    with pytest.raises(CheckpointError, match="it has nothing under 'nobody'\nits keys: params"):
+        checkpoint.load(tmp_path / "run", key="nobody")
+    with ocp.CheckpointManager(tmp_path / "run") as manager:
+        manager.save(8, args=ocp.args.Composite(model=ocp.args.StandardSave(dict(variables))))
+    with pytest.raises(CheckpointError, match=r"several checkpoints\ngive the path of one of them: 7.model, 8.model"):
+        checkpoint.load(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("tensors", "cause"),
+    [
+        ({}, "an orbax checkpoint cannot be empty"),
+        ({"x": np.ones((0, 2))}, "x has no numbers, which orbax cannot write"),
+        ({"\ud800": np.ones(1)}, r"\\ud800 is no Unicode text"),
+    ],
+)
+def test_what_orbax_cannot_hold(tensors: dict, cause: str, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=f"^{tmp_path}/a.orbax: {cause}.*\n"):
+        checkpoint.save(tmp_path / "a.orbax", tensors)
+    assert not list(tmp_path.iterdir())
+
+
+# Where one array cannot be read, orbax does not wait for the others, which then find no event loop.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_damaged_directories(tmp_path: Path, refusal: Callable[[Path], str], thorough: bool) -> None:
+    path = tmp_path / "a.orbax"
+    checkpoint.save(path, {"x": np.arange(1000.0), "y": np.ones(3)})
+    files = {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}
+    for file, data in files.items():
+        if file.name in ("_CHECKPOINT_METADATA", "commit_success.txt"):  # for orbax's managers
+            continue
+        for damage in (None, b"", data[: len(data) // 2]):
+            file.unlink()
+            if damage is not None:
+                file.write_bytes(damage)
+            try:  # orbax keeps some files twice
+                assert checkpoint.load(path).keys() == {"x", "y"}
+            except CheckpointError:
+                assert "orbax" in refusal(path)
+            file.write_bytes(data)
+    random = np.random.RandomState(0)
+    for _ in range(1000 if thorough else 20):
+        file = random.choice(sorted(files))
+        changed = bytearray(files[file])
+        changed[random.randint(len(changed))] ^= 1 << random.randint(8)
+        file.write_bytes(changed)
+        with contextlib.suppress(CheckpointError):
+            checkpoint.load(path)
+        file.write_bytes(files[file])
+    (path / "_METADATA").write_text("{}")
+    assert "a damaged orbax checkpoint" in refusal(path)
+    (path / "_METADATA").unlink()
+    assert refusal(path) == "a directory, but no orbax checkpoint"
+
+
+def test_an_array_far_larger_than_its_files(tmp_path: Path, refusal: Callable[[Path], str]) -> None:
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "bomb", {"x": np.zeros(10_000_000)})
+    assert re.fullmatch(r"a bomb: its tensors have 80000000 bytes, in files of \d{4,5}", refusal(tmp_path / "bomb"))
+
+
+def test_leaves_that_are_no_arrays(tmp_path: Path, refusal: Callable[[Path], str]) -> None:
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "a", {"x": np.ones(2), "name": "GRU"})
+    assert refusal(tmp_path / "a") == "name is of type string, not an array"
+    metadata = json.loads((tmp_path / "a" / "_METADATA").read_text())
+    assert "('name',)" in metadata["tree_metadata"]
