@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
+from flax import linen, nnx
 
 import jaxrnn
 from jaxrnn.checkpoint import CheckpointError
@@ -35,6 +35,53 @@ class Model(nnx.Module):
         x = self.norm(self.conv(self.embedding(tokens)))
         x = self.group(self.upsample(x))
         return self.head(self.layer(self.encoder(x)[0]))
+
+
+class LinenModel(linen.Module):
+    """The same, for Flax's other API."""
+
+    def setup(self) -> None:
+        self.embedding = linen.Embed(11, 6, param_dtype=F)
+        self.conv = linen.Conv(8, (3,), padding="VALID", feature_group_count=2, param_dtype=F)
+        self.norm = linen.BatchNorm(use_running_average=True, epsilon=1e-5, param_dtype=F)
+        self.upsample = linen.ConvTranspose(6, (4,), (2,), padding="VALID", param_dtype=F)
+        self.group = linen.GroupNorm(3, epsilon=1e-5, use_fast_variance=False, param_dtype=F)
+        self.encoder = jaxrnn.linen.LSTM(6, 5, 2, batch_first=True, bidirectional=True, proj_size=3, param_dtype=F)
+        self.layer = linen.LayerNorm(epsilon=1e-5, use_fast_variance=False, param_dtype=F)
+        self.head = linen.Sequential(
+            [linen.Dense(4, param_dtype=F), linen.relu, linen.Dense(2, use_bias=False, param_dtype=F)]
+        )
+
+    def __call__(self, tokens: Any) -> Any:
+        x = self.norm(self.conv(self.embedding(tokens)))
+        x = self.group(self.upsample(x))
+        return self.head(self.layer(self.encoder(x)[0]))
+
+
+class Linen:
+    """A Linen module with its variables, called as an NNX one is."""
+
+    def __init__(self, module: linen.Module, x: Any) -> None:
+        self.module, self.x = module, x
+        # Running statistics too, which Linen's BatchNorm adds its epsilon to in their own dtype.
+        self.variables = jax.tree.map(lambda array: array.astype(F), module.init(jax.random.key(0), x))
+
+    def __call__(self, x: Any) -> Any:
+        return self.module.apply(self.variables, x)
+
+
+def _load(ours: Any, tensors: dict, prefix: str = "") -> tuple[list[str], list[str]]:
+    if isinstance(ours, nnx.Module):
+        return jaxrnn.load_state_dict(ours, tensors, prefix)
+    load = jaxrnn.checkpoint.linen.load_state_dict
+    ours.variables, missing, unexpected = load(ours.module, ours.variables, tensors, ours.x, prefix=prefix)
+    return missing, unexpected
+
+
+def _state_dict(ours: Any) -> dict[str, np.ndarray]:
+    if isinstance(ours, nnx.Module):
+        return jaxrnn.state_dict(ours)
+    return jaxrnn.checkpoint.linen.state_dict(ours.module, ours.variables, ours.x)
 
 
 def _theirs(torch: types.ModuleType) -> Any:
@@ -75,14 +122,15 @@ def _flaxs_norms_mix_dtypes() -> Iterator[None]:
 
 @pytest.mark.torch
 @pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
-def test_a_whole_model_both_ways(torch: types.ModuleType) -> None:
-    theirs, ours = _theirs(torch), Model(nnx.Rngs(0))
-    tensors = theirs.state_dict()
-    assert jaxrnn.load_state_dict(ours, {f"module.{name}": t for name, t in tensors.items()}, "module.") == ([], [])
+@pytest.mark.parametrize("api", ["nnx", "linen"])
+def test_a_whole_model_both_ways(torch: types.ModuleType, api: str) -> None:
     tokens = np.random.RandomState(0).randint(0, 11, (3, 9))
+    theirs, ours = _theirs(torch), Model(nnx.Rngs(0)) if api == "nnx" else Linen(LinenModel(), tokens)
+    tensors = theirs.state_dict()
+    assert _load(ours, {f"module.{name}": t for name, t in tensors.items()}, "module.") == ([], [])
     np.testing.assert_allclose(ours(tokens), theirs(torch.tensor(tokens)).detach().numpy(), rtol=0, atol=1e-12)
 
-    back = jaxrnn.state_dict(ours)
+    back = _state_dict(ours)
     assert list(back) == [name for name in tensors if "num_batches_tracked" not in name]
     for name, value in back.items():
         np.testing.assert_array_equal(value, tensors[name].numpy(), err_msg=name)
@@ -96,51 +144,58 @@ def test_a_whole_model_both_ways(torch: types.ModuleType) -> None:
     assert torch.equal(fresh(torch.tensor(tokens)), theirs(torch.tensor(tokens)))
 
 
+# torch's, NNX's and Linen's.
 LAYERS = {
     "Conv2d": (
         lambda nn: nn.Conv2d(4, 6, (2, 3), stride=(1, 2), groups=2),
         lambda rngs: nnx.Conv(4, 6, (2, 3), (1, 2), padding="VALID", feature_group_count=2, param_dtype=F, rngs=rngs),
+        linen.Conv(6, (2, 3), (1, 2), padding="VALID", feature_group_count=2, param_dtype=F),
     ),
     "ConvTranspose2d": (
-        lambda nn: nn.ConvTranspose2d(4, 6, (2, 3), stride=(1, 2)),
-        lambda rngs: nnx.ConvTranspose(4, 6, (2, 3), (1, 2), padding="VALID", param_dtype=F, rngs=rngs),
+        lambda nn: nn.ConvTranspose2d(4, 4, (2, 3), stride=(1, 2)),
+        lambda rngs: nnx.ConvTranspose(4, 4, (2, 3), (1, 2), padding="VALID", param_dtype=F, rngs=rngs),
+        linen.ConvTranspose(4, (2, 3), (1, 2), padding="VALID", param_dtype=F),
     ),
     "ConvTranspose2d, transpose_kernel": (
         lambda nn: nn.ConvTranspose2d(4, 6, (2, 3), stride=(1, 2)),
         lambda rngs: nnx.ConvTranspose(
             4, 6, (2, 3), (1, 2), padding="VALID", transpose_kernel=True, param_dtype=F, rngs=rngs
         ),
+        linen.ConvTranspose(6, (2, 3), (1, 2), padding="VALID", transpose_kernel=True, param_dtype=F),
     ),
     "InstanceNorm2d": (
         lambda nn: nn.InstanceNorm2d(4, affine=True),
         lambda rngs: nnx.InstanceNorm(4, epsilon=1e-5, use_fast_variance=False, param_dtype=F, rngs=rngs),
+        linen.InstanceNorm(epsilon=1e-5, use_fast_variance=False, param_dtype=F),
     ),
 }
 
 
 @pytest.mark.torch
+@pytest.mark.parametrize("api", ["nnx", "linen"])
 @pytest.mark.parametrize("name", LAYERS)
-def test_layers_on_images(torch: types.ModuleType, name: str) -> None:
-    make_theirs, make_ours = LAYERS[name]
-    theirs, ours = make_theirs(torch.nn).double(), make_ours(nnx.Rngs(0))
+def test_layers_on_images(torch: types.ModuleType, name: str, api: str) -> None:
+    x = np.random.RandomState(0).randn(2, 7, 8, 4)
+    make_theirs, make_nnx, linen_module = LAYERS[name]
+    theirs, ours = make_theirs(torch.nn).double(), make_nnx(nnx.Rngs(0)) if api == "nnx" else Linen(linen_module, x)
     with torch.no_grad():
         for parameter in theirs.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
-    jaxrnn.load_state_dict(ours, theirs.state_dict())
-    x = np.random.RandomState(0).randn(2, 7, 8, 4)
+    _load(ours, theirs.state_dict())
     expected = theirs(torch.tensor(x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1).detach().numpy()
     np.testing.assert_allclose(ours(x), expected, rtol=0, atol=1e-12)
-    for key, value in jaxrnn.state_dict(ours).items():
+    for key, value in _state_dict(ours).items():
         np.testing.assert_array_equal(value, theirs.state_dict()[key].numpy(), strict=True)
 
 
 @pytest.mark.torch
 def test_rms_norm(torch: types.ModuleType) -> None:
-    theirs, ours = torch.nn.RMSNorm(5, eps=1e-6).double(), nnx.RMSNorm(5, param_dtype=F, rngs=nnx.Rngs(0))
-    jaxrnn.load_state_dict(ours, {"weight": np.arange(5.0)})
-    theirs.load_state_dict({"weight": torch.arange(5.0)})
     x = np.random.RandomState(0).randn(3, 5)
-    np.testing.assert_allclose(ours(x), theirs(torch.tensor(x)).detach().numpy(), rtol=0, atol=1e-12)
+    theirs = torch.nn.RMSNorm(5, eps=1e-6).double()
+    theirs.load_state_dict({"weight": torch.arange(5.0)})
+    for ours in (nnx.RMSNorm(5, param_dtype=F, rngs=nnx.Rngs(0)), Linen(linen.RMSNorm(param_dtype=F), x)):
+        _load(ours, {"weight": np.arange(5.0)})
+        np.testing.assert_allclose(ours(x), theirs(torch.tensor(x)).detach().numpy(), rtol=0, atol=1e-12)
 
 
 def test_misfits_are_said_in_torchs_layout() -> None:

@@ -157,3 +157,13 @@ def test_what_is_no_tensor_of_numbers() -> None:
 def test_an_error_is_a_value_error() -> None:
     with pytest.raises(ValueError, match="GRUCell"):
         jaxrnn.load_state_dict(_make("GRUCell", {}), {})
+
+
+def test_numbers_that_are_not_finite_are_loaded_with_a_warning() -> None:
+    cell = _make("GRUCell", {})
+    tensors = jaxrnn.state_dict(cell)
+    tensors["bias_ih"] = tensors["bias_ih"].copy()
+    tensors["bias_ih"][2] = np.inf
+    with pytest.warns(UserWarning, match="^GRUCell: NaN or infinite numbers in bias_ih$"):
+        assert jaxrnn.load_state_dict(cell, tensors) == ([], [])
+    assert cell.bias_ih[2] == np.inf

@@ -1,5 +1,6 @@
 """Checkpoints: files to tensors by name, and those into Flax modules, and back."""
 
+from jaxrnn.checkpoint import linen
 from jaxrnn.checkpoint.errors import CheckpointError
 from jaxrnn.checkpoint.files import load
 from jaxrnn.checkpoint.find import FoundRNN, find_rnns
@@ -13,6 +14,7 @@ __all__ = [
     "find_rnns",
     "fold",
     "from_torch",
+    "linen",
     "load",
     "load_state_dict",
     "save",

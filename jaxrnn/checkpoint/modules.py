@@ -1,25 +1,22 @@
-"""Tensors by name into and out of Flax modules, and torch's modules into ours."""
+"""Tensors by name into and out of NNX modules, and torch's modules into ours."""
 
 import inspect
 import sys
+import warnings
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 import jaxrnn.nnx
-from jaxrnn.checkpoint.arrays import NO_NUMBERS, dtype_of, to_numpy
-from jaxrnn.checkpoint.errors import CheckpointError
+from jaxrnn.checkpoint.arrays import dtype_of
+from jaxrnn.checkpoint.fit import Parameter, fit
 from jaxrnn.checkpoint.layers import Entry, entries, ignored
-from jaxrnn.checkpoint.names import as_named, fold
 from jaxrnn.spec import CellSpec, Spec
 
 _CLASSES = ("RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell")
-# Kinds of dtype: within one a value is cast, as torch does; an integer or complex weight is a mistake.
-_KINDS = (jnp.floating, jnp.complexfloating, jnp.integer, jnp.bool_)
 
 
 def load_state_dict(
@@ -50,6 +47,9 @@ def load_state_dict(
         CheckpointError: a shape or a kind of dtype that does not fit, or with `strict` a missing or unexpected key;
             the message names every one.
 
+    Warns:
+        UserWarning: a tensor with NaN or infinite numbers, which is loaded all the same.
+
     >>> import jaxrnn
     >>> from flax import nnx
     >>> lstm = jaxrnn.LSTM(10, 20, rngs=nnx.Rngs(0))
@@ -59,29 +59,13 @@ def load_state_dict(
     >>> jaxrnn.load_state_dict(jaxrnn.LSTM(10, 20, bias=False, rngs=nnx.Rngs(1)), tensors, "encoder.", strict=False)
     ([], ['bias_ih_l0', 'bias_hh_l0'])
     """
-    params, ignored = _params(module)
-    values = {key.removeprefix(prefix): value for key, value in fold(tensors).items() if key.startswith(prefix)}
-    values = as_named(params, values)
-    missing = [name for name in params if name not in values]
-    unexpected = [name for name in values if name not in params and name not in ignored]
-    problems = [f"{name} is missing" for name in missing if strict]
-    problems += [f"{name} is unexpected" for name in unexpected if strict]
-    loaded = {}
-    for name in [name for name in params if name in values]:
-        try:
-            loaded[name] = _fitted(name, values[name], params[name])
-        except CheckpointError as error:
-            problems.append(str(error).partition("\n")[0])
-    if problems:
-        under = f" under the prefix {prefix!r}" if prefix else ""
-        remedy = "jaxrnn.checkpoint.find_rnns(tensors) lists prefixes and sizes"
-        if missing or unexpected:
-            remedy += "; strict=False allows missing and unexpected keys"
-        lines = [f"{type(module).__name__}: the tensors{under} do not fit:", *problems]
-        raise CheckpointError("\n  ".join(lines) + f"\n{remedy}")
-    for name, value in loaded.items():
-        params[name].variable.set_value(value)
-    return missing, unexpected
+    params, names = _params(module)
+    found = fit(type(module).__name__, params, names, tensors, prefix, strict)
+    if found.warning:
+        warnings.warn(f"{type(module).__name__}: {found.warning}", stacklevel=2)
+    for name, array in found.arrays.items():
+        params[name].place.set_value(array)
+    return found.missing, found.unexpected
 
 
 def state_dict(module: nnx.Module) -> dict[str, np.ndarray]:
@@ -108,10 +92,7 @@ def state_dict(module: nnx.Module) -> dict[str, np.ndarray]:
     >>> list(jaxrnn.state_dict(model))
     ['0.weight_ih', '0.weight_hh', '0.bias_ih', '0.bias_hh', '1.weight', '1.bias']
     """
-    return {
-        name: np.array(param.entry.to_torch(to_numpy(name, param.variable.get_value()), param.layer), order="C")
-        for name, param in _params(module)[0].items()
-    }
+    return {name: param.to_torch(name) for name, param in _params(module)[0].items()}
 
 
 def from_torch(torch_module: Any, rngs: nnx.Rngs | None = None) -> nnx.Module:
@@ -156,24 +137,10 @@ def from_torch(torch_module: Any, rngs: nnx.Rngs | None = None) -> nnx.Module:
     return module
 
 
-class _Parameter(NamedTuple):
-    """A variable, the layer that it is of, and how it is laid out in torch."""
-
-    variable: nnx.Variable
-    layer: Any
-    entry: Entry
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape in torch."""
-        there = np.broadcast_to(np.zeros(()), jnp.shape(self.variable.get_value()))
-        return self.entry.to_torch(there, self.layer).shape
-
-
-def _params(node: object, prefix: str = "", above: tuple[int, ...] = ()) -> tuple[dict[str, _Parameter], set[str]]:
+def _params(node: object, prefix: str = "", above: tuple[int, ...] = ()) -> tuple[dict[str, Parameter], set[str]]:
     """Every parameter under a node by its dotted name, in torch's order; and the names there that mean nothing here."""
-    params: dict[str, _Parameter] = {}
-    below: dict[str, _Parameter] = {}
+    params: dict[str, Parameter] = {}
+    below: dict[str, Parameter] = {}
     names = {prefix + name for name in ignored(node)}
     children = dict(_children(node)) if id(node) not in above else {}
     known = {entry.attribute: entry for entry in entries(node)}
@@ -182,7 +149,7 @@ def _params(node: object, prefix: str = "", above: tuple[int, ...] = ()) -> tupl
         if isinstance(child, nnx.Param) or (name in known and isinstance(child, nnx.Variable)):
             if child.get_raw_value() is not None:
                 entry = known.get(name, Entry(name, name))
-                params[prefix + entry.name] = _Parameter(child, node, entry)
+                params[prefix + entry.name] = Parameter(child, child.get_value(), node, entry)
         else:
             deeper, more = _params(child, f"{prefix}{name}.", (*above, id(node)))
             below |= deeper
@@ -203,21 +170,3 @@ def _children(node: object) -> list[tuple[str, Any]]:
     if isinstance(node, list | tuple):
         return [(str(index), value) for index, value in enumerate(node)]
     return []
-
-
-def _fitted(name: str, value: Any, param: _Parameter) -> jax.Array:
-    """`value` in the layout and dtype, and on the devices, of the parameter's present value."""
-    present = param.variable.get_value()
-    dtype, wanted = dtype_of(value), jnp.result_type(present)
-    if dtype == NO_NUMBERS:
-        return jnp.asarray(to_numpy(name, value))  # which says what it is instead
-    if tuple(value.shape) != param.shape or not any(
-        jnp.issubdtype(dtype, kind) and jnp.issubdtype(wanted, kind) for kind in _KINDS
-    ):
-        raise CheckpointError(f"{name} is {dtype} {tuple(value.shape)}, should be {wanted} {param.shape}")
-    # Out of range becomes infinite without a warning, as in torch's copy_.
-    with np.errstate(over="ignore"):
-        array = param.entry.to_flax(to_numpy(name, value), param.layer).astype(wanted)
-    if isinstance(present, jax.Array) and present.committed:
-        return jax.device_put(array, present.sharding)
-    return jnp.asarray(array)

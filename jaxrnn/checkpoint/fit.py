@@ -1,0 +1,123 @@
+"""Tensors by name fitted to the parameters of a Flax module of either API: names, layouts and dtypes."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxrnn.checkpoint.arrays import NO_NUMBERS, dtype_of, to_numpy
+from jaxrnn.checkpoint.errors import CheckpointError, listed
+from jaxrnn.checkpoint.layers import Entry
+from jaxrnn.checkpoint.names import as_named, fold
+
+# Kinds of dtype: within one a value is cast, as torch does; an integer or complex weight is a mistake.
+_KINDS = (jnp.floating, jnp.complexfloating, jnp.integer, jnp.bool_)
+
+
+class Parameter(NamedTuple):
+    """A parameter of a Flax module.
+
+    Attributes:
+        place: what the API knows it by: an nnx.Variable, or the path in Linen's variables.
+        value: its present array.
+        layer: the module that it belongs to.
+        entry: how it is named and laid out in torch.
+    """
+
+    place: Any
+    value: Any
+    layer: Any
+    entry: Entry
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape in torch."""
+        there = np.broadcast_to(np.zeros(()), jnp.shape(self.value))
+        return self.entry.to_torch(there, self.layer).shape
+
+    def to_torch(self, name: str) -> np.ndarray:
+        """A copy as torch lays it out."""
+        return np.array(self.entry.to_torch(to_numpy(name, self.value), self.layer), order="C")
+
+
+class Fit(NamedTuple):
+    """Tensors for parameters.
+
+    Attributes:
+        arrays: by the parameters' names, each as the parameter is laid out.
+        missing: the names of parameters for which there is no tensor.
+        unexpected: the tensors' names that no parameter has.
+        odd: names whose numbers are not all finite.
+    """
+
+    arrays: dict[str, jax.Array]
+    missing: list[str]
+    unexpected: list[str]
+    odd: list[str]
+
+    @property
+    def warning(self) -> str:
+        """What is to be warned of, if anything."""
+        return f"NaN or infinite numbers in {listed(self.odd)}" if self.odd else ""
+
+
+def fit(
+    owner: str,
+    params: Mapping[str, Parameter],
+    ignored: set[str],
+    tensors: Mapping[str, Any],
+    prefix: str,
+    strict: bool,
+) -> Fit:
+    """Find and convert a tensor for each parameter.
+
+    Args:
+        owner: whose parameters they are, for the message.
+        params: by their names in torch.
+        ignored: names that torch has and that mean nothing here.
+        tensors, prefix, strict: as for `jaxrnn.load_state_dict`.
+
+    Raises:
+        CheckpointError: as `jaxrnn.load_state_dict`.
+    """
+    values = {key.removeprefix(prefix): value for key, value in fold(tensors).items() if key.startswith(prefix)}
+    values = as_named(params, values)
+    missing = [name for name in params if name not in values]
+    unexpected = [name for name in values if name not in params and name not in ignored]
+    problems = [f"{name} is missing" for name in missing if strict]
+    problems += [f"{name} is unexpected" for name in unexpected if strict]
+    arrays, odd = {}, []
+    for name in [name for name in params if name in values]:
+        try:
+            arrays[name], finite = _fitted(name, values[name], params[name])
+            odd += [] if finite else [name]
+        except CheckpointError as error:
+            problems.append(str(error).partition("\n")[0])
+    if problems:
+        under = f" under the prefix {prefix!r}" if prefix else ""
+        remedy = "jaxrnn.checkpoint.find_rnns(tensors) lists prefixes and sizes"
+        if missing or unexpected:
+            remedy += "; strict=False allows missing and unexpected keys"
+        raise CheckpointError("\n  ".join([f"{owner}: the tensors{under} do not fit:", *problems]) + f"\n{remedy}")
+    return Fit(arrays, missing, unexpected, odd)
+
+
+def _fitted(name: str, value: Any, param: Parameter) -> tuple[jax.Array, bool]:
+    """`value` in the layout and dtype, and on the devices, of the parameter's present one; and whether it is finite."""
+    dtype, wanted = dtype_of(value), jnp.result_type(param.value)
+    if dtype == NO_NUMBERS:
+        to_numpy(name, value)  # which says what it is instead
+    if tuple(value.shape) != param.shape or not any(
+        jnp.issubdtype(dtype, kind) and jnp.issubdtype(wanted, kind) for kind in _KINDS
+    ):
+        raise CheckpointError(f"{name} is {dtype} {tuple(value.shape)}, should be {wanted} {param.shape}")
+    array = to_numpy(name, value)
+    finite = not jnp.issubdtype(dtype, jnp.inexact) or bool(np.isfinite(array).all())
+    # Out of range becomes infinite without a warning, as in torch's copy_.
+    with np.errstate(over="ignore"):
+        array = param.entry.to_flax(array, param.layer).astype(wanted)
+    if isinstance(param.value, jax.Array) and param.value.committed:
+        return jax.device_put(array, param.value.sharding), finite
+    return jnp.asarray(array), finite

@@ -1,0 +1,185 @@
+"""Tensors by name into and out of the variables of a Linen module."""
+
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+from flax import linen
+from flax.core import FrozenDict, freeze, unfreeze
+from flax.core.meta import AxisMetadata
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from jaxrnn.checkpoint.fit import Parameter, fit
+from jaxrnn.checkpoint.layers import Entry, entries, ignored
+from jaxrnn.spec import CellSpec, Spec
+
+Path = tuple[str, ...]
+
+
+class Loaded(NamedTuple):
+    """What `load_state_dict` returns.
+
+    Attributes:
+        variables: the new variables, a tree as the one given.
+        missing: the names of parameters that `tensors` has not.
+        unexpected: keys of `tensors`, without the prefix, that are no parameter.
+    """
+
+    variables: Any
+    missing: list[str]
+    unexpected: list[str]
+
+
+def load_state_dict(
+    module: linen.Module,
+    variables: Mapping[str, Any],
+    tensors: Mapping[str, Any],
+    *args: Any,
+    prefix: str = "",
+    strict: bool = True,
+    **kwargs: Any,
+) -> Loaded:
+    """Load tensors by torch's names into a Linen module's variables: `jaxrnn.load_state_dict` for Flax's other API.
+
+    Args:
+        module: any flax.linen module, in which submodules have the names that they have in torch: attributes that are
+            set in `setup`, lists and dicts of them included, or `name=` in a compact call.
+        variables: its variables, as from `module.init`: "params" and, for BatchNorm, "batch_stats".
+        tensors, prefix, strict: as for `jaxrnn.load_state_dict`.
+        args, kwargs: what `module.apply` takes beside the variables. The call, in which only shapes are computed, shows
+            what kind of layer each submodule is, such as a Conv or a ConvTranspose.
+
+    Returns:
+        New variables, and the missing and the unexpected names, as `Loaded`.
+
+    Raises:
+        CheckpointError: as `jaxrnn.load_state_dict`.
+
+    >>> import jax, jax.numpy as jnp, jaxrnn
+    >>> from flax import linen
+    >>> model = linen.Sequential([linen.Dense(4), jaxrnn.linen.GRU(4, 5, batch_first=True)])
+    >>> x = jnp.ones((2, 7, 3))
+    >>> tensors = jaxrnn.checkpoint.linen.state_dict(model, model.init(jax.random.key(0), x), x)
+    >>> list(tensors)
+    ['0.weight', '0.bias', '1.weight_ih_l0', '1.weight_hh_l0', '1.bias_ih_l0', '1.bias_hh_l0']
+    >>> tensors["0.weight"].shape
+    (4, 3)
+    >>> variables = model.init(jax.random.key(1), x)
+    >>> variables = jaxrnn.checkpoint.linen.load_state_dict(model, variables, tensors, x).variables
+    """
+    params, names = _params(module, variables, args, kwargs)
+    found = fit(type(module).__name__, params, names, tensors, prefix, strict)
+    if found.warning:
+        warnings.warn(f"{type(module).__name__}: {found.warning}", stacklevel=2)
+    flat = _flat(variables)
+    for name, array in found.arrays.items():
+        box = flat[params[name].place]
+        flat[params[name].place] = box.replace_boxed(array) if isinstance(box, AxisMetadata) else array
+    tree = unflatten_dict(flat)
+    return Loaded(freeze(tree) if isinstance(variables, FrozenDict) else tree, found.missing, found.unexpected)
+
+
+def state_dict(module: linen.Module, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
+    """A Linen module's parameters by torch's names and in torch's layouts: `jaxrnn.state_dict` for Flax's other API.
+
+    The order is that in which the submodules are called.
+
+    Args:
+        module, variables, args, kwargs: as for `load_state_dict`.
+
+    Returns:
+        A dict from name to a NumPy copy, of the parameter's dtype, and its shape in torch.
+
+    An example is at `load_state_dict`.
+    """
+    return {name: param.to_torch(name) for name, param in _params(module, variables, args, kwargs)[0].items()}
+
+
+def _flat(variables: Mapping[str, Any]) -> dict[Path, Any]:
+    tree = unfreeze(variables) if isinstance(variables, FrozenDict) else dict(variables)
+    return flatten_dict(tree, keep_empty_nodes=True)
+
+
+def _params(
+    module: linen.Module, variables: Mapping[str, Any], args: tuple, kwargs: dict
+) -> tuple[dict[str, Parameter], set[str]]:
+    """Every parameter by its name in torch; and the names there that mean nothing here."""
+    layers = _layers(module, variables, args, kwargs)
+    prefixes = {path: "".join(f"{name}." for name in _renamed(path, layers)) for path in layers}
+    names = {prefixes[path] + name for path, layer in layers.items() for name in ignored(layer.module)}
+    found: dict[Path, dict[str, Parameter]] = {path: {} for path in layers}
+    for place, value in _flat(variables).items():
+        collection, path, attribute = place[0], place[1:-1], place[-1]
+        layer = layers[path].module if path in layers else None
+        entry = next((entry for entry in entries(layer) if entry.attribute == attribute), None)
+        if collection == "params" or entry:
+            array = value.unbox() if isinstance(value, AxisMetadata) else value
+            entry = entry or Entry(attribute, attribute)
+            found.setdefault(path, {})[attribute] = Parameter(place, array, layer, entry)
+    params = {}
+    for path, group in found.items():
+        prefix = prefixes[path] if path in prefixes else "".join(f"{name}." for name in path)
+        first = _order(layers[path].module) if path in layers else ()
+        for attribute in [*(name for name in first if name in group), *(name for name in group if name not in first)]:
+            params[prefix + group[attribute].entry.name] = group[attribute]
+    return params, names
+
+
+def _order(layer: linen.Module) -> list[str]:
+    """The attributes of a layer that is known, in torch's order."""
+    spec = getattr(layer, "spec", None)
+    own = list(spec.shapes()) if isinstance(spec, Spec | CellSpec) else []
+    return own + [entry.attribute for entry in entries(layer)]
+
+
+class _Layer(NamedTuple):
+    """A submodule, and what torch calls those of its own whose names Linen makes: from name to name."""
+
+    module: linen.Module
+    names: dict[str, str]
+
+
+def _layers(module: linen.Module, variables: Mapping[str, Any], args: tuple, kwargs: dict) -> dict[Path, _Layer]:
+    """Every submodule that a call runs through, by its path, in the order in which it is reached."""
+    layers: dict[Path, _Layer] = {}
+
+    def note(call: Any, call_args: tuple, call_kwargs: dict, context: linen.module.InterceptorContext) -> Any:
+        layer = context.module
+        layers.setdefault(layer.path, _Layer(layer, {}))  # before those that it calls
+        result = call(*call_args, **call_kwargs)
+        # Now, because what `setup` sets is there after it ran, and not after the whole call.
+        for name, value in vars(layer).items():
+            layers[layer.path].names.update(_numbered(name, value))
+        if isinstance(layer, linen.Sequential):  # which numbers its layers itself, as torch's does
+            for name, number in layers[layer.path].names.items():
+                layers[layer.path].names[name] = number.removeprefix("layers.")
+        return result
+
+    with linen.intercept_methods(note):
+        # A module that asks for another stream of random numbers is given that of params.
+        rngs = {"params": jax.random.key(0)}
+        jax.eval_shape(lambda: module.apply(variables, *args, rngs=rngs, mutable=True, **kwargs))
+    return layers
+
+
+def _numbered(name: str, value: Any) -> Iterator[tuple[str, str]]:
+    """Linen's and torch's names for what is in lists and dicts of submodules."""
+    if isinstance(value, list | tuple):
+        items: Any = enumerate(value)
+    elif isinstance(value, Mapping):
+        items = value.items()
+    else:
+        return
+    for key, item in items:
+        yield f"{name}_{key}", f"{name}.{key}"
+        for below, theirs in _numbered("", item):
+            yield f"{name}_{key}{below}", f"{name}.{key}{theirs}"
+
+
+def _renamed(path: Path, layers: Mapping[Path, _Layer]) -> Path:
+    """A path with torch's names."""
+    return tuple(
+        layers[path[:depth]].names.get(name, name) if path[:depth] in layers else name
+        for depth, name in enumerate(path)
+    )
