@@ -125,7 +125,7 @@ def _found(path: str, tensors: Tensors) -> list[FoundRNN]:
         found = find_rnns(tensors)
     if not found:
         keys = f"its keys: {listed(tensors)}" if tensors else "it has no tensors at all"
-        raise CheckpointError(f"{path}: no torch.nn recurrent weights\n{keys}")
+        raise CheckpointError(f"{path}: no recurrent weights: it has no torch.nn recurrent keys\n{keys}")
     return found
 
 

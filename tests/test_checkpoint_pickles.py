@@ -350,7 +350,19 @@ def _good() -> dict[str, Callable[[np.random.RandomState], bytes]]:
 
 @pytest.mark.parametrize("reader", list(_good()))
 def test_damage_is_a_checkpoint_error_or_harmless(reader: str, thorough: bool, tmp_path: Path) -> None:
-    random, mutate = np.random.RandomState(0), _good()[reader]
+    _fuzz(_good()[reader], thorough, tmp_path)
+
+
+@pytest.mark.torch
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
+def test_damage_in_a_legacy_file(torch: types.ModuleType, thorough: bool, tmp_path: Path) -> None:
+    file = io.BytesIO()
+    torch.save(torch.nn.GRU(1, 2).state_dict(), file, _use_new_zipfile_serialization=False)
+    _fuzz(functools.partial(_mutated, file.getvalue()), thorough, tmp_path)
+
+
+def _fuzz(mutate: Callable[[np.random.RandomState], bytes], thorough: bool, tmp_path: Path) -> None:
+    random = np.random.RandomState(0)
     loaded = 0
     for _ in range(20_000 if thorough else 1000):
         try:

@@ -1,7 +1,4 @@
-import argparse
 import io
-import os
-import pathlib
 import re
 import sys
 import types
@@ -49,26 +46,6 @@ def test_torch_too_old(version, tmp_path, monkeypatch, refusal):
     (tmp_path / "a.pt").write_bytes(LEGACY)
     cause = "reading a file of torch.save from before torch 1.6 needs torch 2.10 or later"
     assert refusal(tmp_path / "a.pt") == f"{cause}, not {version}"
-
-
-@pytest.mark.parametrize(
-    ("entries", "cause"),
-    [
-        ({"data_pkl": b"", "constants_pkl": b""}, "a TorchScript archive"),
-        ({"weight_npy": b"", "bias_npy": b""}, "a NumPy .npz archive"),
-        ({"config_json": b"{}"}, "a zip file, but none of torch.save"),
-    ],
-)
-def test_zip_of_another_kind(entries, cause, tmp_path, refusal):
-    (tmp_path / "a.pt").write_bytes(archive(**entries))
-    assert cause in refusal(tmp_path / "a.pt")
-
-
-def test_zip_bomb(tmp_path, refusal):
-    with zipfile.ZipFile(tmp_path / "a.pt", "w", zipfile.ZIP_DEFLATED) as writer:
-        writer.writestr("model/data.pkl", b"\x80\x02}.")
-        writer.writestr("model/data/0", bytes(10_000_000))
-    assert "its 2 entries inflate to 10000004 bytes" in refusal(tmp_path / "a.pt")
 
 
 def test_damaged_compression(tmp_path, refusal):
@@ -138,42 +115,12 @@ def test_every_tensor_is_a_contiguous_copy(zipped, torch, tmp_path):
 
 
 @pytest.mark.torch
-def test_code_never_runs(zipped, torch, tmp_path, refusal):
-    class Evil:
-        def __reduce__(self) -> tuple[object, tuple[str]]:
-            return os.mkdir, (str(tmp_path / "ran"),)
-
-    torch.save({"x": torch.ones(1), "evil": Evil()}, tmp_path / "a.pt", _use_new_zipfile_serialization=zipped)
-    assert f"{os.name}.mkdir" in refusal(tmp_path / "a.pt")
-    assert not (tmp_path / "ran").exists()
-
-
-@pytest.mark.torch
 def test_torch_loads_weights_only_onto_the_cpu(torch, tmp_path, monkeypatch):
     torch.save({"x": torch.ones(1)}, tmp_path / "a.pt", _use_new_zipfile_serialization=False)
     load, calls = torch.load, []
     monkeypatch.setattr(torch, "load", lambda file, **settings: calls.append(settings) or load(file, **settings))
     checkpoint.load(tmp_path / "a.pt")
     assert calls == [{"map_location": "cpu", "weights_only": True}]
-
-
-@pytest.mark.torch
-def test_what_is_no_flat_dict_of_tensors(zipped, torch, tmp_path, refusal):
-    def save_and_refuse(value: object) -> str:
-        torch.save(value, tmp_path / "a.pt", _use_new_zipfile_serialization=zipped)
-        return refusal(tmp_path / "a.pt")
-
-    lstm = torch.nn.LSTM(1, 2)
-    nested = {"model": lstm.state_dict(), "optimizer": {"state": {}}, "x": torch.ones(1)}
-    assert "nested under model, optimizer" in save_and_refuse(nested)
-    assert "a whole module, not a state_dict" in save_and_refuse(lstm)
-    assert "one tensor, not a dict" in save_and_refuse(torch.ones(3))
-    assert "of type list, not a dict" in save_and_refuse([torch.ones(3)])
-    assert "dicts are nested under optimizer" in save_and_refuse({"optimizer": {"state": {}}})
-    assert "epoch (int), 3 (Tensor)" in save_and_refuse({"x": torch.ones(1), "epoch": 3, 3: torch.ones(1)})
-    assert "argparse.Namespace" in save_and_refuse({"x": torch.ones(1), "args": argparse.Namespace(a=1)})
-    assert "pathlib" in save_and_refuse({"x": torch.ones(1), "path": pathlib.Path("a")})
-    assert "scalar" in save_and_refuse({"x": torch.ones(1), "loss": np.float64(1)})
 
 
 @pytest.mark.torch
@@ -197,7 +144,7 @@ def test_nested_state_dicts(zipped, torch, tmp_path, refusal):
         "trainer.model": "its 'trainer' has no 'model'\nits keys: ema",
         "epoch": "its 'epoch' is of type int, not a dict",
         "trainer.ema.weight": "its 'trainer.ema.weight' is one tensor, not a dict",
-        "trainer": "its 'trainer' holds not tensors alone: dicts are nested under ema\nsay which: key='trainer.ema'",
+        "trainer": "its 'trainer' has dicts nested under ema\nsay which: key='trainer.ema'",
     }.items():
         with pytest.raises(CheckpointError, match=re.escape(cause)):
             checkpoint.load(tmp_path / "a.pt", key=key)
@@ -205,33 +152,13 @@ def test_nested_state_dicts(zipped, torch, tmp_path, refusal):
 
 def test_a_dict_that_holds_itself(tmp_path, refusal):
     (tmp_path / "a.pt").write_bytes(archive(data_pkl=b"\x80\x02}q\x00X\x05\x00\x00\x00modelh\x00s."))
-    assert "dicts are nested under model" in refusal(tmp_path / "a.pt")
+    assert "dicts nested under model" in refusal(tmp_path / "a.pt")
 
 
 def test_safetensors_have_no_keys(tmp_path):
     checkpoint.save(tmp_path / "a.safetensors", {"x": np.ones(1)})
     with pytest.raises(CheckpointError, match="nests no dicts under keys such as 'model'"):
         checkpoint.load(tmp_path / "a.safetensors", key="model")
-
-
-@pytest.mark.torch
-@pytest.mark.filterwarnings("ignore::UserWarning")
-def test_tensors_of_other_kinds(torch, tmp_path, refusal):
-    kinds = {
-        "meta": torch.ones(2, device="meta"),
-        "sparse_coo": torch.ones(2).to_sparse(),
-        "quantized": torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.quint8),
-        "torch.complex32": torch.ones(2, dtype=torch.complex32),
-    }
-    for kind, tensor in kinds.items():
-        torch.save({"a.weight": tensor}, tmp_path / "a.pt")
-        assert refusal(tmp_path / "a.pt") == f"a.weight is a {kind} tensor"
-
-
-@pytest.mark.torch
-def test_expanded_tensor(torch, tmp_path, refusal):
-    torch.save({"a.weight": torch.ones(1).expand(10**12)}, tmp_path / "a.pt")
-    assert "a.weight of shape (1000000000000,) is larger than what is stored" in refusal(tmp_path / "a.pt")
 
 
 @pytest.mark.torch

@@ -99,7 +99,7 @@ def test_a_file_without_recurrent_weights(tmp_path: Path, capsys: pytest.Capture
     path = tmp_path / "head.safetensors"
     checkpoint.save(path, {"head.weight": jnp.ones(3)})
     message = _refused(["inspect", str(path)], capsys)
-    assert "no torch.nn recurrent weights" in message
+    assert "no recurrent weights" in message
     assert "head.weight" in message
 
 

@@ -6,6 +6,7 @@ path, which `opened` puts in front.
 
 import codecs
 import json
+import math
 import os
 import stat
 import sys
@@ -146,6 +147,8 @@ def _read_safetensors(path: Path, key: str | None) -> Tensors:
                 end = max((info["data_offsets"][1] for _, info in _entries(file.read(length))), default=0)
                 there = f"the tensors should have {end} bytes, and {size - length} are there"
                 cause = f"truncated: {there}" if size - length < end else f"trailing bytes: {there}"
+            elif length <= size and (name := _impossible(file.read(length))) is not None:
+                cause = f"its tensor {name} is impossible: {cause}"
             raise CheckpointError(f"a damaged safetensors file, {cause}\n{AGAIN}") from error
         source = Source.of(file)
         tensors: Tensors = {}
@@ -157,6 +160,20 @@ def _read_safetensors(path: Path, key: str | None) -> Tensors:
             dtype = jnp.dtype(SAFETENSORS_DTYPES[info["dtype"]])
             tensors[name] = Stored(source, 8 + length + info["data_offsets"][0], dtype, tuple(info["shape"]))
         return tensors if sys.byteorder == "little" else {name: read(v).byteswap() for name, v in tensors.items()}
+
+
+def _impossible(header: bytes) -> str | None:
+    """The name of the first tensor that cannot be as a header says, by itself, if there is one."""
+    try:
+        for name, info in _entries(header):
+            sizes, (begin, end) = info["shape"], info["data_offsets"]
+            dtype = SAFETENSORS_DTYPES.get(info["dtype"])
+            whole = all(type(n) is int and 0 <= n < 1 << 63 for n in (*sizes, begin, end))
+            if not whole or (dtype and math.prod(sizes) * jnp.dtype(dtype).itemsize != end - begin):
+                return name
+    except (ValueError, TypeError, KeyError, RecursionError):  # it is not even the outline of a header
+        pass
+    return None
 
 
 def _entries(header: bytes) -> list[tuple[str, dict[str, Any]]]:

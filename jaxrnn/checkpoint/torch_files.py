@@ -119,7 +119,8 @@ def _choose(checkpoint: Any, key: str | None, is_tensor: Callable[[Any], bool]) 
             first.append(str(_dicts(value)[0]))
             value = value[_dicts(value)[0]]
         remedy = f"say which: key={'.'.join(first)!r}, on the command line --key"
-        raise CheckpointError(f"{_at(path)} holds not tensors alone: dicts are nested under {listed(nested)}\n{remedy}")
+        cause = f"no recurrent weights, or not alone: {_at(path)} has dicts nested under {listed(nested)}"
+        raise CheckpointError(f"{cause}\n{remedy}")
     others = [
         f"{name} ({'Tensor' if is_tensor(value) else type(value).__name__})"
         for name, value in checkpoint.items()
@@ -137,7 +138,7 @@ def _dicts(value: dict) -> list[Any]:
 def _check_dict(value: Any, path: list[str], is_tensor: Callable[[Any], bool]) -> None:
     if not isinstance(value, dict):
         what = "one tensor" if is_tensor(value) else f"of type {type(value).__name__}"
-        raise CheckpointError(f"{_at(path)} is {what}, not a dict of tensors\n{STATE_DICT}")
+        raise CheckpointError(f"no recurrent weights: {_at(path)} is {what}, not a dict of tensors\n{STATE_DICT}")
 
 
 def _at(path: list[str]) -> str:
