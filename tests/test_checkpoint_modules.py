@@ -1,7 +1,9 @@
 """Between tensors by name and modules: round trips bit for bit, every misfit in one error, and torch's live modules."""
 
+import sys
 import types
 import warnings
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -62,6 +64,40 @@ def test_torch_and_back(torch: types.ModuleType, name: str, settings: dict, dtyp
     other = _make(name, settings, 1, jnp.dtype(dtype))
     jaxrnn.load_state_dict(other, dict(theirs.named_parameters()))
     assert _bytes(jaxrnn.state_dict(other)) == _bytes(tensors)
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16", "float16"])
+@pytest.mark.parametrize(("name", "settings"), KINDS)
+def test_from_file_to_file_without_torch(
+    torch: types.ModuleType, name: str, settings: dict, dtype: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """torch saves; what it saved goes through our module and back into each format where torch cannot be imported."""
+    theirs = getattr(torch.nn, name)(3, 4, **settings, dtype=getattr(torch, dtype))
+    tensors = theirs.state_dict()
+    views = torch.cat([value.flatten() for value in tensors.values()]).split([v.numel() for v in tensors.values()])
+    layouts = {
+        "plain": tensors,
+        "one storage": {key: v.view(tensors[key].shape) for key, v in zip(tensors, views, strict=True)},
+        "transposed": {key: v.T.contiguous().T if v.ndim == 2 else v for key, v in tensors.items()},
+    }
+    for layout, saved in layouts.items():
+        torch.save({"state_dict": saved, "epoch": 3}, tmp_path / f"{layout}.pt")
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "torch", None)
+        for layout in layouts:
+            ours = _make(name, settings, 1, jnp.dtype(dtype))
+            assert jaxrnn.load_state_dict(ours, jaxrnn.checkpoint.load(tmp_path / f"{layout}.pt")) == ([], [])
+            tensors = jaxrnn.state_dict(ours)
+            for suffix in ("pt", "safetensors", "orbax"):
+                jaxrnn.checkpoint.save(tmp_path / f"out.{suffix}", tensors)
+                tensors = jaxrnn.checkpoint.load(tmp_path / f"out.{suffix}")
+            jaxrnn.checkpoint.save(tmp_path / f"{layout} back.pt", tensors)
+    for layout in layouts:
+        back = getattr(torch.nn, name)(3, 4, **settings, dtype=getattr(torch, dtype))
+        back.load_state_dict(torch.load(tmp_path / f"{layout} back.pt", weights_only=True), strict=True)
+        for key, value in theirs.state_dict().items():
+            assert torch.equal(back.state_dict()[key], value)
 
 
 @pytest.mark.torch
