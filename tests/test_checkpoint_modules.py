@@ -203,3 +203,29 @@ def test_numbers_that_are_not_finite_are_loaded_with_a_warning() -> None:
     with pytest.warns(UserWarning, match="^GRUCell: NaN or infinite numbers in bias_ih$"):
         assert jaxrnn.load_state_dict(cell, tensors) == ([], [])
     assert cell.bias_ih[2] == np.inf
+
+
+def test_tied_weights() -> None:
+    class Tied(nnx.Module):
+        def __init__(self) -> None:
+            self.one = _make("GRUCell", {"bias": False})
+            self.other = _make("GRUCell", {"bias": False}, seed=1)
+            self.other.weight_ih = self.one.weight_ih
+
+    model = Tied()
+    tensors = {name: value + 1 for name, value in jaxrnn.state_dict(model).items()}
+    assert len(tensors) == 4
+    for kept in (tensors, {name: value for name, value in tensors.items() if name != "one.weight_ih"}):
+        assert jaxrnn.load_state_dict(model, kept) == ([], [])
+        assert model.one.weight_ih is model.other.weight_ih
+        np.testing.assert_array_equal(model.one.weight_ih[...], tensors["one.weight_ih"])
+    different = {**tensors, "one.weight_ih": tensors["one.weight_ih"] + 1}
+    with pytest.raises(jaxrnn.CheckpointError, match=r"one\.weight_ih and other\.weight_ih are one parameter here"):
+        jaxrnn.load_state_dict(model, different)
+    del tensors["one.weight_ih"], tensors["other.weight_ih"]
+    with pytest.raises(jaxrnn.CheckpointError, match=r"  one\.weight_ih is missing\n  other\.weight_ih is missing\n"):
+        jaxrnn.load_state_dict(model, tensors)
+    cell = _make("GRUCell", {"bias": False})
+    tensors = jaxrnn.state_dict(cell)
+    with pytest.raises(jaxrnn.CheckpointError, match=r"  copy is unexpected: it equals weight_hh\n"):
+        jaxrnn.load_state_dict(cell, {**tensors, "copy": tensors["weight_hh"]})

@@ -1,5 +1,6 @@
 """Tensors by name fitted to the parameters of a Flax module of either API: names, layouts and dtypes."""
 
+import hashlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -84,12 +85,26 @@ def fit(
     """
     values = {key.removeprefix(prefix): value for key, value in fold(tensors).items() if key.startswith(prefix)}
     values = as_named(params, values)
-    missing = [name for name in params if name not in values]
+    given = [name for name in params if name in values]
+    # Of a tied weight, which has several names here, some formats keep one.
+    first: dict[int, str] = {}
+    for name in given:
+        first.setdefault(id(params[name].place), name)
+    missing = [name for name in params if name not in values and id(params[name].place) not in first]
     unexpected = [name for name in values if name not in params and name not in ignored]
     problems = [f"{name} is missing" for name in missing if strict]
-    problems += [f"{name} is unexpected" for name in unexpected if strict]
+    if strict and unexpected:
+        # torch saves a tied weight under each of its names, where a Flax model may have it once.
+        known = {_identity(values[name]): name for name in reversed(given)}
+        copies = [known.get(_identity(values[name])) for name in unexpected]
+        problems += [
+            f"{name} is unexpected" + (f": it equals {copy}" if copy else "")
+            for name, copy in zip(unexpected, copies, strict=True)
+        ]
     arrays, odd = {}, []
-    for name in [name for name in params if name in values]:
+    for name in given:
+        if (other := first[id(params[name].place)]) != name and _identity(values[name]) != _identity(values[other]):
+            problems.append(f"{other} and {name} are one parameter here, and different in the file")
         try:
             arrays[name], finite = _fitted(name, values[name], params[name])
             odd += [] if finite else [name]
@@ -102,6 +117,14 @@ def fit(
             remedy += "; strict=False allows missing and unexpected keys"
         raise CheckpointError("\n  ".join([f"{owner}: the tensors{under} do not fit:", *problems]) + f"\n{remedy}")
     return Fit(arrays, missing, unexpected, odd)
+
+
+def _identity(value: Any) -> tuple:
+    """What two equal tensors have in common, and no others."""
+    dtype = dtype_of(value)
+    if dtype == NO_NUMBERS:
+        return (id(value),)
+    return dtype, tuple(value.shape), hashlib.sha256(to_numpy("", value).tobytes()).digest()
 
 
 def _fitted(name: str, value: Any, param: Parameter) -> tuple[jax.Array, bool]:
