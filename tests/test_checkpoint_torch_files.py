@@ -1,4 +1,5 @@
 import io
+import pickle
 import re
 import sys
 import types
@@ -186,3 +187,52 @@ def test_truncated_pickle_in_a_whole_zip(torch, tmp_path, refusal):
             for name, data in entries.items():
                 writer.writestr(name, data[:length] if name == "a/data.pkl" else data)
         assert "truncated or damaged" in refusal(tmp_path / "b.pt")
+
+
+@pytest.mark.torch
+def test_a_whole_tree(zipped, torch, tmp_path):
+    shared = torch.arange(4.0)
+    value = {
+        "model": OrderedDict(weight=shared, view=shared[1:3]),
+        "optimizer": {
+            "state": {0: {"step": torch.tensor(3.0), "twice": shared}},
+            "groups": [{"betas": (0.9, 1)}],
+        },
+        "name": "best",
+        "none": None,
+        7: [True, torch.ones(2, dtype=torch.bfloat16)],
+    }
+    torch.save(value, tmp_path / "a.pt", _use_new_zipfile_serialization=zipped)
+    tree = checkpoint.load_tree(tmp_path / "a.pt")
+    assert list(tree) == list(value)
+    np.testing.assert_array_equal(tree["model"]["view"], [1, 2])
+    np.testing.assert_array_equal(tree["optimizer"]["state"][0]["twice"], [0, 1, 2, 3])
+    assert tree["optimizer"]["state"][0]["step"] == 3
+    assert (tree["name"], tree["none"], tree[7][0]) == ("best", None, True)
+    assert tree[7][1].dtype == ml_dtypes.bfloat16
+    assert checkpoint.load_tree(tmp_path / "a.pt", "optimizer.groups") == [{"betas": (0.9, 1)}]
+    with pytest.raises(CheckpointError, match=r"it has nothing under 'optimizer\.epoch'\nthere are: state, groups"):
+        checkpoint.load_tree(tmp_path / "a.pt", "optimizer.epoch")
+    with pytest.raises(CheckpointError, match=r"it has nothing under 'name\.x'"):
+        checkpoint.load_tree(tmp_path / "a.pt", "name.x")
+    torch.save({"x": [torch.ones(1), torch.ones(1).expand(10**12)]}, tmp_path / "b.pt")
+    with pytest.raises(CheckpointError, match=r"b.pt: x\.1 of shape \(1000000000000,\) is larger than what is stored"):
+        checkpoint.load_tree(tmp_path / "b.pt")
+
+
+def test_trees_that_are_none(tmp_path):
+    checkpoint.save(tmp_path / "a.safetensors", {"x": np.ones(1)})
+    with pytest.raises(CheckpointError, match=r"a.safetensors: not a file of torch.save"):
+        checkpoint.load_tree(tmp_path / "a.safetensors")
+    (tmp_path / "deep.pt").write_bytes(archive(data_pkl=b"\x80\x02" + b"]" * 200_000 + b"a" * 199_999 + b"."))
+    with pytest.raises(CheckpointError, match=r"deep.pt: more than 100 dicts and lists"):
+        checkpoint.load_tree(tmp_path / "deep.pt")
+    (tmp_path / "self.pt").write_bytes(archive(data_pkl=b"\x80\x02}q\x00X\x05\x00\x00\x00modelh\x00s."))
+    tree = checkpoint.load_tree(tmp_path / "self.pt")
+    assert tree["model"] is tree
+    shared: dict = {"a": 1}
+    for _ in range(60):
+        shared = {"a": shared, "b": shared}
+    (tmp_path / "dag.pt").write_bytes(archive(data_pkl=pickle.dumps(shared, 2)))
+    tree = checkpoint.load_tree(tmp_path / "dag.pt")
+    assert tree["a"] is tree["b"]

@@ -2,21 +2,26 @@
 
 from jaxrnn.checkpoint import linen
 from jaxrnn.checkpoint.errors import CheckpointError
-from jaxrnn.checkpoint.files import load
+from jaxrnn.checkpoint.files import load, load_tree
 from jaxrnn.checkpoint.find import FoundRNN, find_rnns
 from jaxrnn.checkpoint.modules import from_torch, load_state_dict, state_dict
 from jaxrnn.checkpoint.names import fold
+from jaxrnn.checkpoint.optimizer import clip_grad_norm, optax_from_torch, optimizer_from_torch
 from jaxrnn.checkpoint.write import save
 
 __all__ = [
     "CheckpointError",
     "FoundRNN",
+    "clip_grad_norm",
     "find_rnns",
     "fold",
     "from_torch",
     "linen",
     "load",
     "load_state_dict",
+    "load_tree",
+    "optax_from_torch",
+    "optimizer_from_torch",
     "save",
     "state_dict",
 ]

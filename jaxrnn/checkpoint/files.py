@@ -11,18 +11,19 @@ import os
 import stat
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from jaxrnn.checkpoint import orbax_files, torch_files
-from jaxrnn.checkpoint.errors import AGAIN, CheckpointError, os_cause
-from jaxrnn.checkpoint.stored import Source, Stored, Value, read
+from jaxrnn.checkpoint.errors import AGAIN, CheckpointError, listed, os_cause
+from jaxrnn.checkpoint.stored import Source, Stored, UnreadableError, Value, read
 
 Path = str | os.PathLike[str]
 Tensors = dict[str, Value]
+T = TypeVar("T")
 
 _SAVE = "save the tensors as a .safetensors file, or with torch.save(model.state_dict(), path)"
 SAFETENSORS_DTYPES = {
@@ -77,8 +78,53 @@ def load(path: Path, key: str | None = None) -> dict[str, np.ndarray]:
 
 def opened(path: Path, key: str | None = None) -> Tensors:
     """A checkpoint file's tensors, those not read yet that lie in it as they are; else as `load`."""
+    return _read(path, lambda: _reader(path)(path, key))
+
+
+def load_tree(path: Path, key: str | None = None) -> Any:
+    """Read all that a torch.save file holds, such as an optimizer's state beside a model's, without torch.
+
+    Args:
+        path: the file, as for `load`.
+        key: under what key of nested dicts to look, dotted for a deeper one; if None at the top.
+
+    Returns:
+        Dicts, lists, tuples, numbers, strings, and NumPy arrays for tensors, nested as they were.
+
+    Raises:
+        CheckpointError: as `load`, and for another kind of file.
+
+    >>> import os, tempfile
+    >>> import numpy as np
+    >>> from jaxrnn import checkpoint
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = os.path.join(folder, "model.pt")
+    ...     checkpoint.save(path, {"scale": np.array([1.0, 2.0])})
+    ...     checkpoint.load_tree(path, key="scale")
+    array([1., 2.])
+    """
+
+    def load_it() -> Any:
+        trees: dict[Any, Callable[[Path], Any]]
+        trees = {torch_files.read_zip: torch_files.read_zip_tree, torch_files.read_legacy: torch_files.read_legacy_tree}
+        if (reader := trees.get(_reader(path))) is None:
+            raise CheckpointError("not a file of torch.save, the only one that holds more than arrays\nuse load")
+        tree = reader(path)
+        for part in [] if key is None else key.split("."):
+            if not (isinstance(tree, dict) and part in tree):
+                raise CheckpointError(f"it has nothing under {key!r}\nthere are: {listed(tree)}")
+            tree = tree[part]
+        return tree
+
+    return _read(path, load_it)
+
+
+def _read(path: Path, function: Callable[[], T]) -> T:
+    """What a function returns, the path in front of what it raises."""
     try:
-        return _reader(path)(path, key)
+        return function()
+    except UnreadableError:
+        raise
     except CheckpointError as error:
         raise CheckpointError(f"{os.fspath(path)}: {error}") from error
     except OSError as error:

@@ -59,7 +59,7 @@ def load_state_dict(
     >>> jaxrnn.load_state_dict(jaxrnn.LSTM(10, 20, bias=False, rngs=nnx.Rngs(1)), tensors, "encoder.", strict=False)
     ([], ['bias_ih_l0', 'bias_hh_l0'])
     """
-    params, names = _params(module)
+    params, names = params_of(module)
     found = fit(type(module).__name__, params, names, tensors, prefix, strict)
     if found.warning:
         warnings.warn(f"{type(module).__name__}: {found.warning}", stacklevel=2)
@@ -92,7 +92,7 @@ def state_dict(module: nnx.Module) -> dict[str, np.ndarray]:
     >>> list(jaxrnn.state_dict(model))
     ['0.weight_ih', '0.weight_hh', '0.bias_ih', '0.bias_hh', '1.weight', '1.bias']
     """
-    return {name: param.to_torch(name) for name, param in _params(module)[0].items()}
+    return {name: param.to_torch(name) for name, param in params_of(module)[0].items()}
 
 
 def from_torch(torch_module: Any, rngs: nnx.Rngs | None = None) -> nnx.Module:
@@ -137,7 +137,7 @@ def from_torch(torch_module: Any, rngs: nnx.Rngs | None = None) -> nnx.Module:
     return module
 
 
-def _params(node: object, prefix: str = "", above: tuple[int, ...] = ()) -> tuple[dict[str, Parameter], set[str]]:
+def params_of(node: object, prefix: str = "", above: tuple[int, ...] = ()) -> tuple[dict[str, Parameter], set[str]]:
     """Every parameter under a node by its dotted name, in torch's order; and the names there that mean nothing here."""
     params: dict[str, Parameter] = {}
     below: dict[str, Parameter] = {}
@@ -151,7 +151,7 @@ def _params(node: object, prefix: str = "", above: tuple[int, ...] = ()) -> tupl
                 entry = known.get(name, Entry(name, name))
                 params[prefix + entry.name] = Parameter(child, child.get_value(), node, entry)
         else:
-            deeper, more = _params(child, f"{prefix}{name}.", (*above, id(node)))
+            deeper, more = params_of(child, f"{prefix}{name}.", (*above, id(node)))
             below |= deeper
             names |= more
     return params | below, names

@@ -7,6 +7,7 @@ import struct
 import sys
 import zipfile
 import zlib
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import IO, Any
@@ -16,13 +17,14 @@ import numpy as np
 from jaxrnn.checkpoint.arrays import is_torch_tensor, to_numpy
 from jaxrnn.checkpoint.errors import AGAIN, CheckpointError, listed
 from jaxrnn.checkpoint.pickles import STATE_DICT, Other, StoredTensor, pickle_tensors, unpickle
-from jaxrnn.checkpoint.stored import Source, Stored, Value, pieces
+from jaxrnn.checkpoint.stored import Source, Stored, Value, pieces, read
 
 # The number that a file of torch.save before 1.6 pickles first.
 LEGACY_MAGIC = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"
 # Far above what compression, or sharing, gains on weights: a file of zeros made to fill the memory.
 _LARGEST_INFLATION = 100
 _PIECE = 1 << 20  # bytes read at once
+_DEEPEST = 100  # dicts and lists in each other: a state dict has a handful
 # Under what people nest a model's state dict beside an optimizer's.
 _USUAL_KEYS = ("state_dict", "model_state_dict", "model_state", "model")
 # The magic number, the protocol, the system, the tensors, and the storages' keys.
@@ -34,15 +36,52 @@ def is_tar(head: bytes) -> bool:
 
 
 def read_zip(path: str | os.PathLike[str], key: str | None) -> dict[str, Value]:
+    return _read_zip(path, lambda checkpoint: _tensors(checkpoint, key))[1]
+
+
+def read_zip_tree(path: str | os.PathLike[str]) -> Any:
+    """All that a file pickles, with NumPy arrays for tensors."""
+    found: dict[int, str] = {}
+
+    def choose(checkpoint: Any) -> dict[str, StoredTensor]:
+        tensors: dict[str, Any] = {}
+
+        def note(name: str, value: Any) -> Any:
+            if isinstance(value, StoredTensor | Other):
+                found[id(value)] = name
+                tensors[name] = value
+            return value
+
+        _mapped(checkpoint, note)
+        return _checked(tensors)
+
+    checkpoint, tensors = _read_zip(path, choose)
+    return _mapped(checkpoint, lambda name, value: read(tensors[found[id(value)]]) if id(value) in found else value)
+
+
+def read_legacy_tree(path: str | os.PathLike[str]) -> Any:
+    """As `read_zip_tree`, by torch."""
+
+    def to_array(name: str, value: Any) -> Any:
+        return _from_torch(name, value) if is_torch_tensor(value) else value
+
+    return _mapped(_load_legacy(path), to_array)
+
+
+def _read_zip(
+    path: str | os.PathLike[str], choose: Callable[[Any], dict[str, StoredTensor]]
+) -> tuple[Any, dict[str, Value]]:
+    """What a file pickles, and those of its tensors that are chosen."""
     try:
         with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
             size = os.fstat(file.fileno()).st_size
             entries = _entries(archive.infolist(), size)
-            tensors = _tensors(unpickle(_read(archive, entries["data.pkl"]).tobytes()), key)
+            checkpoint = unpickle(_read(archive, entries["data.pkl"]).tobytes())
+            tensors = choose(checkpoint)
             if (total := sum(tensor.nbytes for tensor in tensors.values())) > _LARGEST_INFLATION * size:
                 cause = f"a zip bomb: its tensors have {total} bytes, in a file of {size}"
                 raise CheckpointError(f"{cause}\nget the file from a source that you trust")
-            return _arrays(file, archive, entries, tensors)
+            return checkpoint, _arrays(file, archive, entries, tensors)
     except zipfile.BadZipFile as error:
         cause = f"a truncated or damaged zip file: {error}"
         if damaged := re.fullmatch(r"Bad CRC-32 for file (.*)", str(error), re.DOTALL):
@@ -89,7 +128,11 @@ def _read(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> np.ndarray:
 
 
 def _tensors(checkpoint: Any, key: str | None) -> dict[str, StoredTensor]:
-    tensors = _choose(checkpoint, key, lambda value: isinstance(value, StoredTensor | Other))
+    return _checked(_choose(checkpoint, key, lambda value: isinstance(value, StoredTensor | Other)))
+
+
+def _checked(tensors: dict[str, Any]) -> dict[str, StoredTensor]:
+    """The tensors, once there is nothing but dense tensors of numbers, each in a storage of its size."""
     for name, tensor in tensors.items():
         if isinstance(tensor, Other):
             raise CheckpointError(f"{name} is a {tensor.what}\nsave it as a dense tensor of numbers")
@@ -129,6 +172,33 @@ def _choose(checkpoint: Any, key: str | None, is_tensor: Callable[[Any], bool]) 
     if others:
         raise CheckpointError(f"some entries of {_at(path)} are not named tensors: {listed(others)}\n{STATE_DICT}")
     return checkpoint
+
+
+def _mapped(value: Any, function: Callable[[str, Any], Any]) -> Any:
+    """A copy of nested dicts, lists and tuples with `function(name, leaf)` for leaves, their keys joined by dots.
+
+    What is shared is copied once, and is shared in the copy.
+    """
+    copies: dict[int, Any] = {}
+
+    def copy(value: Any, path: tuple[str, ...]) -> Any:
+        if len(path) > _DEEPEST:
+            raise CheckpointError(f"more than {_DEEPEST} dicts and lists, one in the other\n{STATE_DICT}")
+        if id(value) in copies:
+            return copies[id(value)]
+        if type(value) is dict or isinstance(value, OrderedDict):
+            copies[id(value)] = {}
+            copies[id(value)].update((key, copy(item, (*path, str(key)))) for key, item in value.items())
+        elif type(value) is list:
+            copies[id(value)] = []
+            copies[id(value)].extend(copy(item, (*path, str(index))) for index, item in enumerate(value))
+        elif type(value) is tuple:
+            copies[id(value)] = tuple(copy(item, (*path, str(index))) for index, item in enumerate(value))
+        else:
+            copies[id(value)] = function(".".join(path), value)
+        return copies[id(value)]
+
+    return copy(value, ())
 
 
 def _dicts(value: dict) -> list[Any]:
@@ -220,20 +290,26 @@ def _array(name: str, tensor: StoredTensor, data: np.ndarray, swap: bool) -> np.
 
 
 def read_legacy(path: str | os.PathLike[str], key: str | None) -> dict[str, Value]:
+    tensors = _choose(_load_legacy(path), key, is_torch_tensor)
+    return {name: _from_torch(name, tensor) for name, tensor in tensors.items()}
+
+
+def _load_legacy(path: str | os.PathLike[str]) -> Any:
     """Let torch read the file."""
     torch = _import_torch()
     try:
         with open(path, "rb") as file:  # by its path, torch would go by its suffix
-            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+            return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle makes torch raise almost anything
         with open(path, "rb") as file:
             raise CheckpointError(_cause(error, file)) from error
-    tensors = _choose(checkpoint, key, is_torch_tensor)
-    for name, tensor in tensors.items():
-        if not tensor.is_meta and str(tensor.layout) == "torch.strided":  # to_numpy refuses the others
-            stored = tensor.untyped_storage().nbytes()
-            _check_expanded(name, tuple(tensor.shape), tensor.numel() * tensor.element_size(), stored)
-    return {name: to_numpy(name, tensor) for name, tensor in tensors.items()}
+
+
+def _from_torch(name: str, tensor: Any) -> np.ndarray:
+    if not tensor.is_meta and str(tensor.layout) == "torch.strided":  # to_numpy refuses the others
+        stored = tensor.untyped_storage().nbytes()
+        _check_expanded(name, tuple(tensor.shape), tensor.numel() * tensor.element_size(), stored)
+    return to_numpy(name, tensor)
 
 
 def write_zip(file: IO[bytes], tensors: Mapping[str, Value], wrote: Callable[[int], None]) -> None:

@@ -1,0 +1,245 @@
+"""torch's optimizers in optax: the settings that equal them, and their state, to train on where torch stopped."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from jaxrnn.checkpoint.arrays import to_numpy
+from jaxrnn.checkpoint.errors import CheckpointError, listed
+from jaxrnn.checkpoint.fit import Parameter
+from jaxrnn.checkpoint.layers import Entry
+from jaxrnn.checkpoint.modules import params_of
+
+# Where optax keeps what torch calls otherwise, in the states of its transformations.
+_FIELDS = {"mu": "exp_avg", "nu": "exp_avg_sq", "trace": "momentum_buffer"}
+_COUNT = "count"
+_FROZEN = "frozen"
+_SAVE = "give torch's optimizer.state_dict(), as it is or from jaxrnn.checkpoint.load_tree"
+
+
+def optax_from_torch(
+    state: Mapping[str, Any],
+    params: Mapping[str, Any],
+    names: Sequence[str] | None = None,
+    learning_rate: optax.ScalarOrSchedule | None = None,
+) -> tuple[optax.GradientTransformation, optax.OptState]:
+    """The optax optimizer that goes on where torch's stopped, for parameters with torch's names and layouts.
+
+    torch.optim.SGD, Adam and AdamW are known, with momentum, Nesterov's too, weight decay, and groups of parameters.
+
+    Args:
+        state: what torch's `optimizer.state_dict()` returned, its tensors those of torch, numpy or jax.
+        params: from name to array, such as `spec.init` and `jaxrnn.state_dict` give them.
+        names: the names of the parameters in the order in which torch's optimizer was given them, that of its groups
+            one after the other; by default those of params. Parameters that are not among them are not trained.
+        learning_rate: a number, or a schedule of the number of steps, those of torch included; by default that of each
+            group as it was last.
+
+    Returns:
+        The transformation, and its state for `params`.
+
+    Raises:
+        CheckpointError: another optimizer, a setting that optax has not, or a state that does not fit the parameters.
+
+    >>> import jax, jaxrnn, numpy as np, optax
+    >>> params = jaxrnn.Spec(jaxrnn.GRU_CELL, 2, 3, bias=False).init(jax.random.key(0))
+    >>> group = {"lr": 0.1, "momentum": 0.9, "dampening": 0, "weight_decay": 0, "nesterov": False, "params": [0, 1]}
+    >>> momentum = {index: {"momentum_buffer": np.ones(p.shape)} for index, p in enumerate(params.values())}
+    >>> torch_state = {"state": momentum, "param_groups": [group]}
+    >>> optimizer, state = jaxrnn.checkpoint.optax_from_torch(torch_state, params)
+    >>> updates, state = optimizer.update(jax.tree.map(jax.numpy.zeros_like, params), state, params)
+    >>> round(float(updates["weight_ih_l0"][0, 0]), 6)  # - lr * (0 + momentum * 1)
+    -0.09
+    """
+    described = {name: Parameter((name,), value, None, Entry(name, name)) for name, value in params.items()}
+    resumed = _resumed(state, described, names, learning_rate)
+    tree = dict(params)
+    optimizer = resumed.transformation(tree)
+    return optimizer, resumed.fill(optimizer.init(tree))
+
+
+def optimizer_from_torch(
+    state: Mapping[str, Any],
+    module: nnx.Module,
+    names: Sequence[str] | None = None,
+    learning_rate: optax.ScalarOrSchedule | None = None,
+) -> nnx.Optimizer:
+    """As `optax_from_torch`, for an NNX module: an `nnx.Optimizer` of its `nnx.Param`s, ready for `update`.
+
+    Args:
+        state: what torch's `optimizer.state_dict()` returned, its tensors those of torch, numpy or jax.
+        module: the module, as for `jaxrnn.load_state_dict`, its parameters loaded.
+        names: as for `optax_from_torch`; by default those of `jaxrnn.state_dict(module)`, which are in the order of
+            torch's `model.parameters()` where the attributes are.
+        learning_rate: as for `optax_from_torch`.
+
+    Returns:
+        The optimizer, with the state laid out as the module's parameters are.
+
+    Raises:
+        CheckpointError: as `optax_from_torch`.
+
+    >>> import jaxrnn, numpy as np
+    >>> from flax import nnx
+    >>> gru = jaxrnn.GRU(2, 3, bias=False, rngs=nnx.Rngs(0))
+    >>> group = {"lr": 0.1, "momentum": 0, "dampening": 0, "weight_decay": 0, "nesterov": False, "params": [0, 1]}
+    >>> optimizer = jaxrnn.checkpoint.optimizer_from_torch({"state": {}, "param_groups": [group]}, gru)
+    >>> updates = optimizer.update(gru, nnx.grad(lambda gru: gru(np.ones((5, 2), "float32"))[0].sum())(gru))
+    """
+    places = {id(variable): path for path, variable in nnx.iter_graph(module) if isinstance(variable, nnx.Param)}
+    described: dict[str, Parameter] = {}
+    seen: set[int] = set()
+    for name, param in params_of(module)[0].items():
+        # Of a tied weight the first name counts, as in torch's parameters(); and running statistics are not trained.
+        if id(param.place) in places and id(param.place) not in seen:
+            seen.add(id(param.place))
+            described[name] = param._replace(place=places[id(param.place)])
+    resumed = _resumed(state, described, names, learning_rate)
+    params = nnx.as_pure(nnx.state(module, nnx.Param))
+    optimizer = nnx.Optimizer(module, resumed.transformation(params), wrt=nnx.Param)
+    nnx.update(optimizer.opt_state, nnx.state(resumed.fill(nnx.as_pure(optimizer.opt_state))))
+    optimizer.step[...] = jnp.asarray(max(resumed.counts.values(), default=0), optimizer.step.dtype)
+    return optimizer
+
+
+def clip_grad_norm(max_norm: float) -> optax.GradientTransformation:
+    """Clip gradients by their global norm as torch.nn.utils.clip_grad_norm_ does, which adds 1e-6 to the norm.
+
+    Args:
+        max_norm: the largest norm that is left as it is.
+
+    Returns:
+        A transformation, to be chained in front of an optimizer.
+
+    >>> import jax.numpy as jnp, jaxrnn
+    >>> clip = jaxrnn.checkpoint.clip_grad_norm(1.0)
+    >>> updates, _ = clip.update({"a": jnp.array([3.0, 4.0])}, clip.init(None))
+    >>> updates["a"].round(3).tolist()
+    [0.6000000238418579, 0.800000011920929]
+    """
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        norm = optax.tree.norm(updates)
+        factor = jnp.minimum(max_norm / (norm + 1e-6), 1.0)
+        return jax.tree.map(lambda array: array * factor.astype(array.dtype), updates), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+class _Resumed(NamedTuple):
+    """What torch's state dict says, by the place of a parameter in the tree of parameters.
+
+    Attributes:
+        groups: the transformation of each group of parameters.
+        counts: how many steps each group has made.
+        labels: the group that a parameter is in, which may be `_FROZEN`.
+        moments: a parameter's moments, laid out as it is, by the names of optax's fields.
+    """
+
+    groups: dict[str, optax.GradientTransformation]
+    counts: dict[str, int]
+    labels: dict[tuple, str]
+    moments: dict[tuple, dict[str, np.ndarray]]
+
+    def transformation(self, params: Any) -> optax.GradientTransformation:
+        if len(set(self.labels.values())) == 1:
+            return self.groups[next(iter(self.labels.values()))]
+        labels = jax.tree_util.tree_map_with_path(lambda path, _: self.labels[_keys(path)], params)
+        return optax.partition(self.groups, labels)
+
+    def fill(self, state: Any) -> Any:
+        """The state with torch's moments and counts."""
+
+        def filled(path: tuple, leaf: Any) -> Any:
+            last = max(index for index, key in enumerate(path) if isinstance(key, jax.tree_util.GetAttrKey))
+            field = path[last].name
+            if field == _COUNT:
+                group = next((key.key for key in path if isinstance(key, jax.tree_util.DictKey)), None)
+                return jnp.asarray(self.counts[group or next(iter(self.labels.values()))], leaf.dtype)
+            moment = self.moments[_keys(path[last + 1 :])].get(field)
+            return leaf if moment is None else jnp.asarray(moment, leaf.dtype)
+
+        return jax.tree_util.tree_map_with_path(filled, state)
+
+
+def _keys(path: tuple) -> tuple:
+    return tuple(getattr(key, "key", getattr(key, "idx", None)) for key in path)
+
+
+def _resumed(
+    state: Mapping[str, Any],
+    params: Mapping[str, Parameter],
+    names: Sequence[str] | None,
+    learning_rate: optax.ScalarOrSchedule | None,
+) -> _Resumed:
+    names = list(params if names is None else names)
+    try:
+        groups, states = list(state["param_groups"]), state["state"]
+        count = sum(len(group["params"]) for group in groups)
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"state is no state dict of an optimizer: it has no {error}\n{_SAVE}") from error
+    if unknown := [name for name in names if name not in params]:
+        raise CheckpointError(f"no parameters are named {listed(unknown)}\nthe parameters: {listed(params)}")
+    if count != len(names):
+        cause = f"torch's optimizer has {count} parameters, and {len(names)} are named"
+        raise CheckpointError(f"{cause}: {listed(names)}\ngive names=, in the order of torch's groups")
+    labels = {param.place: _FROZEN for param in params.values()}
+    moments: dict[tuple, dict[str, np.ndarray]] = {param.place: {} for param in params.values()}
+    transformations = {_FROZEN: optax.set_to_zero()}
+    counts = {}
+    rest = iter(names)
+    for number, group in enumerate(groups):
+        label, steps = f"group {number}", set()
+        transformations[label] = _transformation(group, learning_rate)
+        for index in group["params"]:
+            param = params[name := next(rest)]
+            labels[param.place] = label
+            kept = states.get(index, {})
+            steps.add(int(np.asarray(kept["step"])) if "step" in kept else 0)
+            for field, theirs in _FIELDS.items():
+                if kept.get(theirs) is not None:
+                    moments[param.place][field] = _moment(f"{theirs} of {name}", kept[theirs], param)
+        if len(steps) > 1:
+            cause = f"the parameters of {label} have made different numbers of steps, {sorted(steps)}"
+            raise CheckpointError(f"{cause}\noptax counts for all of them: put them into groups of their own")
+        counts[label] = max(steps, default=0)
+    return _Resumed(transformations, counts, labels, moments)
+
+
+def _moment(name: str, value: Any, param: Parameter) -> np.ndarray:
+    array = to_numpy(name, value)
+    if array.shape != param.shape:
+        raise CheckpointError(f"{name} is {array.shape}, should be {param.shape}\ngive names= in torch's order")
+    return param.entry.to_flax(array, param.layer)
+
+
+def _transformation(
+    group: Mapping[str, Any], learning_rate: optax.ScalarOrSchedule | None
+) -> optax.GradientTransformation:
+    """A group's optimizer, with its settings."""
+    for setting in ("maximize", "amsgrad", "dampening"):
+        if group.get(setting):
+            cause = f"optax has nothing that equals torch's {setting}={group[setting]}"
+            raise CheckpointError(f"{cause}\ntrain on without it, and say so in param_groups")
+    decay = float(group.get("weight_decay", 0))
+    decays = [optax.add_decayed_weights(decay)] if decay else []
+    rate = optax.scale_by_learning_rate(float(group["lr"]) if learning_rate is None else learning_rate)
+    if "betas" in group:
+        adam = optax.scale_by_adam(*map(float, group["betas"]), eps=float(group["eps"]))
+        if decay and "decoupled_weight_decay" not in group:
+            remedy = 'say which: set "decoupled_weight_decay" in its param_groups to False for Adam, to True for AdamW'
+            raise CheckpointError(f"an optimizer with weight_decay={decay} that may be Adam or AdamW\n{remedy}")
+        if group.get("decoupled_weight_decay"):
+            return optax.chain(adam, *decays, rate)
+        return optax.chain(*decays, adam, rate)
+    if "nesterov" in group:
+        momentum = float(group["momentum"])
+        trace = [optax.trace(momentum, nesterov=bool(group["nesterov"]))] if momentum else []
+        return optax.chain(*decays, *trace, rate)
+    settings = listed(name for name in group if name != "params")
+    raise CheckpointError(f"an optimizer that is none of SGD, Adam and AdamW: its settings are {settings}\n{_SAVE}")

@@ -1,0 +1,176 @@
+"""Training goes on in optax where torch stopped: torch's next steps and ours are the same."""
+
+import types
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import jaxrnn
+from jaxrnn import checkpoint
+from jaxrnn.checkpoint import CheckpointError
+
+OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "sgd": ("SGD", {"lr": 0.1}),
+    "momentum": ("SGD", {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}),
+    "nesterov": ("SGD", {"lr": 0.1, "momentum": 0.9, "nesterov": True}),
+    "adam": ("Adam", {"lr": 0.01}),
+    "adam with decay": ("Adam", {"lr": 0.01, "betas": (0.8, 0.99), "eps": 1e-4, "weight_decay": 0.1}),
+    "adamw": ("AdamW", {"lr": 0.01, "weight_decay": 0.1}),
+}
+X = np.random.RandomState(0).randn(7, 3, 2)
+
+
+@pytest.fixture(autouse=True)
+def _optax_mixes_dtypes() -> Any:
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+class Model(nnx.Module):
+    def __init__(self, seed: int = 0) -> None:
+        rngs = nnx.Rngs(seed)
+        self.rnn = jaxrnn.LSTM(2, 4, param_dtype=jnp.float64, rngs=rngs)
+        self.norm = nnx.BatchNorm(4, param_dtype=jnp.float64, use_running_average=True, rngs=rngs)
+        self.head = nnx.Sequential(nnx.Linear(4, 1, param_dtype=jnp.float64, rngs=rngs))
+
+    def __call__(self, x: Any) -> Any:
+        return self.head(self.norm(self.rnn(x)[0]))
+
+
+def _theirs(torch: types.ModuleType) -> Any:
+    class Theirs(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn = torch.nn.LSTM(2, 4)
+            self.norm = torch.nn.BatchNorm1d(4)
+            self.head = torch.nn.Sequential(torch.nn.Linear(4, 1))
+
+        def forward(self, x: Any) -> Any:
+            return self.head(self.norm(self.rnn(x)[0].transpose(1, 2)).transpose(1, 2))
+
+    torch.manual_seed(0)
+    return Theirs().double().eval()
+
+
+def _step(theirs: Any, optimizer: Any, torch: types.ModuleType) -> None:
+    optimizer.zero_grad()
+    (theirs(torch.tensor(X)) ** 2).mean().backward()
+    optimizer.step()
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_next_steps_are_torchs(torch: types.ModuleType, name: str, tmp_path: Path) -> None:
+    kind, settings = OPTIMIZERS[name]
+    theirs = _theirs(torch)
+    optimizer = getattr(torch.optim, kind)(theirs.parameters(), **settings)
+    for _ in range(3):
+        _step(theirs, optimizer, torch)
+    torch.save({"model": theirs.state_dict(), "optimizer": optimizer.state_dict(), "epoch": 3}, tmp_path / "a.pt")
+
+    ours = Model(1)
+    jaxrnn.load_state_dict(ours, checkpoint.load(tmp_path / "a.pt"))
+    resumed = checkpoint.optimizer_from_torch(checkpoint.load_tree(tmp_path / "a.pt", "optimizer"), ours)
+    assert int(resumed.step[...]) == (3 if "adam" in name else 0)
+
+    @nnx.jit
+    def step(model: Model, optimizer: nnx.Optimizer) -> None:
+        optimizer.update(model, nnx.grad(lambda model: jnp.mean(model(X) ** 2))(model))
+
+    for _ in range(5):
+        _step(theirs, optimizer, torch)
+        step(ours, resumed)
+    for key, value in jaxrnn.state_dict(ours).items():
+        expected = theirs.state_dict()[key].numpy()
+        atol = 1e-7 if "running" in key else 1e-12
+        np.testing.assert_allclose(value, expected, rtol=0, atol=atol, err_msg=key)
+
+
+@pytest.mark.torch
+def test_groups_and_frozen_parameters_of_a_dict(torch: types.ModuleType) -> None:
+    """A dict of parameters, without a module: two groups with settings of their own, and a parameter in none."""
+    theirs = torch.nn.GRU(2, 3).double()
+    names = ["weight_hh_l0", "weight_ih_l0", "bias_ih_l0"]
+    weights, bias = [getattr(theirs, name) for name in names[:2]], [theirs.bias_ih_l0]
+    optimizer = torch.optim.AdamW([{"params": weights, "lr": 0.1}, {"params": bias, "weight_decay": 0}], lr=0.01)
+
+    def their_step() -> None:
+        optimizer.zero_grad()
+        theirs(torch.tensor(X))[0].square().sum().backward()
+        optimizer.step()
+
+    their_step()
+    optimizer.param_groups[1]["lr"] = 0.02  # as a schedule would
+    spec = jaxrnn.Spec(jaxrnn.GRU_CELL, 2, 3)
+    params = {name: jnp.array(value.detach().numpy()) for name, value in theirs.named_parameters()}
+    ours, state = checkpoint.optax_from_torch(optimizer.state_dict(), params, names)
+    for _ in range(3):
+        their_step()
+        gradient = jax.grad(lambda params: jnp.sum(jaxrnn.apply(spec, params, X)[0] ** 2))(params)
+        updates, state = ours.update(gradient, state, params)
+        params = optax.apply_updates(params, updates)
+    for name, value in theirs.named_parameters():
+        np.testing.assert_allclose(params[name], value.detach().numpy(), rtol=0, atol=1e-12, err_msg=name)
+    schedule, state = checkpoint.optax_from_torch(optimizer.state_dict(), params, names, lambda count: 0.5**count)
+    updates, _ = schedule.update(gradient, state, params)
+    at_rest, _ = checkpoint.optax_from_torch(optimizer.state_dict(), params, names, 1.0)
+    expected, _ = at_rest.update(gradient, state, params)
+    np.testing.assert_allclose(updates["bias_ih_l0"], expected["bias_ih_l0"] / 16, rtol=1e-12)  # after four steps
+
+
+@pytest.mark.torch
+def test_clipping_is_torchs(torch: types.ModuleType) -> None:
+    gradient = {"a": np.random.RandomState(0).randn(5), "b": np.random.RandomState(1).randn(2, 3)}
+    for max_norm in (0.1, 1.0, 100.0):
+        params = [torch.nn.Parameter(torch.zeros(value.shape, dtype=torch.float64)) for value in gradient.values()]
+        for param, value in zip(params, gradient.values(), strict=True):
+            param.grad = torch.tensor(value)
+        torch.nn.utils.clip_grad_norm_(params, max_norm)
+        clip = checkpoint.clip_grad_norm(max_norm)
+        clipped, _ = clip.update(jax.tree.map(jnp.asarray, gradient), clip.init(gradient))
+        for param, value in zip(params, clipped.values(), strict=True):
+            np.testing.assert_allclose(value, param.grad.numpy(), rtol=0, atol=1e-15)
+
+
+def _state(**changes: Any) -> dict[str, Any]:
+    group = {"lr": 0.1, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1, "decoupled_weight_decay": True}
+    group |= {"params": [0, 1], **changes}
+    moments = {name: np.ones((12, 2)) for name in ("exp_avg", "exp_avg_sq")}
+    return {"state": {0: {"step": np.array(2.0), **moments}, 1: {"step": 2}}, "param_groups": [group]}
+
+
+@pytest.mark.parametrize(
+    ("state", "cause"),
+    [
+        ({}, "state is no state dict of an optimizer: it has no 'param_groups'"),
+        (_state(params=[0]), "torch's optimizer has 1 parameters, and 2 are named: weight_ih_l0, weight_hh_l0"),
+        (_state(amsgrad=True), "optax has nothing that equals torch's amsgrad=True"),
+        (_state(maximize=True), "optax has nothing that equals torch's maximize=True"),
+        (_state(params=[1, 0]), r"exp_avg of weight_hh_l0 is \(12, 2\), should be \(12, 3\)"),
+        (_state() | {"state": {0: {"step": 1}, 1: {"step": 2}}}, "have made different numbers of steps, "),
+        (
+            {"state": {}, "param_groups": [{"lr": 0.1, "alpha": 0.9, "params": [0, 1]}]},
+            "an optimizer that is none of SGD, Adam and AdamW: its settings are lr, alpha",
+        ),
+        (
+            {"state": {}, "param_groups": [{"lr": 1, "betas": (0, 0), "eps": 0, "weight_decay": 1, "params": [0, 1]}]},
+            "an optimizer with weight_decay=1.0 that may be Adam or AdamW",
+        ),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit(state: dict, cause: str) -> None:
+    params = jaxrnn.Spec(jaxrnn.LSTM_CELL, 2, 3, bias=False).init(jax.random.key(0))
+    with pytest.raises(CheckpointError, match=cause):
+        checkpoint.optax_from_torch(state, params)
+
+
+def test_unknown_names() -> None:
+    params = jaxrnn.Spec(jaxrnn.LSTM_CELL, 2, 3, bias=False).init(jax.random.key(0))
+    with pytest.raises(CheckpointError, match="no parameters are named nobody\nthe parameters: weight_ih_l0"):
+        checkpoint.optax_from_torch(_state(), params, ["weight_ih_l0", "nobody"])
