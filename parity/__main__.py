@@ -14,7 +14,7 @@ import jax
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress
 
-from parity import reference, sides
+from parity import reference, sides, training
 from parity.cases import CASES, Case
 from parity.compare import DTYPES, Outcome, compare
 from parity.report import Report
@@ -42,39 +42,45 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     dtypes = [options.dtype] if options.dtype else DTYPES
     cases = [case for case in CASES.values() if options.filter in case.name and set(dtypes) & set(case.dtypes)]
-    if not cases:
+    # What trains is jaxrnn.apply, which both sides call.
+    runs = [run for run in training.RUNS.values() if options.filter in run.name and "float64" in dtypes]
+    if not cases and not runs:
         parser.error(f"no case of {dtypes} has {options.filter!r} in its name; the first case is {next(iter(CASES))}")
 
     jax.config.update("jax_enable_x64", True)
     console = Console()
     if options.command == "record":
-        if len(cases) < len(CASES):
+        if len(cases) + len(runs) < len(CASES) + len(training.RUNS):
             parser.error("record takes no --filter: it records every case")
         for path in reference.record():
             console.print(f"{path.name}: {path.stat().st_size:,} bytes", highlight=False)
         return 0
-    outcomes, torch = _outcomes(cases, options.side, dtypes, options.live)
-    report = Report.of(options.side, outcomes, torch)
+    outcomes, trained, torch = _outcomes(cases, runs, options.side, dtypes, options.live)
+    report = Report.of(options.side, outcomes, trained, torch)
     report.show(console)
     if options.json:
         options.json.write_text(json.dumps(report.json(), indent=1) + "\n")
     return 1 if report.failures else 0
 
 
-def _outcomes(cases: list[Case], side: str, dtypes: Sequence[str], live: bool) -> tuple[list[Outcome], str]:
-    """The outcomes of the cases, in their order, and which torch they were compared with."""
+def _outcomes(
+    cases: list[Case], runs: list[training.Run], side: str, dtypes: Sequence[str], live: bool
+) -> tuple[list[Outcome], list[training.Trained], str]:
+    """The outcomes of the cases and of the training runs, in their order, and which torch they were compared with."""
     columns = (*Progress.get_default_columns(), MofNCompleteColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         if live:
             import torch
 
             records = {case.name: reference.live(case) for case in progress.track(cases, description="torch")}
+            trained_there = {run.name: training.run_torch(run) for run in progress.track(runs, description="torch")}
             version = f"{torch.__version__} (live)"
         else:
             recorded = reference.Recorded()
             records = {case.name: recorded(case) for case in cases}
+            trained_there = {run.name: recorded.training(run) for run in runs}
             version = f"{', '.join(recorded.versions)} (recorded)"
-        task = progress.add_task(side, total=len(cases))
+        task = progress.add_task(side, total=len(cases) + len(runs))
 
         def run(group: list[Case]) -> list[Outcome]:
             outcomes = []
@@ -83,6 +89,11 @@ def _outcomes(cases: list[Case], side: str, dtypes: Sequence[str], live: bool) -
                 progress.advance(task)
             return outcomes
 
+        def train(run: training.Run) -> training.Trained:
+            trained = training.compare(run, trained_there[run.name])
+            progress.advance(task)
+            return trained
+
         # Nearly all of the time goes into compiling, which leaves Python free for other threads. Cases that differ in
         # their seeds or lengths only share a compilation, so one thread has them all.
         groups = [
@@ -90,7 +101,8 @@ def _outcomes(cases: list[Case], side: str, dtypes: Sequence[str], live: bool) -
             for _, group in itertools.groupby(cases, lambda case: re.sub(r"-(seed\d+|lengths-\w+)$", "", case.name))
         ]
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as executor:
-            return list(itertools.chain.from_iterable(executor.map(run, groups))), version
+            trained = executor.map(train, runs)
+            return list(itertools.chain.from_iterable(executor.map(run, groups))), list(trained), version
 
 
 if __name__ == "__main__":

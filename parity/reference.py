@@ -13,8 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from parity import training
 from parity.cases import CASES, KINDS, Arrays, Case
 from parity.sides import run_torch
+from parity.training import RUNS, Run
 
 RECORDED = Path(__file__).parent / "recorded"
 PROJECTIONS = 4
@@ -79,6 +81,11 @@ def record() -> list[Path]:
         }
         paths.append(RECORDED / f"{kind}.npz")
         np.savez_compressed(paths[-1], torch_version=np.array(torch.__version__), **arrays)
+    runs: dict[str, Any] = {
+        f"{run.name}/{name}": array for run in RUNS.values() for name, array in training.run_torch(run).items()
+    }
+    paths.append(RECORDED / "training.npz")
+    np.savez_compressed(paths[-1], torch_version=np.array(torch.__version__), **runs)
     return paths
 
 
@@ -86,7 +93,7 @@ class Recorded:
     """The recorded results; torch is not needed."""
 
     def __init__(self) -> None:
-        self._files = {kind: np.load(RECORDED / f"{kind}.npz") for kind in KINDS}
+        self._files = {kind: np.load(RECORDED / f"{kind}.npz") for kind in (*KINDS, "training")}
         self.versions = sorted({str(file["torch_version"]) for file in self._files.values()})
 
     def __call__(self, case: Case) -> Arrays:
@@ -96,3 +103,11 @@ class Recorded:
         if not found:
             raise KeyError(f"no recorded results of {case.name}: run `python -m parity record`")
         return found
+
+    def training(self, run: Run) -> Arrays:
+        """The record of a training run, see `parity.training`."""
+        file = self._files["training"]
+        names = ["losses", "masks", *run.shapes()]
+        if any(f"{run.name}/{name}" not in file for name in names):
+            raise KeyError(f"no recorded results of {run.name}: run `python -m parity record`")
+        return {name: file[f"{run.name}/{name}"] for name in names}

@@ -16,6 +16,7 @@ from rich.table import Table
 import jaxrnn
 from parity.cases import ENOUGH
 from parity.compare import Outcome, Row, pool
+from parity.training import STEPS, Trained
 
 HEADINGS = ("numbers", "float64\nworst", "{dtype}\nworst", "{dtype}\nrms", "torch's\nrms", "ratio\nof rms")
 
@@ -30,6 +31,7 @@ class Report:
         overall: one for everything, for each less exact dtype.
         failures: what failed, by case or by kind and quantity; empty if all is well.
         cases: how many cases were compared.
+        training: what came of the training runs.
         environment: versions and the device.
     """
 
@@ -38,24 +40,29 @@ class Report:
     overall: list[Row]
     failures: dict[str, str]
     cases: int
+    training: list[Trained]
     environment: dict[str, str]
 
     @classmethod
-    def of(cls, side: str, outcomes: Sequence[Outcome], torch: str) -> "Report":
+    def of(cls, side: str, outcomes: Sequence[Outcome], training: Sequence[Trained], torch: str) -> "Report":
         """Judge the outcomes. `torch` says which torch they were compared with."""
         rows, overall = pool(outcomes)
         failures = {outcome.case.name: outcome.failure() for outcome in outcomes}
         failures |= {row.name: row.failure() for row in (*rows, *overall)}
+        failures |= {run.name: run.failure() for run in training}
         failures = {name: failure for name, failure in failures.items() if failure}
-        return cls(side, rows, overall, failures, len(outcomes), _environment(torch))
+        return cls(side, rows, overall, failures, len(outcomes), list(training), _environment(torch))
 
     @property
     def verdict(self) -> str:
         torch = f"torch {self.environment['torch']}"
         if self.failures:
-            return f"{self.side} does not give what {torch} gives: {len(self.failures)} failures in {self.cases} cases."
+            cases = self.cases + len(self.training)
+            return f"{self.side} does not give what {torch} gives: {len(self.failures)} failures in {cases} cases."
         count = sum(row.count for row in self.overall)
-        words = [f"{self.side} gives what {torch} gives: {self.cases} cases, {count:,} numbers."]
+        words = [
+            f"{self.side} gives what {torch} gives" + (f": {self.cases} cases, {count:,} numbers." if count else ".")
+        ]
         exact = [row.float64 for row in self.overall if row.float64 is not None]
         if exact:
             words.append(f"In float64 they are at most {max(exact):.1e} apart.")
@@ -72,6 +79,10 @@ class Report:
                 words.append(
                     f"{ENOUGH:,} numbers of one quantity, enough to compare {overall.dtype} errors, are not here."
                 )
+        if self.training:
+            losses, weights = (max(getattr(run, what) for run in self.training) for what in ("losses", "weights"))
+            words.append(f"{len(self.training)} trainings of {STEPS} steps stay together:")
+            words.append(f"losses at most {losses:.1e} apart, and the last weights {weights:.1e}.")
         return " ".join(words)
 
     def json(self) -> dict[str, Any]:
@@ -99,6 +110,17 @@ class Report:
                     cells = [f"{row.count:,}", *("" if number is None else f"{number:.1e}" for number in numbers)]
                     cells.append("" if row.ratio is None else f"{row.ratio:.2f}")
                     table.add_row(f" {row.quantity}", *cells, style="red" if row.name in self.failures else "")
+            console.print(table)
+        if self.training:
+            title = f"training for {STEPS} steps in float64, in step with torch"
+            table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+            table.add_column("run", no_wrap=True)
+            for heading in ("loss at\nfirst", "torch's\nlast", "our\nlast", "losses\napart", "weights\napart"):
+                table.add_column(heading, justify="right", no_wrap=True)
+            for run in self.training:
+                means = (f"{mean:.4f}" for mean in (run.first, run.torch, run.ours))
+                style = "red" if run.name in self.failures else ""
+                table.add_row(run.name, *means, f"{run.losses:.1e}", f"{run.weights:.1e}", style=style)
             console.print(table)
         for name, failure in self.failures.items():
             console.print(f"[red]FAIL[/] {name}: ", failure, sep="", highlight=False, soft_wrap=True)

@@ -1,0 +1,104 @@
+"""Training in step with torch: the recorded runs are torch's, ours follow them, and what is set wrongly is seen."""
+
+import dataclasses
+import json
+import types
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optax
+import pytest
+
+from jaxrnn import checkpoint
+from parity import __main__ as runner
+from parity import training
+from parity.cases import LAYERS, Arrays
+from parity.reference import Recorded
+from parity.training import RUNS, STEPS, Run, compare, run_torch
+
+RECORDED = Recorded()
+ADAMW, ADAM = RUNS["training-GRU-adamw"], RUNS["training-LSTM-adam"]
+NESTEROV = RUNS["training-RNN_RELU-nesterov"]
+
+
+def test_every_kind_and_optimizer_is_trained() -> None:
+    assert {run.kind for run in RUNS.values()} == set(LAYERS)
+    assert {run.optimizer for run in RUNS.values()} == {"SGD", "Adam", "AdamW"}
+    assert any(run.settings.get("momentum") and not run.settings["nesterov"] for run in RUNS.values())
+    assert all(run.dropout for run in RUNS.values())
+    assert {run.clip is None for run in RUNS.values()} == {True, False}
+    for run in RUNS.values():
+        losses = RECORDED.training(run)["losses"]
+        assert len(losses) == STEPS
+        assert losses[-10:].mean() < 0.9 * losses[:10].mean(), run.name  # it learns, so that every weight has moved
+    with pytest.raises(KeyError, match="python -m parity record"):
+        RECORDED.training(dataclasses.replace(ADAM, label="unheard of"))
+
+
+@pytest.mark.parametrize("run", [ADAMW, NESTEROV], ids=lambda run: run.name)
+def test_ours_follows_the_record(run: Run) -> None:
+    result = compare(run, RECORDED.training(run))
+    assert not result.failure()
+    assert max(result.losses, result.weights) < 1e-12
+    assert result.ours == pytest.approx(result.torch, rel=1e-12)
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("run", [ADAM, NESTEROV], ids=lambda run: run.name)
+def test_the_record_is_a_live_torchs(torch: types.ModuleType, run: Run) -> None:
+    recorded, now = RECORDED.training(run), run_torch(run)
+    assert recorded.keys() == now.keys()
+    np.testing.assert_array_equal(recorded["masks"], now["masks"])
+    for name in recorded.keys() - {"masks"}:
+        np.testing.assert_allclose(recorded[name], now[name], rtol=0, atol=1e-12)
+
+
+def _without_the_small_number(max_norm: float) -> optax.GradientTransformation:
+    return optax.clip_by_global_norm(max_norm)
+
+
+FAULTS: dict[str, tuple[Run, Any]] = {
+    "optax's clipping": (ADAM, ("clip_grad_norm", _without_the_small_number)),
+    "decay inside Adam": (ADAMW, ("optax_from_torch", lambda state, params: _changed(state, params, decoupled=False))),
+    "another eps": (ADAM, ("optax_from_torch", lambda state, params: _changed(state, params, eps=1.1e-8))),
+    "heavy ball": (NESTEROV, ("optax_from_torch", lambda state, params: _changed(state, params, nesterov=False))),
+}
+
+
+def _changed(state: dict, params: Arrays, **changes: Any) -> Any:
+    group = state["param_groups"][0]
+    if "decoupled" in changes:
+        changes = {"decoupled_weight_decay": changes["decoupled"]}
+    return checkpoint.optax_from_torch({**state, "param_groups": [{**group, **changes}]}, params)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_wrong_setting_is_seen(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, (name, wrong) = FAULTS[fault]
+    monkeypatch.setattr(training, name, wrong)
+    assert "are off by" in compare(run, RECORDED.training(run)).failure()
+
+
+def test_one_other_mask_is_seen() -> None:
+    record = RECORDED.training(NESTEROV)
+    record["masks"] = record["masks"].copy()
+    record["masks"][len(record["masks"]) // 2] ^= 1
+    assert "the losses are off by" in compare(NESTEROV, record).failure()
+
+
+def test_a_crash_and_nan_are_failures() -> None:
+    record = RECORDED.training(NESTEROV)
+    assert "KeyError" in compare(NESTEROV, {"losses": record["losses"]}).failure()
+    assert "off by nan" in compare(NESTEROV, record | {"head.bias": record["head.bias"] * np.nan}).failure()
+
+
+def test_the_runner_trains(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out.json"
+    assert runner.main(["--filter", NESTEROV.name, "--json", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert NESTEROV.name in printed
+    assert "1 trainings of 200 steps stay together" in " ".join(printed.split())
+    [trained] = json.loads(out.read_text())["training"]
+    assert trained["name"] == NESTEROV.name
+    assert trained["losses"] < 1e-12
