@@ -2,6 +2,7 @@
 
 import argparse
 import concurrent.futures
+import dataclasses
 import itertools
 import json
 import os
@@ -14,10 +15,15 @@ import jax
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress
 
-from parity import reference, sides, training
+from parity import compile, reference, sides, training
 from parity.cases import CASES, Case
 from parity.compare import DTYPES, Outcome, compare
+from parity.locate import locate
 from parity.report import Report
+
+MOST_PLACES = 3
+# JAX's names of the platforms.
+PLATFORMS = {"cpu": "cpu", "gpu": "cuda,rocm", "tpu": "tpu"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -38,6 +44,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--side", choices=[s for s in sides.SIDES if s != "torch"], default="jaxrnn", help="what to test"
     )
+    parser.add_argument("--platform", choices=PLATFORMS, help="where to run; by default where JAX does")
+    parser.add_argument(
+        "--compile-only",
+        action="store_true",
+        help="only compile, for a TPU that need not be there: --platform tpu, and libtpu installed",
+    )
     parser.add_argument("--json", type=Path, metavar="OUT", help="also write everything to this file")
     options = parser.parse_args(arguments)
     dtypes = [options.dtype] if options.dtype else DTYPES
@@ -47,8 +59,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not cases and not runs:
         parser.error(f"no case of {dtypes} has {options.filter!r} in its name; the first case is {next(iter(CASES))}")
 
+    if options.compile_only and options.platform != "tpu":
+        parser.error("--compile-only is for --platform tpu")
     jax.config.update("jax_enable_x64", True)
+    if options.platform:
+        jax.config.update("jax_platforms", "cpu" if options.compile_only else PLATFORMS[options.platform])
     console = Console()
+    if options.compile_only:
+        return _compile(cases, dtypes, console, options.json)
     if options.command == "record":
         if len(cases) + len(runs) < len(CASES) + len(training.RUNS):
             parser.error("record takes no --filter: it records every case")
@@ -56,11 +74,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
             console.print(f"{path.name}: {path.stat().st_size:,} bytes", highlight=False)
         return 0
     outcomes, trained, torch = _outcomes(cases, runs, options.side, dtypes, options.live)
-    report = Report.of(options.side, outcomes, trained, torch)
+    report = Report.of(options.side, outcomes, trained, torch, _places(outcomes, options.side))
     report.show(console)
     if options.json:
         options.json.write_text(json.dumps(report.json(), indent=1) + "\n")
     return 1 if report.failures else 0
+
+
+def _places(outcomes: list[Outcome], side: str) -> dict[str, str]:
+    """Where the first failing case of each kind is off, for a few kinds: each takes some compiling."""
+    places: dict[str, str] = {}
+    kinds: set[str] = set()
+    for outcome in outcomes:
+        if outcome.off and outcome.case.kind not in kinds and len(kinds) < MOST_PLACES:
+            kinds.add(outcome.case.kind)
+            places[outcome.case.name] = str(locate(outcome.case, sides.SIDES[side], outcome.off[0]))
+    return places
+
+
+def _compile(cases: list[Case], dtypes: Sequence[str], console: Console, out: Path | None) -> int:
+    chosen = compile.programs(cases, dtypes)
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("compiling", total=len(chosen))
+        found = compile.compile_all(chosen, lambda: progress.advance(task))
+    if out:
+        out.write_text(json.dumps([dataclasses.asdict(program) for program in found], indent=1) + "\n")
+    return compile.show(found, console)
 
 
 def _outcomes(

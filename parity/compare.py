@@ -37,16 +37,22 @@ class Outcome:
     torch: np.ndarray | None = None
     problem: str = ""
 
-    def failure(self) -> str:
-        """What is wrong with the case: its worst array; empty if nothing is."""
-        if self.problem:
-            return self.problem
+    @property
+    def off(self) -> tuple[str, int] | None:
+        """The first dtype in which an array is too far off, and the number of the worst."""
         for dtype, rows in self.errors.items():
             worst = int(np.argmax(rows[:, 2]))  # NaN counts as the largest
             if not rows[worst, 2] <= LARGEST[dtype]:
-                name = list(self.case.measured())[worst]
-                return f"{name} in {dtype} is off by {rows[worst, 2]:.2g}, more than {LARGEST[dtype]:.0e}"
-        return ""
+                return dtype, worst
+        return None
+
+    def failure(self) -> str:
+        """What is wrong with the case: its worst array; empty if nothing is."""
+        if self.problem or self.off is None:
+            return self.problem
+        dtype, worst = self.off
+        name, error = list(self.case.measured())[worst], self.errors[dtype][worst, 2]
+        return f"{name} in {dtype} is off by {error:.2g}, more than {LARGEST[dtype]:.0e}"
 
 
 def compare(case: Case, record: Arrays, side: Side, dtypes: Sequence[str] = DTYPES) -> Outcome:

@@ -30,6 +30,7 @@ class Report:
         rows: one for each kind, quantity and less exact dtype.
         overall: one for everything, for each less exact dtype.
         failures: what failed, by case or by kind and quantity; empty if all is well.
+        places: where the first failing case of each kind parts from the equations, and what it looks like.
         cases: how many cases were compared.
         training: what came of the training runs.
         environment: versions and the device.
@@ -39,19 +40,27 @@ class Report:
     rows: list[Row]
     overall: list[Row]
     failures: dict[str, str]
+    places: dict[str, str]
     cases: int
     training: list[Trained]
     environment: dict[str, str]
 
     @classmethod
-    def of(cls, side: str, outcomes: Sequence[Outcome], training: Sequence[Trained], torch: str) -> "Report":
+    def of(
+        cls,
+        side: str,
+        outcomes: Sequence[Outcome],
+        training: Sequence[Trained],
+        torch: str,
+        places: dict[str, str] | None = None,
+    ) -> "Report":
         """Judge the outcomes. `torch` says which torch they were compared with."""
         rows, overall = pool(outcomes)
         failures = {outcome.case.name: outcome.failure() for outcome in outcomes}
         failures |= {row.name: row.failure() for row in (*rows, *overall)}
         failures |= {run.name: run.failure() for run in training}
         failures = {name: failure for name, failure in failures.items() if failure}
-        return cls(side, rows, overall, failures, len(outcomes), list(training), _environment(torch))
+        return cls(side, rows, overall, failures, places or {}, len(outcomes), list(training), _environment(torch))
 
     @property
     def verdict(self) -> str:
@@ -124,6 +133,8 @@ class Report:
             console.print(table)
         for name, failure in self.failures.items():
             console.print(f"[red]FAIL[/] {name}: ", failure, sep="", highlight=False, soft_wrap=True)
+        for name, place in self.places.items():
+            console.print(f"[red]WHERE[/] {name}: ", place, sep="", highlight=False, soft_wrap=True)
         console.print(self.verdict, style="red" if self.failures else "green", highlight=False)
         console.print(", ".join(f"{name} {value}" for name, value in self.environment.items()), highlight=False)
 

@@ -1,0 +1,121 @@
+"""Compile the cases for a TPU where there is none: what fails, what memory and how many operations a program takes.
+
+`libtpu` compiles ahead of time on a CPU machine, for a described topology.
+"""
+
+import concurrent.futures
+import dataclasses
+import functools
+import os
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from parity import sides
+from parity.cases import Case
+
+TOPOLOGY = "v5e:2x2"
+# A TPU has no float64: XLA makes it of two float32, which takes long to compile. A sample shows that it can.
+EXACT = re.compile(r".*-layers1-bidirectional-hx|\w+Cell\w*-hx")
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """One program that was compiled.
+
+    Attributes:
+        name: the case's name, its dtype, and "forward" or "training".
+        memory: the temporary memory that it takes, in bytes.
+        operations: the floating-point operations that it makes, by XLA's count.
+        problem: why it does not compile, if so.
+    """
+
+    name: str
+    memory: int = 0
+    operations: int = 0
+    problem: str = ""
+
+
+def programs(cases: Iterable[Case], dtypes: Sequence[str]) -> list[tuple[Case, str]]:
+    """Which cases are compiled in which dtype: one of each shape, but of float64 a sample."""
+    chosen: dict[tuple, tuple[Case, str]] = {}
+    for case in cases:
+        for dtype in case.dtypes:
+            if dtype in dtypes and (dtype != "float64" or EXACT.fullmatch(case.name)):
+                shape = (re.sub(r"-seed\d+$", "", case.name), dtype)
+                chosen.setdefault(shape, (case, dtype))
+    return list(chosen.values())
+
+
+def compile_all(
+    chosen: Sequence[tuple[Case, str]], advance: Callable[[], None], topology: str = TOPOLOGY
+) -> list[Program]:
+    """Compile the forward and the training program of every case, in order."""
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no metadata server to ask
+    device = topologies.get_topology_desc(topology, "tpu").devices[0]
+
+    def compile_both(entry: tuple[Case, str]) -> list[Program]:
+        compiled = [_compile(*entry, kind, SingleDeviceSharding(device)) for kind in ("forward", "training")]
+        advance()
+        return compiled
+
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as executor:
+        return [program for both in executor.map(compile_both, chosen) for program in both]
+
+
+def _compile(case: Case, dtype: str, kind: str, sharding: Any) -> Program:
+    name = f"{case.name} in {dtype}, {kind}"
+    parameters, inputs, cotangents = (
+        {name: array.astype(jax.numpy.dtype(dtype)) for name, array in arrays.items()} for arrays in case.arrays()
+    )
+    lengths = np.array(case.lengths, np.int32) if case.way == "lengths" else None
+    hx = sides._state(case, inputs, "0") if case.hx else None
+    state = sides._state(case, cotangents, "n")
+    cotangent = state if case.steps is None else (cotangents["output"], state)
+
+    def forward(parameters: Any, inputs: tuple, lengths: Any, cotangent: Any) -> Any:
+        return sides.Feed.of(case)(
+            functools.partial(sides._call_nnx, module, parameters), inputs[0], inputs[1], lengths
+        )
+
+    def training(parameters: Any, inputs: tuple, lengths: Any, cotangent: Any) -> Any:
+        returned, pullback = jax.vjp(lambda p, i: forward(p, i, lengths, None), parameters, inputs)
+        return returned, pullback(cotangent)
+
+    try:
+        with jax.default_matmul_precision("highest"):
+            module, parameters = sides._build_nnx(case, dtype, parameters)
+            arguments = jax.tree.map(
+                lambda array: jax.ShapeDtypeStruct(np.shape(array), array.dtype, sharding=sharding),
+                (parameters, (inputs["input"], hx), lengths, cotangent),
+            )
+            compiled = jax.jit({"forward": forward, "training": training}[kind]).lower(*arguments).compile()
+        memory: Any = compiled.memory_analysis()
+        return Program(name, memory.temp_size_in_bytes, int((compiled.cost_analysis() or {}).get("flops", 0)))
+    except Exception as problem:  # what does not compile is what is looked for; the others go on
+        return Program(name, problem=f"{type(problem).__name__}: {problem}".splitlines()[0])
+
+
+def show(found: Sequence[Program], console: Console) -> int:
+    """Print a table of the largest programs and what failed; return the exit code."""
+    table = Table(title=f"compiled ahead of time for {TOPOLOGY}", title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("the largest programs")
+    for heading in ("temporary memory", "operations"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for program in sorted(found, key=lambda program: -program.operations)[:10]:
+        table.add_row(program.name, f"{program.memory:,} bytes", f"{program.operations:,}")
+    console.print(table)
+    failures = [program for program in found if program.problem]
+    for program in failures:
+        console.print(f"[red]FAIL[/] {program.name}: ", program.problem, sep="", highlight=False, soft_wrap=True)
+    words = f"{len(found)} programs, forward and training, {'do not all' if failures else 'all'} compile"
+    console.print(f"{words} for {TOPOLOGY}.", style="red" if failures else "green", highlight=False)
+    return 1 if failures else 0

@@ -1,0 +1,184 @@
+"""Where a result that is off first parts from the equations, and what it looks like.
+
+The side is run on parts of the case: the first layers, one layer by itself, one with some of its gates switched off.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from parity import oracle
+from parity.cases import KINDS, Arrays, Case
+from parity.sides import Side
+
+# What counts as off, scaled by max(1, largest): above what rounding makes of any case.
+_OFF = {"float64": 1e-9, "float32": 2e-5, "bfloat16": 2.0**-4, "float16": 2.0**-7}
+# A mistake is recognised if with it the oracle comes as close as rounding, or this much closer than without.
+_CLOSER = 0.05
+
+
+@dataclasses.dataclass(frozen=True)
+class Probe(Case):
+    """A case with numbers of its own."""
+
+    given: tuple[Arrays, Arrays, Arrays] = ({}, {}, {})
+
+    def arrays(self) -> tuple[Arrays, Arrays, Arrays]:
+        return self.given
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where two computations part.
+
+    Attributes:
+        layer: the first layer whose outputs are off, from 0; None if they are not, or for a cell.
+        directions: which of its directions are off.
+        step: the first time step at which they are, in the order in which the direction goes.
+        gates: what has to be switched off for the rest to be right; empty if no one or two gates are to blame.
+        cause: the known mistake that gives the same results; empty if none does.
+        arrays: the results, or gradients, that are off.
+    """
+
+    layer: int | None = None
+    directions: tuple[str, ...] = ()
+    step: int | None = None
+    gates: tuple[str, ...] = ()
+    cause: str = ""
+    arrays: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        words = [] if self.layer is None else [f"layer {self.layer}"]
+        words += [f"{' and '.join(self.directions)} direction"] if self.directions else []
+        words += [] if self.step is None else [f"step {self.step}"]
+        words += [f"gate{'s' * (len(self.gates) > 1)} {', '.join(self.gates)}"] if self.gates else []
+        where = ", ".join(words) or f"only {' and '.join(self.arrays)}"
+        return f"first off at {where}" + (f"; it looks as if {self.cause}" if self.cause else "; no known mistake")
+
+
+def locate(case: Case, side: Side, dtype: str = "float64") -> Place:
+    """Find where a side first parts from the equations in a case, and the known mistake that it looks like."""
+    parameters, inputs, _ = case.arrays()
+    truth = oracle.run(case, (parameters, inputs))
+    ours = side(case, dtype)
+    names = [name for name in truth if name != "layers"]
+    off = tuple(name for name in names if _is_off(ours[name], truth[name], dtype))
+    if not off:
+        return Place(arrays=("the gradients",))
+    place = Place(cause=_cause(case, ours, truth, dtype), arrays=off)
+    if case.steps is None:
+        return dataclasses.replace(place, gates=_gates(case, parameters, inputs, side, dtype))
+    for layer, output in enumerate(truth["layers"]):
+        probe, wanted = _first_layers(case, layer + 1), _laid_out(case, output)
+        found = side(probe, dtype)["output"]
+        if _is_off(found, wanted, dtype):
+            directions, step = _first_step(case, found, wanted, dtype)
+            alone = _alone(case, layer, truth["layers"])
+            gates = _gates(alone, *alone.arrays()[:2], side, dtype)
+            return dataclasses.replace(place, layer=layer, directions=directions, step=step, gates=gates)
+    return place
+
+
+def _is_off(ours: np.ndarray, wanted: np.ndarray, dtype: str) -> bool:
+    scale = max(1.0, float(np.max(np.abs(wanted), initial=0)))
+    return not np.max(np.abs(ours.astype(np.float64) - wanted), initial=0) <= _OFF[dtype] * scale
+
+
+def _distance(ours: Arrays, results: dict[str, Any]) -> float:
+    return max(float(np.max(np.abs(ours[n].astype(np.float64) - results[n]))) for n in results if n != "layers")
+
+
+def _cause(case: Case, ours: Arrays, truth: dict[str, Any], dtype: str) -> str:
+    """The mistake with which the oracle gives what the side gave."""
+    without = _distance(ours, truth)
+    arrays = case.arrays()[:2]
+    distances = {mistake.cause: _distance(ours, oracle.run(case, arrays, mistake)) for mistake in oracle.mistakes(case)}
+    if distances and min(distances.values()) < max(_OFF[dtype], _CLOSER * without):
+        return min(distances, key=lambda cause: distances[cause])
+    if "output" in ours and not any(_is_off(ours[name], truth[name], dtype) for name in truth if name.endswith("_n")):
+        kept = (ours["output"] != 0) & (np.abs(truth["output"]) > 1e-3)
+        factors = ours["output"][kept] / truth["output"][kept]
+        if 0 < kept.mean() < 1 and np.ptp(factors) < 1e-3 and np.min(factors) > 1:
+            return "the last layer's output goes through dropout"
+    return ""
+
+
+def _probe(case: Case, arguments: dict[str, Any], parameters: Arrays, inputs: Arrays) -> Probe:
+    fields = {field.name: getattr(case, field.name) for field in dataclasses.fields(Case)}
+    probe = Probe(**fields | {"arguments": {**case.arguments, **arguments}})
+    cotangents = {name: np.zeros(shape) for name, shape in probe.shapes()[2].items()}
+    return dataclasses.replace(probe, given=(parameters, inputs, cotangents))
+
+
+def _first_layers(case: Case, count: int) -> Probe:
+    """The case with its first layers only."""
+    parameters, inputs, _ = case.arrays()
+    directions = 1 + case.arguments["bidirectional"]
+    kept = {f"_l{layer}{end}" for layer in range(count) for end in ("", "_reverse")}
+    return _probe(
+        case,
+        {"num_layers": count},
+        {name: array for name, array in parameters.items() if name[name.index("_l") :] in kept},
+        {name: array if name == "input" else array[: count * directions] for name, array in inputs.items()},
+    )
+
+
+def _alone(case: Case, layer: int, outputs: Sequence[np.ndarray]) -> Probe:
+    """One layer of the case by itself, on what the equations give it."""
+    parameters, inputs, _ = case.arrays()
+    directions = 1 + case.arguments["bidirectional"]
+    x = inputs["input"] if layer == 0 else _laid_out(case, outputs[layer - 1])
+    ends = {f"_l{layer}{end}": f"_l0{end}" for end in ("", "_reverse")}
+    own = {
+        name[: name.index("_l")] + ends[name[name.index("_l") :]]: array
+        for name, array in parameters.items()
+        if name[name.index("_l") :] in ends
+    }
+    states = {
+        name: array[layer * directions : (layer + 1) * directions] for name, array in inputs.items() if name != "input"
+    }
+    return _probe(case, {"num_layers": 1, "input_size": x.shape[-1]}, own, {"input": x} | states)
+
+
+def _laid_out(case: Case, output: np.ndarray) -> np.ndarray:
+    """A layer's (time, batch, features) as the case has them."""
+    if case.batch is None:
+        return output[:, 0]
+    return output.swapaxes(0, 1) if case.arguments.get("batch_first") else output
+
+
+def _first_step(case: Case, found: np.ndarray, wanted: np.ndarray, dtype: str) -> tuple[tuple[str, ...], int]:
+    """Which directions are off, and the first step, as a direction counts them, at which one is."""
+    time_axis = 1 if case.arguments.get("batch_first") and case.batch is not None else 0
+    names = ("forward", "backward")[: 1 + case.arguments["bidirectional"]]
+    steps = {}
+    for name, ours, theirs in zip(
+        names, np.split(found, len(names), axis=-1), np.split(wanted, len(names), axis=-1), strict=True
+    ):
+        pairs = zip(np.moveaxis(ours, time_axis, 0), np.moveaxis(theirs, time_axis, 0), strict=True)
+        wrong = [step for step, (a, b) in enumerate(pairs) if _is_off(a, b, dtype)]
+        if wrong:
+            steps[name] = wrong[-1] if name == "backward" else wrong[0]
+    return tuple(steps), next(iter(steps.values()))
+
+
+def _gates(case: Case, parameters: Arrays, inputs: Arrays, side: Side, dtype: str) -> tuple[str, ...]:
+    """The one or two gates whose rows have to be zero for the side to be right; none if it is right as it is."""
+    names = oracle.GATES[KINDS[case.kind].module.removesuffix("Cell")]
+    for chosen in [(), *itertools.combinations(names, 1), *itertools.combinations(names, 2)]:
+        if len(chosen) == len(names) > 1:
+            break
+        off = {}
+        for name, array in parameters.items():
+            off[name] = array.copy()
+            if not name.startswith("weight_hr"):
+                for gate in chosen:
+                    np.split(off[name], len(names))[names.index(gate)][:] = 0
+        probe = _probe(case, {}, off, inputs)
+        wanted, found = oracle.run(probe, (off, inputs)), side(probe, dtype)
+        if not any(_is_off(found[name], wanted[name], dtype) for name in wanted if name != "layers"):
+            return chosen
+    return ()

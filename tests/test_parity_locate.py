@@ -1,0 +1,286 @@
+"""Planted faults: each turns a comparison red, and is found where it is, by its name."""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxrnn
+from jaxrnn import recurrence
+from jaxrnn.cells import sigmoid
+from parity import __main__ as runner
+from parity import oracle, sides
+from parity.cases import CASES, Arrays, Case
+from parity.compare import LARGEST, compare
+from parity.locate import Place, locate
+from parity.reference import Recorded, truth_of
+
+RECORDED = Recorded()
+GRU = CASES["GRU-layers2-bidirectional-hx"]
+LSTM = CASES["LSTM-layers2-bidirectional-hx"]
+RAGGED = CASES["LSTM-layers2-bidirectional-batch_first-hx-lengths-unsorted"]
+RNN = CASES["RNN_TANH-layers2-hx"]
+
+
+@pytest.fixture(autouse=True)
+def _compiled_anew() -> Iterator[None]:
+    def clear() -> None:
+        sides._differentiate.cache_clear()
+        jax.clear_caches()
+
+    clear()
+    yield
+    clear()
+
+
+Plant = Callable[[pytest.MonkeyPatch], Any]
+
+
+def _cell(cell: jaxrnn.Cell, step: Callable) -> Plant:
+    """Another step for a cell, which the modules look up by name."""
+
+    return lambda patch: patch.setattr(jaxrnn.nnx, f"{cell.name}_CELL", dataclasses.replace(cell, step=step))
+
+
+def _function(module: Any, name: str, wrap: Callable) -> Plant:
+    return lambda patch: patch.setattr(module, name, wrap(getattr(module, name)))
+
+
+def _results(change: Callable[[Case, Arrays], None]) -> Plant:
+    """A change of what jaxrnn returned."""
+
+    def plant(patch: pytest.MonkeyPatch) -> None:
+        run = sides.run_jaxrnn
+
+        def changed(case: Case, dtype: str) -> Arrays:
+            arrays = {name: array.copy() for name, array in run(case, dtype).items()}
+            change(case, arrays)
+            return arrays
+
+        patch.setattr(sides, "run_jaxrnn", changed)
+
+    return plant
+
+
+def _swapped(gates: tuple, hidden: tuple, state: tuple) -> tuple:
+    i, f, g, o = gates
+    return jaxrnn.LSTM_CELL.step((f, i, g, o), hidden, state)
+
+
+def _wrong_sign(gates: tuple, hidden: tuple, state: tuple) -> tuple:
+    r, z, n = gates
+    n = jnp.tanh(n + sigmoid(r) * hidden[0])
+    return ((n - state[0]) * sigmoid(z) + state[0],)
+
+
+def _stale(gates: tuple, hidden: tuple, state: tuple) -> tuple:
+    return jaxrnn.LSTM_CELL.step(gates, hidden, state)[0], state[1]
+
+
+def _no_b_hn(project: Callable) -> Callable:
+    def projected(settings: Any, weights: Any, x: Any) -> tuple:
+        gates, recurrent = project(settings, weights, x)
+        return gates, recurrent._replace(bias_apart=tuple(jnp.zeros_like(b) for b in recurrent.bias_apart))
+
+    return projected
+
+
+def _folded(project: Callable) -> Callable:
+    def projected(settings: Any, weights: Any, x: Any) -> tuple:
+        (r, z, n), recurrent = project(settings, weights, x)
+        return (r, z, n + recurrent.bias_apart[0]), _no_b_hn(lambda *a: (None, recurrent))(0, 0, 0)[1]
+
+    return projected
+
+
+def _transposed(project: Callable) -> Callable:
+    def projected(settings: Any, weights: Any, x: Any) -> tuple:
+        gates, recurrent = project(settings, weights, x)
+        return gates, recurrent._replace(weight_hh=recurrent.weight_hh.T)
+
+    return projected
+
+
+def _unmarked(reverse: bool) -> Callable:
+    def wrap(advance: Callable) -> Callable:
+        def advanced(settings: Any, recurrent: Any, gates: Any, state: Any, marks: Any, reset_state: Any) -> Any:
+            if settings.reverse == reverse:
+                marks = marks._replace(ended=None)
+            return advance(settings, recurrent, gates, state, marks, reset_state)
+
+        return advanced
+
+    return wrap
+
+
+def _tf32(product: Callable) -> Callable:
+    def rounded(array: jax.Array) -> jax.Array:
+        return jax.lax.reduce_precision(array, 8, 10) if array.dtype == jnp.float32 else array
+
+    return lambda settings, a, weight, contract=0: product(settings, rounded(a), rounded(weight), contract)
+
+
+def _shorter(apply: Callable) -> Callable:
+    return lambda *a, lengths=None, **k: apply(*a, lengths=None if lengths is None else lengths - 1, **k)
+
+
+def _h_n_order(case: Case, arrays: Arrays) -> None:
+    if case.arguments["num_layers"] == 2:
+        arrays["h_n"] = arrays["h_n"][[0, 2, 1, 3]]
+
+
+def _dropped(case: Case, arrays: Arrays) -> None:
+    keep = np.random.RandomState(0).random_sample(arrays["output"].shape) < 0.5
+    arrays["output"] = arrays["output"] * keep * 2
+
+
+BOTH = ("forward", "backward")
+# What is planted, in which case, where it has to be found, and what in the cause tells it.
+FAULTS: dict[str, tuple[Plant, Case, dict[str, Any], str]] = {
+    "swap two gates": (
+        _cell(jaxrnn.LSTM_CELL, _swapped),
+        LSTM,
+        {"layer": 0, "directions": BOTH, "step": 0, "gates": ("i", "f")},
+        "the gates i and f are exchanged",
+    ),
+    "drop b_hn": (
+        _function(recurrence, "_project_input", _no_b_hn),
+        GRU,
+        {"layer": 0, "directions": BOTH, "step": 0, "gates": ("n",)},
+        "b_hn is missing",
+    ),
+    "fold the biases": (
+        _function(recurrence, "_project_input", _folded),
+        GRU,
+        {"layer": 0, "directions": BOTH, "step": 0, "gates": ("n",)},
+        "the biases are folded",
+    ),
+    "forget the reverse start": (
+        _function(recurrence, "_advance", _unmarked(True)),
+        RAGGED,
+        {"layer": 0, "directions": ("backward",), "gates": ()},
+        "the backward direction does not start",
+    ),
+    "leak padding": (
+        _function(recurrence, "_advance", _unmarked(False)),
+        RAGGED,
+        {"layer": None, "arrays": ("h_n", "c_n")},  # the outputs past the end are zeros all the same
+        "padding leaks",
+    ),
+    "transpose W_hh of a square layer": (
+        _function(recurrence, "_project_input", _transposed),
+        RNN,
+        {"layer": 0, "directions": ("forward",), "step": 0},
+        "W_hh is transposed",
+    ),
+    "wrong h_n order": (
+        _results(_h_n_order),
+        GRU,
+        {"layer": None, "arrays": ("h_n",)},
+        "h_n is ordered by direction",
+    ),
+    "dropout on the last layer": (
+        _results(_dropped),
+        GRU,
+        {"layer": 0, "gates": (), "arrays": ("output",)},
+        "the last layer's output goes through dropout",
+    ),
+    "TF32-like products": (
+        _function(recurrence, "_product", _tf32),
+        LSTM,
+        {"layer": 0, "directions": BOTH, "step": 0},
+        "TF32",
+    ),
+    "off-by-one length": (
+        _function(jaxrnn.nnx, "apply", _shorter),
+        RAGGED,
+        {"layer": 0, "gates": ()},
+        "lengths are one too short",
+    ),
+    "wrong sign in the GRU": (
+        _cell(jaxrnn.GRU_CELL, _wrong_sign),
+        GRU,
+        {"layer": 0, "directions": BOTH, "step": 0, "gates": ("z",)},
+        "z is taken the other way round",
+    ),
+    "stale carry": (
+        _cell(jaxrnn.LSTM_CELL, _stale),
+        LSTM,
+        {"layer": 0, "directions": BOTH, "step": 1},
+        "c is not kept from step to step",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_red_and_located(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    plant, case, where, cause = FAULTS[fault]
+    plant(monkeypatch)
+    dtype = "float32" if "TF32" in fault else "float64"
+    side = sides.run_jaxrnn
+    assert compare(case, RECORDED(case), side, [dtype]).failure()
+    place = locate(case, side, dtype)
+    assert {name: getattr(place, name) for name in where} == where
+    assert cause in place.cause
+    assert cause in str(place)
+
+
+def test_a_fault_in_a_second_layer_and_one_that_nobody_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+    def change(case: Case, arrays: Arrays) -> None:
+        if case.arguments["num_layers"] == 2:
+            arrays["output"][3, :, -1] += 0.1  # the backward half
+
+    _results(change)(monkeypatch)
+    place = locate(GRU, sides.run_jaxrnn)
+    assert place == Place(1, ("backward",), 3, (), "", ("output",))
+    assert str(place) == "first off at layer 1, backward direction, step 3; no known mistake"
+
+
+def test_cells_and_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = CASES["GRUCell-hx"]
+    with monkeypatch.context() as patch:
+        _cell(jaxrnn.GRU_CELL, _wrong_sign)(patch)
+        place = locate(case, sides.run_jaxrnn)
+        assert (place.layer, place.gates, place.arrays) == (None, ("z",), ("h_n",))
+        assert str(place) == "first off at gate z; it looks as if z is taken the other way round: h' = (h - n) * z + n"
+
+    def change(case: Case, arrays: Arrays) -> None:
+        arrays["weight_hh.grad"] *= 2
+
+    _results(change)(monkeypatch)
+    assert str(locate(case, sides.run_jaxrnn)).startswith("first off at only the gradients")
+
+
+@pytest.mark.parametrize("case", [case for case in CASES.values() if case.small and case.way != "chunked"][::11])
+def test_the_oracle_is_torchs(case: Case) -> None:
+    parameters, inputs, _ = case.arrays()
+    found, truth = oracle.run(case, (parameters, inputs)), truth_of(case, RECORDED(case))
+    assert truth is not None
+    for name, array in truth.items():
+        if not name.endswith(".grad"):
+            np.testing.assert_allclose(found[name], array, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("case", [GRU, LSTM, RAGGED, RNN, CASES["LSTMCell-hx"]], ids=lambda case: case.name)
+def test_every_known_mistake_is_another(case: Case) -> None:
+    arrays = case.arrays()[:2]
+    known = [oracle.NONE, *oracle.mistakes(case)]
+    assert len(known) > 3
+    results = [oracle.run(case, arrays, mistake) for mistake in known]
+    names = [name for name in results[0] if name != "layers"]
+    for (one, a), (other, b) in itertools.combinations(zip(known, results, strict=True), 2):
+        apart = max(np.max(np.abs(a[name] - b[name])) for name in names)
+        assert apart > LARGEST["float64"], (one.cause, other.cause)
+
+
+def test_the_runner_says_where(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    _function(recurrence, "_project_input", _transposed)(monkeypatch)
+    assert runner.main(["--filter", "RNN_TANH-layers1-hx", "--dtype", "float64"]) == 1
+    printed = capsys.readouterr().out
+    assert "WHERE RNN_TANH-layers1-hx: first off at layer 0, forward direction, step 0" in printed
+    assert "it looks as if W_hh is transposed" in printed
