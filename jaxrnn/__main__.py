@@ -7,7 +7,7 @@ import os
 import sys
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
-from typing import TextIO
+from typing import Any, TextIO
 
 import jax.numpy as jnp
 import numpy as np
@@ -69,11 +69,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     command.set_defaults(run=_diff)
     command.add_argument("file", metavar="A", help=file)
     command.add_argument("other", metavar="B", help="another")
+    command.add_argument("--other-key", help="as --key, for B")
     command = commands.add_parser("check", help="run the recurrent modules in a checkpoint, and compare with PyTorch")
     command.set_defaults(run=_check)
     command.add_argument("file", metavar="FILE", help=file)
     for command in commands.choices.values():
-        command.add_argument("--key", help="under what key of the file the state dict is: trainer.model")
+        command.add_argument("--key", help="under what key of the (first) file the state dict is: trainer.model")
         command.add_argument(
             "--raw", action="store_true", help="take weight_hh_l0_raw, of weight drop, for weight_hh_l0"
         )
@@ -86,11 +87,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
-def _load(path: str, arguments: argparse.Namespace) -> Tensors:
+def _load(path: str, key: str | None, raw: bool) -> Tensors:
     """The file's tensors, those in parts put together, after all of it was read once."""
-    tensors = opened(path, arguments.key)
+    tensors = opened(path, key)
     with _said_of(path):
-        tensors = fold(tensors, arguments.raw)
+        tensors = fold(tensors, raw)
     with _progress(f"reading {os.path.basename(path)}", tensors) as progress:
         odd = not_finite(tensors, progress)
     if odd:
@@ -130,7 +131,7 @@ def _found(path: str, tensors: Tensors) -> list[FoundRNN]:
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
-    found = _found(arguments.file, _load(arguments.file, arguments))
+    found = _found(arguments.file, _load(arguments.file, arguments.key, arguments.raw))
     if arguments.json:
         names = ["prefix", "input_size", "hidden_size", "num_layers", "bidirectional", "bias", "proj_size"]
         names += ["num_parameters", "assumed"]
@@ -185,7 +186,7 @@ def _print_assumed(found: list[FoundRNN]) -> None:
 def _convert(arguments: argparse.Namespace) -> int:
     if os.path.lexists(arguments.out) and not arguments.force:
         raise CheckpointError(f"{arguments.out}: it exists already\ngive another name, or --force to replace it")
-    tensors = _load(arguments.file, arguments)
+    tensors = _load(arguments.file, arguments.key, arguments.raw)
     if arguments.only_rnn:
         found = _found(arguments.file, tensors)
         tensors = {key: tensors[key] for key in (rnn.prefix + name for rnn in found for name in rnn.spec.shapes())}
@@ -231,7 +232,8 @@ def _cast(key: str, value: Value, dtype: str) -> Value:
 
 
 def _diff(arguments: argparse.Namespace) -> int:
-    one, other = (_load(path, arguments) for path in (arguments.file, arguments.other))
+    one = _load(arguments.file, arguments.key, arguments.raw)
+    other = _load(arguments.other, arguments.other_key, arguments.raw)
     differences = {key: _difference(one.get(key), other.get(key)) for key in {**one, **other}}
     differences = {key: difference for key, difference in differences.items() if difference}
     if arguments.json:
@@ -253,26 +255,35 @@ def _difference(one: Value | None, other: Value | None) -> str:
             return f"{name} {a} in A, {b} in B"
     if equal(one, other):
         return ""
-    wide = np.complex128 if one.dtype.kind == "c" else np.float64
-    arrays = (read(one), read(other))
-    a, b = (array.astype(wide) if jnp.issubdtype(array.dtype, jnp.inexact) else array for array in arrays)
+    # Wide enough for integers of 64 bits, where the machine has it.
+    wide: Any = np.complex128 if one.dtype.kind == "c" else np.float64 if one.dtype.kind in "fV" else np.longdouble
+    a, b = read(one).astype(wide), read(other).astype(wide)
     same = (a == b) | ((a != a) & (b != b))
     if np.all(same):
         return ""
     with np.errstate(invalid="ignore"):
-        worst = np.max(np.abs(a.astype(wide) - b.astype(wide))[~same])
-    return f"{np.sum(~same):,} of {same.size:,} numbers differ, by {worst:.3g} at most"
+        distances = np.abs(a - b)[~same]
+    odd = np.isnan(distances)
+    words = f"{np.sum(~same):,} of {same.size:,} numbers differ"
+    words += f", by {np.max(distances[~odd]):.3g} at most" if not np.all(odd) else ""
+    return words + (f", {np.sum(odd):,} of them NaN in one file only" if np.any(odd) else "")
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    tensors = _load(arguments.file, arguments)
+    tensors = _load(arguments.file, arguments.key, arguments.raw)
     found = _found(arguments.file, tensors)
     torch = installed_torch()
     checked = [check(rnn, tensors, torch) for rnn in found]
     equal = all(result.equal for result in checked)
     if arguments.json:
         rows = [
-            {"prefix": rnn.prefix, "kind": _kind(rnn), "finite": result.finite, "difference": result.difference}
+            {
+                "prefix": rnn.prefix,
+                "kind": _kind(rnn),
+                "finite": result.finite,
+                "equal": None if result.difference is None else result.equal,
+                "difference": result.difference if np.isfinite(result.difference or 0) else None,
+            }
             for rnn, result in zip(found, checked, strict=True)
         ]
         print(json.dumps({"equal": equal, "torch": torch and torch.__version__, "limit": LIMIT, "modules": rows}))

@@ -130,3 +130,5 @@ def test_a_module_that_draws_random_numbers() -> None:
     model = linen.Sequential([linen.Dropout(0.5, deterministic=False), linen.Dense(4)])
     variables = model.init(jax.random.key(0), X)
     assert list(state_dict(model, variables, X)) == ["1.weight", "1.bias"]
+    arguments = {"rngs": {"dropout": jax.random.key(1)}, "mutable": ["batch_stats"]}  # as people call apply
+    assert list(state_dict(model, variables, X, **arguments)) == ["1.weight", "1.bias"]

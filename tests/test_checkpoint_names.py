@@ -185,3 +185,19 @@ def test_a_layer_serves_a_cell_and_a_cell_a_layer() -> None:
         jaxrnn.load_state_dict(two, jaxrnn.state_dict(cell))
     with pytest.raises(CheckpointError, match="weight_ih_l1 is unexpected"):
         jaxrnn.load_state_dict(cell, jaxrnn.state_dict(two))
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("parametrized", [False, True])
+@pytest.mark.parametrize("make", ["ConvTranspose1d", "Conv1d"])
+def test_spectral_norm_of_a_square_convolution(torch, make, parametrized):
+    """Its two first axes are alike: which of them is normalised, only u and v tell."""
+    torch.manual_seed(0)
+    norm = torch.nn.utils.parametrizations.spectral_norm if parametrized else torch.nn.utils.spectral_norm
+    module = norm(getattr(torch.nn, make)(4, 4, 3).double())
+    for _ in range(3):
+        module(torch.ones(1, 4, 5, dtype=torch.float64))
+    module.eval()
+    module(torch.ones(1, 4, 5, dtype=torch.float64))
+    folded = checkpoint.fold(module.state_dict())["weight"]
+    np.testing.assert_allclose(folded, module.weight.detach().numpy(), rtol=0, atol=1e-12)

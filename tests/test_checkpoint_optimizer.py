@@ -140,9 +140,17 @@ def test_clipping_is_torchs(torch: types.ModuleType) -> None:
 
 def _state(**changes: Any) -> dict[str, Any]:
     group = {"lr": 0.1, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1, "decoupled_weight_decay": True}
+    group |= {"amsgrad": False}
     group |= {"params": [0, 1], **changes}
     moments = {name: np.ones((12, 2)) for name in ("exp_avg", "exp_avg_sq")}
     return {"state": {0: {"step": np.array(2.0), **moments}, 1: {"step": 2}}, "param_groups": [group]}
+
+
+def _undecided() -> dict[str, Any]:
+    """As torch wrote it before it said which of the two it is."""
+    state = _state()
+    del state["param_groups"][0]["decoupled_weight_decay"]
+    return state
 
 
 @pytest.mark.parametrize(
@@ -159,8 +167,8 @@ def _state(**changes: Any) -> dict[str, Any]:
             "an optimizer that is none of SGD, Adam and AdamW: its settings are lr, alpha",
         ),
         (
-            {"state": {}, "param_groups": [{"lr": 1, "betas": (0, 0), "eps": 0, "weight_decay": 1, "params": [0, 1]}]},
-            "an optimizer with weight_decay=1.0 that may be Adam or AdamW",
+            _undecided(),
+            "an optimizer with weight_decay=0.1 that may be Adam or AdamW",
         ),
     ],
 )  # fmt: skip
@@ -174,3 +182,24 @@ def test_unknown_names() -> None:
     params = jaxrnn.Spec(jaxrnn.LSTM_CELL, 2, 3, bias=False).init(jax.random.key(0))
     with pytest.raises(CheckpointError, match="no parameters are named nobody\nthe parameters: weight_ih_l0"):
         checkpoint.optax_from_torch(_state(), params, ["weight_ih_l0", "nobody"])
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("name", ["Adamax", "NAdam", "RAdam", "Adagrad", "RMSprop", "Rprop", "ASGD", "Adadelta"])
+def test_other_optimizers_are_refused(torch: types.ModuleType, name: str) -> None:
+    param = torch.nn.Parameter(torch.ones(2, 2))
+    optimizer = getattr(torch.optim, name)([param])
+    param.grad = torch.ones(2, 2)
+    optimizer.step()
+    with pytest.raises(CheckpointError, match="none of SGD, Adam and AdamW"):
+        checkpoint.optax_from_torch(optimizer.state_dict(), {"w": np.ones((2, 2), np.float32)})
+
+
+def test_a_schedule_has_to_know_where_it_is() -> None:
+    group = {"lr": 0.1, "momentum": 0, "dampening": 0, "weight_decay": 0, "nesterov": False, "params": [0]}
+    state, params = {"state": {}, "param_groups": [group]}, {"w": np.ones(2)}
+    with pytest.raises(CheckpointError, match=r"does not say how many steps it has made.*\ngive steps_made="):
+        checkpoint.optax_from_torch(state, params, learning_rate=lambda count: 0.5**count)
+    optimizer, resumed = checkpoint.optax_from_torch(state, params, None, lambda count: 0.5**count, steps_made=3)
+    updates, _ = optimizer.update({"w": jnp.ones(2)}, resumed, params)
+    np.testing.assert_allclose(updates["w"], -(0.5**3))

@@ -2,8 +2,10 @@
 
 import contextlib
 import json
+import logging
 import re
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -144,3 +146,29 @@ def test_leaves_that_are_no_arrays(tmp_path: Path, refusal: Callable[[Path], str
     assert refusal(tmp_path / "a") == "name is of type string, not an array"
     metadata = json.loads((tmp_path / "a" / "_METADATA").read_text())
     assert "('name',)" in metadata["tree_metadata"]
+
+
+def test_values_of_variables_and_things_called_value(tmp_path: Path) -> None:
+    model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+    state = {"model": {"kernel": {"value": model.kernel[...]}, "bias": {"value": model.bias[...]}}}
+    attention = {"attention": {"key": np.ones(1), "value": np.ones(2)}, "step": np.array(3)}
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "a", state | attention)
+    assert checkpoint.load(tmp_path / "a", "model").keys() == {"kernel", "bias"}
+    assert checkpoint.load(tmp_path / "a").keys() == {
+        "model.kernel", "model.bias", "attention.key", "attention.value", "step"
+    }  # fmt: skip
+    for names in (["a.value"], ["value"], ["a.value", "b.value"]):
+        checkpoint.save(tmp_path / "b.orbax", {name: np.ones(3) for name in names})
+        assert list(checkpoint.load(tmp_path / "b.orbax")) == names
+
+
+def test_zeros_are_no_bomb_and_logging_stays(tmp_path: Path) -> None:
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "a", {"x": np.zeros((3000, 1000), np.float32)})
+    level = logging.getLogger("absl").level
+    with ThreadPoolExecutor(4) as pool:
+        for found in pool.map(checkpoint.load, [tmp_path / "a"] * 8):
+            assert not found["x"].any()
+    assert logging.getLogger("absl").level == level
+    assert logging.getLogger("absl").filters == []

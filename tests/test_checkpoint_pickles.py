@@ -184,6 +184,15 @@ def _tensor(offset: int = 0, shape: tuple = (4,), strides: tuple = (1,), name: s
     return b"\x80\x02}" + pickle.dumps(name, 2)[2:-1].partition(b"q")[0] + tensor + b"s."
 
 
+@pytest.mark.parametrize(("kind", "bit"), [("Bool", "neg"), ("Bool", "conj"), ("Float", "conj"), ("Long", "neg")])
+def test_bits_that_no_such_tensor_has(kind: str, bit: str, tmp_path: Path) -> None:
+    metadata = b"}X" + len(bit).to_bytes(4, "little") + bit.encode() + b"\x88s"
+    pickled = _tensor().replace(b"OrderedDict\n)RtR", b"OrderedDict\n)R" + metadata + b"tR")
+    pickled = pickled.replace(b"FloatStorage", f"{kind}Storage".encode())
+    size = {"Bool": 4, "Float": 16, "Long": 32}[kind]
+    assert "(the bits of a tensor)" in _refusal(_archive(pickled, **{"data/0": bytes(size)}), tmp_path)
+
+
 def test_a_pickle_by_hand(tmp_path: Path) -> None:
     numbers = np.arange(4, dtype=np.float32)
     (found,) = _load(_archive(_tensor(), **{"data/0": numbers.tobytes()}), tmp_path).values()

@@ -236,3 +236,27 @@ def test_trees_that_are_none(tmp_path):
     (tmp_path / "dag.pt").write_bytes(archive(data_pkl=pickle.dumps(shared, 2)))
     tree = checkpoint.load_tree(tmp_path / "dag.pt")
     assert tree["a"] is tree["b"]
+
+
+@pytest.mark.torch
+def test_without_checksums(torch, tmp_path):
+    """torch writes none where it is told so."""
+    tensors = {"x": torch.arange(5.0), "y": torch.arange(6.0).reshape(2, 3).T}
+    enabled = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(tensors, tmp_path / "a.pt")
+    finally:
+        torch.serialization.set_crc32_options(enabled)
+    found = checkpoint.load(tmp_path / "a.pt")
+    for name, tensor in tensors.items():
+        np.testing.assert_array_equal(found[name], tensor.numpy())
+
+
+@pytest.mark.torch
+def test_keys_that_are_alike_in_a_tree(torch, tmp_path):
+    value = {"a": {"b": torch.ones(1)}, "a.b": torch.ones(1) * 2, 0: torch.ones(1) * 3, "0": torch.ones(1) * 4}
+    torch.save({**value, "dtype": torch.float32}, tmp_path / "a.pt")
+    tree = checkpoint.load_tree(tmp_path / "a.pt")
+    assert [tree["a"]["b"], tree["a.b"], tree[0], tree["0"]] == [1, 2, 3, 4]
+    assert tree["dtype"] == "torch.float32"

@@ -1,10 +1,12 @@
 """Files that we write: whole or not at all, compared before they take their name, and ordinary ones."""
 
+import errno
 import os
 import stat
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -214,3 +216,56 @@ def test_what_another_writer_holds_stays(tmp_path):
     checkpoint.save(tmp_path / "a.pt", {"x": np.ones(1)})
     assert not held.exists()
     assert other.exists()
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_a_directory_that_is_no_checkpoint_stays(suffix, tmp_path):
+    path = tmp_path / f"runs.{suffix}"
+    (path / "notes").mkdir(parents=True)
+    (path / "notes" / "thesis.txt").write_text("mine")
+    with pytest.raises(CheckpointError, match=f"^{path}: a directory that is no orbax checkpoint is not replaced\n"):
+        checkpoint.save(path, {"x": np.ones(1)})
+    assert _contents(tmp_path) == {f"runs.{suffix}/notes/thesis.txt": b"mine"}
+    if suffix == "orbax":
+        (tmp_path / "empty.orbax").mkdir()
+        checkpoint.save(tmp_path / "empty.orbax", {"x": np.ones(1)})
+        assert list(checkpoint.load(tmp_path / "empty.orbax")) == ["x"]
+
+
+def test_who_may_read_the_old_file_may_read_the_new_one(tmp_path):
+    path = tmp_path / "a.pt"
+    checkpoint.save(path, {"x": np.ones(1)})
+    path.chmod(0o600)
+    checkpoint.save(path, {"x": np.ones(2)})
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+def test_several_writers_at_once(tmp_path):
+    """One of them wins each time, and none removes what another is writing."""
+
+    def write_often(number: int) -> None:
+        for _ in range(25):
+            checkpoint.save(tmp_path / "a.pt", {"x": np.full(10, number)})
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(write_often, range(4))) == [None] * 4
+    assert len(set(checkpoint.load(tmp_path / "a.pt")["x"])) == 1
+    assert list(tmp_path.iterdir()) == [tmp_path / "a.pt"]
+
+
+def test_where_files_cannot_be_locked(tmp_path, monkeypatch):
+    fcntl = pytest.importorskip("fcntl")
+
+    def refuse(*args: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    (tmp_path / "a.pt.0123abcd.tmp").write_bytes(b"somebody's")
+    checkpoint.save(tmp_path / "a.pt", {"x": np.ones(1)})
+    assert {path.name for path in tmp_path.iterdir()} == {"a.pt", "a.pt.0123abcd.tmp"}
+
+
+@pytest.mark.parametrize(("name", "tensors", "cause"), [("a\0b.pt", {}, "NUL"), ("a.pt", {1: np.ones(1)}, "got 1\n")])
+def test_names_that_are_none(name, tensors, cause, tmp_path):
+    with pytest.raises(CheckpointError, match=cause):
+        checkpoint.save(tmp_path / name, tensors)

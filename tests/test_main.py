@@ -172,7 +172,7 @@ def test_diff(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert main(["diff", str(model), str(other)]) == 1
     lines = capsys.readouterr().out
     for line in (
-        "encoder.weight_hh_l0: 2 of 400 numbers differ, by nan at most",
+        "encoder.weight_hh_l0: 2 of 400 numbers differ, by 0.5 at most, 1 of them NaN in",
         "encoder.bias_ih_l0: only in A",
         "new: only in B",
         "head.weight: shape (2, 10) in A, (3,) in B",
@@ -262,3 +262,23 @@ def test_a_progress_bar_on_a_terminal(model: Path, tmp_path: Path, monkeypatch: 
     shown.clear()
     assert main(["convert", str(model), str(tmp_path / "other.pt")]) == 0
     assert [file.getvalue() for file in shown] == ["", ""]
+
+
+def test_diff_of_a_nested_file_and_of_large_integers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("torch", reason="PyTorch is not installed")
+    import torch
+
+    numbers = torch.tensor([2**53, 7])
+    torch.save({"net": {"count": numbers, "on": torch.tensor([True, False])}}, tmp_path / "a.pt")
+    assert main(["convert", str(tmp_path / "a.pt"), str(tmp_path / "b.orbax"), "--key", "net"]) == 0
+    assert main(["diff", str(tmp_path / "a.pt"), str(tmp_path / "b.orbax"), "--key", "net"]) == 0
+    numbers[0] += 1
+    torch.save({"net": {"count": numbers, "on": torch.tensor([True, True])}}, tmp_path / "c.pt")
+    capsys.readouterr()
+    arguments = ["diff", str(tmp_path / "a.pt"), str(tmp_path / "c.pt"), "--key", "net", "--other-key", "net"]
+    assert main(arguments) == 1
+    assert capsys.readouterr().out.splitlines() == [
+        "count: 1 of 2 numbers differ, by 1 at most",
+        "on: 1 of 2 numbers differ, by 1 at most",
+        "2 of 2 tensors differ",
+    ]

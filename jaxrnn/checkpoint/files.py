@@ -131,10 +131,14 @@ def _read(path: Path, function: Callable[[], T]) -> T:
         raise CheckpointError(f"{os.fspath(path)}: {os_cause(error)}\ncheck the path and its permissions") from error
 
 
-def _reader(path: Path) -> Callable[[Path, str | None], Tensors]:
-    """What reads the file, by its first bytes."""
+def check_path(path: Path) -> None:
     if "\0" in os.fspath(path):
         raise CheckpointError("a path cannot hold a NUL character\ncheck the path")
+
+
+def _reader(path: Path) -> Callable[[Path, str | None], Tensors]:
+    """What reads the file, by its first bytes."""
+    check_path(path)
     if os.path.islink(path) and not os.path.exists(path):
         raise CheckpointError(f"a link to {os.readlink(path)}, which is not there\nmend the link")
     mode = os.stat(path).st_mode
@@ -150,10 +154,10 @@ def _reader(path: Path) -> Callable[[Path, str | None], Tensors]:
         return torch_files.read_zip
     if torch_files.LEGACY_MAGIC in head[:32]:
         return torch_files.read_legacy
-    if torch_files.is_tar(head):
-        raise CheckpointError("a tar file, as torch before 0.4 wrote it\nload and save it with a torch of 0.4 to 1.x")
     if head[8:9] == b"{" and not _is_text(head[:8]):
         return _read_safetensors
+    if torch_files.is_tar(head):
+        raise CheckpointError("a tar file, as torch before 0.4 wrote it\nload and save it with a torch of 0.4 to 1.x")
     for magic, (cause, remedy) in _NOT_CHECKPOINTS.items():
         if head.startswith(magic):
             raise CheckpointError(f"{cause}\n{remedy}")

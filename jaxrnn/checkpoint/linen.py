@@ -158,8 +158,8 @@ def _layers(module: linen.Module, variables: Mapping[str, Any], args: tuple, kwa
 
     with linen.intercept_methods(note):
         # A module that asks for another stream of random numbers is given that of params.
-        rngs = {"params": jax.random.key(0)}
-        jax.eval_shape(lambda: module.apply(variables, *args, rngs=rngs, mutable=True, **kwargs))
+        arguments = {"rngs": {"params": jax.random.key(0)}, **kwargs, "mutable": True}
+        jax.eval_shape(lambda: module.apply(variables, *args, **arguments))
     return layers
 
 

@@ -108,7 +108,7 @@ def from_torch(torch_module: Any, rngs: nnx.Rngs | None = None) -> nnx.Module:
 
     Raises:
         TypeError: `torch_module` is anything else.
-        CheckpointError: its parameters are not those of its class, as under weight normalisation.
+        CheckpointError: its parameters are not those of its class, nor fold into them (see `jaxrnn.checkpoint.fold`).
 
     >>> import jaxrnn, torch
     >>> jaxrnn.from_torch(torch.nn.LSTM(10, 20, num_layers=2, bidirectional=True))

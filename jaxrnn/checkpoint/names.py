@@ -100,10 +100,15 @@ def _weight_norm(g: np.ndarray, v: np.ndarray) -> np.ndarray:
 
 
 def _spectral_norm(orig: np.ndarray, u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """As torch.nn.utils.spectral_norm in evaluation, along the axis that u is as long as: 0, or 1 if transposed."""
-    axis = orig.shape.index(len(u))
-    matrix = np.moveaxis(orig, axis, 0).reshape(len(u), -1)
-    return orig / (u @ matrix @ v)
+    """As torch.nn.utils.spectral_norm in evaluation, along axis 0, or 1 of a transposed convolution.
+
+    Where both are as long as u, it is the one along which u is what torch made it, the direction of W v.
+    """
+    matrices = [np.moveaxis(orig, axis, 0).reshape(len(u), -1) for axis, n in enumerate(orig.shape[:2]) if n == len(u)]
+    if not matrices:
+        raise ValueError
+    along = [u @ matrix @ v / (np.linalg.norm(matrix @ v) or 1) for matrix in matrices]
+    return orig / (u @ matrices[int(np.argmax(along))] @ v)
 
 
 def _pruned(orig: np.ndarray, mask: np.ndarray) -> np.ndarray:

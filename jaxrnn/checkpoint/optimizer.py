@@ -16,9 +16,11 @@ from jaxrnn.checkpoint.layers import Entry
 from jaxrnn.checkpoint.modules import params_of
 
 # Where optax keeps what torch calls otherwise, in the states of its transformations.
+_KNOWN = {"step", "exp_avg", "exp_avg_sq", "momentum_buffer"}
 _FIELDS = {"mu": "exp_avg", "nu": "exp_avg_sq", "trace": "momentum_buffer"}
 _COUNT = "count"
 _FROZEN = "frozen"
+_NONE = "an optimizer that is none of SGD, Adam and AdamW"
 _SAVE = "give torch's optimizer.state_dict(), as it is or from jaxrnn.checkpoint.load_tree"
 
 
@@ -27,6 +29,7 @@ def optax_from_torch(
     params: Mapping[str, Any],
     names: Sequence[str] | None = None,
     learning_rate: optax.ScalarOrSchedule | None = None,
+    steps_made: int | None = None,
 ) -> tuple[optax.GradientTransformation, optax.OptState]:
     """The optax optimizer that goes on where torch's stopped, for parameters with torch's names and layouts.
 
@@ -39,6 +42,7 @@ def optax_from_torch(
             one after the other; by default those of params. Parameters that are not among them are not trained.
         learning_rate: a number, or a schedule of the number of steps, those of torch included; by default that of each
             group as it was last.
+        steps_made: how many steps torch has made, which SGD's state does not say; only a schedule needs it.
 
     Returns:
         The transformation, and its state for `params`.
@@ -57,7 +61,7 @@ def optax_from_torch(
     -0.09
     """
     described = {name: Parameter((name,), value, None, Entry(name, name)) for name, value in params.items()}
-    resumed = _resumed(state, described, names, learning_rate)
+    resumed = _resumed(state, described, names, learning_rate, steps_made)
     tree = dict(params)
     optimizer = resumed.transformation(tree)
     return optimizer, resumed.fill(optimizer.init(tree))
@@ -68,6 +72,7 @@ def optimizer_from_torch(
     module: nnx.Module,
     names: Sequence[str] | None = None,
     learning_rate: optax.ScalarOrSchedule | None = None,
+    steps_made: int | None = None,
 ) -> nnx.Optimizer:
     """As `optax_from_torch`, for an NNX module: an `nnx.Optimizer` of its `nnx.Param`s, ready for `update`.
 
@@ -76,7 +81,7 @@ def optimizer_from_torch(
         module: the module, as for `jaxrnn.load_state_dict`, its parameters loaded.
         names: as for `optax_from_torch`; by default those of `jaxrnn.state_dict(module)`, which are in the order of
             torch's `model.parameters()` where the attributes are.
-        learning_rate: as for `optax_from_torch`.
+        learning_rate, steps_made: as for `optax_from_torch`.
 
     Returns:
         The optimizer, with the state laid out as the module's parameters are.
@@ -99,7 +104,7 @@ def optimizer_from_torch(
         if id(param.place) in places and id(param.place) not in seen:
             seen.add(id(param.place))
             described[name] = param._replace(place=places[id(param.place)])
-    resumed = _resumed(state, described, names, learning_rate)
+    resumed = _resumed(state, described, names, learning_rate, steps_made)
     params = nnx.as_pure(nnx.state(module, nnx.Param))
     optimizer = nnx.Optimizer(module, resumed.transformation(params), wrt=nnx.Param)
     nnx.update(optimizer.opt_state, nnx.state(resumed.fill(nnx.as_pure(optimizer.opt_state))))
@@ -176,6 +181,7 @@ def _resumed(
     params: Mapping[str, Parameter],
     names: Sequence[str] | None,
     learning_rate: optax.ScalarOrSchedule | None,
+    steps_made: int | None,
 ) -> _Resumed:
     names = list(params if names is None else names)
     try:
@@ -200,14 +206,21 @@ def _resumed(
             param = params[name := next(rest)]
             labels[param.place] = label
             kept = states.get(index, {})
-            steps.add(int(np.asarray(kept["step"])) if "step" in kept else 0)
+            if others := kept.keys() - _KNOWN:
+                raise CheckpointError(f"{_NONE}: it has {listed(others)}\n{_SAVE}")
+            step = kept.get("step", 0)
+            if "step" in kept or ("betas" in group and states):
+                steps.add(int(step if isinstance(step, int | float) else to_numpy("step", step)))
             for field, theirs in _FIELDS.items():
                 if kept.get(theirs) is not None:
                     moments[param.place][field] = _moment(f"{theirs} of {name}", kept[theirs], param)
         if len(steps) > 1:
             cause = f"the parameters of {label} have made different numbers of steps, {sorted(steps)}"
             raise CheckpointError(f"{cause}\noptax counts for all of them: put them into groups of their own")
-        counts[label] = max(steps, default=0)
+        counts[label] = max(steps, default=steps_made or 0)
+        if callable(learning_rate) and not steps and steps_made is None:
+            cause = f"{label} does not say how many steps it has made, where the schedule is to go on"
+            raise CheckpointError(f"{cause}\ngive steps_made=")
     return _Resumed(transformations, counts, labels, moments)
 
 
@@ -229,7 +242,7 @@ def _transformation(
     decay = float(group.get("weight_decay", 0))
     decays = [optax.add_decayed_weights(decay)] if decay else []
     rate = optax.scale_by_learning_rate(float(group["lr"]) if learning_rate is None else learning_rate)
-    if "betas" in group:
+    if "betas" in group and "amsgrad" in group and "momentum_decay" not in group:
         adam = optax.scale_by_adam(*map(float, group["betas"]), eps=float(group["eps"]))
         if decay and "decoupled_weight_decay" not in group:
             remedy = 'say which: set "decoupled_weight_decay" in its param_groups to False for Adam, to True for AdamW'
@@ -237,9 +250,9 @@ def _transformation(
         if group.get("decoupled_weight_decay"):
             return optax.chain(adam, *decays, rate)
         return optax.chain(*decays, adam, rate)
-    if "nesterov" in group:
+    if "nesterov" in group and "dampening" in group:
         momentum = float(group["momentum"])
         trace = [optax.trace(momentum, nesterov=bool(group["nesterov"]))] if momentum else []
         return optax.chain(*decays, *trace, rate)
     settings = listed(name for name in group if name != "params")
-    raise CheckpointError(f"an optimizer that is none of SGD, Adam and AdamW: its settings are {settings}\n{_SAVE}")
+    raise CheckpointError(f"{_NONE}: its settings are {settings}\n{_SAVE}")

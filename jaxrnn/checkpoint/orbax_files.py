@@ -22,8 +22,7 @@ from jaxrnn.checkpoint.stored import Value, read
 _METADATA = "_METADATA"
 # Far above what compression gains on weights. What is not stored would be read as zeros, as many as the file says.
 _LARGEST_INFLATION = 100
-# Flax's variables in a tree of nnx.State: each is a dict of this.
-_VALUE = ".value"
+_SMALL = 64 << 20  # bytes that do no harm, however few they come from
 
 
 def read_directory(path: str | os.PathLike[str], key: str | None) -> dict[str, Value]:
@@ -33,23 +32,21 @@ def read_directory(path: str | os.PathLike[str], key: str | None) -> dict[str, V
     try:
         with _quiet(), ocp.PyTreeCheckpointer() as checkpointer:
             metadata = checkpointer.metadata(path).item_metadata.tree
-            described = dict(_leaves(metadata))
-            _check(described, path)
+            _check(dict(_leaves(metadata)), path)
             # As NumPy's arrays, because JAX's would be cut to 32 bits and lie on a device.
             arguments = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), metadata)
-            leaves = _leaves(checkpointer.restore(path, restore_args=arguments))
+            arrays = _named(checkpointer.restore(path, restore_args=arguments))
     except CheckpointError:
         raise
     except Exception as error:  # damage makes orbax, tensorstore and JSON raise almost anything
         cause = f"{type(error).__name__}: {error}".partition("\n")[0][:200]
         raise CheckpointError(f"a damaged orbax checkpoint, or of another kind ({cause})\n{AGAIN}") from error
-    arrays = {name: np.ascontiguousarray(value).reshape(np.shape(value)) for name, value in leaves}
-    if all(name.endswith(_VALUE) for name in arrays):
-        arrays = {name.removesuffix(_VALUE): array for name, array in arrays.items()}
-    if key is None:
-        return dict(arrays)
-    chosen: dict[str, Value] = {n.removeprefix(f"{key}."): a for n, a in arrays.items() if n.startswith(f"{key}.")}
-    if not chosen:
+    start = "" if key is None else f"{key}."
+    chosen: dict[str, Value] = {}
+    for name, value in arrays.items():
+        if name.startswith(start):
+            chosen[name.removeprefix(start)] = np.ascontiguousarray(value).reshape(np.shape(value))
+    if arrays and not chosen:
         raise CheckpointError(f"it has nothing under {key!r}\nits keys: {listed(arrays)}")
     return chosen
 
@@ -60,7 +57,7 @@ def _tree_in(path: str) -> str:
         folder
         for below in ("", "*", "*/*")
         for folder in sorted(glob.glob(os.path.join(glob.escape(path), below)))
-        if os.path.isfile(os.path.join(folder, _METADATA))
+        if is_tree(folder)
     ]
     if not trees:
         raise CheckpointError("a directory, but no orbax checkpoint\ngive the path of the checkpoint in it")
@@ -70,16 +67,37 @@ def _tree_in(path: str) -> str:
     return trees[0]
 
 
+def is_tree(path: str) -> bool:
+    """Whether a directory is an orbax checkpoint of one tree."""
+    return os.path.isfile(os.path.join(path, _METADATA))
+
+
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what orbax logs: of what goes wrong it raises, too."""
-    logger = logging.getLogger("absl")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL + 1)
+    """Without what orbax logs, in any thread, while there is one that is in here: of what goes wrong it raises, too."""
+    logger, silent = logging.getLogger("absl"), lambda record: False
+    logger.addFilter(silent)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        logger.removeFilter(silent)
+
+
+def _named(tree: Any) -> dict[str, Any]:
+    """The leaves of a tree, without the name that nnx.State gives the value of a variable."""
+    if isinstance(tree, Mapping):
+        tree = {name: _without_values(value) for name, value in tree.items()}
+    return dict(_leaves(tree))
+
+
+def _without_values(tree: Any) -> Any:
+    if isinstance(tree, Mapping):
+        below = {name: _without_values(value) for name, value in tree.items()}
+        is_variable = below.keys() == {"value"} and not isinstance(below["value"], Mapping | list | tuple)
+        return below["value"] if is_variable else below
+    if isinstance(tree, list | tuple):
+        return [_without_values(value) for value in tree]
+    return tree
 
 
 def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -106,7 +124,7 @@ def _check(described: Mapping[str, Any], path: str) -> None:
         size += math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize
     files = (os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names)
     stored = sum(map(os.path.getsize, files))
-    if size > _LARGEST_INFLATION * stored:
+    if size > max(_SMALL, _LARGEST_INFLATION * stored):
         cause = f"a bomb: its tensors have {size} bytes, in files of {stored}"
         raise CheckpointError(f"{cause}\nget it from a source that you trust")
 

@@ -345,6 +345,8 @@ def _tensor(
     if any(type(n) is not int or not 0 <= n < 1 << 63 for n in sizes):
         raise ValueError("the size of a tensor")
     bits = tuple(bit for bit in ("conj", "neg") if more and more[0] and more[0].get(bit))
+    if ("conj" in bits and dtype.kind != "c") or (bits and not jnp.issubdtype(dtype, jnp.inexact)):
+        raise ValueError("the bits of a tensor")
     return StoredTensor(storage, dtype, offset, tuple(shape), tuple(strides), bits)
 
 

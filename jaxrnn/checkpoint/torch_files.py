@@ -16,13 +16,14 @@ import numpy as np
 
 from jaxrnn.checkpoint.arrays import is_torch_tensor, to_numpy
 from jaxrnn.checkpoint.errors import AGAIN, CheckpointError, listed
-from jaxrnn.checkpoint.pickles import STATE_DICT, Other, StoredTensor, pickle_tensors, unpickle
+from jaxrnn.checkpoint.pickles import STATE_DICT, Global, Other, StoredTensor, pickle_tensors, unpickle
 from jaxrnn.checkpoint.stored import Source, Stored, Value, pieces, read
 
 # The number that a file of torch.save before 1.6 pickles first.
 LEGACY_MAGIC = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"
 # Far above what compression, or sharing, gains on weights: a file of zeros made to fill the memory.
 _LARGEST_INFLATION = 100
+_SMALL = 64 << 20  # bytes that do no harm, however few they come from
 _PIECE = 1 << 20  # bytes read at once
 _DEEPEST = 100  # dicts and lists in each other: a state dict has a handful
 # Under what people nest a model's state dict beside an optimizer's.
@@ -48,6 +49,7 @@ def read_zip_tree(path: str | os.PathLike[str]) -> Any:
 
         def note(name: str, value: Any) -> Any:
             if isinstance(value, StoredTensor | Other):
+                name += "" if name not in tensors else f" ({len(tensors)})"  # the keys 0 and "0" are two
                 found[id(value)] = name
                 tensors[name] = value
             return value
@@ -55,8 +57,13 @@ def read_zip_tree(path: str | os.PathLike[str]) -> Any:
         _mapped(checkpoint, note)
         return _checked(tensors)
 
+    def resolved(name: str, value: Any) -> Any:
+        if id(value) in found:
+            return read(tensors[found[id(value)]])
+        return value.name if isinstance(value, Global) else value
+
     checkpoint, tensors = _read_zip(path, choose)
-    return _mapped(checkpoint, lambda name, value: read(tensors[found[id(value)]]) if id(value) in found else value)
+    return _mapped(checkpoint, resolved)
 
 
 def read_legacy_tree(path: str | os.PathLike[str]) -> Any:
@@ -78,7 +85,7 @@ def _read_zip(
             entries = _entries(archive.infolist(), size)
             checkpoint = unpickle(_read(archive, entries["data.pkl"]).tobytes())
             tensors = choose(checkpoint)
-            if (total := sum(tensor.nbytes for tensor in tensors.values())) > _LARGEST_INFLATION * size:
+            if (total := sum(tensor.nbytes for tensor in tensors.values())) > max(_SMALL, _LARGEST_INFLATION * size):
                 cause = f"a zip bomb: its tensors have {total} bytes, in a file of {size}"
                 raise CheckpointError(f"{cause}\nget the file from a source that you trust")
             return checkpoint, _arrays(file, archive, entries, tensors)
@@ -95,11 +102,18 @@ def _read_zip(
 
 def _entries(entries: list[zipfile.ZipInfo], size: int) -> dict[str, zipfile.ZipInfo]:
     """The entries by their names inside the folder, whose name is any, once they are what torch.save writes."""
-    if (inflated := sum(entry.file_size for entry in entries)) > _LARGEST_INFLATION * size:
+    if (inflated := sum(entry.file_size for entry in entries)) > max(_SMALL, _LARGEST_INFLATION * size):
         cause = f"a zip bomb: its {len(entries)} entries inflate to {inflated} bytes, from a file of {size}"
         raise CheckpointError(f"{cause}\nget the file from a source that you trust")
+    if not any(entry.filename.endswith("/data.pkl") for entry in entries):
+        kind = "a NumPy .npz archive" if all(entry.filename.endswith(".npy") for entry in entries) else "a zip file"
+        raise CheckpointError(f"{kind}, but none of torch.save: it has no data.pkl\n{STATE_DICT}")
+    # Written with torch.serialization.set_crc32_options(False).
+    unchecked = not any(entry.CRC for entry in entries)
     found: dict[str, zipfile.ZipInfo] = {}
     for entry in entries:
+        if unchecked:
+            del entry.CRC  # then zipfile compares none
         name = entry.filename.partition("/")[2]
         plain = entry.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) and not entry.filename.startswith("/")
         if name in found or not plain or ".." in entry.filename.split("/"):
@@ -109,8 +123,7 @@ def _entries(entries: list[zipfile.ZipInfo], size: int) -> dict[str, zipfile.Zip
         remedy = "export its tensors: torch.save(torch.jit.load(path).state_dict(), new_path)"
         raise CheckpointError(f"a TorchScript archive, not a state dict\n{remedy}")
     if "data.pkl" not in found:
-        kind = "a NumPy .npz archive" if all(entry.filename.endswith(".npy") for entry in entries) else "a zip file"
-        raise CheckpointError(f"{kind}, but none of torch.save: it has no data.pkl\n{STATE_DICT}")
+        raise CheckpointError(f"damaged: its data.pkl is not where torch.save writes it\n{AGAIN}")
     return found
 
 
@@ -247,7 +260,9 @@ def _arrays(
         assert entry is not None  # for every storage has a name
         if len(names) == 1 and entry.compress_type == zipfile.ZIP_STORED and tensors[names[0]].is_plain and not swap:
             tensor, offset = tensors[names[0]], _offset(file, archive, entry)
-            arrays[names[0]] = Stored(source, offset, tensor.dtype, tensor.shape, entry.CRC, entry.filename)
+            arrays[names[0]] = Stored(
+                source, offset, tensor.dtype, tensor.shape, getattr(entry, "CRC", None), entry.filename
+            )
         else:
             data = _read(archive, entry)
             arrays |= {name: _array(name, tensors[name], data, swap) for name in names}
@@ -285,7 +300,7 @@ def _array(name: str, tensor: StoredTensor, data: np.ndarray, swap: bool) -> np.
     if swap:
         array = array.byteswap()
     for bit in tensor.bits:
-        array = np.conj(array) if bit == "conj" else -array
+        array = np.asarray(np.conj(array) if bit == "conj" else -array)
     return array
 
 

@@ -5,6 +5,7 @@ since. It returns the path of what it wrote: the file's, or that of a directory 
 """
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -20,7 +21,7 @@ import numpy as np
 from jaxrnn.checkpoint import orbax_files, torch_files
 from jaxrnn.checkpoint.arrays import NO_NUMBERS, dtype_of, to_numpy
 from jaxrnn.checkpoint.errors import CheckpointError, check_unicode, listed, os_cause
-from jaxrnn.checkpoint.files import SAFETENSORS_DTYPES, Path, Tensors, opened
+from jaxrnn.checkpoint.files import SAFETENSORS_DTYPES, Path, Tensors, check_path, opened
 from jaxrnn.checkpoint.pickles import is_known
 from jaxrnn.checkpoint.stored import THREADS, Stored, UnreadableError, Value, equal, pieces
 
@@ -30,6 +31,8 @@ except ImportError:  # where files are not locked, nor removed under whoever wri
     fcntl = None  # type: ignore[assignment]
 
 Wrote = Callable[[int], None]
+# What file systems without locks say: there, what a killed writer leaves stays.
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP)
 
 
 def save(path: Path, tensors: Mapping[str, Any], progress: Wrote | None = None) -> None:
@@ -50,9 +53,12 @@ def save(path: Path, tensors: Mapping[str, Any], progress: Wrote | None = None) 
     An example is at `load`.
     """
     try:
+        check_path(path)
         write = _WRITERS.get(os.path.splitext(os.fspath(path))[1])
         if write is None:
             raise CheckpointError(f"no format has its suffix\nend its name in one of {', '.join(_WRITERS)}")
+        if others := [name for name in tensors if not isinstance(name, str)]:
+            raise CheckpointError(f"names should be strings, got {listed(others)}\nname the tensors")
         arrays = {name: value if _is_plain(value) else to_numpy(name, value) for name, value in tensors.items()}
         _save(os.path.realpath(path), arrays, write, progress or (lambda count: None))
     except UnreadableError:  # of a tensor that was to be written
@@ -71,12 +77,14 @@ def _is_plain(value: Any) -> bool:
 
 
 def _save(path: str, arrays: Tensors, write: Callable[[IO[bytes], Tensors, Wrote], str], progress: Wrote) -> None:
+    if os.path.isdir(path) and os.listdir(path) and not orbax_files.is_tree(path):
+        raise CheckpointError("a directory that is no orbax checkpoint is not replaced\nchoose another name")
     _remove_abandoned(path)
-    # In the same folder, because a rename is atomic only inside one file system.
-    temporary = f"{path}.{secrets.token_hex(4)}.tmp"
-    try:
-        with open(temporary, "xb") as file, ThreadPoolExecutor(THREADS) as pool:
-            _lock(file)
+    with _temporary(path) as file, ThreadPoolExecutor(THREADS) as pool:
+        temporary = file.name
+        try:
+            if os.path.isfile(path):  # whoever may not read the old one may not read the new one
+                shutil.copymode(path, temporary)
             written = write(file, arrays, progress)
             file.flush()
             synced = pool.submit(_sync, written)
@@ -84,9 +92,26 @@ def _save(path: str, arrays: Tensors, write: Callable[[IO[bytes], Tensors, Wrote
             synced.result()
             if os.path.isdir(path) and written != temporary:
                 os.rename(path, temporary + _OLD)  # a directory does not replace another
+            if fcntl is None:  # where an open file cannot be renamed
+                file.close()
             os.replace(written, path)
-    finally:
-        _remove(temporary, path)
+        finally:
+            _remove(temporary, path)
+
+
+def _temporary(path: str) -> IO[bytes]:
+    """A new file, locked, in the same folder, because a rename is atomic only inside one file system."""
+    while True:
+        file = open(f"{path}.{secrets.token_hex(4)}.tmp", "xb")  # noqa: SIM115 - the caller closes it
+        try:
+            _lock(file)
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                file.close()  # whoever removes what is abandoned was faster
+                continue
+        if os.path.exists(file.name):
+            return file
+        file.close()
 
 
 # What belongs to a temporary file: the directory that is written, as orbax names it until it is whole, and the one that
