@@ -60,7 +60,13 @@ def compile_all(
 ) -> list[Program]:
     """Compile the forward and the training program of every case, in order."""
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no metadata server to ask
-    device = topologies.get_topology_desc(topology, "tpu").devices[0]
+    try:
+        device = topologies.get_topology_desc(topology, "tpu").devices[0]
+    except Exception as error:  # whatever JAX and XLA raise where there is no libtpu, or none that fits
+        cause = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise SystemExit(
+            f"cannot describe a TPU ({cause})\npip install libtpu, in an environment of its own"
+        ) from error
 
     def compile_both(entry: tuple[Case, str]) -> list[Program]:
         compiled = [_compile(*entry, kind, SingleDeviceSharding(device)) for kind in ("forward", "training")]
