@@ -49,5 +49,5 @@ def test_without_libtpu(monkeypatch: pytest.MonkeyPatch) -> None:
         raise RuntimeError("no libtpu")
 
     monkeypatch.setattr(compile.topologies, "get_topology_desc", refuse)
-    with pytest.raises(SystemExit, match="cannot describe a TPU .*no libtpu"):
+    with pytest.raises(SystemExit, match=r"cannot describe a TPU .*no libtpu"):
         compile.compile_all([], lambda: None)
