@@ -60,6 +60,7 @@ WAYS = {
     "chunked": "chunk by chunk, the state carried on",
 }
 CHUNKS = (2, 1, 2)
+LONG = 4096
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +95,11 @@ class Case:
     def inexact(self) -> str | None:
         """The dtype beside float64, in which torch is inexact, too."""
         return self.dtypes[1] if len(self.dtypes) > 1 else None
+
+    @property
+    def group(self) -> str:
+        """What its errors are pooled with: those of its kind, but for long sequences by themselves."""
+        return f"{self.kind} T={self.steps}" if (self.steps or 0) >= LONG else self.kind
 
     @property
     def module(self) -> str:
@@ -260,6 +266,16 @@ def _accuracy() -> Iterator[Case]:
         yield from _seeds(Case(f"{name}-accuracy", name, arguments, steps=None, batch=32, hx=True, small=False))
 
 
+def _long() -> Iterator[Case]:
+    """A long sequence of each kind, where errors could add up. Not of relu: some argument would come near its kink."""
+    for name, kind in LAYERS.items():
+        if kind.cell is not RNN_RELU:
+            arguments = {"input_size": 8, "hidden_size": 16, "num_layers": 1, "bidirectional": True}
+            if kind.projects:
+                arguments["proj_size"] = 8
+            yield Case(f"{name}-long", name, arguments, LONG, batch=2, hx=True, small=False)
+
+
 def _seeds(case: Case) -> Iterator[Case]:
     counts: dict[str, int] = {}
     for name, shape in case.measured().items():
@@ -269,4 +285,4 @@ def _seeds(case: Case) -> Iterator[Case]:
         yield dataclasses.replace(case, name=f"{case.name}-seed{seed}")
 
 
-CASES = {case.name: case for case in (*_small(), *_ragged(), *_chunked(), *_half(), *_accuracy())}
+CASES = {case.name: case for case in (*_small(), *_ragged(), *_chunked(), *_half(), *_accuracy(), *_long())}

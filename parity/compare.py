@@ -101,7 +101,7 @@ class Row:
     """One kind and quantity, over all cases that have one less exact dtype: see `reference.errors` for the numbers.
 
     Attributes:
-        kind: a key of `parity.cases.KINDS`.
+        kind: a case's `group`, which is its kind, but for long sequences.
         dtype: the less exact one, float32 too where none was run.
         quantity: see `parity.cases.quantity`.
         count: how many numbers were compared.
@@ -156,7 +156,7 @@ def pool(outcomes: Iterable[Outcome]) -> tuple[list[Row], list[Row]]:
             ours = {dtype: rows[index] for dtype, rows in outcome.errors.items()}
             entry = (ours, None if outcome.torch is None else outcome.torch[index])
             if ours:
-                groups.setdefault((outcome.case.kind, dtype, quantity(name)), []).append(entry)
+                groups.setdefault((outcome.case.group, dtype, quantity(name)), []).append(entry)
                 overall.setdefault((EVERYTHING[0], dtype, EVERYTHING[1]), []).append(entry)
     rows, everything = ([_row(*key, entries) for key, entries in table.items()] for table in (groups, overall))
     return rows, everything
