@@ -15,7 +15,7 @@ import jax
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress
 
-from parity import compile, reference, sides, training
+from parity import compile, model, reference, sides, training
 from parity.cases import CASES, Case
 from parity.compare import DTYPES, Outcome, compare
 from parity.locate import locate
@@ -44,6 +44,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--side", choices=[s for s in sides.SIDES if s != "torch"], default="jaxrnn", help="what to test"
     )
+    parser.add_argument(
+        "--model", metavar="FILE", help="your own checkpoint: the recurrent modules in it, beside PyTorch"
+    )
+    parser.add_argument("--key", help="under what key of the model's file the state dict is: trainer.model")
+    parser.add_argument("--inputs", metavar="NPY", help="inputs for the model: an array (time, batch, features)")
     parser.add_argument("--platform", choices=PLATFORMS, help="where to run; by default where JAX does")
     parser.add_argument(
         "--compile-only",
@@ -53,6 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="OUT", help="also write everything to this file")
     options = parser.parse_args(arguments)
     dtypes = [options.dtype] if options.dtype else DTYPES
+    if options.model:
+        return _model(options)
     cases = [case for case in CASES.values() if options.filter in case.name and set(dtypes) & set(case.dtypes)]
     # What trains is jaxrnn.apply, which both sides call.
     runs = [run for run in training.RUNS.values() if options.filter in run.name and "float64" in dtypes]
@@ -76,6 +83,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     outcomes, trained, torch = _outcomes(cases, runs, options.side, dtypes, options.live)
     report = Report.of(options.side, outcomes, trained, torch, _places(outcomes, options.side))
     report.show(console)
+    if options.json:
+        options.json.write_text(json.dumps(report.json(), indent=1) + "\n")
+    return 1 if report.failures else 0
+
+
+def _model(options: argparse.Namespace) -> int:
+    """Compare a user's own modules, in float64, with torch run here."""
+    jax.config.update("jax_enable_x64", True)
+    if options.platform:
+        jax.config.update("jax_platforms", PLATFORMS[options.platform])
+    try:
+        import torch  # noqa: F401
+
+        cases = model.cases(options.model, options.key, options.inputs)
+    except ImportError:
+        print("--model compares with PyTorch: pip install 'jaxrnn[torch]'; jaxrnn check runs without", file=sys.stderr)
+        return 2
+    except (ValueError, OSError) as error:  # a CheckpointError is one
+        print(error, file=sys.stderr)
+        return 2
+    outcomes, _, torch_version = _outcomes(cases, [], options.side, ["float64"], live=True)
+    report = Report.of(options.side, outcomes, [], torch_version, _places(outcomes, options.side))
+    report.show(Console())
     if options.json:
         options.json.write_text(json.dumps(report.json(), indent=1) + "\n")
     return 1 if report.failures else 0

@@ -18,7 +18,7 @@ from parity.cases import ENOUGH
 from parity.compare import Outcome, Row, pool
 from parity.training import STEPS, Trained
 
-HEADINGS = ("numbers", "float64\nworst", "{dtype}\nworst", "{dtype}\nrms", "torch's\nrms", "ratio\nof rms")
+HEADINGS = ("numbers", "float64\nworst", "{dtype}\nworst", "{dtype}\nrms", "torch's\nrms", "rms\nratio")
 
 
 @dataclasses.dataclass
@@ -107,7 +107,7 @@ class Report:
             dtype = overall.dtype
             title = f"{self.side}: errors against torch's float64, in float64 and {dtype}"
             table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-            table.add_column("quantity", no_wrap=True)
+            table.add_column("quantity", min_width=15)  # which no name of a quantity exceeds
             for heading in HEADINGS:
                 table.add_column(heading.format(dtype=dtype), justify="right", no_wrap=True)
             rows = [row for row in (*self.rows, overall) if row.dtype == dtype]

@@ -1,0 +1,107 @@
+"""A user's own checkpoint: every module in it beside torch's, on random and on given inputs, and where one is off."""
+
+import json
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import jaxrnn
+from parity import __main__ as runner
+from parity import model, sides
+from parity.cases import Arrays, Case
+
+DENOISER = str(Path(__file__).parents[1] / "examples" / "denoiser.safetensors")
+
+
+def test_every_module_is_a_case(tmp_path: Path) -> None:
+    specs = {
+        "a.": jaxrnn.Spec(jaxrnn.LSTM_CELL, 3, 4, num_layers=2, bidirectional=True, proj_size=2),
+        "b.": jaxrnn.Spec(jaxrnn.RNN_TANH, 3, 4, bias=False),
+        "c.": jaxrnn.CellSpec(jaxrnn.GRU_CELL, 5, 4),
+        "d.": jaxrnn.CellSpec(jaxrnn.RNN_TANH, 3, 4),
+    }
+    tensors = {
+        f"{prefix}{name}": np.ones(shape, np.float32)
+        for prefix, spec in specs.items()
+        for name, shape in spec.shapes().items()
+    }
+    jaxrnn.checkpoint.save(tmp_path / "a.pt", tensors)
+    np.save(tmp_path / "x.npy", np.full((7, 2, 3), 5.0))
+    cases = model.cases(str(tmp_path / "a.pt"), None, str(tmp_path / "x.npy"))
+    assert [(case.name, case.kind, case.steps) for case in cases] == [
+        ("a (LSTM_PROJ) on random inputs", "LSTM_PROJ", 16),
+        ("a (LSTM_PROJ) on given inputs", "LSTM_PROJ", 7),
+        ("b (RNN_TANH) on random inputs", "RNN_TANH", 16),
+        ("b (RNN_TANH) on given inputs", "RNN_TANH", 7),
+        ("c (GRUCell) on random inputs", "GRUCell", None),
+        ("d (RNNCell_TANH) on random inputs", "RNNCell_TANH", None),
+    ]
+    parameters, inputs, _ = cases[1].arrays()
+    assert parameters.keys() == specs["a."].shapes().keys()
+    assert np.all(inputs["input"] == 5.0)
+    assert inputs["h_0"].shape == (4, 2, 2)
+
+
+@pytest.mark.torch
+def test_the_runner_on_a_model(torch: types.ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    np.save(tmp_path / "x.npy", np.random.RandomState(0).randn(5, 2, 48))
+    arguments = ["--model", DENOISER, "--inputs", str(tmp_path / "x.npy"), "--json", str(tmp_path / "out.json")]
+    assert runner.main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert f"jaxrnn gives what torch {torch.__version__} (live) gives: 3 cases" in " ".join(printed.split())
+    report = json.loads((tmp_path / "out.json").read_text())
+    assert report["passed"]
+    names = ["decoder (GRU) on random inputs", "decoder (GRU) on given inputs", "encoder (LSTM) on random inputs"]
+    assert list(dict.fromkeys(row["kind"] for row in report["rows"])) == names
+
+
+@pytest.mark.torch
+def test_a_fault_in_a_model_is_located(
+    torch: types.ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = sides.run_jaxrnn
+
+    def faulty(case: Case, dtype: str) -> Arrays:
+        arrays = run(case, dtype)
+        if case.kind == "GRU":
+            arrays["h_n"] = arrays["h_n"] + 1e-3
+        return arrays
+
+    monkeypatch.setitem(sides.SIDES, "jaxrnn", faulty)
+    assert runner.main(["--model", DENOISER]) == 1
+    printed = capsys.readouterr().out
+    assert "FAIL decoder (GRU) on random inputs: h_n in float64 is off by" in printed
+    assert "WHERE decoder (GRU) on random inputs: first off at only h_n; no known mistake" in printed
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nothing.pt"], "nothing.pt: no such file"),
+        ([DENOISER, "--key", "net"], "a safetensors file nests no dicts"),
+        ([DENOISER, "--inputs", "x.npy"], "no module takes shape (5, 2, 7)"),
+        (["head.safetensors"], "no recurrent weights"),
+    ],
+)
+def test_what_cannot_be_compared(
+    torch: types.ModuleType,
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    np.save("x.npy", np.ones((5, 2, 7)))
+    jaxrnn.checkpoint.save("head.safetensors", {"head.weight": np.ones(3)})
+    assert runner.main(["--model", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_without_torch(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(runner.sys.modules, "torch", None)
+    assert runner.main(["--model", DENOISER]) == 2
+    assert "jaxrnn check runs without" in capsys.readouterr().err
