@@ -25,7 +25,8 @@ RECORDED = Recorded()
 SMALL = [case for case in CASES.values() if case.small]
 HALF = [case for case in CASES.values() if case.inexact in ("bfloat16", "float16")]
 CASE = CASES["GRU-layers2-bidirectional-hx"]
-# One seed of each bigger case stands here for all: `python -m parity` runs them all.
+# One seed of each bigger case stands here for all, and a few of them where torch is not asked: `python -m parity`, which
+# the gate runs too, has them all.
 BIG = [case for case in CASES.values() if case.name.endswith("-seed0") or case.name == "GRU-long"]
 
 
@@ -57,7 +58,7 @@ def test_float64_is_torchs(case: Case) -> None:
     assert not _measure(case, sides.run_jaxrnn, "float64")
 
 
-@pytest.mark.parametrize("case", BIG, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", BIG[::3], ids=lambda case: case.name)
 def test_float32_is_as_close_to_the_truth_as_torchs(case: Case) -> None:
     outcome = compare(case, RECORDED(case), sides.run_jaxrnn)
     assert not outcome.failure()
@@ -70,7 +71,7 @@ def test_float32_is_as_close_to_the_truth_as_torchs(case: Case) -> None:
         assert row.rms < (2 if row.count >= ENOUGH else 3) * row.torch_rms, row
 
 
-@pytest.mark.parametrize("case", HALF, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", HALF[::4], ids=lambda case: case.name)
 def test_16_bits_are_one_rounding_from_the_truth_and_closer_than_torchs(case: Case) -> None:
     outcome = compare(case, RECORDED(case), sides.run_jaxrnn)
     assert not outcome.failure()
