@@ -25,8 +25,8 @@ RECORDED = Recorded()
 SMALL = [case for case in CASES.values() if case.small]
 HALF = [case for case in CASES.values() if case.inexact in ("bfloat16", "float16")]
 CASE = CASES["GRU-layers2-bidirectional-hx"]
-# One seed of each bigger case stands here for all, and a few of them where torch is not asked: `python -m parity`, which
-# the gate runs too, has them all.
+# One seed of each bigger case stands here for all, and a few of them where torch is not asked: the gate also runs
+# `python -m parity`, which has them all.
 BIG = [case for case in CASES.values() if case.name.endswith("-seed0") or case.name == "GRU-long"]
 
 
