@@ -118,7 +118,11 @@ def _places(outcomes: list[Outcome], side: str) -> dict[str, str]:
     for outcome in outcomes:
         if outcome.off and outcome.case.kind not in kinds and len(kinds) < MOST_PLACES:
             kinds.add(outcome.case.kind)
-            places[outcome.case.name] = str(locate(outcome.case, sides.SIDES[side], outcome.off[0]))
+            try:
+                place = str(locate(outcome.case, sides.SIDES[side], outcome.off[0]))
+            except Exception as problem:  # a part of the case may break where the whole does not
+                place = f"not to be found: {type(problem).__name__}: {problem}".splitlines()[0]
+            places[outcome.case.name] = place
     return places
 
 

@@ -235,9 +235,10 @@ def test_a_directory_that_is_no_checkpoint_stays(suffix, tmp_path):
 def test_who_may_read_the_old_file_may_read_the_new_one(tmp_path):
     path = tmp_path / "a.pt"
     checkpoint.save(path, {"x": np.ones(1)})
-    path.chmod(0o600)
-    checkpoint.save(path, {"x": np.ones(2)})
-    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    for mode in (0o600, 0o440):
+        path.chmod(mode)
+        checkpoint.save(path, {"x": np.ones(2)})
+        assert stat.S_IMODE(path.stat().st_mode) == mode
 
 
 def test_several_writers_at_once(tmp_path):

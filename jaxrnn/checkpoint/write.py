@@ -11,6 +11,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 import sys
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -83,8 +84,8 @@ def _save(path: str, arrays: Tensors, write: Callable[[IO[bytes], Tensors, Wrote
     with _temporary(path) as file, ThreadPoolExecutor(THREADS) as pool:
         temporary = file.name
         try:
-            if os.path.isfile(path):  # whoever may not read the old one may not read the new one
-                shutil.copymode(path, temporary)
+            mode = stat.S_IMODE(os.stat(path if os.path.isfile(path) else temporary).st_mode)
+            os.chmod(temporary, mode | stat.S_IWUSR | stat.S_IRUSR)  # who may not read the old one may not read this
             written = write(file, arrays, progress)
             file.flush()
             synced = pool.submit(_sync, written)
@@ -92,6 +93,8 @@ def _save(path: str, arrays: Tensors, write: Callable[[IO[bytes], Tensors, Wrote
             synced.result()
             if os.path.isdir(path) and written != temporary:
                 os.rename(path, temporary + _OLD)  # a directory does not replace another
+            if written == temporary:
+                os.chmod(temporary, mode)
             if fcntl is None:  # where an open file cannot be renamed
                 file.close()
             os.replace(written, path)
