@@ -3,6 +3,7 @@
 Everything that needs a parameter's name or shape reads it here: the modules, the checkpoints, the parity suite.
 """
 
+import abc
 import dataclasses
 import math
 import numbers
@@ -18,14 +19,14 @@ Shape = tuple[int, ...]
 ROLES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
 
 
-class _Parameters:
+class _Parameters(abc.ABC):
     """What `Spec` and `CellSpec` share: initial parameters from names and shapes."""
 
     hidden_size: int
 
+    @abc.abstractmethod
     def shapes(self) -> dict[str, Shape]:
         """The parameters' names and shapes, in the order of torch's `state_dict()`."""
-        raise NotImplementedError
 
     def init(self, key: jax.Array, dtype: jax.typing.DTypeLike = jnp.float32) -> dict[str, jax.Array]:
         """Initial parameters, drawn as torch draws them: uniform in `[-1/sqrt(hidden_size), 1/sqrt(hidden_size))`.

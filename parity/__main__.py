@@ -15,6 +15,7 @@ import jax
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress
 
+from jaxrnn.checkpoint.check import installed_torch
 from parity import compile, model, reference, sides, training
 from parity.cases import CASES, Case
 from parity.compare import DTYPES, Outcome, compare
@@ -57,21 +58,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--json", type=Path, metavar="OUT", help="also write everything to this file")
     options = parser.parse_args(arguments)
+    if options.compile_only and options.platform != "tpu":
+        parser.error("--compile-only is for --platform tpu")
     dtypes = [options.dtype] if options.dtype else DTYPES
-    if options.model:
-        return _model(options)
     cases = [case for case in CASES.values() if options.filter in case.name and set(dtypes) & set(case.dtypes)]
     # What trains is jaxrnn.apply, which both sides call.
     runs = [run for run in training.RUNS.values() if options.filter in run.name and "float64" in dtypes]
-    if not cases and not runs:
+    if not cases and not runs and not options.model:
         parser.error(f"no case of {dtypes} has {options.filter!r} in its name; the first case is {next(iter(CASES))}")
 
-    if options.compile_only and options.platform != "tpu":
-        parser.error("--compile-only is for --platform tpu")
     jax.config.update("jax_enable_x64", True)
     if options.platform:
         jax.config.update("jax_platforms", "cpu" if options.compile_only else PLATFORMS[options.platform])
     console = Console()
+    if options.model:
+        return _model(options)
     if options.compile_only:
         return _compile(cases, dtypes, console, options.json)
     if options.command == "record":
@@ -80,31 +81,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for path in reference.record():
             console.print(f"{path.name}: {path.stat().st_size:,} bytes", highlight=False)
         return 0
-    outcomes, trained, torch = _outcomes(cases, runs, options.side, dtypes, options.live)
-    report = Report.of(options.side, outcomes, trained, torch, _places(outcomes, options.side))
-    report.show(console)
-    if options.json:
-        options.json.write_text(json.dumps(report.json(), indent=1) + "\n")
-    return 1 if report.failures else 0
+    return _judge(cases, runs, dtypes, options.live, options)
 
 
 def _model(options: argparse.Namespace) -> int:
     """Compare a user's own modules, in float64, with torch run here."""
-    jax.config.update("jax_enable_x64", True)
-    if options.platform:
-        jax.config.update("jax_platforms", PLATFORMS[options.platform])
-    try:
-        import torch  # noqa: F401
-
-        cases = model.cases(options.model, options.key, options.inputs)
-    except ImportError:
+    if installed_torch() is None:
         print("--model compares with PyTorch: pip install 'jaxrnn[torch]'; jaxrnn check runs without", file=sys.stderr)
         return 2
+    try:
+        cases = model.cases(options.model, options.key, options.inputs)
     except (ValueError, OSError) as error:  # a CheckpointError is one
         print(error, file=sys.stderr)
         return 2
-    outcomes, _, torch_version = _outcomes(cases, [], options.side, ["float64"], live=True)
-    report = Report.of(options.side, outcomes, [], torch_version, _places(outcomes, options.side))
+    return _judge(cases, [], ["float64"], True, options)
+
+
+def _judge(
+    cases: list[Case], runs: list[training.Run], dtypes: Sequence[str], live: bool, options: argparse.Namespace
+) -> int:
+    """Compare, and say what came of it."""
+    outcomes, trained, torch = _outcomes(cases, runs, options.side, dtypes, live)
+    report = Report.of(options.side, outcomes, trained, torch, _places(outcomes, options.side))
     report.show(Console())
     if options.json:
         options.json.write_text(json.dumps(report.json(), indent=1) + "\n")

@@ -2,6 +2,7 @@
 
 import os
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -67,14 +68,14 @@ def test_not_finite(tmp_path: Path) -> None:
         (lambda path, data: path.unlink(), "no such file"),
     ],
 )
-def test_a_file_that_changes(change: object, cause: str, tmp_path: Path) -> None:
+def test_a_file_that_changes(change: Callable[[Path, bytes], object], cause: str, tmp_path: Path) -> None:
     path = tmp_path / "a"
     stored = _stored(path, NUMBERS)
     os.utime(path, ns=(0, 0))
     with pytest.raises(UnreadableError, match=f"^{path}: it has changed since"):
         stored.read()
     stored = _stored(path, NUMBERS)
-    change(path, path.read_bytes())  # type: ignore[operator]
+    change(path, path.read_bytes())
     if path.exists():
         os.utime(path, ns=(1, 1))  # as time would
     for read in (stored.read, lambda: list(stored.pieces())):

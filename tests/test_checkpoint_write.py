@@ -254,11 +254,12 @@ def test_several_writers_at_once(tmp_path):
     assert list(tmp_path.iterdir()) == [tmp_path / "a.pt"]
 
 
-def test_where_files_cannot_be_locked(tmp_path, monkeypatch):
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOTSUP, errno.EINVAL, errno.EIO])
+def test_where_files_cannot_be_locked(code, tmp_path, monkeypatch):
     fcntl = pytest.importorskip("fcntl")
 
     def refuse(*args: object) -> None:
-        raise OSError(errno.ENOSYS, "Function not implemented")
+        raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(fcntl, "flock", refuse)
     (tmp_path / "a.pt.0123abcd.tmp").write_bytes(b"somebody's")

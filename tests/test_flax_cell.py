@@ -12,13 +12,13 @@ from flax import linen, nnx
 import jaxrnn
 
 KINDS = {"RNNCell": jaxrnn.RNN_TANH, "LSTMCell": jaxrnn.LSTM_CELL, "GRUCell": jaxrnn.GRU_CELL}
-B, T, I, H = 3, 5, 2, 4  # noqa: E741 - the field's names for batch, time, input and hidden size
+B, T, F, H = 3, 5, 2, 4  # the field's names for batch, time, input features and hidden size
 LENGTHS = np.array([2, 5, 1])
 KEY = jax.random.key(0)
 
 
 def _x(*shape: int) -> jax.Array:
-    return jnp.asarray(np.random.RandomState(0).randn(*(shape or (B, T, I))))
+    return jnp.asarray(np.random.RandomState(0).randn(*(shape or (B, T, F))))
 
 
 def _run(framework: str, kind: str, options: dict, x: jax.Array, **arguments: Any) -> tuple[tuple, list[dict]]:
@@ -27,7 +27,7 @@ def _run(framework: str, kind: str, options: dict, x: jax.Array, **arguments: An
     count = 1 + both
     if framework == "linen":
         cells = [
-            jaxrnn.linen.FlaxCell(getattr(jaxrnn.linen, kind)(I, H, param_dtype=jnp.float64)) for _ in range(count)
+            jaxrnn.linen.FlaxCell(getattr(jaxrnn.linen, kind)(F, H, param_dtype=jnp.float64)) for _ in range(count)
         ]
         rnns = [linen.RNN(cell, **options, return_carry=True) for cell in cells]
         module = linen.Bidirectional(*rnns, return_carry=True) if both else rnns[0]
@@ -40,7 +40,7 @@ def _run(framework: str, kind: str, options: dict, x: jax.Array, **arguments: An
         )
         return results, cells
     rngs = nnx.Rngs(0)
-    cells = [jaxrnn.FlaxCell(getattr(jaxrnn, kind)(I, H, param_dtype=jnp.float64, rngs=rngs)) for _ in range(count)]
+    cells = [jaxrnn.FlaxCell(getattr(jaxrnn, kind)(F, H, param_dtype=jnp.float64, rngs=rngs)) for _ in range(count)]
     rnns = [nnx.RNN(cell, **options, return_carry=True) for cell in cells]
     module = nnx.Bidirectional(*rnns, return_carry=True) if both else rnns[0]
     params = [{name: getattr(c.cell, name)[...] for name in c.cell.spec.shapes()} for c in cells]
@@ -52,7 +52,7 @@ def _run(framework: str, kind: str, options: dict, x: jax.Array, **arguments: An
 
 def _layer(kind: str, cells: list[dict], x: jax.Array, lengths: Any = None) -> tuple[jax.Array, list]:
     """Our layer with the same parameters: the output, and for each direction the carry as Flax orders it."""
-    spec = jaxrnn.Spec(KINDS[kind], I, H, batch_first=True, bidirectional=len(cells) == 2)
+    spec = jaxrnn.Spec(KINDS[kind], F, H, batch_first=True, bidirectional=len(cells) == 2)
     suffixes = ("_l0", "_l0_reverse")
     params = {name + end: value for end, cell in zip(suffixes, cells, strict=False) for name, value in cell.items()}
     output, state = jaxrnn.apply(spec, params, x, lengths=lengths)
@@ -99,16 +99,16 @@ def test_options_of_flaxs_rnn(framework: str) -> None:
     _assert_close(output.swapaxes(0, 1), expected[:, ::-1])
     start = jnp.ones((B, H))
     (_, output), cells = _run(framework, "GRUCell", {}, _x(), initial_carry=start)
-    spec = jaxrnn.Spec(jaxrnn.GRU_CELL, I, H, batch_first=True)
+    spec = jaxrnn.Spec(jaxrnn.GRU_CELL, F, H, batch_first=True)
     params = {f"{name}_l0": value for name, value in cells[0].items()}
     _assert_close(output, jaxrnn.apply(spec, params, _x(), start[None])[0])
 
 
 def test_the_carry_is_flaxs() -> None:
-    cell = jaxrnn.LSTMCell(I, H, param_dtype=jnp.float64, rngs=nnx.Rngs(0))
+    cell = jaxrnn.LSTMCell(F, H, param_dtype=jnp.float64, rngs=nnx.Rngs(0))
     ours = jaxrnn.FlaxCell(cell)
     assert ours.num_feature_axes == 1
-    x, h, c = _x(B, I), _x(B, H), 2 * _x(B, H)
+    x, h, c = _x(B, F), _x(B, H), 2 * _x(B, H)
     (c_1, h_1), y = ours((c, h), x)
     _assert_close((h_1, c_1), cell(x, (h, c)))
     _assert_close(y, h_1)
@@ -120,34 +120,34 @@ def test_the_carry_is_flaxs() -> None:
     assert none.shape == (0, H)
     (_, one), _ = ours((c[0], h[0]), x[0])
     _assert_close(one, h_1[0])
-    for shape in ((I,), (B, I), (2, B, I)):
-        theirs = nnx.LSTMCell(I, H, param_dtype=jnp.float64, rngs=nnx.Rngs(0)).initialize_carry(shape, nnx.Rngs(0))
+    for shape in ((F,), (B, F), (2, B, F)):
+        theirs = nnx.LSTMCell(F, H, param_dtype=jnp.float64, rngs=nnx.Rngs(0)).initialize_carry(shape, nnx.Rngs(0))
         _assert_close(ours.initialize_carry(shape), theirs)
-        _assert_close(jaxrnn.linen.FlaxCell(jaxrnn.linen.GRUCell(I, H)).initialize_carry(KEY, shape), theirs[1])
-    ones = ours.initialize_carry((B, I), carry_init=nnx.initializers.ones)
+        _assert_close(jaxrnn.linen.FlaxCell(jaxrnn.linen.GRUCell(F, H)).initialize_carry(KEY, shape), theirs[1])
+    ones = ours.initialize_carry((B, F), carry_init=nnx.initializers.ones)
     assert all(np.all(np.asarray(a) == 1) for a in ones)
-    drawn = ours.initialize_carry((B, I), nnx.Rngs(0), nnx.initializers.normal())
+    drawn = ours.initialize_carry((B, F), nnx.Rngs(0), nnx.initializers.normal())
     assert not np.array_equal(drawn[0], drawn[1])
-    _assert_close(drawn, ours.initialize_carry((B, I), nnx.Rngs(carry=0), nnx.initializers.normal()))
+    _assert_close(drawn, ours.initialize_carry((B, F), nnx.Rngs(carry=0), nnx.initializers.normal()))
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float64])
 def test_the_carry_keeps_its_dtype_through_a_scan(dtype: Any) -> None:
-    rnn = nnx.RNN(jaxrnn.FlaxCell(jaxrnn.LSTMCell(I, H, dtype=dtype, rngs=nnx.Rngs(0))), return_carry=True)
+    rnn = nnx.RNN(jaxrnn.FlaxCell(jaxrnn.LSTMCell(F, H, dtype=dtype, rngs=nnx.Rngs(0))), return_carry=True)
     (c, h), output = rnn(_x().astype(jnp.float32))
     assert (c.dtype, h.dtype, output.dtype) == (dtype,) * 3
-    cell = jaxrnn.FlaxCell(jaxrnn.GRUCell(I, H, dtype=dtype, rngs=nnx.Rngs(0)))
-    carry, y = cell(jnp.zeros((B, H), jnp.float32), _x(B, I))
+    cell = jaxrnn.FlaxCell(jaxrnn.GRUCell(F, H, dtype=dtype, rngs=nnx.Rngs(0)))
+    carry, y = cell(jnp.zeros((B, H), jnp.float32), _x(B, F))
     assert (carry.dtype, y.dtype) == (jnp.float32, dtype)
 
 
 def test_gradients_go_through_both_wrappers() -> None:
-    rnn = nnx.RNN(jaxrnn.FlaxCell(jaxrnn.GRUCell(I, H, param_dtype=jnp.float64, rngs=nnx.Rngs(0))))
+    rnn = nnx.RNN(jaxrnn.FlaxCell(jaxrnn.GRUCell(F, H, param_dtype=jnp.float64, rngs=nnx.Rngs(0))))
     gradient = nnx.jit(nnx.grad(lambda rnn: (rnn(_x()) ** 2).sum()))(rnn)
     params = {f"{name}_l0": getattr(rnn.cell.cell, name)[...] for name in rnn.cell.cell.spec.shapes()}
-    spec = jaxrnn.Spec(jaxrnn.GRU_CELL, I, H, batch_first=True)
+    spec = jaxrnn.Spec(jaxrnn.GRU_CELL, F, H, batch_first=True)
     expected = jax.grad(lambda params: (jaxrnn.apply(spec, params, _x())[0] ** 2).sum())(params)
-    module = linen.RNN(jaxrnn.linen.FlaxCell(jaxrnn.linen.GRUCell(I, H, param_dtype=jnp.float64)))
+    module = linen.RNN(jaxrnn.linen.FlaxCell(jaxrnn.linen.GRUCell(F, H, param_dtype=jnp.float64)))
     variables = {"cell": {"cell": {name.removesuffix("_l0"): value for name, value in params.items()}}}
     in_linen = jax.grad(lambda params: (module.apply({"params": params}, _x()) ** 2).sum())(variables)
     for name, value in expected.items():
@@ -157,10 +157,10 @@ def test_gradients_go_through_both_wrappers() -> None:
 
 
 def test_only_cells_of_the_same_api() -> None:
-    for cell in (jaxrnn.linen.GRUCell(I, H), jaxrnn.GRU(I, H, rngs=nnx.Rngs(0)), nnx.GRUCell(I, H, rngs=nnx.Rngs(0))):
+    for cell in (jaxrnn.linen.GRUCell(F, H), jaxrnn.GRU(F, H, rngs=nnx.Rngs(0)), nnx.GRUCell(F, H, rngs=nnx.Rngs(0))):
         with pytest.raises(TypeError, match=r"an RNNCell, LSTMCell or GRUCell of jaxrnn\.nnx, got"):
             jaxrnn.FlaxCell(cell)
-    for cell in (jaxrnn.linen.GRU(I, H), jaxrnn.GRUCell(I, H, rngs=nnx.Rngs(0)), linen.GRUCell(H)):
+    for cell in (jaxrnn.linen.GRU(F, H), jaxrnn.GRUCell(F, H, rngs=nnx.Rngs(0)), linen.GRUCell(H)):
         with pytest.raises(TypeError, match=r"an RNNCell, LSTMCell or GRUCell of jaxrnn\.linen, got"):
             jaxrnn.linen.FlaxCell(cell)
 
@@ -169,13 +169,13 @@ def test_only_cells_of_the_same_api() -> None:
 def test_a_carry_of_another_batch_is_refused(framework: str) -> None:
     """Flattened, it has as many rows."""
     if framework == "nnx":
-        cell = jaxrnn.FlaxCell(jaxrnn.LSTMCell(I, H, param_dtype=jnp.float64, rngs=nnx.Rngs(0)))
+        cell = jaxrnn.FlaxCell(jaxrnn.LSTMCell(F, H, param_dtype=jnp.float64, rngs=nnx.Rngs(0)))
         call = cell
     else:
-        cell = jaxrnn.linen.FlaxCell(jaxrnn.linen.LSTMCell(I, H, param_dtype=jnp.float64))
-        inputs = jnp.ones((2, 3, I))
+        cell = jaxrnn.linen.FlaxCell(jaxrnn.linen.LSTMCell(F, H, param_dtype=jnp.float64))
+        inputs = jnp.ones((2, 3, F))
         variables = cell.init(KEY, cell.initialize_carry(KEY, inputs.shape), inputs)
         call = functools.partial(cell.apply, variables)
     carry = (jnp.zeros((2, 3, H)), jnp.zeros((3, 2, H)))
     with pytest.raises(RuntimeError, match=r"carry should have arrays of shape \(2, 3, 4\).*got \(3, 2, 4\)"):
-        call(carry, jnp.ones((2, 3, I)))
+        call(carry, jnp.ones((2, 3, F)))

@@ -30,9 +30,11 @@ def _results(case: Case, build: Any, call: Any) -> tuple:
     parameters, inputs, cotangents = (jax.tree.map(jnp.asarray, arrays) for arrays in case.arrays())
     module, parameters = build(case, "float64", parameters)
     x, hx = inputs["input"], sides._state(case, inputs, "0") if case.hx else None
-    run = lambda parameters, x, hx: sides.Feed.of(case)(  # noqa: E731
-        functools.partial(call, module, parameters), x, hx, None if case.lengths is None else np.array(case.lengths)
-    )
+    lengths = None if case.lengths is None else np.array(case.lengths)
+
+    def run(parameters: Any, x: jax.Array, hx: Any) -> Any:
+        return sides.Feed.of(case)(functools.partial(call, module, parameters), x, hx, lengths)
+
     returned, pullback = jax.vjp(run, parameters, x, hx)
     state = sides._state(case, cotangents, "n")
     return returned, pullback(state if case.steps is None else (cotangents["output"], state))

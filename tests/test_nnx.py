@@ -165,7 +165,7 @@ def test_rngs_of_the_call_come_first() -> None:
     np.testing.assert_array_equal(gru(_x(), rngs=nnx.Rngs(7))[0], gru(_x(), rngs=nnx.Rngs(dropout=7))[0])
     np.testing.assert_array_equal(gru(_x(), rngs=nnx.Rngs(7).dropout)[0], gru(_x(), rngs=nnx.Rngs(7))[0])
     with pytest.raises(TypeError, match=r"rngs should be .* a jax key, got int"):
-        gru(_x(), rngs=7)  # type: ignore[arg-type]
+        gru(_x(), rngs=7)
     # As people write it in a plain jit, where the module's own stream cannot be drawn from:
     graph, state = nnx.split(gru)
     jitted = jax.jit(lambda state, key: nnx.merge(graph, state)(_x(), rngs=key)[0])

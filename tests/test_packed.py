@@ -206,7 +206,10 @@ def test_dropout_masks_and_resets_are_laid_out_as_the_data() -> None:
     params = spec.init(jax.random.key(0), jnp.float64)
     random = np.random.RandomState(0)
     mask, reset = random.rand(4, 5, 4) > 0.5, random.rand(4, 5) > 0.5
-    pack = lambda a: jaxrnn.pack_padded_sequence(a, LENGTHS, True, enforce_sorted=False)  # noqa: E731
+
+    def pack(a: np.ndarray) -> jaxrnn.PackedSequence:
+        return jaxrnn.pack_padded_sequence(a, LENGTHS, True, enforce_sorted=False)
+
     packed, h_n = jaxrnn.apply(
         spec, params, pack(_data(4, 5, 2)), dropout_masks=[pack(mask).data], reset=pack(reset).data
     )

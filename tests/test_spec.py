@@ -118,7 +118,7 @@ def test_dropout_in_one_layer_warns() -> None:
 
 def test_what_torch_accepts() -> None:
     assert jaxrnn.Spec(jaxrnn.GRU_CELL, True, True).shapes()["weight_ih_l0"] == (3, 1)
-    spec = jaxrnn.Spec(jaxrnn.GRU_CELL, 3, 4, bidirectional=1, dropout=0)  # type: ignore[arg-type]
+    spec = jaxrnn.Spec(jaxrnn.GRU_CELL, 3, 4, bidirectional=1, dropout=0)
     assert spec == jaxrnn.Spec(jaxrnn.GRU_CELL, 3, 4, bidirectional=True)
     assert jaxrnn.CellSpec(jaxrnn.GRU_CELL, 0, 0).shapes()["weight_hh"] == (0, 0)
 
@@ -127,7 +127,7 @@ def test_a_cell_spec_checks_its_sizes() -> None:
     with pytest.raises(ValueError, match="hidden_size"):
         jaxrnn.CellSpec(jaxrnn.GRU_CELL, 3, -1)
     with pytest.raises(TypeError, match="input_size"):
-        jaxrnn.CellSpec(jaxrnn.GRU_CELL, 3.0, 4)  # type: ignore[arg-type]
+        jaxrnn.CellSpec(jaxrnn.GRU_CELL, 3.0, 4)
 
 
 def test_a_spec_is_a_value() -> None:
@@ -135,7 +135,7 @@ def test_a_spec_is_a_value() -> None:
     assert one == other
     assert hash(one) == hash(other)
     with pytest.raises(AttributeError):
-        one.input_size = 5  # type: ignore[misc]
+        one.input_size = 5
 
 
 @pytest.mark.parametrize("dtype", [jnp.float64, jnp.float32, jnp.bfloat16])

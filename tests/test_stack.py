@@ -13,9 +13,9 @@ import pytest
 import jaxrnn
 from jaxrnn import GRU_CELL, LSTM_CELL, RNN_RELU, RNN_TANH, recurrence
 
-T, N, I, H = 5, 3, 2, 4  # noqa: E741 - the field's names for time, batch, input and hidden size
-LSTM = jaxrnn.Spec(jaxrnn.LSTM_CELL, I, H, num_layers=2, bidirectional=True)
-GRU = jaxrnn.Spec(jaxrnn.GRU_CELL, I, H)
+T, N, F, H = 5, 3, 2, 4  # the field's names for time, batch, input features and hidden size
+LSTM = jaxrnn.Spec(jaxrnn.LSTM_CELL, F, H, num_layers=2, bidirectional=True)
+GRU = jaxrnn.Spec(jaxrnn.GRU_CELL, F, H)
 PARAMS = {spec: spec.init(jax.random.key(0), jnp.float64) for spec in (LSTM, GRU)}
 
 
@@ -28,14 +28,14 @@ def _replace(spec: jaxrnn.Spec, **changes: Any) -> jaxrnn.Spec:
 
 
 def test_the_order_of_states_and_features() -> None:
-    output, (h_n, c_n) = jaxrnn.apply(LSTM, PARAMS[LSTM], _normal(T, N, I))
+    output, (h_n, c_n) = jaxrnn.apply(LSTM, PARAMS[LSTM], _normal(T, N, F))
     assert (output.shape, h_n.shape, c_n.shape) == ((T, N, 2 * H), (4, N, H), (4, N, H))
     np.testing.assert_array_equal(h_n[-2], output[-1, :, :H])
     np.testing.assert_array_equal(h_n[-1], output[0, :, H:])
 
 
 def test_batch_first_turns_input_and_output_only() -> None:
-    x, hx = _normal(T, N, I), (_normal(4, N, H), _normal(4, N, H))
+    x, hx = _normal(T, N, F), (_normal(4, N, H), _normal(4, N, H))
     output, states = jaxrnn.apply(LSTM, PARAMS[LSTM], x, hx)
     turned, turned_states = jaxrnn.apply(_replace(LSTM, batch_first=True), PARAMS[LSTM], x.swapaxes(0, 1), hx)
     np.testing.assert_array_equal(turned.swapaxes(0, 1), output)
@@ -46,7 +46,7 @@ def test_batch_first_turns_input_and_output_only() -> None:
 @pytest.mark.parametrize("batch_first", [False, True])
 def test_unbatched_is_a_batch_of_one(batch_first: bool) -> None:
     spec = _replace(LSTM, batch_first=batch_first)
-    x, hx = _normal(T, I), (_normal(4, H), _normal(4, H))
+    x, hx = _normal(T, F), (_normal(4, H), _normal(4, H))
     output, (h_n, c_n) = jaxrnn.apply(spec, PARAMS[LSTM], x, hx)
     assert (output.shape, h_n.shape, c_n.shape) == ((T, 2 * H), (4, H), (4, H))
     batched, _ = jaxrnn.apply(LSTM, PARAMS[LSTM], x[:, None], tuple(a[:, None] for a in hx))
@@ -54,7 +54,7 @@ def test_unbatched_is_a_batch_of_one(batch_first: bool) -> None:
 
 
 def test_no_hx_is_zeros_and_a_list_is_a_tuple() -> None:
-    x, zeros = _normal(T, N, I), jnp.zeros((4, N, H))
+    x, zeros = _normal(T, N, F), jnp.zeros((4, N, H))
     for hx in ((zeros, zeros), [zeros, zeros]):
         ours = jaxrnn.apply(LSTM, PARAMS[LSTM], x, hx)
         jax.tree.map(np.testing.assert_array_equal, jaxrnn.apply(LSTM, PARAMS[LSTM], x), ours)
@@ -62,7 +62,7 @@ def test_no_hx_is_zeros_and_a_list_is_a_tuple() -> None:
 
 def test_batch_size_zero() -> None:
     def loss(params: dict) -> jax.Array:
-        output, (h_n, _) = jaxrnn.apply(LSTM, params, jnp.zeros((T, 0, I)))
+        output, (h_n, _) = jaxrnn.apply(LSTM, params, jnp.zeros((T, 0, F)))
         assert (output.shape, h_n.shape) == ((T, 0, 2 * H), (4, 0, H))
         return output.sum()
 
@@ -71,19 +71,19 @@ def test_batch_size_zero() -> None:
 
 def test_plain_dicts_of_numpy_arrays_do() -> None:
     params = {name: np.asarray(value) for name, value in PARAMS[GRU].items()}
-    x = np.random.RandomState(0).randn(T, N, I)
+    x = np.random.RandomState(0).randn(T, N, F)
     jax.tree.map(
         np.testing.assert_array_equal, jaxrnn.apply(GRU, params, x), jaxrnn.apply(GRU, PARAMS[GRU], jnp.asarray(x))
     )
 
 
 def test_dtype_promotes_or_is_asked_for() -> None:
-    x32, params32 = _normal(T, N, I).astype(jnp.float32), jax.tree.map(lambda a: a.astype(jnp.float32), PARAMS[GRU])
+    x32, params32 = _normal(T, N, F).astype(jnp.float32), jax.tree.map(lambda a: a.astype(jnp.float32), PARAMS[GRU])
     with jax.numpy_dtype_promotion("standard"):
         assert jaxrnn.apply(GRU, params32, x32)[0].dtype == jnp.float32
         assert jaxrnn.apply(GRU, PARAMS[GRU], x32)[0].dtype == jnp.float64
         assert jaxrnn.apply(GRU, params32, x32.astype(jnp.bfloat16))[0].dtype == jnp.float32
-    truth, _ = jaxrnn.apply(GRU, PARAMS[GRU], _normal(T, N, I))
+    truth, _ = jaxrnn.apply(GRU, PARAMS[GRU], _normal(T, N, F))
     for dtype in (jnp.float32, jnp.bfloat16, jnp.float16):
         output, h_n = jaxrnn.apply(GRU, PARAMS[GRU], x32, dtype=dtype)
         assert output.dtype == h_n.dtype == dtype
@@ -94,10 +94,10 @@ def test_dtype_promotes_or_is_asked_for() -> None:
 
 
 def test_precision_reaches_every_product() -> None:
-    spec = jaxrnn.Spec(jaxrnn.LSTM_CELL, I, H, proj_size=2)
+    spec = jaxrnn.Spec(jaxrnn.LSTM_CELL, F, H, proj_size=2)
 
     def loss(params: dict) -> jax.Array:
-        return jaxrnn.apply(spec, params, _normal(T, N, I), precision="highest")[0].sum()
+        return jaxrnn.apply(spec, params, _normal(T, N, F), precision="highest")[0].sum()
 
     jaxpr = str(jax.make_jaxpr(jax.grad(loss))(spec.init(jax.random.key(0), jnp.float64)))
     assert jaxpr.count("dot_general") > 6
@@ -111,9 +111,9 @@ def test_a_second_call_traces_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     spec = _replace(GRU, hidden_size=7)  # met nowhere else
     params = spec.init(jax.random.key(0), jnp.float64)
     for _ in range(3):
-        jaxrnn.apply(jaxrnn.Spec(jaxrnn.GRU_CELL, I, 7), params, _normal(T, N, I))
+        jaxrnn.apply(jaxrnn.Spec(jaxrnn.GRU_CELL, F, 7), params, _normal(T, N, F))
     assert len(traces) == 1
-    jaxrnn.apply(spec, params, _normal(T + 1, N, I))
+    jaxrnn.apply(spec, params, _normal(T + 1, N, F))
     assert len(traces) == 2
 
 
@@ -122,8 +122,8 @@ def test_a_second_call_traces_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 ROWS = np.array([3, 5, 0, 1])
 # Two layers, two directions and a projection; and the cell whose recurrent half comes apart.
 RAGGED = [
-    jaxrnn.Spec(jaxrnn.LSTM_CELL, I, H, num_layers=2, bidirectional=True, proj_size=2),
-    jaxrnn.Spec(jaxrnn.GRU_CELL, I, H, num_layers=2, bidirectional=True, batch_first=True),
+    jaxrnn.Spec(jaxrnn.LSTM_CELL, F, H, num_layers=2, bidirectional=True, proj_size=2),
+    jaxrnn.Spec(jaxrnn.GRU_CELL, F, H, num_layers=2, bidirectional=True, batch_first=True),
 ]
 
 
@@ -133,7 +133,7 @@ class Ragged:
     def __init__(self, spec: jaxrnn.Spec) -> None:
         self.spec = spec
         self.params = spec.init(jax.random.key(0), jnp.float64)
-        self.x = _normal(T, len(ROWS), I)
+        self.x = _normal(T, len(ROWS), F)
         rows = spec.num_layers * spec.num_directions
         self.hx = tuple(_normal(rows, len(ROWS), size) for size in spec.state_sizes())
         self.padding = np.arange(T)[:, None] >= ROWS
@@ -170,7 +170,7 @@ def test_lengths_equal_each_row_alone_for_every_kind(thorough: bool) -> None:
     table = list(itertools.product(kinds, (1, 2, 3), (False, True)))
     for (cell, proj_size), num_layers, bidirectional in table if thorough else table[::11]:
         _assert_each_row_alone(
-            Ragged(jaxrnn.Spec(cell, I, H, num_layers, bidirectional=bidirectional, proj_size=proj_size))
+            Ragged(jaxrnn.Spec(cell, F, H, num_layers, bidirectional=bidirectional, proj_size=proj_size))
         )
 
 
@@ -225,7 +225,7 @@ def test_whole_lengths_are_no_lengths(ragged: Ragged) -> None:
 
 
 def test_lengths_of_unbatched_input() -> None:
-    x = _normal(T, I)
+    x = _normal(T, F)
     output, (h_n, c_n) = jaxrnn.apply(LSTM, PARAMS[LSTM], x.at[3:].set(jnp.nan), lengths=3)
     expected, (h, c) = jaxrnn.apply(LSTM, PARAMS[LSTM], x[:3])
     for a, b in [(output[:3], expected), (output[3:], jnp.zeros((2, 2 * H))), (h_n, h), (c_n, c)]:
@@ -236,32 +236,35 @@ def test_one_trace_for_all_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
     traces = []
     layer = recurrence.layer
     monkeypatch.setattr(recurrence, "layer", lambda *args: traces.append(args) or layer(*args))
-    spec = jaxrnn.Spec(jaxrnn.GRU_CELL, I, 9)  # met nowhere else
+    spec = jaxrnn.Spec(jaxrnn.GRU_CELL, F, 9)  # met nowhere else
     params = spec.init(jax.random.key(0), jnp.float64)
-    jitted = jax.jit(lambda lengths: jaxrnn.apply(spec, params, _normal(T, N, I), lengths=lengths)[1])
+    jitted = jax.jit(lambda lengths: jaxrnn.apply(spec, params, _normal(T, N, F), lengths=lengths)[1])
     last = [jitted(jnp.array([k % (T + 1), (k + 2) % (T + 1), T])) for k in range(10)]
     assert len(traces) == 1
     assert len({a.tobytes() for a in np.asarray(last)}) > 4
     for k in range(10):
-        jaxrnn.apply(spec, params, _normal(T, N, I), lengths=[k % (T + 1), (k + 2) % (T + 1), T])
+        jaxrnn.apply(spec, params, _normal(T, N, F), lengths=[k % (T + 1), (k + 2) % (T + 1), T])
     assert len(traces) == 1
 
 
 def test_lengths_out_of_range_under_jit_count_as_the_nearest() -> None:
-    run = jax.jit(lambda lengths: jaxrnn.apply(GRU, PARAMS[GRU], _normal(T, N, I), lengths=lengths))
+    run = jax.jit(lambda lengths: jaxrnn.apply(GRU, PARAMS[GRU], _normal(T, N, F), lengths=lengths))
     jax.tree.map(np.testing.assert_array_equal, run(jnp.array([-3, 2, 99])), run(jnp.array([0, 2, T])))
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int64])
 def test_lengths_of_any_integer_dtype(dtype: type) -> None:
-    x = _normal(300, 1, I)  # more steps than a uint8 counts
+    x = _normal(300, 1, F)  # more steps than a uint8 counts
     output, _ = jaxrnn.apply(GRU, PARAMS[GRU], x, lengths=np.array([250], dtype))
     assert np.all(np.any(np.asarray(output)[:, 0] != 0, axis=1) == (np.arange(300) < 250))
 
 
 def test_vmap_over_lengths() -> None:
-    x, lengths = _normal(2, T, N, I), jnp.array([[1, 2, 3], [5, 0, 4]])
-    run = lambda x, lengths: jaxrnn.apply(LSTM, PARAMS[LSTM], x, lengths=lengths)  # noqa: E731
+    x, lengths = _normal(2, T, N, F), jnp.array([[1, 2, 3], [5, 0, 4]])
+
+    def run(x: Any, lengths: Any) -> Any:
+        return jaxrnn.apply(LSTM, PARAMS[LSTM], x, lengths=lengths)
+
     together = jax.vmap(run)(x, lengths)
     for k in range(2):
         for a, b in zip(jax.tree.leaves(together), jax.tree.leaves(run(x[k], lengths[k])), strict=True):
@@ -280,13 +283,16 @@ def _stacked_by_scans(jaxpr: Any) -> list[tuple[int, ...]]:
 
 
 def test_inference_keeps_no_history_but_the_outputs() -> None:
-    spec = jaxrnn.Spec(jaxrnn.LSTM_CELL, I, H, bidirectional=True)
+    spec = jaxrnn.Spec(jaxrnn.LSTM_CELL, F, H, bidirectional=True)
     params = spec.init(jax.random.key(0), jnp.float64)
-    run = lambda x: jaxrnn.apply(spec, params, x, lengths=[1, 2, 3])  # noqa: E731
-    assert _stacked_by_scans(jax.make_jaxpr(run)(_normal(T, N, I)).jaxpr) == [(T, N, H)] * 2
+
+    def run(x: Any) -> Any:
+        return jaxrnn.apply(spec, params, x, lengths=[1, 2, 3])
+
+    assert _stacked_by_scans(jax.make_jaxpr(run)(_normal(T, N, F)).jaxpr) == [(T, N, H)] * 2
     # What training keeps is seen:
     gradient = jax.grad(lambda x: run(x)[0].sum())
-    assert len(_stacked_by_scans(jax.make_jaxpr(gradient)(_normal(T, N, I)).jaxpr)) > 10
+    assert len(_stacked_by_scans(jax.make_jaxpr(gradient)(_normal(T, N, F)).jaxpr)) > 10
 
 
 # Streaming and resets.
@@ -295,8 +301,8 @@ def test_inference_keeps_no_history_but_the_outputs() -> None:
 @pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
 def test_any_chunks_equal_the_whole(kind: str, thorough: bool) -> None:
     cell = {"LSTM": jaxrnn.LSTM_CELL, "GRU": jaxrnn.GRU_CELL, "RNN": jaxrnn.RNN_TANH}[kind]
-    spec = jaxrnn.Spec(cell, I, H, num_layers=2, proj_size=2 if kind == "LSTM" else 0)
-    params, x = spec.init(jax.random.key(0), jnp.float64), _normal(12, N, I)
+    spec = jaxrnn.Spec(cell, F, H, num_layers=2, proj_size=2 if kind == "LSTM" else 0)
+    params, x = spec.init(jax.random.key(0), jnp.float64), _normal(12, N, F)
     output, last = jaxrnn.apply(spec, params, x)
     random = np.random.RandomState(0)
     for _ in range(1000 if thorough else 50):
@@ -310,7 +316,7 @@ def test_any_chunks_equal_the_whole(kind: str, thorough: bool) -> None:
             np.testing.assert_allclose(a, b, rtol=0, atol=1e-12)
 
 
-ONE_WAY = jaxrnn.Spec(jaxrnn.LSTM_CELL, I, H, num_layers=2, batch_first=True)
+ONE_WAY = jaxrnn.Spec(jaxrnn.LSTM_CELL, F, H, num_layers=2, batch_first=True)
 ONE_WAY_PARAMS = ONE_WAY.init(jax.random.key(0), jnp.float64)
 
 
@@ -332,7 +338,7 @@ def _episodes(x: jax.Array, hx: tuple, reset: np.ndarray, reset_state: tuple) ->
 
 def test_reset_starts_an_episode() -> None:
     reset = np.array([[0, 0, 1, 0, 0], [1, 0, 0, 1, 1], [0, 0, 0, 0, 0]], bool)
-    x, hx, zeros = _normal(N, T, I), (_normal(2, N, H), _normal(2, N, H + 1)[..., 1:]), (jnp.zeros((2, N, H)),) * 2
+    x, hx, zeros = _normal(N, T, F), (_normal(2, N, H), _normal(2, N, H + 1)[..., 1:]), (jnp.zeros((2, N, H)),) * 2
     other = jax.tree.map(jnp.cos, hx)
     run = jax.jit(lambda reset, reset_state: jaxrnn.apply(
         ONE_WAY, ONE_WAY_PARAMS, x, hx, reset=reset, reset_state=reset_state
@@ -346,7 +352,7 @@ def test_reset_starts_an_episode() -> None:
 
 
 def test_a_reset_past_the_end_of_a_row_does_nothing() -> None:
-    x, lengths, reset = _normal(N, T, I), [2, 5, 0], np.zeros((N, T), bool)
+    x, lengths, reset = _normal(N, T, F), [2, 5, 0], np.zeros((N, T), bool)
     plain = jaxrnn.apply(ONE_WAY, ONE_WAY_PARAMS, x, lengths=lengths, reset=reset)
     reset[0, 2:] = reset[2] = True
     jax.tree.map(
@@ -390,7 +396,7 @@ BAD_MARKS = [
 @pytest.mark.parametrize(("spec", "arguments", "error", "message"), BAD_MARKS)
 def test_bad_lengths_and_resets(spec: jaxrnn.Spec, arguments: dict, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        jaxrnn.apply(spec, PARAMS[spec], _normal(T, N, I), **arguments)
+        jaxrnn.apply(spec, PARAMS[spec], _normal(T, N, F), **arguments)
 
 
 # Half precision: products accumulate, and the state is carried, in float32.
@@ -408,10 +414,16 @@ def test_half_precision_is_one_rounding_from_float64(spec: jaxrnn.Spec, dtype: s
     """Results and gradients, each scaled by max(1, its largest), are off by less than eps, 200 steps on."""
     half, eps = jnp.dtype(dtype), float(jnp.finfo(dtype).eps)
     params, x = jax.tree.map(lambda a: a.astype(half), (spec.init(jax.random.key(0)), _normal(200, 4, 32)))
-    run = lambda params, x: jax.tree.leaves(jaxrnn.apply(spec, params, x))  # noqa: E731
+
+    def run(params: Any, x: Any) -> Any:
+        return jax.tree.leaves(jaxrnn.apply(spec, params, x))
+
     ours, pullback = jax.vjp(run, params, x)
     cotangents = [_normal(*a.shape).astype(half) for a in ours]
-    wide = lambda tree: jax.tree.map(lambda a: a.astype(jnp.float64), tree)  # noqa: E731
+
+    def wide(tree: Any) -> Any:
+        return jax.tree.map(lambda a: a.astype(jnp.float64), tree)
+
     truth, true_pullback = jax.vjp(run, *wide((params, x)))
     pairs = [*zip(ours, truth, strict=True)]
     gradients = pullback(cotangents), true_pullback(wide(cotangents))
@@ -443,7 +455,7 @@ def test_a_chunk_boundary_costs_one_rounding(dtype: str) -> None:
 
 # Dropout.
 
-DROPOUT = jaxrnn.Spec(jaxrnn.GRU_CELL, I, H, num_layers=3, dropout=0.4, bidirectional=True)
+DROPOUT = jaxrnn.Spec(jaxrnn.GRU_CELL, F, H, num_layers=3, dropout=0.4, bidirectional=True)
 DROPOUT_PARAMS = DROPOUT.init(jax.random.key(0), jnp.float64)
 
 
@@ -452,9 +464,9 @@ DROPOUT_PARAMS = DROPOUT.init(jax.random.key(0), jnp.float64)
 @pytest.mark.parametrize("p", [0.4, 1.0])
 def test_dropout_with_torchs_masks_is_torchs(torch: types.ModuleType, batch_first: bool, p: float) -> None:
     spec = _replace(DROPOUT, batch_first=batch_first, dropout=p)
-    module = torch.nn.GRU(I, H, 3, dropout=p, bidirectional=True, batch_first=batch_first, dtype=torch.float64)
+    module = torch.nn.GRU(F, H, 3, dropout=p, bidirectional=True, batch_first=batch_first, dtype=torch.float64)
     module.load_state_dict({name: torch.tensor(np.asarray(value)) for name, value in DROPOUT_PARAMS.items()})
-    x = _normal(N, T, I) if batch_first else _normal(T, N, I)
+    x = _normal(N, T, F) if batch_first else _normal(T, N, F)
     torch.manual_seed(3)
     expected = module(torch.tensor(np.asarray(x)))
     torch.manual_seed(3)
@@ -467,7 +479,7 @@ def test_dropout_with_torchs_masks_is_torchs(torch: types.ModuleType, batch_firs
 
 
 def test_dropout_from_a_key() -> None:
-    x = _normal(T, N, I)
+    x = _normal(T, N, F)
     key = jax.random.key(1)
     plain = jaxrnn.apply(DROPOUT, DROPOUT_PARAMS, x)
     one, again, other = (jaxrnn.apply(DROPOUT, DROPOUT_PARAMS, x, dropout_key=k) for k in (key, key, jax.random.key(2)))
@@ -492,7 +504,7 @@ def test_dropout_keeps_the_mean_and_draws_every_step() -> None:
 def test_dropout_does_nothing_in_one_layer() -> None:
     with pytest.warns(UserWarning, match="num_layers=1"):
         spec = _replace(GRU, dropout=0.9)
-    x = _normal(T, N, I)
+    x = _normal(T, N, F)
     ours = jaxrnn.apply(spec, PARAMS[GRU], x, dropout_key=jax.random.key(0))
     jax.tree.map(np.testing.assert_array_equal, ours, jaxrnn.apply(GRU, PARAMS[GRU], x))
 
@@ -500,31 +512,31 @@ def test_dropout_does_nothing_in_one_layer() -> None:
 def test_dropout_masks_of_the_wrong_shape() -> None:
     for masks in ([jnp.ones((T, N, 2 * H))], [jnp.ones((N, T, 2 * H))] * 2):
         with pytest.raises(ValueError, match=r"dropout_masks should be 2 arrays of shape \(5, 3, 8\)"):
-            jaxrnn.apply(DROPOUT, DROPOUT_PARAMS, _normal(T, N, I), dropout_masks=masks)
+            jaxrnn.apply(DROPOUT, DROPOUT_PARAMS, _normal(T, N, F), dropout_masks=masks)
 
 
 # Bad arguments: torch's exception type where it raises one on purpose, and a message with the name, what was and what
 # should be.
 
 BAD_CALLS = [
-    (GRU, (jnp.zeros(I),), ValueError, r"x should be 2-D .* or 3-D .*, got shape \(2,\)"),
-    (GRU, (jnp.zeros((1, T, N, I)),), ValueError, "x should be 2-D"),
-    (GRU, (jnp.zeros((T, N, I + 1)),), RuntimeError, r"input_size=2 features .* got shape \(5, 3, 3\)"),
-    (GRU, (jnp.zeros((0, N, I)),), RuntimeError, "at least one time step on axis 0"),
-    (_replace(GRU, batch_first=True), (jnp.zeros((N, 0, I)),), RuntimeError, "at least one time step on axis 1"),
-    (GRU, (jnp.zeros((T, N, I), jnp.int32),), TypeError, "x should be floating, got int32"),
-    (GRU, (jnp.zeros((T, N, I), bool),), TypeError, "x should be floating, got bool"),
-    (GRU, (jnp.zeros((T, N, I), jnp.complex64),), TypeError, "x should be floating, got complex64"),
-    (GRU, (jnp.zeros((T, N, I)), jnp.zeros((1, N, H + 1))), RuntimeError, r"shape \(1, 3, 4\), got \(1, 3, 5\)"),
-    (GRU, (jnp.zeros((T, N, I)), jnp.zeros((1, H))), RuntimeError, r"h_0 of hx should have shape \(1, 3, 4\), got"),
-    (GRU, (jnp.zeros((T, I)), jnp.zeros((1, 1, H))), RuntimeError, r"h_0 of hx should have shape \(1, 4\), got"),
-    (GRU, (jnp.zeros((T, N, I)), jnp.zeros((1, N, H), int)), TypeError, "h_0 of hx should be floating, got int"),
-    (GRU, (jnp.zeros((T, N, I)), (jnp.zeros((1, N, H)),)), TypeError, "hx should be one array h_0, got tuple"),
-    (LSTM, (jnp.zeros((T, N, I)), jnp.zeros((4, N, H))), TypeError, r"hx should be a tuple \(h_0, c_0\), got"),
-    (LSTM, (jnp.zeros((T, N, I)), (jnp.zeros((4, N, H)),)), TypeError, r"\(h_0, c_0\), got 1 values"),
+    (GRU, (jnp.zeros(F),), ValueError, r"x should be 2-D .* or 3-D .*, got shape \(2,\)"),
+    (GRU, (jnp.zeros((1, T, N, F)),), ValueError, "x should be 2-D"),
+    (GRU, (jnp.zeros((T, N, F + 1)),), RuntimeError, r"input_size=2 features .* got shape \(5, 3, 3\)"),
+    (GRU, (jnp.zeros((0, N, F)),), RuntimeError, "at least one time step on axis 0"),
+    (_replace(GRU, batch_first=True), (jnp.zeros((N, 0, F)),), RuntimeError, "at least one time step on axis 1"),
+    (GRU, (jnp.zeros((T, N, F), jnp.int32),), TypeError, "x should be floating, got int32"),
+    (GRU, (jnp.zeros((T, N, F), bool),), TypeError, "x should be floating, got bool"),
+    (GRU, (jnp.zeros((T, N, F), jnp.complex64),), TypeError, "x should be floating, got complex64"),
+    (GRU, (jnp.zeros((T, N, F)), jnp.zeros((1, N, H + 1))), RuntimeError, r"shape \(1, 3, 4\), got \(1, 3, 5\)"),
+    (GRU, (jnp.zeros((T, N, F)), jnp.zeros((1, H))), RuntimeError, r"h_0 of hx should have shape \(1, 3, 4\), got"),
+    (GRU, (jnp.zeros((T, F)), jnp.zeros((1, 1, H))), RuntimeError, r"h_0 of hx should have shape \(1, 4\), got"),
+    (GRU, (jnp.zeros((T, N, F)), jnp.zeros((1, N, H), int)), TypeError, "h_0 of hx should be floating, got int"),
+    (GRU, (jnp.zeros((T, N, F)), (jnp.zeros((1, N, H)),)), TypeError, "hx should be one array h_0, got tuple"),
+    (LSTM, (jnp.zeros((T, N, F)), jnp.zeros((4, N, H))), TypeError, r"hx should be a tuple \(h_0, c_0\), got"),
+    (LSTM, (jnp.zeros((T, N, F)), (jnp.zeros((4, N, H)),)), TypeError, r"\(h_0, c_0\), got 1 values"),
     (
         LSTM,
-        (jnp.zeros((T, N, I)), (jnp.zeros((4, N, H)), jnp.zeros((4, 1, H)))),
+        (jnp.zeros((T, N, F)), (jnp.zeros((4, N, H)), jnp.zeros((4, 1, H)))),
         RuntimeError,
         r"c_0 of hx should have shape \(4, 3, 4\), got \(4, 1, 4\)",
     ),
@@ -548,14 +560,14 @@ def test_torch_raises_the_same_for_bad_calls(
     if error is TypeError:
         return  # dtypes, and the form of hx: torch raises by accident of the value there
     module = getattr(torch.nn, spec.cell.name)(
-        I, H, spec.num_layers, batch_first=spec.batch_first, bidirectional=spec.bidirectional, dtype=torch.float64
+        F, H, spec.num_layers, batch_first=spec.batch_first, bidirectional=spec.bidirectional, dtype=torch.float64
     )
     with pytest.raises(error):
         module(*jax.tree.map(lambda a: torch.tensor(np.array(a)), arguments))
 
 
 def test_bad_params() -> None:
-    x = _normal(T, N, I)
+    x = _normal(T, N, F)
     params = PARAMS[GRU]
     with pytest.raises(ValueError, match=r"missing \['bias_hh_l0'\], unexpected \['bias'\]"):
         jaxrnn.apply(GRU, {"bias": params["bias_hh_l0"], **{k: v for k, v in params.items() if k != "bias_hh_l0"}}, x)
@@ -567,13 +579,13 @@ def test_bad_params() -> None:
 
 # Cells.
 
-CELL = jaxrnn.CellSpec(jaxrnn.LSTM_CELL, I, H)
+CELL = jaxrnn.CellSpec(jaxrnn.LSTM_CELL, F, H)
 CELL_PARAMS = CELL.init(jax.random.key(0), jnp.float64)
 
 
 def test_a_cell_is_one_step_of_a_layer() -> None:
-    spec = jaxrnn.Spec(jaxrnn.LSTM_CELL, I, H)
-    x, hx = _normal(N, I), (_normal(N, H), _normal(N, H + 1)[:, 1:])
+    spec = jaxrnn.Spec(jaxrnn.LSTM_CELL, F, H)
+    x, hx = _normal(N, F), (_normal(N, H), _normal(N, H + 1)[:, 1:])
     h, c = jaxrnn.apply_cell(CELL, CELL_PARAMS, x, hx)
     params = {f"{name}_l0": value for name, value in CELL_PARAMS.items()}
     _, (h_n, c_n) = jaxrnn.apply(spec, params, x[None], tuple(a[None] for a in hx))
@@ -587,12 +599,12 @@ def test_a_cell_is_one_step_of_a_layer() -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ((jnp.zeros((T, N, I)),), ValueError, "x should be 1-D .* or 2-D"),
-        ((jnp.zeros((N, I + 1)),), RuntimeError, "input_size=2"),
-        ((jnp.zeros((N, I), jnp.int8),), TypeError, "x should be floating, got int8"),
-        ((jnp.zeros((N, I)), jnp.zeros((N, H))), TypeError, r"hx should be a tuple \(h_0, c_0\)"),
-        ((jnp.zeros((N, I)), (jnp.zeros((1, H)),) * 2), RuntimeError, r"should have shape \(3, 4\), got \(1, 4\)"),
-        ((jnp.zeros(I), (jnp.zeros((1, H)),) * 2), RuntimeError, r"should have shape \(4,\), got \(1, 4\)"),
+        ((jnp.zeros((T, N, F)),), ValueError, "x should be 1-D .* or 2-D"),
+        ((jnp.zeros((N, F + 1)),), RuntimeError, "input_size=2"),
+        ((jnp.zeros((N, F), jnp.int8),), TypeError, "x should be floating, got int8"),
+        ((jnp.zeros((N, F)), jnp.zeros((N, H))), TypeError, r"hx should be a tuple \(h_0, c_0\)"),
+        ((jnp.zeros((N, F)), (jnp.zeros((1, H)),) * 2), RuntimeError, r"should have shape \(3, 4\), got \(1, 4\)"),
+        ((jnp.zeros(F), (jnp.zeros((1, H)),) * 2), RuntimeError, r"should have shape \(4,\), got \(1, 4\)"),
     ],
 )
 def test_bad_cell_calls(arguments: tuple, error: type[Exception], message: str) -> None:

@@ -96,6 +96,7 @@ def _read_zip(
         raise CheckpointError(f"{cause}\n{AGAIN}") from error
     except CheckpointError:
         raise
+    # What zipfile and zlib raise of damage; NotImplementedError where it reads as a compression that zipfile has not.
     except (NotImplementedError, RuntimeError, EOFError, ValueError, struct.error, zlib.error) as error:
         raise CheckpointError(f"a damaged zip file, or one that torch.save did not write: {error}\n{AGAIN}") from error
 

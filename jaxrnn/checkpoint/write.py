@@ -5,7 +5,7 @@ since. It returns the path of what it wrote: the file's, or that of a directory 
 """
 
 import contextlib
-import errno
+import importlib.util
 import json
 import os
 import re
@@ -13,7 +13,7 @@ import secrets
 import shutil
 import stat
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import IO, Any
 
@@ -26,14 +26,9 @@ from jaxrnn.checkpoint.files import SAFETENSORS_DTYPES, Path, Tensors, check_pat
 from jaxrnn.checkpoint.pickles import is_known
 from jaxrnn.checkpoint.stored import THREADS, Stored, UnreadableError, Value, equal, pieces
 
-try:
-    import fcntl
-except ImportError:  # where files are not locked, nor removed under whoever writes them
-    fcntl = None  # type: ignore[assignment]
-
 Wrote = Callable[[int], None]
-# What file systems without locks say: there, what a killed writer leaves stays.
-_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP)
+# None where the system has no such locks, and does not remove a file under whoever writes it.
+fcntl = importlib.import_module("fcntl") if importlib.util.find_spec("fcntl") else None
 
 
 def save(path: Path, tensors: Mapping[str, Any], progress: Wrote | None = None) -> None:
@@ -84,8 +79,9 @@ def _save(path: str, arrays: Tensors, write: Callable[[IO[bytes], Tensors, Wrote
     with _temporary(path) as file, ThreadPoolExecutor(THREADS) as pool:
         temporary = file.name
         try:
-            mode = stat.S_IMODE(os.stat(path if os.path.isfile(path) else temporary).st_mode)
-            os.chmod(temporary, mode | stat.S_IWUSR | stat.S_IRUSR)  # who may not read the old one may not read this
+            mode = stat.S_IMODE(os.stat(path).st_mode) if os.path.isfile(path) else None
+            if mode is not None:  # who may not read the old one may not read this
+                os.chmod(temporary, mode | stat.S_IWUSR | stat.S_IRUSR)
             written = write(file, arrays, progress)
             file.flush()
             synced = pool.submit(_sync, written)
@@ -93,7 +89,7 @@ def _save(path: str, arrays: Tensors, write: Callable[[IO[bytes], Tensors, Wrote
             synced.result()
             if os.path.isdir(path) and written != temporary:
                 os.rename(path, temporary + _OLD)  # a directory does not replace another
-            if written == temporary:
+            if mode is not None and written == temporary:
                 os.chmod(temporary, mode)
             if fcntl is None:  # where an open file cannot be renamed
                 file.close()
@@ -102,19 +98,25 @@ def _save(path: str, arrays: Tensors, write: Callable[[IO[bytes], Tensors, Wrote
             _remove(temporary, path)
 
 
-def _temporary(path: str) -> IO[bytes]:
+@contextlib.contextmanager
+def _temporary(path: str) -> Iterator[IO[bytes]]:
     """A new file, locked, in the same folder, because a rename is atomic only inside one file system."""
     while True:
-        file = open(f"{path}.{secrets.token_hex(4)}.tmp", "xb")  # noqa: SIM115 - the caller closes it
-        try:
-            _lock(file)
-        except OSError as error:
-            if error.errno not in _NO_LOCKS:
-                file.close()  # whoever removes what is abandoned was faster
-                continue
-        if os.path.exists(file.name):
-            return file
-        file.close()
+        with open(f"{path}.{secrets.token_hex(4)}.tmp", "xb") as file:
+            if _hold(file):
+                yield file
+                return
+
+
+def _hold(file: IO[bytes]) -> bool:
+    """Lock a new file, if the file system can; False if whoever removes what is abandoned was faster."""
+    try:
+        _lock(file)
+    except BlockingIOError:
+        return False
+    except OSError:  # no locks here: what a killed writer leaves stays, for nobody can tell it
+        pass
+    return os.path.exists(file.name)
 
 
 # What belongs to a temporary file: the directory that is written, as orbax names it until it is whole, and the one that
