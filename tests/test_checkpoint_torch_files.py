@@ -200,6 +200,8 @@ def test_a_whole_tree(zipped, torch, tmp_path):
         },
         "name": "best",
         "none": None,
+        "dtype": torch.bfloat16,
+        "size": torch.Size([2, 3]),
         7: [True, torch.ones(2, dtype=torch.bfloat16)],
     }
     torch.save(value, tmp_path / "a.pt", _use_new_zipfile_serialization=zipped)
@@ -210,6 +212,9 @@ def test_a_whole_tree(zipped, torch, tmp_path):
     assert tree["optimizer"]["state"][0]["step"] == 3
     assert (tree["name"], tree["none"], tree[7][0]) == ("best", None, True)
     assert tree[7][1].dtype == ml_dtypes.bfloat16
+    assert tree["dtype"] == "torch.bfloat16"
+    assert type(tree["size"]) is tuple
+    assert tree["size"] == (2, 3)
     assert checkpoint.load_tree(tmp_path / "a.pt", "optimizer.groups") == [{"betas": (0.9, 1)}]
     with pytest.raises(CheckpointError, match=r"it has nothing under 'optimizer\.epoch'\nthere are: state, groups"):
         checkpoint.load_tree(tmp_path / "a.pt", "optimizer.epoch")

@@ -78,18 +78,18 @@ def load(path: Path, key: str | None = None) -> dict[str, np.ndarray]:
 
 def opened(path: Path, key: str | None = None) -> Tensors:
     """A checkpoint file's tensors, those not read yet that lie in it as they are; else as `load`."""
-    return _read(path, lambda: _reader(path)(path, key))
+    return _said_of(path, lambda: _reader(path)(path, key))
 
 
 def load_tree(path: Path, key: str | None = None) -> Any:
-    """Read all that a torch.save file holds, such as an optimizer's state beside a model's, without torch.
+    """Read all that a torch.save file holds, such as an optimizer's state beside a model's; without torch, as `load`.
 
     Args:
         path: the file, as for `load`.
         key: under what key of nested dicts to look, dotted for a deeper one; if None at the top.
 
     Returns:
-        Dicts, lists, tuples, numbers, strings, and NumPy arrays for tensors, nested as they were.
+        Dicts, lists, tuples, numbers, strings, and NumPy arrays for tensors, nested as they were; of a dtype its name.
 
     Raises:
         CheckpointError: as `load`, and for another kind of file.
@@ -116,10 +116,10 @@ def load_tree(path: Path, key: str | None = None) -> Any:
             tree = tree[part]
         return tree
 
-    return _read(path, load_it)
+    return _said_of(path, load_it)
 
 
-def _read(path: Path, function: Callable[[], T]) -> T:
+def _said_of(path: Path, function: Callable[[], T]) -> T:
     """What a function returns, the path in front of what it raises."""
     try:
         return function()

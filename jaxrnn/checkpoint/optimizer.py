@@ -16,11 +16,13 @@ from jaxrnn.checkpoint.layers import Entry
 from jaxrnn.checkpoint.modules import params_of
 
 # Where optax keeps what torch calls otherwise, in the states of its transformations.
-_KNOWN = {"step", "exp_avg", "exp_avg_sq", "momentum_buffer"}
 _FIELDS = {"mu": "exp_avg", "nu": "exp_avg_sq", "trace": "momentum_buffer"}
 _COUNT = "count"
+# What the three optimizers keep of a parameter; any other has something else.
+_KNOWN = {"step", *_FIELDS.values()}
 _FROZEN = "frozen"
 _NONE = "an optimizer that is none of SGD, Adam and AdamW"
+_START_ANEW = "start a fresh optax optimizer on the loaded parameters"
 _SAVE = "give torch's optimizer.state_dict(), as it is or from jaxrnn.checkpoint.load_tree"
 
 
@@ -207,7 +209,7 @@ def _resumed(
             labels[param.place] = label
             kept = states.get(index, {})
             if others := kept.keys() - _KNOWN:
-                raise CheckpointError(f"{_NONE}: it has {listed(others)}\n{_SAVE}")
+                raise CheckpointError(f"{_NONE}: it has {listed(others)}\n{_START_ANEW}")
             step = kept.get("step", 0)
             if "step" in kept or ("betas" in group and states):
                 steps.add(int(step if isinstance(step, int | float) else to_numpy("step", step)))
@@ -255,4 +257,4 @@ def _transformation(
         trace = [optax.trace(momentum, nesterov=bool(group["nesterov"]))] if momentum else []
         return optax.chain(*decays, *trace, rate)
     settings = listed(name for name in group if name != "params")
-    raise CheckpointError(f"{_NONE}: its settings are {settings}\n{_SAVE}")
+    raise CheckpointError(f"{_NONE}: its settings are {settings}\n{_START_ANEW}")

@@ -70,7 +70,11 @@ def read_legacy_tree(path: str | os.PathLike[str]) -> Any:
     """As `read_zip_tree`, by torch."""
 
     def to_array(name: str, value: Any) -> Any:
-        return _from_torch(name, value) if is_torch_tensor(value) else value
+        if is_torch_tensor(value):
+            return _from_torch(name, value)
+        if type(value).__module__ == "torch":  # a size or a dtype, as read_zip_tree gives it
+            return tuple(value) if isinstance(value, tuple) else str(value)
+        return value
 
     return _mapped(_load_legacy(path), to_array)
 
