@@ -1,13 +1,17 @@
 """The parity runner: `python -m parity`, from the root of a clone."""
 
 import argparse
+import collections
 import concurrent.futures
 import dataclasses
+import importlib.util
 import itertools
 import json
 import os
 import re
+import shlex
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,7 +24,7 @@ from parity import compile, model, reference, sides, training
 from parity.cases import CASES, Case
 from parity.compare import DTYPES, Outcome, compare
 from parity.locate import locate
-from parity.report import Report
+from parity.report import Report, line
 
 MOST_PLACES = 3
 # JAX's names of the platforms.
@@ -39,7 +43,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         default="compare",
         help="compare (the default), or record torch's results anew, which needs torch",
     )
-    parser.add_argument("--live", action="store_true", help="compare with torch run here, not with recorded results")
+    parser.add_argument(
+        "--live",
+        nargs="?",
+        const="cpu",
+        metavar="DEVICE",
+        help="compare with torch run here, on its cpu (the default) or on cuda, and not with recorded results",
+    )
     parser.add_argument("--filter", default="", metavar="TEXT", help="only the cases with TEXT in their names")
     parser.add_argument("--dtype", choices=DTYPES, help="only this dtype")
     parser.add_argument(
@@ -56,8 +66,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         action="store_true",
         help="only compile, for a TPU that need not be there: --platform tpu, and libtpu installed",
     )
+    parser.add_argument(
+        "--precision",
+        choices=("highest", "default"),
+        default="highest",
+        help="of products: highest (the default) is float32's, JAX's own default may be TF32 or bfloat16 off a CPU",
+    )
     parser.add_argument("--json", type=Path, metavar="OUT", help="also write everything to this file")
+    parser.add_argument("--report", type=Path, metavar="OUT", help="also write a report to this file, as HTML")
+    arguments = sys.argv[1:] if arguments is None else arguments
     options = parser.parse_args(arguments)
+    options.command_line = shlex.join(arguments)
+    if options.report and not (importlib.util.find_spec("matplotlib") and importlib.util.find_spec("jinja2")):
+        parser.error("--report draws with matplotlib and fills in with jinja2: pip install 'jaxrnn[report]'")
     if options.compile_only and options.platform != "tpu":
         parser.error("--compile-only is for --platform tpu")
     dtypes = [options.dtype] if options.dtype else DTYPES
@@ -68,6 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"no case of {dtypes} has {options.filter!r} in its name; the first case is {next(iter(CASES))}")
 
     jax.config.update("jax_enable_x64", True)
+    jax.config.update("jax_default_matmul_precision", options.precision)
     if options.platform:
         jax.config.update("jax_platforms", "cpu" if options.compile_only else PLATFORMS[options.platform])
     console = Console()
@@ -81,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for path in reference.record():
             console.print(f"{path.name}: {path.stat().st_size:,} bytes", highlight=False)
         return 0
-    return _judge(cases, runs, dtypes, options.live, options)
+    return _judge(cases, runs, dtypes, options)
 
 
 def _model(options: argparse.Namespace) -> int:
@@ -94,18 +116,21 @@ def _model(options: argparse.Namespace) -> int:
     except (ValueError, OSError) as error:  # a CheckpointError is one
         print(error, file=sys.stderr)
         return 2
-    return _judge(cases, [], ["float64"], True, options)
+    options.live = options.live or "cpu"
+    return _judge(cases, [], ["float64"], options)
 
 
-def _judge(
-    cases: list[Case], runs: list[training.Run], dtypes: Sequence[str], live: bool, options: argparse.Namespace
-) -> int:
+def _judge(cases: list[Case], runs: list[training.Run], dtypes: Sequence[str], options: argparse.Namespace) -> int:
     """Compare, and say what came of it."""
-    outcomes, trained, torch = _outcomes(cases, runs, options.side, dtypes, live)
+    outcomes, trained, torch = _outcomes(cases, runs, options.side, dtypes, options.live)
     report = Report.of(options.side, outcomes, trained, torch, _places(outcomes, options.side))
     report.show(Console())
     if options.json:
         options.json.write_text(json.dumps(report.json(), indent=1) + "\n")
+    if options.report:
+        from parity import html  # matplotlib and jinja2, which only this needs
+
+        html.write(options.report, report, options.command_line)
     return 1 if report.failures else 0
 
 
@@ -117,7 +142,8 @@ def _places(outcomes: list[Outcome], side: str) -> dict[str, str]:
         if outcome.off and outcome.case.kind not in kinds and len(kinds) < MOST_PLACES:
             kinds.add(outcome.case.kind)
             try:
-                place = str(locate(outcome.case, sides.SIDES[side], outcome.off[0]))
+                truth = reference.truth_of(outcome.case, outcome.record)
+                place = str(locate(outcome.case, sides.SIDES[side], outcome.off[0], truth))
             except Exception as problem:  # a part of the case may break where the whole does not
                 place = f"not to be found: {type(problem).__name__}: {problem}".splitlines()[0]
             places[outcome.case.name] = place
@@ -135,7 +161,7 @@ def _compile(cases: list[Case], dtypes: Sequence[str], console: Console, out: Pa
 
 
 def _outcomes(
-    cases: list[Case], runs: list[training.Run], side: str, dtypes: Sequence[str], live: bool
+    cases: list[Case], runs: list[training.Run], side: str, dtypes: Sequence[str], live: str | None
 ) -> tuple[list[Outcome], list[training.Trained], str]:
     """The outcomes of the cases and of the training runs, in their order, and which torch they were compared with."""
     columns = (*Progress.get_default_columns(), MofNCompleteColumn())
@@ -143,9 +169,11 @@ def _outcomes(
         if live:
             import torch
 
-            records = {case.name: reference.live(case) for case in progress.track(cases, description="torch")}
+            records = {
+                case.name: reference.live(case, device=live) for case in progress.track(cases, description="torch")
+            }
             trained_there = {run.name: training.run_torch(run) for run in progress.track(runs, description="torch")}
-            version = f"{torch.__version__} (live)"
+            version = f"{torch.__version__} (live)" if live == "cpu" else f"{torch.__version__} (live, {live})"
         else:
             recorded = reference.Recorded()
             records = {case.name: recorded(case) for case in cases}
@@ -153,12 +181,21 @@ def _outcomes(
             version = f"{', '.join(recorded.versions)} (recorded)"
         task = progress.add_task(side, total=len(cases) + len(runs))
 
-        def run(group: list[Case]) -> list[Outcome]:
-            outcomes = []
-            for case in group:
-                outcomes.append(compare(case, records[case.name], sides.SIDES[side], dtypes))
-                progress.advance(task)
-            return outcomes
+        pooled: dict[str, list[Outcome]] = {case.group: [] for case in cases}
+        counts = collections.Counter(case.group for case in cases)
+        position = {case.name: index for index, case in enumerate(cases)}
+        lock = threading.Lock()
+
+        def run(batch: list[Case]) -> None:
+            for case in batch:
+                outcome = compare(case, records[case.name], sides.SIDES[side], dtypes)
+                with lock:
+                    group = pooled[case.group]
+                    group.append(outcome)
+                    progress.advance(task)
+                    if len(group) == counts[case.group]:
+                        group.sort(key=lambda outcome: position[outcome.case.name])
+                        progress.console.print(line(case.group, group), highlight=False, soft_wrap=True)
 
         def train(run: training.Run) -> training.Trained:
             trained = training.compare(run, trained_there[run.name])
@@ -166,14 +203,20 @@ def _outcomes(
             return trained
 
         # Nearly all of the time goes into compiling, which leaves Python free for other threads. Cases that differ in
-        # their seeds or lengths only share a compilation, so one thread has them all.
-        groups = [
-            list(group)
-            for _, group in itertools.groupby(cases, lambda case: re.sub(r"-(seed\d+|lengths-\w+)$", "", case.name))
+        # their seeds or lengths only share a compilation, so one thread has them all. Kind by kind, so that there is
+        # something to say before the end.
+        batches = [
+            list(batch)
+            for _, batch in itertools.groupby(
+                sorted(cases, key=lambda case: list(pooled).index(case.group)),
+                lambda case: re.sub(r"-(seed\d+|lengths-\w+)$", "", case.name),
+            )
         ]
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as executor:
             trained = executor.map(train, runs)
-            return list(itertools.chain.from_iterable(executor.map(run, groups))), list(trained), version
+            list(executor.map(run, batches))
+        outcomes = itertools.chain.from_iterable(pooled.values())
+        return sorted(outcomes, key=lambda outcome: position[outcome.case.name]), list(trained), version
 
 
 if __name__ == "__main__":

@@ -78,6 +78,7 @@ class Case:
         dtypes: what it is run in: float64, and maybe one dtype that is less exact.
         way: how the sequence is fed, a key of `WAYS`.
         lengths: of the rows, for the ways that have any.
+        second: whether it is differentiated twice, and forward: see `tangents`.
     """
 
     name: str
@@ -90,6 +91,7 @@ class Case:
     dtypes: tuple[str, ...] = ("float64", "float32")
     way: str = "whole"
     lengths: tuple[int, ...] | None = None
+    second: bool = False
 
     @property
     def inexact(self) -> str | None:
@@ -100,6 +102,11 @@ class Case:
     def group(self) -> str:
         """What its errors are pooled with: those of its kind, but for long sequences by themselves."""
         return f"{self.kind} T={self.steps}" if (self.steps or 0) >= LONG else self.kind
+
+    @property
+    def alone(self) -> bool:
+        """Whether it is all that there is of its group."""
+        return self.group == self.name
 
     @property
     def module(self) -> str:
@@ -136,9 +143,27 @@ class Case:
         return parameters, inputs, results
 
     def measured(self) -> dict[str, Shape]:
-        """Names and shapes of all that is compared: the results, and the gradients (`weight_ih_l0.grad`)."""
+        """Names and shapes of all that is compared: the results, and the gradients (`weight_ih_l0.grad`).
+
+        Where `second` is set, also what the tangents make of the results
+        (`output.jvp`), and the second derivative of the results, weighted by
+        their cotangents, times the tangents (`weight_ih_l0.hvp`).
+        """
         parameters, inputs, results = self.shapes()
-        return results | {f"{name}.grad": shape for name, shape in (inputs | parameters).items()}
+        sources = inputs | parameters
+        named = results | {f"{name}.grad": shape for name, shape in sources.items()}
+        if self.second:
+            named |= {f"{name}.jvp": shape for name, shape in results.items()}
+            named |= {f"{name}.hvp": shape for name, shape in sources.items()}
+        return named
+
+    def tangents(self) -> tuple[Arrays, Arrays]:
+        """Directions, of the parameters and of the inputs, in which a case is differentiated forward."""
+        random = np.random.RandomState(zlib.crc32(f"{self.name} tangents".encode()))
+        parameters, inputs, _ = (
+            {name: random.standard_normal(shape) for name, shape in shapes.items()} for shapes in self.shapes()
+        )
+        return parameters, inputs
 
     def arrays(self) -> tuple[Arrays, Arrays, Arrays]:
         """The parameters, the inputs and the results' cotangents.
@@ -163,8 +188,12 @@ class Case:
 
 
 def quantity(name: str) -> str:
-    """What an array is, whatever its layer and direction: `weight_ih.grad` for `weight_ih_l1_reverse.grad`."""
-    return re.sub(r"_l\d+(_reverse)?", "", name)
+    """What an array is, whatever its layer and direction: `weight_ih.grad` for `weight_ih_l1_reverse.grad`.
+
+    All forward derivatives are one quantity, `jvp`, and all second derivatives another, `hvp`.
+    """
+    _, _, order = name.rpartition(".")
+    return order if order in ("jvp", "hvp") else re.sub(r"_l\d+(_reverse)?", "", name)
 
 
 def _case(kind: str, arguments: dict[str, Any], *, pattern: str = "", **settings: Any) -> Case:
@@ -202,7 +231,7 @@ def _small() -> Iterator[Case]:
         LAYERS, (1, 2, 3), (False, True), (True, False), layouts
     ):
         arguments = _layers(kind, layers, bidirectional, bias=bias, batch_first=batch_first)
-        yield _case(kind, arguments, steps=5, batch=batch, hx=hx, dtypes=dtypes)
+        yield _case(kind, arguments, steps=5, batch=batch, hx=hx, dtypes=dtypes if bias else exact)
     for kind, bias, batch, hx in itertools.product(CELLS, (True, False), (3, None), (True, False)):
         yield _case(kind, {**SIZES, "bias": bias}, steps=None, batch=batch, hx=hx)
 
@@ -230,6 +259,18 @@ def _chunked() -> Iterator[Case]:
         arguments = _layers(kind, 2, bidirectional=False)
         steps = sum(CHUNKS)
         yield _case(kind, arguments, steps=steps, batch=3, hx=True, dtypes=("float64",), way="chunked")
+
+
+def _second() -> Iterator[Case]:
+    """Two layers of each kind, both ways, whole and ragged, and each cell: their second derivatives."""
+    for kind in LAYERS:
+        arguments = _layers(kind, 2, bidirectional=True)
+        settings: dict[str, Any] = {"steps": 5, "hx": True, "dtypes": ("float64",), "pattern": "second", "second": True}
+        yield _case(kind, arguments, batch=3, **settings)
+        yield _case(kind, arguments, batch=4, way="lengths", lengths=LENGTHS["unsorted"], **settings)
+    for kind in CELLS:
+        arguments = dict(SIZES)
+        yield _case(kind, arguments, steps=None, batch=3, hx=True, dtypes=("float64",), pattern="second", second=True)
 
 
 def _half() -> Iterator[Case]:
@@ -285,4 +326,4 @@ def _seeds(case: Case) -> Iterator[Case]:
         yield dataclasses.replace(case, name=f"{case.name}-seed{seed}")
 
 
-CASES = {case.name: case for case in (*_small(), *_ragged(), *_chunked(), *_half(), *_accuracy(), *_long())}
+CASES = {case.name: case for case in (*_small(), *_ragged(), *_chunked(), *_second(), *_half(), *_accuracy(), *_long())}

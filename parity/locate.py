@@ -5,6 +5,7 @@ The side is run on parts of the case: the first layers, one layer by itself, one
 
 import dataclasses
 import itertools
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -40,7 +41,7 @@ class Place:
         step: the first time step at which they are, in the order in which the direction goes.
         gates: what has to be switched off for the rest to be right; empty if no one or two gates are to blame.
         cause: the known mistake that gives the same results; empty if none does.
-        arrays: the results, or gradients, that are off.
+        arrays: the results, or the gradients of that layer if no result is, that are off.
     """
 
     layer: int | None = None
@@ -55,19 +56,26 @@ class Place:
         words += [f"{' and '.join(self.directions)} direction"] if self.directions else []
         words += [] if self.step is None else [f"step {self.step}"]
         words += [f"gate{'s' * (len(self.gates) > 1)} {', '.join(self.gates)}"] if self.gates else []
-        where = ", ".join(words) or f"only {' and '.join(self.arrays)}"
+        if not words or any("." in name for name in self.arrays):
+            words.append(f"only {' and '.join(self.arrays)}")
+        where = ", ".join(words)
         return f"first off at {where}" + (f"; it looks as if {self.cause}" if self.cause else "; no known mistake")
 
 
-def locate(case: Case, side: Side, dtype: str = "float64") -> Place:
-    """Find where a side first parts from the equations in a case, and the known mistake that it looks like."""
+def locate(case: Case, side: Side, dtype: str = "float64", gradients: Arrays | None = None) -> Place:
+    """Find where a side first parts from the equations in a case, and the known mistake that it looks like.
+
+    Args:
+        case, side, dtype: what is run.
+        gradients: torch's, by name, if they are known; the equations give the results.
+    """
     parameters, inputs, _ = case.arrays()
     truth = oracle.run(case, (parameters, inputs))
     ours = side(case, dtype)
     names = [name for name in truth if name != "layers"]
     off = tuple(name for name in names if _is_off(ours[name], truth[name], dtype))
     if not off:
-        return Place(arrays=("the gradients",))
+        return _in_gradients(case, ours, gradients or {}, dtype)
     place = Place(cause=_cause(case, ours, truth, dtype), arrays=off)
     if case.steps is None:
         return dataclasses.replace(place, gates=_gates(case, parameters, inputs, side, dtype))
@@ -80,6 +88,35 @@ def locate(case: Case, side: Side, dtype: str = "float64") -> Place:
             gates = _gates(alone, *alone.arrays()[:2], side, dtype)
             return dataclasses.replace(place, layer=layer, directions=directions, step=step, gates=gates)
     return place
+
+
+def _in_gradients(case: Case, ours: Arrays, truth: Arrays, dtype: str) -> Place:
+    """Where derivatives part whose results do not: they go from the last layer to the first, and back in time."""
+    off = [name for name, array in truth.items() if _is_off(ours[name], array, dtype)]
+    pattern = re.compile(rf"({'|'.join(oracle.ROLES)})(?:_l(\d+)(_reverse)?)?\.grad")
+    found = [match for match in map(pattern.fullmatch, off) if match]
+    if not found:
+        return Place(arrays=tuple(off) or ("the gradients",))
+    layer = max(int(match[2] or 0) for match in found)
+    here = [match for match in found if int(match[2] or 0) == layer]
+    ends = {match[3] for match in here}
+    directions = tuple(word for word, end in (("forward", None), ("backward", "_reverse")) if end in ends)
+    names = oracle.GATES[KINDS[case.kind].module.removesuffix("Cell")]
+    gates = {
+        gate
+        for match in here
+        if match[1] != "weight_hr"
+        for gate, a, b in zip(
+            names, np.split(ours[match[0]], len(names)), np.split(truth[match[0]], len(names)), strict=True
+        )
+        if _is_off(a, b, dtype)
+    }
+    return Place(
+        layer=None if case.steps is None else layer,
+        directions=() if case.steps is None else directions,
+        gates=tuple(gate for gate in names if gate in gates) if len(gates) < len(names) else (),
+        arrays=tuple(match[0] for match in here),
+    )
 
 
 def _is_off(ours: np.ndarray, wanted: np.ndarray, dtype: str) -> bool:

@@ -4,13 +4,15 @@ A record is a dict of arrays, with one row for each of the case's measured array
 
     truth   torch's float64 results, all numbers in a row
     digest  instead of `truth` where that is large: the norm, and projections on fixed vectors of +1 and -1
-    errors  the errors (see `errors`) of torch's own results in the case's less exact dtype, if it has one
+
+and, if the case has a less exact dtype, how far torch's own results in it are off: see `measure`.
 """
 
 import math
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from parity import training
@@ -20,6 +22,9 @@ from parity.training import RUNS, Run
 
 RECORDED = Path(__file__).parent / "recorded"
 PROJECTIONS = 4
+# Errors are counted by size, in units in the last place: up to 1/2, 1, 2 and so on, and above the last.
+ULPS = tuple(2.0**power for power in range(-1, 13))
+BLOCKS = 64  # of time, at most
 
 
 def errors(result: np.ndarray, truth: np.ndarray) -> np.ndarray:
@@ -37,6 +42,39 @@ def errors(result: np.ndarray, truth: np.ndarray) -> np.ndarray:
     return np.array([truth.size, np.sum((difference / rms) ** 2), worst])
 
 
+def ulps(result: np.ndarray, truth: np.ndarray, dtype: str) -> np.ndarray:
+    """How many numbers are off by how many units in the last place that the true number has in a dtype: see `ULPS`."""
+    format = jnp.finfo(dtype)
+    exponent = np.maximum(np.frexp(truth)[1] - 1, format.minexp)
+    error = np.abs(result.astype(np.float64) - truth) * 2.0 ** (format.nmant - exponent)
+    # NaN comes after all numbers.
+    return np.bincount(np.searchsorted(ULPS, error.ravel()), minlength=len(ULPS) + 1)
+
+
+def over_time(case: Case, result: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """The rms error of an output in each of up to 64 blocks of time, relative to the rms of the true output."""
+    axis = 1 if case.arguments.get("batch_first") and case.batch is not None else 0
+    squares = np.moveaxis((result.astype(np.float64) - truth) ** 2, axis, 0)
+    blocks = np.array_split(squares, min(BLOCKS, len(squares)))
+    return np.sqrt([np.mean(block) for block in blocks]) / (math.sqrt(np.mean(truth**2)) or 1.0)
+
+
+def measure(case: Case, results: Arrays, truth: Arrays, dtype: str) -> Arrays:
+    """How far results in a dtype are from the truth, both in the order of `case.measured()`.
+
+    Returns:
+        `errors`, a row of three numbers for each array (see `errors`); `ulps`, of all numbers together; and
+        `over_time`, of the output if there is one.
+    """
+    measured = {
+        "errors": np.stack([errors(results[name], truth[name]) for name in truth]),
+        "ulps": sum((ulps(results[name], truth[name], dtype) for name in truth), np.zeros(len(ULPS) + 1, int)),
+    }
+    if "output" in truth:
+        measured["over_time"] = over_time(case, results["output"], truth["output"])
+    return measured
+
+
 def digest(array: np.ndarray) -> np.ndarray:
     """The norm of an array, and its projections on fixed vectors of +1 and -1."""
     bits = np.random.RandomState(0).bytes(PROJECTIONS * array.size // 8 + 1)
@@ -44,16 +82,15 @@ def digest(array: np.ndarray) -> np.ndarray:
     return np.array([np.linalg.norm(array), *((2.0 * row - 1.0) @ array.ravel() for row in signs)])
 
 
-def live(case: Case, *, full: bool = True) -> Arrays:
-    """The record of a case, from torch here; with the truth, or with its digest only."""
-    truth, names, record = run_torch(case, "float64"), list(case.measured()), {}
-    if case.inexact:
-        inexact = run_torch(case, case.inexact)
-        record["errors"] = np.stack([errors(inexact[name], truth[name]) for name in names])
+def live(case: Case, *, full: bool = True, device: str = "cpu") -> Arrays:
+    """The record of a case, from torch here, on a device of torch's; with the truth, or with its digest only."""
+    found = run_torch(case, "float64", device)
+    truth = {name: found[name] for name in case.measured()}
+    record = measure(case, run_torch(case, case.inexact, device), truth, case.inexact) if case.inexact else {}
     if full:
-        record["truth"] = np.concatenate([truth[name].ravel() for name in names])
+        record["truth"] = np.concatenate([array.ravel() for array in truth.values()])
     else:
-        record["digest"] = np.stack([digest(truth[name]) for name in names])
+        record["digest"] = np.stack([digest(array) for array in truth.values()])
     return record
 
 
@@ -98,7 +135,7 @@ class Recorded:
 
     def __call__(self, case: Case) -> Arrays:
         file = self._files[case.kind]
-        names = [f"{case.name}/{name}" for name in ("truth", "digest", "errors")]
+        names = [f"{case.name}/{name}" for name in ("truth", "digest", "errors", "ulps", "over_time")]
         found = {name.rpartition("/")[2]: file[name] for name in names if name in file}
         if not found:
             raise KeyError(f"no recorded results of {case.name}: run `python -m parity record`")

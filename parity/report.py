@@ -14,8 +14,9 @@ from rich.console import Console
 from rich.table import Table
 
 import jaxrnn
-from parity.cases import ENOUGH
-from parity.compare import Outcome, Row, pool
+from parity.cases import ENOUGH, LONG
+from parity.compare import Histogram, Outcome, Row, histograms, pool, products_are_float32
+from parity.sides import precision
 from parity.training import STEPS, Trained
 
 HEADINGS = ("numbers", "float64\nworst", "{dtype}\nworst", "{dtype}\nrms", "torch's\nrms", "rms\nratio")
@@ -33,6 +34,8 @@ class Report:
         places: where the first failing case of each kind parts from the equations, and what it looks like.
         cases: how many cases were compared.
         training: what came of the training runs.
+        histograms: errors by their size.
+        drift: the error over time of long sequences and of what failed: `{"RNN-long in float32": {"torch": [...]}}`.
         environment: versions and the device.
     """
 
@@ -43,6 +46,8 @@ class Report:
     places: dict[str, str]
     cases: int
     training: list[Trained]
+    histograms: list[Histogram]
+    drift: dict[str, dict[str, list[float]]]
     environment: dict[str, str]
 
     @classmethod
@@ -60,7 +65,20 @@ class Report:
         failures |= {row.name: row.failure() for row in (*rows, *overall)}
         failures |= {run.name: run.failure() for run in training}
         failures = {name: failure for name, failure in failures.items() if failure}
-        return cls(side, rows, overall, failures, places or {}, len(outcomes), list(training), _environment(torch))
+        places = places or {}
+        shown = [o for o in outcomes if (o.case.steps or 0) >= LONG or o.case.name in places or o.case.alone]
+        return cls(
+            side=side,
+            rows=rows,
+            overall=overall,
+            failures=failures,
+            places=places,
+            cases=len(outcomes),
+            training=list(training),
+            histograms=histograms(outcomes),
+            drift={name: lines for outcome in shown for name, lines in _drift(outcome, side).items()},
+            environment=_environment(torch),
+        )
 
     @property
     def verdict(self) -> str:
@@ -79,6 +97,11 @@ class Report:
             if overall.worst is None:
                 continue
             words.append(f"In {overall.dtype} they are at most {overall.worst:.1e} from the truth.")
+            if overall.dtype == "float32" and not products_are_float32():
+                words.append(
+                    "Its products are not float32's, as JAX has them here by default: torch's error is no measure."
+                )
+                continue
             judged = [row for row in self.rows if row.dtype == overall.dtype and row.ratio is not None]
             if judged and overall.ratio is not None:
                 top = max(judged, key=lambda row: row.ratio or 0.0)
@@ -139,6 +162,31 @@ class Report:
         console.print(", ".join(f"{name} {value}" for name, value in self.environment.items()), highlight=False)
 
 
+def line(group: str, outcomes: Sequence[Outcome]) -> str:
+    """A group of cases in one line, once they have run."""
+    count = f"{len(outcomes)} case{'s' * (len(outcomes) > 1)}"
+    failed = [outcome for outcome in outcomes if outcome.failure()]
+    if failed:
+        return f"[red]{group}: {len(failed)} of {count} failed[/], the first is {failed[0].case.name}"
+    worst: dict[str, float] = {}
+    for outcome in outcomes:
+        for dtype, errors in outcome.errors.items():
+            worst[dtype] = max(worst.get(dtype, 0.0), float(errors[:, 2].max()))
+    return f"{group}: {count}, at most " + ", ".join(f"{error:.1e} off in {dtype}" for dtype, error in worst.items())
+
+
+def _drift(outcome: Outcome, side: str) -> dict[str, dict[str, list[float]]]:
+    """The error over time in the dtype that torch, too, was inexact in; in the one that is off, if one is."""
+    dtype = outcome.off[0] if outcome.off else outcome.case.inexact or "float64"
+    ours = outcome.measured.get(dtype, {})
+    if "over_time" not in ours:
+        return {}
+    lines = {side: ours["over_time"].tolist()}
+    if dtype == outcome.case.inexact and outcome.torch:
+        lines["torch"] = outcome.torch["over_time"].tolist()
+    return {f"{outcome.case.name} in {dtype}": lines}
+
+
 def _environment(torch: str) -> dict[str, str]:
     device = jax.devices()[0]
     return {
@@ -149,4 +197,5 @@ def _environment(torch: str) -> dict[str, str]:
         "numpy": np.__version__,
         "python": platform.python_version(),
         "device": f"{device.platform} ({device.device_kind})",
+        "precision": precision(),
     }

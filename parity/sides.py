@@ -32,17 +32,22 @@ def _named(case: Case, returned: Any) -> dict[str, Any]:
     return results | {f"{name}_n": array for name, array in zip(case.states, state, strict=True)}
 
 
-def run_torch(case: Case, dtype: str) -> Arrays:
-    """The case with torch.nn, on the CPU, in torch's default way."""
+def run_torch(case: Case, dtype: str, device: str = "cpu") -> Arrays:
+    """The case with torch.nn, in torch's default way; on a GPU without TF32."""
     import torch
     from torch.nn.utils import rnn
 
     torch.set_num_threads(1)  # the same sums in the same order, however many cores there are
-    parameters, inputs, cotangents = (
-        {name: torch.tensor(array, dtype=getattr(torch, dtype)) for name, array in arrays.items()}
-        for arrays in case.arrays()
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    kind: dict[str, Any] = {
+        "dtype": getattr(torch, dtype),
+        "device": "cpu" if case.second else device,
+    }  # cuDNN has none
+    parameters, inputs, cotangents, *tangents = (
+        {name: torch.tensor(array, **kind) for name, array in arrays.items()}
+        for arrays in (*case.arrays(), *case.tangents())
     )
-    module = getattr(torch.nn, case.module)(**case.constructor, dtype=getattr(torch, dtype))
+    module = getattr(torch.nn, case.module)(**case.constructor, **kind)
     module.load_state_dict(parameters)
     for tensor in inputs.values():
         tensor.requires_grad_()
@@ -56,12 +61,25 @@ def run_torch(case: Case, dtype: str) -> Arrays:
             output, state = module(pack(x, list(case.lengths), batch_first, enforce_sorted=case.way == "sorted"), hx)
             results = _named(case, (pad(output, batch_first, total_length=case.steps)[0], state))
     sources = inputs | dict(module.named_parameters())
-    gradients = torch.autograd.grad(
-        [results[name] for name in cotangents], list(sources.values()), list(cotangents.values())
-    )
-    named = results | {f"{name}.grad": gradient for name, gradient in zip(sources, gradients, strict=True)}
+    returned = [results[name] for name in cotangents]
+
+    def gradient(of: Any, by: Any, cotangents: Any, **settings: bool) -> Any:
+        return torch.autograd.grad(list(of), list(by), list(cotangents), **settings)
+
+    gradients = gradient(returned, sources.values(), cotangents.values(), create_graph=case.second)
+    named = results | {f"{name}.grad": array for name, array in zip(sources, gradients, strict=True)}
+    if case.second:
+        # Forward as the derivative, by the cotangents, of what is linear in them: torch has no forward mode for packs.
+        directions = [(tangents[1] | tangents[0])[name] for name in sources]
+        linear = [torch.zeros_like(tensor, requires_grad=True) for tensor in returned]
+        pulled = gradient(returned, sources.values(), linear, create_graph=True)
+        pairs = [
+            ("jvp", cotangents, gradient(pulled, linear, directions)),
+            ("hvp", sources, gradient(gradients, sources.values(), directions, materialize_grads=True)),
+        ]
+        named |= {f"{name}.{what}": t for what, names, arrays in pairs for name, t in zip(names, arrays, strict=True)}
     # NumPy has no bfloat16 of its own.
-    return {name: (t if dtype.startswith("float") else t.double()).detach().numpy() for name, t in named.items()}
+    return {name: (t if dtype.startswith("float") else t.double()).detach().cpu().numpy() for name, t in named.items()}
 
 
 class Feed(NamedTuple):
@@ -94,17 +112,33 @@ class Feed(NamedTuple):
         return jaxrnn.pad_packed_sequence(output, self.batch_first, total_length=self.steps)[0], state
 
 
+def precision() -> str:
+    """Of the products in the JAX sides: "highest", unless JAX was told otherwise.
+
+    TF32 and bfloat16 products, which accelerators take by default, are a choice of speed, not what is compared here.
+    """
+    config: Any = jax.config  # whose type does not name what it holds
+    return config.jax_default_matmul_precision or "highest"
+
+
 # Modules that differ in their numbers only are equal here, and share a compilation. Old compilations are dropped: each
 # takes memory maps, and Linux gives a process 65,530.
 @functools.lru_cache(maxsize=16)
 def _differentiate(call: Callable[..., Any], module: Hashable, feed: Feed) -> Callable[..., Any]:
     @jax.jit
-    def differentiate(parameters: Any, inputs: Any, lengths: jax.Array | None, cotangents: Any) -> Any:
+    def differentiate(sources: Any, lengths: jax.Array | None, cotangents: Any, tangents: Any) -> Any:
         def run(parameters: Any, x: jax.Array, hx: Any) -> Any:
             return feed(functools.partial(call, module, parameters), x, hx, lengths)
 
-        returned, pullback = jax.vjp(run, parameters, *inputs)
-        return returned, pullback(cotangents)
+        def gradient(*sources: Any) -> Any:
+            return jax.vjp(run, *sources)[1](cotangents)
+
+        returned, pullback = jax.vjp(run, *sources)
+        if tangents is None:
+            return returned, pullback(cotangents), None, None
+        # The second derivative in reverse both times, as torch has it.
+        second = jax.vjp(gradient, *sources)[1](tangents)
+        return returned, pullback(cotangents), jax.jvp(run, sources, tangents)[1], second
 
     return differentiate
 
@@ -113,21 +147,32 @@ def _run_jax(
     case: Case, dtype: str, build: Callable[[Case, str, Arrays], tuple[Hashable, Any]], call: Callable[..., Any]
 ) -> Arrays:
     """What the JAX sides share. `build` gives the static and the differentiable part of a module that `call` calls."""
-    parameters, inputs, cotangents = (
-        {name: array.astype(jnp.dtype(dtype)) for name, array in arrays.items()} for arrays in case.arrays()
+    parameters, inputs, cotangents, d_parameters, d_inputs = (
+        {name: array.astype(jnp.dtype(dtype)) for name, array in arrays.items()}
+        for arrays in (*case.arrays(), *case.tangents())
     )
     lengths = np.array(case.lengths) if case.way == "lengths" else None
-    hx = _state(case, inputs, "0") if case.hx else None
     state = _state(case, cotangents, "n")
-    # TF32 and bfloat16 products on accelerators are a choice of speed, not what is compared here.
-    with jax.default_matmul_precision("highest"):
+
+    def sources(parameters: Any, inputs: Arrays) -> tuple:
+        return parameters, inputs["input"], _state(case, inputs, "0") if case.hx else None
+
+    with jax.default_matmul_precision(precision()):
         module, parameters = build(case, dtype, parameters)
-        returned, (d_parameters, *d_inputs) = _differentiate(call, module, Feed.of(case))(
-            parameters, (inputs["input"], hx), lengths, state if case.steps is None else (cotangents["output"], state)
+        returned, first, forward, second = _differentiate(call, module, Feed.of(case))(
+            sources(parameters, inputs),
+            lengths,
+            state if case.steps is None else (cotangents["output"], state),
+            sources(d_parameters, d_inputs) if case.second else None,
         )
     named = _named(case, returned)
-    named |= {f"{name}.grad": array for name, array in zip(inputs, jax.tree.leaves(d_inputs), strict=True)}
-    named |= {f"{name}.grad": array for name, array in d_parameters.items()}
+    if case.second:
+        named |= {f"{name}.jvp": array for name, array in _named(case, forward).items()}
+    for order, derivatives in (("grad", first), ("hvp", second)):
+        if derivatives is not None:
+            by_parameter, *by_input = derivatives
+            arrays = dict(zip(inputs, jax.tree.leaves(by_input), strict=True)) | by_parameter
+            named |= {f"{name}.{order}": array for name, array in arrays.items()}
     return {name: np.asarray(array) for name, array in named.items()}
 
 

@@ -168,6 +168,7 @@ class Trained:
         first, torch, ours: the mean loss of the first and of the last ten steps, torch's and ours.
         losses: how far the losses are apart at most, relative to max(1, largest).
         weights: how far the last weights are apart at most, relative to max(1, largest).
+        curves: the loss at each step, torch's and ours.
         problem: what kept the run from being measured, if anything did.
     """
 
@@ -177,6 +178,7 @@ class Trained:
     ours: float = math.nan
     losses: float = math.nan
     weights: float = math.nan
+    curves: tuple[tuple[float, ...], tuple[float, ...]] = ((), ())
     problem: str = ""
 
     def failure(self) -> str:
@@ -207,4 +209,5 @@ def compare(run: Run, record: Arrays) -> Trained:
         float(np.mean(ours["losses"][-10:])),
         losses,
         float(np.max(list(apart.values()))),  # NaN counts as the largest
+        (tuple(record["losses"].tolist()), tuple(ours["losses"].tolist())),
     )

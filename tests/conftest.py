@@ -1,7 +1,7 @@
 """What every test runs under: float64 at hand, no implicit dtype promotion, PyTorch only where a test asks for it."""
 
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import hypothesis
@@ -21,6 +21,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--thorough", action="store_true", help="whole tables and more random inputs: minutes longer")
+
+
+@pytest.fixture(autouse=True)
+def precision() -> Iterator[None]:
+    """The parity runner sets JAX's precision of products: for the one test."""
+    yield
+    jax.config.update("jax_default_matmul_precision", None)
 
 
 @pytest.fixture

@@ -88,20 +88,24 @@ def test_16_bits_are_one_rounding_from_the_truth_and_closer_than_torchs(case: Ca
 def test_the_recorded_results_are_a_live_torchs(torch: types.ModuleType, case: Case) -> None:
     recorded, now = RECORDED(case), live(case, full=case.small)
     assert recorded.keys() == now.keys()
-    for name in recorded.keys() - {"errors"}:
+    for name in recorded.keys() & {"truth", "digest"}:
         scale = max(1.0, np.abs(now[name]).max())
         np.testing.assert_allclose(recorded[name] / scale, now[name] / scale, rtol=0, atol=1e-13)
     if case.inexact:
         # Another processor rounds otherwise, but not by more or less as a whole.
         rms = [np.sqrt(record["errors"][:, 1].sum() / record["errors"][:, 0].sum()) for record in (recorded, now)]
         assert 0.5 < rms[0] / rms[1] < 2
+        assert recorded["ulps"].sum() == now["ulps"].sum() == recorded["errors"][:, 0].sum()
+        if case.steps:
+            assert recorded["over_time"].shape == now["over_time"].shape
 
 
 def test_every_case_is_recorded() -> None:
     for case in CASES.values():
         record = RECORDED(case)
-        assert record.keys() == {"truth" if case.small else "digest", *(["errors"] if case.inexact else [])}
-        assert all(len(record[name]) == len(case.measured()) for name in record.keys() - {"truth"})
+        measured = {"errors", "ulps", *(["over_time"] if case.steps else [])} if case.inexact else set()
+        assert record.keys() == {"truth" if case.small else "digest", *measured}
+        assert all(len(record[name]) == len(case.measured()) for name in record.keys() & {"digest", "errors"})
     with pytest.raises(KeyError, match="python -m parity record"):
         RECORDED(dataclasses.replace(CASE, name="unheard of"))
 

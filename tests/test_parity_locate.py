@@ -241,7 +241,7 @@ def test_a_fault_in_a_second_layer_and_one_that_nobody_knows(monkeypatch: pytest
     assert str(place) == "first off at layer 1, backward direction, step 3; no known mistake"
 
 
-def test_cells_and_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cells(monkeypatch: pytest.MonkeyPatch) -> None:
     case = CASES["GRUCell-hx"]
     with monkeypatch.context() as patch:
         _cell(jaxrnn.GRU_CELL, _wrong_sign)(patch)
@@ -249,11 +249,29 @@ def test_cells_and_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
         assert (place.layer, place.gates, place.arrays) == (None, ("z",), ("h_n",))
         assert str(place) == "first off at gate z; it looks as if z is taken the other way round: h' = (h - n) * z + n"
 
-    def change(case: Case, arrays: Arrays) -> None:
-        arrays["weight_hh.grad"] *= 2
 
-    _results(change)(monkeypatch)
-    assert str(locate(case, sides.run_jaxrnn)).startswith("first off at only the gradients")
+@pytest.mark.parametrize("case", [GRU, CASES["GRUCell-hx"]], ids=lambda case: case.name)
+def test_what_is_off_in_gradients_only(monkeypatch: pytest.MonkeyPatch, case: Case) -> None:
+    cell = case.steps is None
+
+    def change(case: Case, arrays: Arrays) -> None:
+        for name in ("weight_hh.grad",) if cell else ("weight_ih_l0.grad", "weight_hh_l1_reverse.grad"):
+            arrays[name][4:8] *= 1.01  # the rows of z
+
+    def change_all(case: Case, arrays: Arrays) -> None:
+        arrays["input.grad"] *= 1.01
+
+    truth = truth_of(case, RECORDED(case))
+    with monkeypatch.context() as patch:
+        _results(change)(patch)
+        place = locate(case, sides.run_jaxrnn, gradients=truth)
+        assert place.gates == ("z",)
+        name = "weight_hh.grad" if cell else "weight_hh_l1_reverse.grad"
+        where = "gate z" if cell else "layer 1, backward direction, gate z"
+        assert str(place) == f"first off at {where}, only {name}; no known mistake"
+        assert str(locate(case, sides.run_jaxrnn)).startswith("first off at only the gradients")
+    _results(change_all)(monkeypatch)
+    assert "first off at only input.grad" in str(locate(case, sides.run_jaxrnn, gradients=truth))
 
 
 @pytest.mark.parametrize("case", [case for case in CASES.values() if case.small and case.way != "chunked"][::11])
@@ -262,7 +280,7 @@ def test_the_oracle_is_torchs(case: Case) -> None:
     found, truth = oracle.run(case, (parameters, inputs)), truth_of(case, RECORDED(case))
     assert truth is not None
     for name, array in truth.items():
-        if not name.endswith(".grad"):
+        if "." not in name:
             np.testing.assert_allclose(found[name], array, rtol=0, atol=1e-14)
 
 

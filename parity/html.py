@@ -1,0 +1,49 @@
+"""A report as one HTML file with everything in it: no script, no style sheet and no picture from elsewhere."""
+
+import base64
+import itertools
+from pathlib import Path
+
+import jinja2
+
+from parity import plots
+from parity.cases import CASES
+from parity.compare import DTYPES
+from parity.report import Report
+from parity.training import STEPS
+
+TEMPLATE = Path(__file__).with_name("report.html")
+
+
+def write(path: Path, report: Report, command: str) -> None:
+    """Write the report of a run that was started with this command line."""
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    tables = [
+        (overall, [(kind, list(rows)) for kind, rows in itertools.groupby(rows, lambda row: row.kind)])
+        for overall in report.overall
+        for rows in [[row for row in (*report.rows, overall) if row.dtype == overall.dtype]]
+    ]
+    path.write_text(
+        environment.from_string(TEMPLATE.read_text()).render(
+            report=report,
+            command=f"python -m parity {command}".strip(),
+            tables=tables,
+            pictures=_pictures(report),
+            whole=report.cases >= len(CASES),
+            steps=STEPS,
+        )
+    )
+
+
+def _pictures(report: Report) -> dict[str, str]:
+    """By what they show, as addresses that hold the picture itself."""
+    found = {}
+    for dtype in DTYPES:
+        chosen = [histogram for histogram in report.histograms if histogram.dtype == dtype]
+        if chosen:
+            found[f"errors in {dtype}"] = plots.errors_in_ulp(chosen, report.side)
+    if report.drift:
+        found["drift"] = plots.error_over_time(report.drift)
+    if any(run.curves[0] for run in report.training):
+        found["training"] = plots.training(report.training)
+    return {name: f"data:image/svg+xml;base64,{base64.b64encode(svg).decode()}" for name, svg in found.items()}
