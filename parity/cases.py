@@ -220,18 +220,20 @@ def _layers(kind: str, layers: int, bidirectional: bool, **arguments: Any) -> di
 
 def _small() -> Iterator[Case]:
     both, exact = ("float64", "float32"), ("float64",)
-    # batch_first, batch, hx: half of the combinations, in which any two of them meet in every way.
+    # bias, batch_first, batch, hx: six of the combinations, in which any two of them meet in every way.
     layouts = [
-        (False, 3, True, both),
-        (True, 3, False, exact),
-        (False, None, False, exact),
-        (True, None, True, both),
+        (True, False, 3, True, both),
+        (True, True, 3, False, exact),
+        (True, False, None, False, exact),
+        (True, True, None, True, exact),
+        (False, True, 3, False, exact),
+        (False, False, None, True, exact),
     ]
-    for kind, layers, bidirectional, bias, (batch_first, batch, hx, dtypes) in itertools.product(
-        LAYERS, (1, 2, 3), (False, True), (True, False), layouts
+    for kind, layers, bidirectional, (bias, batch_first, batch, hx, dtypes) in itertools.product(
+        LAYERS, (1, 2, 3), (False, True), layouts
     ):
         arguments = _layers(kind, layers, bidirectional, bias=bias, batch_first=batch_first)
-        yield _case(kind, arguments, steps=5, batch=batch, hx=hx, dtypes=dtypes if bias else exact)
+        yield _case(kind, arguments, steps=5, batch=batch, hx=hx, dtypes=dtypes)
     for kind, bias, batch, hx in itertools.product(CELLS, (True, False), (3, None), (True, False)):
         yield _case(kind, {**SIZES, "bias": bias}, steps=None, batch=batch, hx=hx)
 

@@ -1,6 +1,7 @@
 """Compile the cases for a TPU where there is none: what fails, what memory and how many operations a program takes.
 
-`libtpu` compiles ahead of time on a CPU machine, for a described topology.
+`libtpu` compiles ahead of time on a CPU machine, for a described topology: for one of its devices, and, where the batch
+can be shared out, for all of them.
 """
 
 import concurrent.futures
@@ -14,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import topologies
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -25,6 +26,9 @@ from parity.cases import Case
 TOPOLOGY = "v5e:2x2"
 # A TPU has no float64: XLA makes it of two float32, which takes long to compile. A sample shows that it can.
 EXACT = re.compile(r".*-layers1-bidirectional-hx|\w+Cell\w*-hx")
+# Ragged and chunked cases are compared in float64; of those that are compiled in float32 instead, a sample.
+RAGGED = re.compile(r".*-layers2-.*(lengths-unsorted|packed-unsorted|sorted-sorted|chunked)")
+COLLECTIVE = re.compile(r" (all-reduce|all-gather|all-to-all|reduce-scatter|collective-\w+)(?:-start)?\(")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,15 +36,17 @@ class Program:
     """One program that was compiled.
 
     Attributes:
-        name: the case's name, its dtype, and "forward" or "training".
-        memory: the temporary memory that it takes, in bytes.
-        operations: the floating-point operations that it makes, by XLA's count.
-        problem: why it does not compile, if so.
+        name: the case's name, its dtype, "forward" or "training", and on how many devices.
+        memory: the temporary memory that it takes on a device, in bytes.
+        operations: the floating-point operations that a device makes, by XLA's count.
+        collectives: how often the devices exchange something.
+        problem: why it does not compile, or what it exchanges that it should not.
     """
 
     name: str
     memory: int = 0
     operations: int = 0
+    collectives: int = 0
     problem: str = ""
 
 
@@ -48,7 +54,7 @@ def programs(cases: Iterable[Case], dtypes: Sequence[str]) -> list[tuple[Case, s
     """Which cases are compiled in which dtype: one of each shape, but of float64 a sample."""
     chosen: dict[tuple, tuple[Case, str]] = {}
     for case in cases:
-        for dtype in case.dtypes:
+        for dtype in ("float32",) if RAGGED.fullmatch(case.name) else case.dtypes:
             if dtype in dtypes and (dtype != "float64" or EXACT.fullmatch(case.name)):
                 shape = (re.sub(r"-seed\d+$", "", case.name), dtype)
                 chosen.setdefault(shape, (case, dtype))
@@ -58,34 +64,37 @@ def programs(cases: Iterable[Case], dtypes: Sequence[str]) -> list[tuple[Case, s
 def compile_all(
     chosen: Sequence[tuple[Case, str]], advance: Callable[[], None], topology: str = TOPOLOGY
 ) -> list[Program]:
-    """Compile the forward and the training program of every case, in order."""
+    """Compile the forward and the training program of every case, for one device and for all, in order."""
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no metadata server to ask
     try:
-        device = topologies.get_topology_desc(topology, "tpu").devices[0]
+        devices = topologies.get_topology_desc(topology, "tpu").devices
     except Exception as error:  # whatever JAX and XLA raise where there is no libtpu, or none that fits
         cause = f"{type(error).__name__}: {error}".splitlines()[0]
         raise SystemExit(
             f"cannot describe a TPU ({cause})\npip install libtpu, in an environment of its own"
         ) from error
 
-    def compile_both(entry: tuple[Case, str]) -> list[Program]:
-        compiled = [_compile(*entry, kind, SingleDeviceSharding(device)) for kind in ("forward", "training")]
+    def compile_each(entry: tuple[Case, str]) -> list[Program]:
+        case, dtype = entry
+        meshes = [Mesh(np.array(devices[:1]), "batch")]
+        if case.batch is not None and case.batch % len(devices) == 0:
+            meshes.append(Mesh(np.array(devices), "batch"))
+        compiled = [_compile(case, dtype, kind, mesh) for mesh in meshes for kind in ("forward", "training")]
         advance()
         return compiled
 
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as executor:
-        return [program for both in executor.map(compile_both, chosen) for program in both]
+        return [program for programs in executor.map(compile_each, chosen) for program in programs]
 
 
-def _compile(case: Case, dtype: str, kind: str, sharding: Any) -> Program:
-    name = f"{case.name} in {dtype}, {kind}"
+def _compile(case: Case, dtype: str, kind: str, mesh: Mesh) -> Program:
+    name = f"{case.name} in {dtype}, {kind}" + (f" on {mesh.size} devices" if mesh.size > 1 else "")
     parameters, inputs, cotangents = (
         {name: array.astype(jax.numpy.dtype(dtype)) for name, array in arrays.items()} for arrays in case.arrays()
     )
     lengths = np.array(case.lengths, np.int32) if case.way == "lengths" else None
     hx = sides._state(case, inputs, "0") if case.hx else None
     state = sides._state(case, cotangents, "n")
-    cotangent = state if case.steps is None else (cotangents["output"], state)
 
     def forward(parameters: Any, inputs: tuple, lengths: Any, cotangent: Any) -> Any:
         return sides.Feed.of(case)(
@@ -96,16 +105,37 @@ def _compile(case: Case, dtype: str, kind: str, sharding: Any) -> Program:
         returned, pullback = jax.vjp(lambda p, i: forward(p, i, lengths, None), parameters, inputs)
         return returned, pullback(cotangent)
 
+    def described(tree: Any, batch_axis: Callable[[Any], int | None]) -> Any:
+        def describe(array: Any) -> jax.ShapeDtypeStruct:
+            axis = batch_axis(array) if mesh.size > 1 else None
+            parts = PartitionSpec() if axis is None else PartitionSpec(*[None] * axis, "batch")
+            return jax.ShapeDtypeStruct(np.shape(array), array.dtype, sharding=NamedSharding(mesh, parts))
+
+        return jax.tree.map(describe, tree)
+
+    def sequence(array: Any) -> int:
+        return 0 if case.steps is None or case.arguments.get("batch_first") else 1
+
+    def a_state(array: Any) -> int:
+        return 0 if case.steps is None else 1
+
     try:
         with jax.default_matmul_precision("highest"):
             module, parameters = sides._build_nnx(case, dtype, parameters)
-            arguments = jax.tree.map(
-                lambda array: jax.ShapeDtypeStruct(np.shape(array), array.dtype, sharding=sharding),
-                (parameters, (inputs["input"], hx), lengths, cotangent),
+            states = described(state, a_state)
+            arguments = (
+                described(parameters, lambda array: None),
+                (described(inputs["input"], sequence), described(hx, a_state)),
+                described(lengths, lambda array: 0),
+                states if case.steps is None else (described(cotangents["output"], sequence), states),
             )
             compiled = jax.jit({"forward": forward, "training": training}[kind]).lower(*arguments).compile()
         memory: Any = compiled.memory_analysis()
-        return Program(name, memory.temp_size_in_bytes, int((compiled.cost_analysis() or {}).get("flops", 0)))
+        operations = int((compiled.cost_analysis() or {}).get("flops", 0))
+        exchanges = COLLECTIVE.findall(compiled.as_text() or "")
+        wrong = sorted(set(exchanges) - ({"all-reduce"} if kind == "training" else set()))
+        problem = f"{kind} should not need {', '.join(wrong)}" if wrong else ""
+        return Program(name, memory.temp_size_in_bytes, operations, len(exchanges), problem)
     except Exception as problem:  # what does not compile is what is looked for; the others go on
         return Program(name, problem=f"{type(problem).__name__}: {problem}".splitlines()[0])
 
@@ -114,14 +144,16 @@ def show(found: Sequence[Program], console: Console) -> int:
     """Print a table of the largest programs and what failed; return the exit code."""
     table = Table(title=f"compiled ahead of time for {TOPOLOGY}", title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("the largest programs")
-    for heading in ("temporary memory", "operations"):
+    for heading in ("temporary memory", "operations", "collectives"):
         table.add_column(heading, justify="right", no_wrap=True)
     for program in sorted(found, key=lambda program: -program.operations)[:10]:
-        table.add_row(program.name, f"{program.memory:,} bytes", f"{program.operations:,}")
+        table.add_row(program.name, f"{program.memory:,} bytes", f"{program.operations:,}", str(program.collectives))
     console.print(table)
     failures = [program for program in found if program.problem]
     for program in failures:
         console.print(f"[red]FAIL[/] {program.name}: ", program.problem, sep="", highlight=False, soft_wrap=True)
-    words = f"{len(found)} programs, forward and training, {'do not all' if failures else 'all'} compile"
+    shared = sum("devices" in program.name for program in found)
+    words = f"{len(found)} programs, forward and training, {shared} of them with the batch shared out to all devices,"
+    words += f" {'do not all' if failures else 'all'} compile"
     console.print(f"{words} for {TOPOLOGY}.", style="red" if failures else "green", highlight=False)
     return 1 if failures else 0

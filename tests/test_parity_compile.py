@@ -1,11 +1,17 @@
 """Compiling for a TPU that is not there: what is chosen, and what is said. The compiling itself wants libtpu."""
 
+import itertools
+import types
+
+import jax
+import numpy as np
 import pytest
+from jax.sharding import Mesh
 from rich.console import Console
 
 from parity import __main__ as runner
 from parity import compile
-from parity.cases import CASES
+from parity.cases import CASES, LAYERS
 from parity.compare import DTYPES
 
 
@@ -18,9 +24,12 @@ def test_every_shape_is_compiled_once() -> None:
     assert shapes == {case.rpartition("-seed")[0] for case in CASES if "-seed" in case}
     exact = {case.kind for case, dtype in chosen if dtype == "float64"}
     assert exact == {case.kind for case in CASES.values()}  # a sample of each kind
+    ragged = {(case.kind, case.way) for case, dtype in chosen if dtype == "float32" and case.way != "whole"}
+    assert ragged == set(itertools.product(LAYERS, ("lengths", "packed", "sorted", "chunked")))
     for dtype in ("float32", "bfloat16", "float16"):
         wanted = {name.rpartition("-seed")[0] or name for name, case in CASES.items() if dtype in case.dtypes}
-        assert {name.rpartition("-seed")[0] or name for name, found in names if found == dtype} == wanted
+        found = {case.name for case, d in chosen if d == dtype and case.way == "whole"}
+        assert {name.rpartition("-seed")[0] or name for name in found} == wanted
     assert compile.programs(CASES.values(), ["bfloat16"]) == [entry for entry in chosen if entry[1] == "bfloat16"]
 
 
@@ -30,12 +39,39 @@ def test_what_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr().out
     assert "12 bytes" in printed
     assert "3,456" in printed
-    assert "1 programs, forward and training, all compile" in printed
+    assert "1 programs, forward and training, 0 of them" in printed
+    assert "all devices, all compile" in " ".join(printed.split())
     bad = compile.Program("LSTM in float32, training", problem="NotImplementedError: tanh")
     assert compile.show([good, bad], Console(width=100)) == 1
     printed = capsys.readouterr().out
     assert "FAIL LSTM in float32, training: NotImplementedError: tanh" in printed
-    assert "do not all compile" in printed
+    assert "do not all compile" in " ".join(printed.split())
+
+
+def test_a_program_is_measured_and_what_it_exchanges_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = CASES["GRU-layers2-bidirectional-batch_first-hx-lengths-unsorted"]
+    mesh = Mesh(np.array(jax.devices()[:1]), "batch")
+    program = compile._compile(case, "float32", "training", mesh)
+    assert program.name == f"{case.name} in float32, training"
+    assert program.operations > 1000
+    assert (program.collectives, program.problem) == (0, "")
+
+    both = types.SimpleNamespace(findall=lambda text: ["all-reduce", "all-gather"])
+    monkeypatch.setattr(compile, "COLLECTIVE", both)
+    program = compile._compile(case, "float32", "training", mesh)
+    assert (program.collectives, program.problem) == (2, "training should not need all-gather")
+    assert compile._compile(case, "float32", "forward", mesh).problem.endswith("all-gather, all-reduce")
+
+
+def test_collectives_are_counted_once_each() -> None:
+    text = """
+      %all-reduce.3 = (f32[3]{0}, f32[4]{0}) all-reduce(%a, %b), replica_groups={}
+      %ag-start = (f32[3], f32[12]) all-gather-start(%a), dimensions={0}
+      %ag-done = f32[12] all-gather-done(%ag-start)
+      %p = f32[3] collective-permute(%a), source_target_pairs={{0,1}}
+      ROOT %fusion = f32[3] fusion(%all-reduce.3), calls=%c
+    """
+    assert compile.COLLECTIVE.findall(text) == ["all-reduce", "all-gather", "collective-permute"]
 
 
 def test_only_for_a_tpu() -> None:
