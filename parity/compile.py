@@ -77,7 +77,8 @@ def compile_all(
     def compile_each(entry: tuple[Case, str]) -> list[Program]:
         case, dtype = entry
         meshes = [Mesh(np.array(devices[:1]), "batch")]
-        if case.batch is not None and case.batch % len(devices) == 0:
+        packed = case.way in ("packed", "sorted")  # in whose data the rows lie interleaved, not to be shared out
+        if not packed and case.batch is not None and case.batch % len(devices) == 0:
             meshes.append(Mesh(np.array(devices), "batch"))
         compiled = [_compile(case, dtype, kind, mesh) for mesh in meshes for kind in ("forward", "training")]
         advance()
