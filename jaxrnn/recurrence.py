@@ -15,7 +15,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.extend.core import Literal
+from jax.custom_derivatives import SymbolicZero
+from jax.extend.core import ClosedJaxpr, Literal, jaxpr_as_fun
 
 from jaxrnn.cells import Arrays, Cell
 
@@ -44,7 +45,7 @@ class Recurrent(NamedTuple):
     """The weights inside the loop, turned once outside it so that products read them along their rows."""
 
     weight_hh: jax.Array  # (output size, gates * hidden_size)
-    bias_apart: Arrays  # b_hh of each gate in cell.apart, (hidden_size,)
+    bias: jax.Array  # what joins the recurrent product: b_hh, and b_ih but for the gates in cell.apart
     weight_hr: jax.Array | None  # (hidden_size, proj_size)
 
 
@@ -124,23 +125,44 @@ def _split(cell: Cell, a: jax.Array) -> Arrays:
 def _project_input(settings: Settings, weights: Weights, x: jax.Array) -> tuple[Arrays, Recurrent]:
     """The input's part of every gate for all of x at once, and the weights that are left for the loop."""
     cell = settings.cell
-    gates = _product(settings, x, weights["weight_ih"].T)
-    bias_hh = (jnp.zeros(gates.shape[-1] // len(cell.gates), gates.dtype),) * len(cell.gates)
+    gates = _input_products(settings, x, weights["weight_ih"])
+    bias = jnp.zeros(weights["weight_hh"].shape[0], gates[0].dtype)
     if "bias_ih" in weights:
-        bias_ih, bias_hh = weights["bias_ih"].astype(gates.dtype), _split(cell, weights["bias_hh"].astype(gates.dtype))
-        # b_hh joins b_ih outside the loop, except where the step wants the two halves of a gate. Added before the
-        # gates part, so that the gradient of the biases is one sum.
-        joined = [jnp.zeros_like(b) if name in cell.apart else b for name, b in zip(cell.gates, bias_hh, strict=True)]
-        gates = gates + (bias_ih + jnp.concatenate(joined))
-    bias_apart = tuple(b for name, b in zip(cell.gates, bias_hh, strict=True) if name in cell.apart)
+        bias_ih, bias = (weights[name].astype(bias.dtype) for name in ("bias_ih", "bias_hh"))
+        inputs = tuple(zip(cell.gates, _split(cell, bias_ih), strict=True))
+        gates = tuple(gate + b if name in cell.apart else gate for gate, (name, b) in zip(gates, inputs, strict=True))
+        bias = bias + jnp.concatenate([jnp.zeros_like(b) if name in cell.apart else b for name, b in inputs])
     weight_hr = weights["weight_hr"].T if "weight_hr" in weights else None
-    return _split(cell, gates), Recurrent(weights["weight_hh"].T, bias_apart, weight_hr)
+    return gates, Recurrent(weights["weight_hh"].T, bias, weight_hr)
 
 
-def _sums(cell: Cell, gates: Arrays, products: Arrays, bias_apart: Arrays) -> Arrays:
-    """Add the recurrent products: to their gates, or to the recurrent bias for a gate apart. Linear in all three."""
-    bias = dict(zip(cell.apart, bias_apart, strict=True))
-    return tuple(a + bias.get(name, gate) for name, gate, a in zip(cell.gates, gates, products, strict=True))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _input_products(settings: Settings, x: jax.Array, weight_ih: jax.Array) -> Arrays:
+    """A product for each gate, for parting one large product would copy it."""
+    return tuple(_product(settings, x, weight.T) for weight in jnp.split(weight_ih, len(settings.cell.gates)))
+
+
+@functools.partial(_input_products.defjvp, symbolic_zeros=True)
+def _input_products_jvp(settings: Settings, primals: tuple, tangents: tuple) -> tuple[Arrays, Arrays]:
+    """In the derivative one large product it is: the gates' tangents come together in the loop as they are."""
+    x, weight_ih = primals
+    d_x, d_weight_ih = tangents
+    gates = _input_products(settings, x, weight_ih)
+    products = [
+        _product(settings, a, weight.T)
+        for a, weight in ((d_x, weight_ih), (x, d_weight_ih))
+        if not isinstance(a, SymbolicZero) and not isinstance(weight, SymbolicZero)
+    ]
+    if not products:
+        return gates, jax.tree.map(jnp.zeros_like, gates)
+    return gates, _split(settings.cell, functools.reduce(operator.add, products))
+
+
+def _sums(cell: Cell, gates: Arrays, recurrent: Arrays) -> Arrays:
+    """Add the recurrent product, with the bias, to each gate that is not apart. Linear in both."""
+    return tuple(
+        a if name in cell.apart else gate + a for name, gate, a in zip(cell.gates, gates, recurrent, strict=True)
+    )
 
 
 def _arguments(cell: Cell, gates: Sequence, sums: Arrays) -> tuple[Arrays, Arrays]:
@@ -156,8 +178,7 @@ def _step(
 ) -> tuple[Arrays, Arrays, jax.Array | None]:
     """One step: the state after it, and what its derivative needs, the sums and the output before projection."""
     cell = settings.cell
-    products = _split(cell, _product(settings, state[0], recurrent.weight_hh))
-    sums = _sums(cell, gates, products, recurrent.bias_apart)
+    sums = _sums(cell, gates, _split(cell, _product(settings, state[0], recurrent.weight_hh) + recurrent.bias))
     state = tuple(cell.step(*_arguments(cell, gates, sums), state))
     if len(state) != len(cell.states):
         raise ValueError(f"step of Cell {cell.name!r} should return {len(cell.states)} arrays, got {len(state)}")
@@ -203,11 +224,12 @@ def _scan_jvp(settings: Settings, primals: tuple, tangents: tuple) -> tuple[tupl
 
     last, (states, sums, unprojected) = lax.scan(forward, state, (gates, marks), reverse=settings.reverse)
     before = _select(marks.reset, reset_state, _before(settings, state, states))
-    partials = _partials(cell, *_arguments(cell, gates, sums), before)
+    after = states if unprojected is None else (unprojected, *states[1:])
+    order, partials = _partials(cell, *_arguments(cell, gates, sums), before, after)
 
     # What is known of the tangents before the loop: all but what comes through the state's own tangent.
-    d_products = _split(cell, _product(settings, before[0], d_recurrent.weight_hh))
-    d_sums = jnp.concatenate(_sums(cell, d_gates, d_products, d_recurrent.bias_apart), axis=-1)
+    d_sums = _product(settings, before[0], d_recurrent.weight_hh) + d_recurrent.bias
+    d_sums = jnp.concatenate(_sums(cell, d_gates, _split(cell, d_sums)), axis=-1)
     d_inputs = tuple(d_gate if name in cell.apart else None for name, d_gate in zip(cell.gates, d_gates, strict=True))
     d_projected = None
     if unprojected is not None and d_recurrent.weight_hr is not None:
@@ -222,11 +244,11 @@ def _scan_jvp(settings: Settings, primals: tuple, tangents: tuple) -> tuple[tupl
         d_before = _select(marks.reset, d_reset_state, d_state)
         d_sums = _split(cell, d_sums + _product(settings, d_before[0], weight_hh, contract=1))
         d_gates, d_hidden = _arguments(cell, d_inputs, d_sums)
-        slots = (*d_gates, *d_hidden, *d_before)
-        d_after = tuple(
-            functools.reduce(operator.add, [a * slots[slot] for slot, a in row.items()] or [jnp.zeros_like(old)])
-            for row, old in zip(partials, d_before, strict=True)
-        )
+        slots = [*d_gates, *d_hidden, *d_before, *d_before]
+        for index in order:
+            terms = [a * slots[slot] for slot, a in partials[index].items()] or [jnp.zeros_like(d_before[index])]
+            slots[index - len(d_before)] = functools.reduce(operator.add, terms)
+        d_after = tuple(slots[-len(d_before) :])
         if weight_hr is not None:
             d_after = (_product(settings, d_after[0], weight_hr, contract=1) + d_projected, *d_after[1:])
         d_state = _select(marks.ended, d_state, d_after)
@@ -244,10 +266,18 @@ def _before(settings: Settings, first: Arrays, after: Arrays) -> Arrays:
     return tuple(jnp.concatenate([a_0[None], a[:-1]]) for a_0, a in zip(first, after, strict=True))
 
 
-def _partials(cell: Cell, gates: Arrays, hidden: Arrays, state: Arrays) -> tuple[dict[int, jax.Array], ...]:
-    """For each state after the step, its partial derivative by each argument that it depends on.
+def _partials(
+    cell: Cell, gates: Arrays, hidden: Arrays, state: Arrays, after: Arrays
+) -> tuple[list[int], dict[int, dict[int, jax.Array]]]:
+    """The partial derivatives of each state after the step, by each argument that it is computed from.
 
-    Arguments count through gates, hidden and state. The step is pointwise: a derivative is as large as its argument.
+    Arguments count through gates, hidden, state and the states after the step: of an LSTM h depends on o and the new c,
+    which is less to keep than the derivatives by all that c depends on. The step is pointwise: a derivative is as large
+    as its argument.
+
+    Returns:
+        The numbers of the states in an order in which each comes after those that it is computed from; and for each its
+        derivatives.
     """
     arguments = (*gates, *hidden, *state)
 
@@ -255,30 +285,64 @@ def _partials(cell: Cell, gates: Arrays, hidden: Arrays, state: Arrays) -> tuple
         rest = arguments[len(gates) :]
         return tuple(cell.step(arguments[: len(gates)], rest[: len(hidden)], rest[len(hidden) :]))
 
-    rows: tuple[dict[int, jax.Array], ...] = tuple({} for _ in cell.states)
-    depends = _dependence(flat, arguments)
-    for slot, argument in enumerate(arguments):
-        if any(slot in row for row in depends):
-            _, columns = jax.jvp(
-                lambda a, slot=slot: flat(*arguments[:slot], a, *arguments[slot + 1 :]),
-                (argument,),
-                (jnp.ones_like(argument),),
+    order, stages = _stages(jax.make_jaxpr(flat)(*arguments))
+    values = (*arguments, *after)
+    rows: dict[int, dict[int, jax.Array]] = {}
+    for index in order:
+        function, slots = stages[index]
+        rows[index] = {}
+        for slot in slots:
+            _, (rows[index][slot],) = jax.jvp(
+                lambda a, slot=slot, function=function: function(*values[:slot], a, *values[slot + 1 :]),
+                (values[slot],),
+                (jnp.ones_like(values[slot]),),
             )
-            for row, column, slots in zip(rows, columns, depends, strict=True):
-                if slot in slots:
-                    row[slot] = column
-    return rows
+    return order, rows
 
 
-def _dependence(function: Callable, arguments: Sequence[jax.Array]) -> list[set[int]]:
-    """For each output of the function, the positions of the arguments that it depends on."""
-    jaxpr = jax.make_jaxpr(function)(*arguments).jaxpr
-    sources: dict = {variable: {i} for i, variable in enumerate(jaxpr.invars)}
+def _stages(closed: ClosedJaxpr) -> tuple[list[int], dict[int, tuple[Callable, list[int]]]]:
+    """Part a function into one for each output, which takes all outputs as further arguments.
 
-    def of(variables: Sequence) -> set[int]:
-        return set().union(*(sources.get(v, set()) for v in variables if not isinstance(v, Literal)))
+    Returns:
+        The numbers of the outputs, each after those that it is computed from; and for each the function, and the
+        numbers of the arguments that it reads.
+    """
+    jaxpr = closed.jaxpr
+    producers = {variable: equation for equation in jaxpr.eqns for variable in equation.outvars}
+    # What comes out as it came in, or comes out twice, is not taken for an argument of others.
+    fresh = [v for v in jaxpr.outvars if not isinstance(v, Literal) and v in producers and jaxpr.outvars.count(v) == 1]
+    number = {v: len(jaxpr.invars) + jaxpr.outvars.index(v) for v in fresh} | {v: i for i, v in enumerate(jaxpr.invars)}
+    order: list[int] = []
+    stages: dict[int, tuple[Callable, list[int]]] = {}
 
-    for equation in jaxpr.eqns:
-        inputs = of(equation.invars)
-        sources.update(dict.fromkeys(equation.outvars, inputs))
-    return [of([variable]) for variable in jaxpr.outvars]
+    def visit(index: int) -> None:
+        output, needed, read = jaxpr.outvars[index], set(), set()
+        pending = [output]
+        while pending:
+            variable = pending.pop()
+            if isinstance(variable, Literal):
+                continue
+            if variable in number and not (variable is output and variable in producers):
+                read.add(number[variable])
+            elif variable in producers and id(producers[variable]) not in needed:
+                needed.add(id(producers[variable]))
+                pending += producers[variable].invars
+        extra = [v for v in fresh if v is not output and number[v] in read]
+        part = jaxpr.replace(
+            invars=[*jaxpr.invars, *extra],
+            outvars=[output],
+            eqns=[equation for equation in jaxpr.eqns if id(equation) in needed],
+            debug_info=jaxpr.debug_info.with_unknown_names(),
+        )
+        slots = [*range(len(jaxpr.invars)), *(number[v] for v in extra)]
+        call = jaxpr_as_fun(ClosedJaxpr(part, closed.consts))
+        stages[index] = (lambda *values: call(*(values[slot] for slot in slots)), sorted(read))
+        for other in (slot - len(jaxpr.invars) for slot in read if slot >= len(jaxpr.invars)):
+            if other not in stages:
+                visit(other)
+        order.append(index)
+
+    for index in range(len(jaxpr.outvars)):
+        if index not in stages:
+            visit(index)
+    return order, stages

@@ -85,7 +85,8 @@ def _stale(gates: tuple, hidden: tuple, state: tuple) -> tuple:
 def _no_b_hn(project: Callable) -> Callable:
     def projected(settings: Any, weights: Any, x: Any) -> tuple:
         gates, recurrent = project(settings, weights, x)
-        return gates, recurrent._replace(bias_apart=tuple(jnp.zeros_like(b) for b in recurrent.bias_apart))
+        size = recurrent.bias.size // 3
+        return gates, recurrent._replace(bias=recurrent.bias.at[-size:].set(0))
 
     return projected
 
@@ -93,7 +94,8 @@ def _no_b_hn(project: Callable) -> Callable:
 def _folded(project: Callable) -> Callable:
     def projected(settings: Any, weights: Any, x: Any) -> tuple:
         (r, z, n), recurrent = project(settings, weights, x)
-        return (r, z, n + recurrent.bias_apart[0]), _no_b_hn(lambda *a: (None, recurrent))(0, 0, 0)[1]
+        b_hn = recurrent.bias[-recurrent.bias.size // 3 :]
+        return (r, z, n + b_hn), _no_b_hn(lambda *a: (None, recurrent))(0, 0, 0)[1]
 
     return projected
 

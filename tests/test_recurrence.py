@@ -10,6 +10,7 @@ import pytest
 from jax.test_util import check_grads
 
 import jaxrnn
+from jaxrnn import recurrence
 
 Tree = dict[str, jax.Array]
 
@@ -259,3 +260,51 @@ def test_the_weight_gradient_is_no_sum_inside_the_loop(cell: jaxrnn.Cell, gates:
     assert not _made_in_loops(jax.grad(loss), params, x) & weight
     # The check sees what it looks for: plain autodiff does add up the weight gradient in its loop.
     assert _made_in_loops(jax.grad(plain_loss), params, x) & weight
+
+
+def test_a_state_that_comes_from_another_is_differentiated_by_that_one() -> None:
+    step = jaxrnn.LSTM_CELL.step
+    order, stages = recurrence._stages(jax.make_jaxpr(lambda *a: step(a[:4], (), a[4:]))(*jnp.ones((6, 2, 3))))
+    # i f g o h c, then the new h and c
+    assert order == [1, 0]
+    assert {index: slots for index, (_, slots) in stages.items()} == {1: [0, 1, 2, 5], 0: [3, 7]}
+
+
+def _entangled(gates: tuple, hidden: tuple, state: tuple) -> tuple:
+    """States that come from each other, out as they came in, out twice, and from nothing."""
+    a, b = gates
+    _, p, q, kept, _, _ = state
+    p = jnp.tanh(a) * p + jnp.sin(kept)
+    q = p * q + b
+    return jnp.cos(q) * p + hidden[0], p, q, kept, q, jnp.ones_like(p)
+
+
+@pytest.mark.parametrize("proj_size", [0, 2])
+def test_states_that_hang_together_in_any_way(proj_size: int) -> None:
+    cell = jaxrnn.Cell("entangled", ("a", "b"), ("h", "p", "q", "kept", "twice", "one"), _entangled, apart=("b",))
+    spec = jaxrnn.Spec(cell, INPUT, HIDDEN, proj_size=proj_size)
+    random = np.random.RandomState(0)
+    params = {name: jnp.asarray(random.randn(*shape)) for name, shape in spec.shapes().items()}
+    x = jnp.asarray(random.randn(TIME, INPUT))
+    hx = tuple(jnp.asarray(random.randn(1, size)) for size in spec.state_sizes())
+
+    def ours(params: Tree, x: jax.Array, hx: tuple) -> list[jax.Array]:
+        return jax.tree.leaves(jaxrnn.apply(spec, params, x, hx))
+
+    def plain(params: Tree, x: jax.Array, hx: tuple) -> list[jax.Array]:
+        w = {name.removesuffix("_l0"): value for name, value in params.items()}
+        state, outputs = tuple(a[0] for a in hx), []
+        for row in x:
+            a_x, b_x = jnp.split(w["weight_ih"] @ row + w["bias_ih"], 2)
+            a_h, b_h = jnp.split(w["weight_hh"] @ state[0] + w["bias_hh"], 2)
+            h, *others = _entangled((a_x + a_h, b_x), (b_h,), state)
+            state = (w["weight_hr"] @ h if proj_size else h, *others)
+            outputs.append(state[0])
+        return [jnp.stack(outputs), *(a[None] for a in state)]
+
+    arguments = params, x, hx
+    assert_same(ours(*arguments), plain(*arguments))
+    gradients = [jax.grad(Case.loss(function), (0, 1, 2))(*arguments) for function in (ours, plain)]
+    assert_same(*gradients)
+    tangents = jax.tree.map(jnp.cos, arguments)
+    assert_same(*[jax.jvp(function, arguments, tangents)[1] for function in (ours, plain)])
