@@ -309,8 +309,8 @@ def _stages(closed: ClosedJaxpr) -> tuple[list[int], dict[int, tuple[Callable, l
     """
     jaxpr = closed.jaxpr
     producers = {variable: equation for equation in jaxpr.eqns for variable in equation.outvars}
-    # What comes out as it came in, or comes out twice, is not taken for an argument of others.
-    fresh = [v for v in jaxpr.outvars if not isinstance(v, Literal) and v in producers and jaxpr.outvars.count(v) == 1]
+    # An argument that comes out as it came in counts as the argument; what comes out twice counts once.
+    fresh = [v for v in dict.fromkeys(jaxpr.outvars) if not isinstance(v, Literal) and v in producers]
     number = {v: len(jaxpr.invars) + jaxpr.outvars.index(v) for v in fresh} | {v: i for i, v in enumerate(jaxpr.invars)}
     order: list[int] = []
     stages: dict[int, tuple[Callable, list[int]]] = {}

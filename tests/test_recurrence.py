@@ -279,10 +279,9 @@ def _entangled(gates: tuple, hidden: tuple, state: tuple) -> tuple:
     return jnp.cos(q) * p + hidden[0], p, q, kept, q, jnp.ones_like(p)
 
 
-@pytest.mark.parametrize("proj_size", [0, 2])
-def test_states_that_hang_together_in_any_way(proj_size: int) -> None:
+def test_states_that_hang_together_in_any_way() -> None:
     cell = jaxrnn.Cell("entangled", ("a", "b"), ("h", "p", "q", "kept", "twice", "one"), _entangled, apart=("b",))
-    spec = jaxrnn.Spec(cell, INPUT, HIDDEN, proj_size=proj_size)
+    spec = jaxrnn.Spec(cell, INPUT, HIDDEN)
     random = np.random.RandomState(0)
     params = {name: jnp.asarray(random.randn(*shape)) for name, shape in spec.shapes().items()}
     x = jnp.asarray(random.randn(TIME, INPUT))
@@ -298,8 +297,8 @@ def test_states_that_hang_together_in_any_way(proj_size: int) -> None:
             a_x, b_x = jnp.split(w["weight_ih"] @ row + w["bias_ih"], 2)
             a_h, b_h = jnp.split(w["weight_hh"] @ state[0] + w["bias_hh"], 2)
             h, *others = _entangled((a_x + a_h, b_x), (b_h,), state)
-            state = (w["weight_hr"] @ h if proj_size else h, *others)
-            outputs.append(state[0])
+            state = (h, *others)
+            outputs.append(h)
         return [jnp.stack(outputs), *(a[None] for a in state)]
 
     arguments = params, x, hx
