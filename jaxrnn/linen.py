@@ -15,8 +15,9 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxrnn import flax_cell
 from jaxrnn.cells import GRU_CELL, LSTM_CELL, Cell, rnn_cell
 from jaxrnn.packed import PackedSequence
+from jaxrnn.recurrence import Remat
 from jaxrnn.spec import CellSpec, Spec
-from jaxrnn.stack import HX, Output, State, apply, apply_cell
+from jaxrnn.stack import HX, Output, State, apply, apply_cell, check_remat
 
 
 class _Module(linen.Module):
@@ -42,8 +43,13 @@ class _Layers(_Module):
 
     _Spec = Spec
     _: dataclasses.KW_ONLY
+    remat: Remat = "none"
     deterministic: bool | None = None
     rng_collection: str = "dropout"
+
+    def __post_init__(self) -> None:
+        check_remat(self.remat)
+        super().__post_init__()
 
     @linen.compact
     def __call__(
@@ -84,14 +90,16 @@ class _Layers(_Module):
             dropout_key=rng,
             dtype=self.dtype,
             precision=self.precision,
+            remat=self.remat,
         )
 
 
 class RNN(_Layers):
     """A stack of Elman RNN layers: torch.nn.RNN. Equations and arguments as in `jaxrnn.RNN`.
 
-    Beside torch's arguments, all of them fields in torch's order, there are, keyword-only, dtype, param_dtype and
-    precision as in `jaxrnn.RNN`, deterministic and rng_collection as in `flax.linen.Dropout`, and Linen's name.
+    Beside torch's arguments, all of them fields in torch's order, there are, keyword-only, dtype, param_dtype,
+    precision and remat as in `jaxrnn.RNN`, deterministic and rng_collection as in `flax.linen.Dropout`, and Linen's
+    name.
 
     Raises:
         TypeError: a size that is no int, or a `bias` or `batch_first` that is no bool.

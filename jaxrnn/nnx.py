@@ -15,8 +15,9 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxrnn import flax_cell
 from jaxrnn.cells import GRU_CELL, LSTM_CELL, RNN_RELU, rnn_cell
 from jaxrnn.packed import PackedSequence
+from jaxrnn.recurrence import Remat
 from jaxrnn.spec import CellSpec, Spec
-from jaxrnn.stack import HX, Output, State, apply, apply_cell
+from jaxrnn.stack import HX, Output, State, apply, apply_cell, check_remat
 
 Randomness = nnx.Rngs | nnx.RngStream | jax.Array
 
@@ -91,9 +92,12 @@ class _Layers(_Module):
         dtype: DTypeLike | None,
         param_dtype: DTypeLike,
         precision: jax.lax.PrecisionLike,
+        remat: Remat,
         rngs: nnx.Rngs,
     ) -> None:
         super().__init__(spec, dtype, param_dtype, precision, rngs)
+        check_remat(remat)
+        self.remat = remat
         self.deterministic = False
         # Kept only where it is used: a stream adds leaves that have no gradient.
         self.rngs = rngs["dropout"].fork() if self._drops() else nnx.data(None)
@@ -157,6 +161,7 @@ class _Layers(_Module):
             dropout_key=key,
             dtype=self.dtype,
             precision=self.precision,
+            remat=self.remat,
         )
 
     def set_view(self, deterministic: bool | None = None) -> None:
@@ -189,6 +194,8 @@ class RNN(_Layers):
             promote.
         param_dtype: the parameters' floating dtype.
         precision: the precision of the products, as for `jax.lax.dot_general`.
+        remat: what is kept for the gradient: "none" of it computed again, the "gates" computed again from the states,
+            or every k-th step an integer k: as for `jaxrnn.apply`.
         rngs: nnx.Rngs for the initial parameters (uniform within 1/sqrt(hidden_size) of 0, as torch's) and, where it
             is used, for dropout.
 
@@ -224,11 +231,12 @@ class RNN(_Layers):
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
         precision: jax.lax.PrecisionLike = None,
+        remat: Remat = "none",
         rngs: nnx.Rngs,
     ) -> None:
         cell = rnn_cell(nonlinearity)
         spec = Spec(cell, input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size)
-        super().__init__(spec, dtype, param_dtype, precision, rngs)
+        super().__init__(spec, dtype, param_dtype, precision, remat, rngs)
 
 
 class LSTM(_Layers):
@@ -276,12 +284,13 @@ class LSTM(_Layers):
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
         precision: jax.lax.PrecisionLike = None,
+        remat: Remat = "none",
         rngs: nnx.Rngs,
     ) -> None:
         spec = Spec(
             LSTM_CELL, input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size
         )
-        super().__init__(spec, dtype, param_dtype, precision, rngs)
+        super().__init__(spec, dtype, param_dtype, precision, remat, rngs)
 
 
 class GRU(_Layers):
@@ -324,10 +333,11 @@ class GRU(_Layers):
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
         precision: jax.lax.PrecisionLike = None,
+        remat: Remat = "none",
         rngs: nnx.Rngs,
     ) -> None:
         spec = Spec(GRU_CELL, input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size)
-        super().__init__(spec, dtype, param_dtype, precision, rngs)
+        super().__init__(spec, dtype, param_dtype, precision, remat, rngs)
 
 
 class _OneStep(_Module):

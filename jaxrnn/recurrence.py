@@ -15,12 +15,19 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import ClosedJaxpr, Literal, jaxpr_as_fun
 
 from jaxrnn.cells import Arrays, Cell
 
 Weights = dict[str, jax.Array]
+_STATES = "jaxrnn states"  # the name by which `jax.checkpoint` knows them
+_CHUNK = 128  # steps whose gates are computed again at a time
+
+
+# What to keep for the derivative: see `layer`.
+Remat = str | int
 
 
 class Settings(NamedTuple):
@@ -29,6 +36,7 @@ class Settings(NamedTuple):
     cell: Cell
     precision: lax.PrecisionLike = None
     reverse: bool = False
+    remat: Remat = "none"
 
 
 class Marks(NamedTuple):
@@ -59,8 +67,11 @@ def layer(
 ) -> tuple[jax.Array, Arrays]:
     """Run one layer in one direction.
 
+    For the derivative a layer keeps all that it needs ("none"), or the states alone, from which the gates come again in
+    one product ("gates"), or the state before every k-th step (k), from where the steps are made again.
+
     Args:
-        settings: the cell, the precision of products, and the direction in time.
+        settings: the cell, the precision of products, the direction in time, and what to keep.
         weights: torch's parameters of this layer and direction by role: `weight_ih` (gates * hidden_size, features),
             `weight_hh`, and where there are any `bias_ih`, `bias_hh`, `weight_hr`; all in x's dtype.
         x: the input, (time, batch, features); finite past a row's end, too.
@@ -71,12 +82,47 @@ def layer(
     Returns:
         The outputs, (time, batch, output size) in x's dtype, and the state after the last step run.
     """
-    gates, recurrent = _project_input(settings, weights, x)
     state = _cast(state, _accumulator(x.dtype))
     if marks.reset is not None:
         reset_state = jax.tree.map(jnp.zeros_like, state) if reset_state is None else _cast(reset_state, state[0].dtype)
-    outputs, state = _scan(settings, recurrent, gates, state, marks, reset_state)
+    run = _run if settings.remat == "none" else _run_in_chunks
+    outputs, state = run(settings, weights, x, state, marks, reset_state)
     return outputs, _cast(state, x.dtype)
+
+
+def _run(
+    settings: Settings, weights: Weights, x: jax.Array, state: Arrays, marks: Marks, reset_state: Arrays | None
+) -> tuple[jax.Array, Arrays]:
+    gates, recurrent = _project_input(settings, weights, x)
+    return _scan(settings, recurrent, gates, state, marks, reset_state)
+
+
+def _run_in_chunks(
+    settings: Settings, weights: Weights, x: jax.Array, state: Arrays, marks: Marks, reset_state: Arrays | None
+) -> tuple[jax.Array, Arrays]:
+    """As `_run`, in chunks, so that no more than one is computed again at a time; the last steps make a shorter one."""
+    gates = settings.remat == "gates"
+    size = min(_CHUNK if gates else int(settings.remat), len(x))
+    whole = len(x) - len(x) % size
+    policy = jax.checkpoint_policies.save_only_these_names(_STATES) if gates else None
+
+    @functools.partial(jax.checkpoint, policy=policy, prevent_cse=False)  # which a scan prevents by itself
+    def chunk(state: Arrays, part: tuple[jax.Array, Marks]) -> tuple[Arrays, jax.Array]:
+        outputs, state = _run(settings, weights, part[0], state, part[1], reset_state)
+        return state, outputs
+
+    outputs = []
+    for start, steps in ((0, whole), (whole, len(x) - whole))[:: -1 if settings.reverse else 1]:
+        if steps:
+            parts = jax.tree.map(
+                lambda a, start=start, steps=steps: a[start : start + steps].reshape(
+                    -1, min(size, steps), *a.shape[1:]
+                ),
+                (x, marks),
+            )
+            state, output = lax.scan(chunk, state, parts, reverse=settings.reverse)
+            outputs.append(output.reshape(steps, *output.shape[2:]))
+    return jnp.concatenate(outputs[:: -1 if settings.reverse else 1]), state
 
 
 def step(settings: Settings, weights: Weights, x: jax.Array, state: Arrays) -> Arrays:
@@ -217,13 +263,17 @@ def _scan_jvp(settings: Settings, primals: tuple, tangents: tuple) -> tuple[tupl
     cell = settings.cell
     dtype = recurrent.weight_hh.dtype
 
+    again = settings.remat == "gates"
+
     def forward(state: Arrays, step: tuple[Arrays, Marks]) -> tuple[Arrays, tuple]:
         gates, marks = step
-        state, sums, unprojected = _advance(settings, recurrent, gates, state, marks, reset_state)
-        return state, (state, sums, unprojected)
+        state, *rest = _advance(settings, recurrent, gates, state, marks, reset_state)
+        return state, (state, None if again else rest)
 
-    last, (states, sums, unprojected) = lax.scan(forward, state, (gates, marks), reverse=settings.reverse)
+    last, (states, rest) = lax.scan(forward, state, (gates, marks), reverse=settings.reverse)
+    states = checkpoint_name(states, _STATES)
     before = _select(marks.reset, reset_state, _before(settings, state, states))
+    _, sums, unprojected = (None, *rest) if rest else _step(settings, recurrent, gates, before)
     after = states if unprojected is None else (unprojected, *states[1:])
     order, partials = _partials(cell, *_arguments(cell, gates, sums), before, after)
 

@@ -12,6 +12,7 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxrnn import recurrence
 from jaxrnn.cells import Arrays
 from jaxrnn.packed import PackedSequence, layout, pack, pad
+from jaxrnn.recurrence import Remat
 from jaxrnn.spec import CellSpec, Spec
 
 HX = ArrayLike | Sequence[ArrayLike] | None
@@ -32,6 +33,7 @@ def apply(
     dropout_masks: Sequence[ArrayLike] | None = None,
     dtype: DTypeLike | None = None,
     precision: jax.lax.PrecisionLike = None,
+    remat: Remat = "none",
 ) -> tuple[Output, State]:
     """Run a recurrent network over a sequence, as torch's RNN, LSTM and GRU modules do.
 
@@ -55,6 +57,9 @@ def apply(
             the layout of its data for a PackedSequence.
         dtype: the floating dtype to compute in and to return; by default that to which x, params and hx promote.
         precision: the precision of the products, as for `jax.lax.dot_general`.
+        remat: what a derivative in reverse finds kept: all that it needs, "none" of it computed again; the states, from
+            which the "gates" are computed again; or, for an integer k, the states before every k-th step, from where
+            the steps are made again. Values and gradients are the same, up to rounding.
 
     Returns:
         `(output, h_n)`, or for a cell of several states `(output, (h_n, c_n))`: the last layer's outputs, laid out
@@ -66,7 +71,8 @@ def apply(
         TypeError: x, hx, reset_state or a parameter is not floating, hx or reset_state has not the form that the
             cell's states need, lengths are not integers, or reset is not boolean.
         ValueError: x is neither 2-D nor 3-D, params has not the names and shapes of `spec.shapes()`, a length is
-            out of range, lengths come with a PackedSequence, or reset with a bidirectional network.
+            out of range, lengths come with a PackedSequence, reset with a bidirectional network, or remat is
+            neither "none" nor "gates" nor an integer above 0.
         RuntimeError: the size of x, hx, lengths, reset or reset_state does not fit, or the sequence is empty.
 
     >>> import jax, jaxrnn
@@ -80,7 +86,8 @@ def apply(
         if lengths is not None:
             raise ValueError("lengths should be None for a PackedSequence, which has its own")
         rest = {"reset_state": reset_state, "dropout_key": dropout_key, "dtype": dtype, "precision": precision}
-        return _apply_packed(spec, params, x, hx, reset, dropout_masks, **rest)
+        return _apply_packed(spec, params, x, hx, reset, dropout_masks, remat=remat, **rest)
+    check_remat(remat)
     x = _floating("x", x)
     if x.ndim not in (2, 3):
         raise ValueError(f"x should be 2-D (unbatched) or 3-D (batched), got shape {x.shape}")
@@ -102,7 +109,7 @@ def apply(
         masks = _masks(dropout_masks, spec.num_layers - 1, (x.shape[time_axis], *batch, features))
     key = dropout_key if spec.dropout and masks is None else None
     arrays = _Arrays(_parameters(spec, params), x, state, reset_state)
-    output, state = _apply(spec, arrays, lengths, reset, key, masks, _dtype(dtype), precision)
+    output, state = _apply(spec, arrays, lengths, reset, key, masks, _dtype(dtype), precision, remat)
     return output, _unwrap(state)
 
 
@@ -177,6 +184,12 @@ def apply_cell(
         raise RuntimeError(f"x should have input_size={spec.input_size} features on its last axis, got shape {x.shape}")
     state = _states(spec, "hx", hx, [(*x.shape[:-1], spec.hidden_size)] * len(spec.cell.states))
     return _unwrap(_apply_cell(spec, _Arrays(_parameters(spec, params), x, state), _dtype(dtype), precision))
+
+
+def check_remat(remat: Any) -> None:
+    """Raise ValueError unless `remat` is one that `apply` knows."""
+    if isinstance(remat, bool) or not (remat in ("none", "gates") or (isinstance(remat, int) and remat > 0)):
+        raise ValueError(f"remat should be 'none', 'gates' or an integer above 0, got {remat!r}")
 
 
 def _floating(name: str, value: Any) -> jax.Array:
@@ -277,7 +290,7 @@ class _Arrays(NamedTuple):
 
 
 # Jitted on the frozen settings, so that a module called eagerly in a loop compiles once.
-@functools.partial(jax.jit, static_argnames=("spec", "dtype", "precision"))
+@functools.partial(jax.jit, static_argnames=("spec", "dtype", "precision", "remat"))
 def _apply(
     spec: Spec,
     arrays: _Arrays,
@@ -287,6 +300,7 @@ def _apply(
     masks: Arrays | None,
     dtype: jnp.dtype | None,
     precision: jax.lax.PrecisionLike,
+    remat: Remat,
 ) -> tuple[jax.Array, Arrays]:
     params, x, state, reset_state = arrays.promote(dtype)
     batched = x.ndim == 3
@@ -312,7 +326,7 @@ def _apply(
         for direction in range(spec.num_directions):
             row = index * spec.num_directions + direction
             weights = {role: params[name] for role, name in spec.names(index, direction).items()}
-            settings = recurrence.Settings(spec.cell, precision, reverse=direction == 1)
+            settings = recurrence.Settings(spec.cell, precision, direction == 1, remat)
             first, restart = jax.tree.map(lambda a, row=row: a[row], (state, reset_state))
             output, states = recurrence.layer(settings, weights, x, first, marks, restart)
             outputs.append(output)

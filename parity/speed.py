@@ -1,106 +1,350 @@
-"""How long jaxrnn takes beside flax.nnx's own cells: `python -m parity.speed`, on a machine with nothing else to do.
+"""How long jaxrnn takes beside Flax and torch.nn: `python -m parity.speed`, on a machine with nothing else to do.
 
-Both sides are jitted, on one device, and take turns, so that what disturbs the machine disturbs both; figures are
-medians. A training step is the value and the gradient, by parameters and input, of the outputs' sum of squares.
+All sides are compiled and warm and take turns, so that what disturbs the machine disturbs all; figures are medians. A
+training step is the value and the gradient, by parameters and input, of the outputs' sum of squares.
 """
 
 import argparse
+import dataclasses
 import functools
+import gc
+import importlib.metadata
+import importlib.util
+import itertools
+import json
+import os
+import platform
+import random
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from rich import box
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 import jaxrnn
+from parity.workloads import WORKLOADS, Torch, Workload, forms, torch_device
+
+SIDES = ("jaxrnn", "sharded", "flax.nnx", "flax.linen", "torch")
+THEIRS = SIDES[2:]
+PROGRAMS = ("inference", "training")
+SMALL = 1e9  # operations forward, below which --quick takes a workload
+LEAST = 5  # runs of each, however long they take
+CLEARLY = 1.2  # times the fastest form of its side: what takes longer in its first two runs is not timed further
+SETTLE = 0.01  # seconds, in which torch's threads stop to spin
 
 
-class Workload(NamedTuple):
-    """One layer in one direction: the kind, and the sizes of the batch, time, input and hidden state."""
+@dataclasses.dataclass
+class Timed:
+    """What came of one program of a workload on one side.
 
-    kind: str
-    batch: int
-    time: int
-    input_size: int
-    hidden_size: int
+    Attributes:
+        operations: in floating point, in the products alone.
+        compile_s: the seconds to trace and compile.
+        temporary_mb: the memory on one device beside arguments and results.
+        error: the outputs' rms error beside float64, over the rms of the outputs; for inference.
+        times: of all runs, in milliseconds.
+        share: of the operations a second that one large product makes.
+    """
 
-    def __str__(self) -> str:
-        return f"{self.kind:4} {self.batch:3} {self.time:3} {self.input_size:3} {self.hidden_size:3}"
+    workload: str
+    program: str
+    side: str
+    form: str
+    operations: int
+    compile_s: float | None = None
+    temporary_mb: float | None = None
+    error: float | None = None
+    times: list[float] = dataclasses.field(default_factory=list)
+    share: float = 0.0
+
+    @property
+    def ms(self) -> float:
+        return statistics.median(self.times)
+
+    @property
+    def gflops(self) -> float:
+        return self.operations / self.ms / 1e6
+
+    def json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self) | {"ms": self.ms, "minimum_ms": min(self.times), "gflops": self.gflops}
 
 
-WORKLOADS = [Workload(kind, *sizes) for sizes in ((32, 100, 32, 128), (16, 64, 256, 256)) for kind in ("LSTM", "GRU")]
-# OptimizedLSTMCell is flax's other form of the same cell; which one is faster depends on the sizes.
-FLAX_CELLS = {"LSTM": (nnx.LSTMCell, nnx.OptimizedLSTMCell), "GRU": (nnx.GRUCell,)}
+Turn = tuple[Timed, Callable[[], Any]]
 
 
-def _run_jaxrnn(module: Any, x: jax.Array) -> jax.Array:
-    return module(x)[0]
+def _shared_out(*axes: Sequence[str | None]) -> tuple[NamedSharding, ...]:
+    """How arrays lie on all devices, given which of their axes is the batch."""
+    mesh = Mesh(np.array(jax.devices()), "batch")
+    return tuple(NamedSharding(mesh, PartitionSpec(*axis)) for axis in axes)
 
 
-def _run_flax(cell: Any, x: jax.Array) -> jax.Array:
-    zeros = jnp.zeros((x.shape[1], cell.hidden_features), x.dtype)
-    carry = zeros if isinstance(cell, nnx.GRUCell) else (zeros, zeros)
-    return jax.lax.scan(cell, carry, x)[1]
+def product_rates(sides: Collection[str]) -> dict[str, float]:
+    """How many GFLOP/s a large float32 product makes for each side: on one device, on all, and with torch."""
+    size = 1024 if jax.default_backend() == "cpu" else 8192
+    matrix = np.ones((size, size), np.float32)
 
-
-def _sides(workload: Workload) -> Iterator[tuple[str, nnx.Module, Callable[[Any, jax.Array], jax.Array]]]:
-    sizes = workload.input_size, workload.hidden_size
-    yield "jaxrnn", getattr(jaxrnn, workload.kind)(*sizes, rngs=nnx.Rngs(0)), _run_jaxrnn
-    for cell in FLAX_CELLS[workload.kind]:
-        yield f"nnx.{cell.__name__}", cell(*sizes, rngs=nnx.Rngs(0)), _run_flax
-
-
-def measure(workload: Workload, repeats: int) -> dict[tuple[str, str], float]:
-    """The median times in milliseconds, by side and by what is run: "inference" or "training step"."""
-    x = jnp.asarray(np.random.RandomState(0).randn(workload.time, workload.batch, workload.input_size), jnp.float32)
-    calls: dict[tuple[str, str], Callable[[], Any]] = {}
-    for side, module, run in _sides(workload):
-        graph, params = nnx.split(module)
-
-        def inference(params: Any, x: jax.Array, graph: Any = graph, run: Callable = run) -> jax.Array:
-            return run(nnx.merge(graph, params), x)
-
-        def loss(params: Any, x: jax.Array, inference: Callable = inference) -> jax.Array:
-            return jnp.sum(inference(params, x) ** 2)
-
-        for name, function in (("inference", inference), ("training step", jax.value_and_grad(loss, (0, 1)))):
-            calls[side, name] = functools.partial(jax.jit(function), params, x)
-    for call in calls.values():
-        for _ in range(3):
-            jax.block_until_ready(call())
-    times: dict[tuple[str, str], list[float]] = {key: [] for key in calls}
-    for _ in range(repeats):
-        for key, call in calls.items():
+    def rate(call: Callable[[], Any]) -> float:
+        times = []
+        for _ in range(20):
             start = time.perf_counter()
-            jax.block_until_ready(call())
-            times[key].append(1000 * (time.perf_counter() - start))
-    return {key: statistics.median(values) for key, values in times.items()}
+            call()
+            times.append(time.perf_counter() - start)
+        return 2 * size**3 / min(times) / 1e9
+
+    one = jnp.asarray(matrix)
+    rates = dict.fromkeys(sides, rate(lambda: jax.block_until_ready(one @ one)))
+    if "sharded" in sides:
+        rows, whole = jax.device_put((matrix, matrix), _shared_out(("batch",), ()))
+        rates["sharded"] = rate(lambda: jax.block_until_ready(rows @ whole))
+    if "torch" in sides:
+        import torch
+
+        there = torch.tensor(matrix, device=torch_device())
+        rates["torch"] = rate(lambda: (there @ there)[0, 0].item())  # which waits for a GPU
+    return rates
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Measure every workload and print a table. Returns 0."""
+def prepare(workload: Workload, sides: Collection[str]) -> Iterator[Turn]:
+    """Everything that is to be timed, compiled."""
+    operations = dict(zip(PROGRAMS, (workload.operations(), 3 * workload.operations()), strict=True))
+    if len(jax.devices()) == 1 or workload.batch % len(jax.devices()):
+        sides = [side for side in sides if side != "sharded"]
+    for form in forms(workload, sides):
+        shardings = _shared_out((), (None, "batch"), ("batch",)) if form.side == "sharded" else None
+        arguments = jax.device_put((form.parameters, *workload.inputs()), shardings or jax.devices()[0])
+        functions: list[Callable[..., Any]] = [form.run]
+        functions += [jax.value_and_grad(functools.partial(_loss, form.run), (0, 1))]
+        for program, function in zip(PROGRAMS, functions, strict=True):
+            jitted = jax.jit(function)  # on the devices where its arguments are
+            start = time.perf_counter()
+            compiled = jitted.lower(*arguments).compile()  # a call of jitted finds what was compiled here
+            seconds = time.perf_counter() - start
+            memory: Any = compiled.memory_analysis()
+            names = workload.name, program, form.side, form.name
+            timed = Timed(*names, operations[program], seconds, memory.temp_size_in_bytes / 1e6)
+            yield timed, functools.partial(_run, jitted, arguments)
+    if "torch" in sides:
+        module = Torch(workload)
+        for program, call in zip(PROGRAMS, (module.inference, module.training), strict=True):
+            yield Timed(workload.name, program, "torch", f"torch.nn.{workload.kind}", operations[program]), call
+
+
+def _loss(run: Callable[..., jax.Array], *arguments: Any) -> jax.Array:
+    return jnp.sum(run(*arguments) ** 2)
+
+
+def _run(jitted: Callable[..., Any], arguments: tuple) -> Any:
+    return jax.block_until_ready(jitted(*arguments))
+
+
+def truth(workload: Workload) -> np.ndarray:
+    """The outputs in float64, which is switched on for this alone: what is timed runs as it does for everyone."""
+    x, lengths = workload.inputs()
+    with jax.enable_x64(True):
+        parameters = {name: array.astype(np.float64) for name, array in workload.parameters().items()}
+        return np.asarray(jaxrnn.apply(workload.spec, parameters, x.astype(np.float64), lengths=lengths)[0])
+
+
+def take_turns(turns: Sequence[Turn], repeats: int, seconds: float) -> list[Timed]:
+    """Time everything in turns, each time in another order: the first after torch and its pause starts colder.
+
+    What is left is the fastest form of each side.
+    """
+
+    def fastest(like: Timed) -> float:
+        return min(min(t.times) for t, _ in turns if (t.program, t.side) == (like.program, like.side))
+
+    start = time.perf_counter()
+    for count in range(1, repeats + 1):
+        for timed, call in random.Random(count).sample(turns, len(turns)):
+            begin = time.perf_counter()
+            call()
+            timed.times.append(1000 * (time.perf_counter() - begin))
+            if timed.side == "torch":
+                time.sleep(SETTLE)
+        if count == 2:
+            turns = [turn for turn in turns if min(turn[0].times) <= CLEARLY * fastest(turn[0])]
+        if count >= LEAST and time.perf_counter() - start > seconds:
+            break
+    slowest_first = sorted((timed for timed, _ in turns), key=lambda timed: -timed.ms)
+    return list({(timed.program, timed.side): timed for timed in slowest_first}.values())
+
+
+def measure(
+    workload: Workload, sides: Collection[str], repeats: int, seconds: float, rates: dict[str, float]
+) -> list[Timed]:
+    """Compile, warm up and time a workload on all sides."""
+    exact = truth(workload)
+    turns = list(prepare(workload, sides))
+    for timed, call in turns:
+        outputs = call()
+        if timed.program == "inference":
+            difference = np.asarray(outputs.cpu() if timed.side == "torch" else outputs) - exact
+            timed.error = float(np.sqrt(np.mean(difference**2) / np.mean(exact**2)))
+    found = take_turns(turns, repeats, seconds)
+    for timed in found:
+        timed.share = timed.gflops / rates[timed.side]
+    return found
+
+
+class Results:
+    """What was timed, by workload, program and side."""
+
+    def __init__(self, found: Sequence[Timed]) -> None:
+        self.found = {(timed.workload, timed.program, timed.side): timed for timed in found}
+        self.names = list(dict.fromkeys(timed.workload for timed in found))
+
+    def ratio(self, workload: str, program: str, theirs: str) -> float | None:
+        """Their time over ours: Flax's over that of one device, torch's, on all cores, over the faster of ours."""
+        ours = ("jaxrnn", "sharded") if theirs == "torch" else ("jaxrnn",)
+        times = [t.ms for side in ours if (t := self.found.get((workload, program, side)))]
+        their = self.found.get((workload, program, theirs))
+        return their.ms / min(times) if their else None
+
+    def summary(self) -> list[dict[str, Any]]:
+        """The geometric mean of the ratios for each program and side, and the worst of them."""
+        lines = []
+        for program, side in itertools.product(reversed(PROGRAMS), THEIRS):
+            ratios = {name: ratio for name in self.names if (ratio := self.ratio(name, program, side))}
+            if ratios:
+                worst = min(ratios, key=lambda name: ratios[name])
+                mean = statistics.geometric_mean(ratios.values())
+                lines.append({"program": program, "side": side, "mean": mean, "worst": ratios[worst], "in": worst})
+        return lines
+
+    def show(self, console: Console, rates: dict[str, float]) -> None:
+        """Print the table, and the means below."""
+        table = Table(title="medians in ms, and theirs over ours", title_justify="left", box=box.SIMPLE_HEAD)
+        for heading in ("workload", "program"):
+            table.add_column(heading, no_wrap=True)
+        headings = [f"{side}\nms" for side in SIDES[:2]] + [f"{side}\nms   ratio" for side in THEIRS]
+        for heading in (*headings, "memory MB\nours flax's", "compile s\nours flax's", "% of\nGEMM"):
+            table.add_column(heading, justify="right", no_wrap=True)
+        for workload, program in itertools.product(self.names, PROGRAMS):
+            cells = []
+            sides = {side: self.found.get((workload, program, side)) for side in SIDES}
+            for side, timed in sides.items():
+                ratio = self.ratio(workload, program, side) if side in THEIRS else None
+                cells.append((_figure(timed.ms) if timed else "") + (f" {ratio:6.2f}" if ratio else ""))
+            both = [timed for side in ("jaxrnn", "flax.nnx") if (timed := sides[side])]
+            cells += [" ".join(f"{_figure(timed.temporary_mb):>6}" for timed in both)]
+            cells += [" ".join(f"{_figure(timed.compile_s):>6}" for timed in both)]
+            table.add_row(workload, program, *cells, f"{100 * both[0].share:.0f}")
+        console.print(table)
+        others = "".join(f", {rate:.0f} {side}" for side, rate in rates.items() if side in ("sharded", "torch"))
+        lines = [
+            "Ratios: Flax's time over that of our one device; torch's, on all cores, over the faster of ours.",
+            "Memory: beside arguments and results. Flax's, as in the time to trace and compile, is that of flax.nnx.",
+            f"GEMM: a large float32 product, in GFLOP/s: {rates['jaxrnn']:.0f} on one device, which on a CPU uses all "
+            f"cores for it{others}. The share is that of our one device.",
+        ]
+        errors = ((side, [t.error for t in self.found.values() if t.side == side and t.error]) for side in SIDES)
+        worst = ", ".join(f"{side} {max(values):.1e}" for side, values in errors if values)
+        lines.append(f"The largest rms error of outputs beside float64: {worst}.")
+        spread = {f"{t.workload}, {t.program}, {t.side}": t.ms / min(t.times) for t in self.found.values()}
+        widest = max(spread, key=lambda name: spread[name])
+        lines.append(f"Medians are at most {spread[widest]:.1f} of minima, in {widest}; more on a busy machine.")
+        words = "{program}: {side} takes {mean:.2f} times our time, at worst {worst:.2f}, in {in}"
+        for line in (*lines, *(words.format(**line) for line in self.summary())):
+            console.print(line, highlight=False, soft_wrap=True)
+
+
+def _figure(value: float | None) -> str:
+    """Three digits."""
+    return "" if value is None else f"{value:.0f}" if value >= 99.95 else f"{value:#.3g}"
+
+
+def plot(results: Results, path: Path) -> None:
+    """Draw the ratios as bars, in the format that the path's suffix says."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    from parity.plots import COLORS, OURS, STYLE
+
+    colors = {"flax.nnx": OURS, "flax.linen": "#7aa6de"} | COLORS
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(10, 0.42 * len(results.names) + 1.2), layout="constrained")
+        for axis, program in zip(figure.subplots(1, 2, sharey=True), PROGRAMS, strict=True):
+            for offset, side in zip((-0.27, 0, 0.27), THEIRS, strict=True):
+                found = [results.ratio(name, program, side) for name in results.names]
+                ratios = {index: ratio for index, ratio in enumerate(found) if ratio}
+                places = [index + offset for index in ratios]
+                axis.barh(places, [r - 1 for r in ratios.values()], 0.25, left=1, label=side, color=colors[side])
+            axis.axvline(1, color="black", linewidth=0.8)
+            axis.set_xscale("log")
+            axis.set_xticks(ticks := [0.5, 1, 2, 4, 8], [f"{tick:g}" for tick in ticks])
+            axis.set_title(f"{program}: their time over ours", fontsize=9, loc="left")
+            axis.set_yticks(range(len(results.names)), results.names)
+            axis.spines[["top", "right"]].set_visible(False)
+        axis.invert_yaxis()
+        figure.legend(*axis.get_legend_handles_labels(), loc="outside upper right", ncols=len(THEIRS), frameon=False)
+        figure.savefig(path)
+
+
+def _environment() -> dict[str, Any]:
+    names = ["jaxrnn", "jax", "flax"] + ["torch"] * bool(importlib.util.find_spec("torch"))
+    device = jax.devices()[0]
+    devices = f"{len(jax.devices())} {device.platform} ({device.device_kind})"
+    versions = {name: importlib.metadata.version(name) for name in names}
+    return versions | {"python": platform.python_version(), "devices": devices, "cores": os.cpu_count()}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Time every workload and print a table. Returns 0."""
     parser = argparse.ArgumentParser(prog="python -m parity.speed", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=40, help="runs of each side (default: 40)")
+    parser.add_argument("--repeats", type=int, default=30, help="runs of each side (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, help="for a workload's runs, but for five (default: 20; --quick: 5)")
+    parser.add_argument("--devices", type=int, default=os.cpu_count(), help="CPU devices (default: one for each core)")
+    parser.add_argument("--filter", default="", metavar="TEXT", help="only the workloads with TEXT in their names")
+    parser.add_argument("--sides", default=",".join(SIDES), help="beside jaxrnn itself (default: %(default)s)")
+    parser.add_argument("--quick", action="store_true", help="only the small workloads, in about two minutes")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="also write everything to this file")
+    parser.add_argument("--plot", type=Path, metavar="OUT", help="also draw the ratios to this .svg or .png file")
     options = parser.parse_args(arguments)
-    title = f"medians of {options.repeats} runs in ms, on one device of kind {jax.devices()[0].device_kind}"
-    table = Table(title=title, caption="flax.nnx: the faster of the forms that flax has")
-    for heading in ("cell   B   T   I   H", "what", "jaxrnn", "flax.nnx", "ratio"):
-        table.add_column(heading, justify="right" if heading in ("jaxrnn", "flax.nnx", "ratio") else "left")
-    for workload in track(WORKLOADS, description="timing", console=Console(stderr=True), transient=True):
-        times = measure(workload, options.repeats)
-        for what in ("inference", "training step"):
-            ours = times.pop(("jaxrnn", what))
-            theirs = min(value for (_, name), value in times.items() if name == what)
-            table.add_row(str(workload), what, f"{ours:.1f}", f"{theirs:.1f}", f"{theirs / ours:.2f}")
-    Console().print(table)
+    asked = {"jaxrnn", *options.sides.split(",")}
+    if unknown := asked - set(SIDES):
+        parser.error(f"no side {', '.join(sorted(unknown))}: there are {', '.join(SIDES)}")
+    if options.plot and not importlib.util.find_spec("matplotlib"):
+        parser.error("--plot draws with matplotlib: pip install 'jaxrnn[report]'")
+    chosen = [w for w in WORKLOADS if options.filter in w.name and (not options.quick or w.operations() < SMALL)]
+    if not chosen:
+        parser.error(f"no workload has {options.filter!r} in its name; the first is {WORKLOADS[0].name}")
+    jax.config.update("jax_num_cpu_devices", options.devices)
+    if not importlib.util.find_spec("torch"):
+        asked.discard("torch")
+    if len(jax.devices()) == 1:
+        asked.discard("sharded")
+    seconds = options.seconds or (5 if options.quick else 20)
+
+    rates = product_rates([side for side in SIDES if side in asked])
+    results = Results([])
+    for workload in track(chosen, description="timing", console=Console(stderr=True), transient=True):
+        results = Results([*results.found.values(), *measure(workload, asked, options.repeats, seconds, rates)])
+        jax.clear_caches()
+        gc.collect()
+        if options.json:  # each time, for all of it may take long
+            everything = {
+                "environment": _environment(),
+                "gemm_gflops": rates,
+                "workloads": [workload._asdict() for workload in chosen],
+                "results": [timed.json() for timed in results.found.values()],
+                "summary": results.summary(),
+            }
+            options.json.write_text(json.dumps(everything, indent=1) + "\n")
+    results.show(Console(width=None if sys.stdout.isatty() else 140), rates)
+    print(", ".join(f"{name} {value}" for name, value in _environment().items()))
+    if options.plot:
+        plot(results, options.plot)
     return 0
 
 

@@ -1,0 +1,260 @@
+"""What `parity.speed` times: networks as people have them, and each as jaxrnn, Flax and torch.nn have it."""
+
+import functools
+import re
+import warnings
+from collections.abc import Callable, Collection, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen, nnx
+from flax.nnx.nn.recurrent import flip_sequences
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+import jaxrnn
+from parity.cases import Arrays
+
+
+class Workload(NamedTuple):
+    """A network and the size of its input, which is (time, batch, input_size)."""
+
+    name: str
+    kind: str
+    batch: int
+    time: int
+    input_size: int
+    hidden_size: int
+    num_layers: int = 1
+    bidirectional: bool = False
+    proj_size: int = 0
+    ragged: bool = False
+    nonlinearity: str = "tanh"
+
+    @property
+    def spec(self) -> jaxrnn.Spec:
+        rnn = jaxrnn.RNN_RELU if self.nonlinearity == "relu" else jaxrnn.RNN_TANH
+        cell = {"LSTM": jaxrnn.LSTM_CELL, "GRU": jaxrnn.GRU_CELL, "RNN": rnn}[self.kind]
+        sizes = self.input_size, self.hidden_size, self.num_layers
+        return jaxrnn.Spec(cell, *sizes, bidirectional=self.bidirectional, proj_size=self.proj_size)
+
+    @property
+    def sizes(self) -> list[int]:
+        """How many features each layer takes."""
+        return [self.input_size] + [self.hidden_size * (1 + self.bidirectional)] * (self.num_layers - 1)
+
+    def build(self, library: Any, **settings: Any) -> Any:
+        """The module in jaxrnn or torch.nn, which take the same arguments."""
+        settings |= {"bidirectional": self.bidirectional}
+        settings |= {"proj_size": self.proj_size} if self.proj_size else {}
+        settings |= {"nonlinearity": self.nonlinearity} if self.kind == "RNN" else {}
+        return getattr(library, self.kind)(self.input_size, self.hidden_size, self.num_layers, **settings)
+
+    def lengths(self) -> np.ndarray | None:
+        """The rows' lengths, from half of the time to all of it, where they differ."""
+        low = (self.time + 1) // 2
+        return np.random.RandomState(1).randint(low, self.time + 1, self.batch) if self.ragged else None
+
+    def inputs(self) -> tuple[np.ndarray, np.ndarray | None]:
+        """x in float32, and the lengths."""
+        x = np.random.RandomState(0).randn(self.time, self.batch, self.input_size)
+        return x.astype(np.float32), self.lengths()
+
+    def parameters(self) -> Arrays:
+        """By torch's names. The second bias, which not every cell of Flax has, is zero: all sides compute the same."""
+        random, bound = np.random.RandomState(2), 1 / np.sqrt(self.hidden_size)
+        bounds = {name: 0.0 if "bias_hh" in name else bound for name in self.spec.shapes()}
+        shapes = self.spec.shapes().items()
+        return {name: random.uniform(-bounds[name], bounds[name], shape).astype(np.float32) for name, shape in shapes}
+
+    def operations(self) -> int:
+        """Of a forward pass: a multiplication and an addition for each weight at each step that is not padding."""
+        lengths = self.lengths()
+        steps = self.batch * self.time if lengths is None else int(lengths.sum())
+        weights = (shape for name, shape in self.spec.shapes().items() if name.startswith("weight"))
+        return 2 * steps * sum(rows * columns for rows, columns in weights)
+
+
+WORKLOADS = [
+    Workload("speech BiLSTM", "LSTM", 16, 400, 160, 320, num_layers=5, bidirectional=True),
+    Workload("PTB LSTM", "LSTM", 20, 35, 650, 650, num_layers=2),
+    *(Workload(f"char-LM {kind}", kind, 64, 256, 512, 1024) for kind in ("LSTM", "GRU")),
+    Workload("RL GRU", "GRU", 16, 64, 256, 256),
+    Workload("RL GRU, large batch", "GRU", 128, 128, 64, 256),
+    *(Workload(f"series {kind}", kind, 32, 100, 8, 32) for kind in ("LSTM", "GRU")),
+    *(Workload(f"series {kind}, 2 layers", kind, 256, 100, 32, 128, num_layers=2) for kind in ("LSTM", "GRU")),
+    Workload("batch-1 GRU", "GRU", 1, 1000, 64, 128),
+    Workload("streaming GRU", "GRU", 1, 1, 64, 256),
+    Workload("long GRU", "GRU", 16, 4096, 256, 256),
+    Workload("ragged BiLSTM", "LSTM", 32, 400, 160, 320, num_layers=2, bidirectional=True, ragged=True),
+    Workload("relu RNN", "RNN", 32, 100, 128, 256, nonlinearity="relu"),
+    Workload("projected LSTM", "LSTM", 32, 200, 160, 512, proj_size=256),
+    # What the README had from the start; its other GRU is the RL GRU above.
+    *(Workload(f"small {kind}", kind, 32, 100, 32, 128) for kind in ("LSTM", "GRU")),
+    Workload("medium LSTM", "LSTM", 16, 64, 256, 256),
+]
+CELLS = {"LSTM": ("LSTMCell", "OptimizedLSTMCell"), "GRU": ("GRUCell",), "RNN": ("SimpleCell",)}  # Flax's
+GATES = {"LSTM": "ifgo", "GRU": "rzn", "RNN": ""}
+
+
+class Form(NamedTuple):
+    """One way to write a workload with a JAX library: `run(parameters, x, lengths)` gives the outputs."""
+
+    side: str
+    name: str
+    run: Callable[[Any, jax.Array, jax.Array | None], jax.Array]
+    parameters: Any
+
+
+def forms(workload: Workload, sides: Collection[str]) -> Iterator[Form]:
+    """The forms on the JAX sides. Flax has two for an LSTM, of which the faster counts, and no projection."""
+    parameters = workload.parameters()
+    x = jax.ShapeDtypeStruct((workload.time, workload.batch, workload.input_size), jnp.float32)
+    for side in ("jaxrnn", "sharded"):
+        if side in sides:
+            graph, state = nnx.split(nnx.eval_shape(lambda: workload.build(jaxrnn, rngs=nnx.Rngs(0))))
+            run = _run_nnx(graph, lambda module, x, lengths: module(x, lengths=lengths)[0])
+            yield Form(side, f"jaxrnn.{workload.kind}", run, {name: parameters[name] for name in state})
+    for cell in () if workload.proj_size else CELLS[workload.kind]:
+        if "flax.nnx" in sides:
+            graph, state = nnx.split(nnx.eval_shape(functools.partial(NNXStack, workload, cell)))
+            converted = to_flax(workload.kind, parameters, nnx.to_pure_dict(state))
+            yield Form("flax.nnx", f"nnx.{cell}", _run_nnx(graph, NNXStack.__call__), converted)
+        if "flax.linen" in sides:
+            stack = linen_stack(workload, cell)
+            template = jax.eval_shape(stack.init, jax.random.key(0), x, None)["params"]
+            converted = to_flax(workload.kind, parameters, template)
+            yield Form("flax.linen", f"linen.{cell}", functools.partial(_run_linen, stack), converted)
+
+
+def _run_nnx(graph: Any, call: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda parameters, x, lengths: call(nnx.merge(graph, nnx.State(parameters)), x, lengths)
+
+
+def _run_linen(module: linen.Module, parameters: Any, x: jax.Array, lengths: jax.Array | None) -> Any:
+    return module.apply({"params": parameters}, x, lengths)
+
+
+def _without_padding(outputs: jax.Array, lengths: jax.Array | None) -> jax.Array:
+    """What Flax leaves in the padding is not to count in the loss."""
+    if lengths is None:
+        return outputs
+    steps = jnp.arange(len(outputs), dtype=lengths.dtype)
+    return jnp.where((steps[:, None] < lengths)[..., None], outputs, 0)
+
+
+class NNXStack(nnx.Module):
+    """Flax's cells, scanned: compiled it is what nnx.RNN is, and less than nnx.Bidirectional, which flips the time."""
+
+    def __init__(self, workload: Workload, cell: str) -> None:
+        settings = {"activation_fn": jax.nn.relu} if workload.nonlinearity == "relu" else {}
+        build = functools.partial(getattr(nnx, cell), hidden_features=workload.hidden_size, **settings)
+        self.workload = workload
+        self.forward = nnx.List(build(size, rngs=nnx.Rngs(0)) for size in workload.sizes)
+        self.backward = nnx.List(build(size, rngs=nnx.Rngs(0)) for size in workload.sizes * workload.bidirectional)
+
+    def __call__(self, x: jax.Array, lengths: jax.Array | None) -> jax.Array:
+        def flip(x: jax.Array) -> jax.Array:
+            return x if lengths is None else flip_sequences(x, lengths, num_batch_dims=1, time_major=True)
+
+        zeros = jnp.zeros((x.shape[1], self.workload.hidden_size), x.dtype)
+        carry = (zeros, zeros) if self.workload.kind == "LSTM" else zeros
+        for layer, cell in enumerate(self.forward):
+            outputs = [jax.lax.scan(cell, carry, x)[1]]
+            if self.workload.bidirectional:
+                outputs += [flip(jax.lax.scan(self.backward[layer], carry, flip(x), reverse=lengths is None)[1])]
+            x = jnp.concatenate(outputs, axis=-1)
+        return _without_padding(x, lengths)
+
+
+class LinenStack(linen.Module):
+    """Flax's layers one after the other."""
+
+    layers: tuple[Any, ...]
+
+    def __call__(self, x: jax.Array, lengths: jax.Array | None) -> jax.Array:
+        for layer in self.layers:
+            x = layer(x, seq_lengths=lengths)
+        return _without_padding(x, lengths)
+
+
+def linen_stack(workload: Workload, cell: str) -> LinenStack:
+    """Linen's own RNN and Bidirectional around its cells."""
+    settings = {"activation_fn": jax.nn.relu} if workload.nonlinearity == "relu" else {}
+
+    def layer() -> Any:
+        return linen.RNN(getattr(linen, cell)(workload.hidden_size, **settings), time_major=True)
+
+    layers = [layer() for _ in workload.sizes]
+    if workload.bidirectional:
+        layers = [linen.Bidirectional(forward, layer(), time_major=True) for forward in layers]
+    return LinenStack(tuple(layers))
+
+
+def to_flax(kind: str, parameters: Arrays, template: Any) -> Any:
+    """A stack's parameters for Flax, from torch's: gate by gate or together, as `template` has them."""
+    converted = {}
+    for path, leaf in flatten_dict(template).items():
+        *where, product, what = path
+        place = " ".join(map(str, where))
+        suffix = "l" + re.sub(r"\D", "", place) + "_reverse" * ("backward" in place)
+        source, *gate = product.removeprefix("dense_").removesuffix("_")  # dense_i, h, ii, if_: all gates or one
+        first = GATES[kind].index(gate[0]) * leaf.shape[-1] if gate else 0
+        rows = slice(first, first + leaf.shape[-1])
+        if what == "kernel":
+            converted[path] = parameters[f"weight_{source}h_{suffix}"][rows].T
+        else:  # an LSTM's only bias is with the hidden state, a GRU's second one is torch's second
+            bias = "bias_ih" if source == "i" or kind == "LSTM" else "bias_hh"
+            converted[path] = parameters[f"{bias}_{suffix}"][rows]
+    return unflatten_dict(converted)
+
+
+def torch_device() -> str:
+    """Where torch runs: where JAX does."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() and jax.default_backend() == "gpu" else "cpu"
+
+
+class Torch:
+    """A workload with torch.nn, on the device that JAX has; the final states that it returns are dropped."""
+
+    def __init__(self, workload: Workload) -> None:
+        import torch
+
+        warnings.filterwarnings("ignore", message="LSTM with projections is not supported with oneDNN")
+        self.torch, self.workload = torch, workload
+        self.device = torch_device()
+        x, lengths = workload.inputs()
+        self.x = torch.tensor(x, device=self.device, requires_grad=True)
+        self.lengths = None if lengths is None else torch.tensor(lengths)
+        self.module = workload.build(torch.nn, device=self.device)
+        self.module.load_state_dict({name: torch.tensor(array) for name, array in workload.parameters().items()})
+
+    def _outputs(self) -> Any:
+        from torch.nn.utils import rnn
+
+        if self.lengths is None:
+            return self.module(self.x)[0]
+        packed = rnn.pack_padded_sequence(self.x, self.lengths, enforce_sorted=False)
+        return rnn.pad_packed_sequence(self.module(packed)[0], total_length=self.workload.time)[0]
+
+    def inference(self) -> Any:
+        with self.torch.inference_mode():
+            outputs = self._outputs()
+        self._wait()
+        return outputs
+
+    def training(self) -> Any:
+        """A step, which leaves the gradients in `module` and `x`."""
+        self.module.zero_grad(set_to_none=True)
+        self.x.grad = None
+        loss = self._outputs().square().sum()
+        loss.backward()
+        self._wait()
+        return loss
+
+    def _wait(self) -> None:
+        if self.device == "cuda":
+            self.torch.cuda.synchronize()

@@ -1,0 +1,196 @@
+"""The timing program: what it times is the same network on every side, and its arithmetic. No time is asserted."""
+
+import collections
+import itertools
+import json
+import os
+import subprocess
+import sys
+import types
+import xml.etree.ElementTree as xml
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from parity import speed
+from parity.speed import Results, Timed, Turn
+from parity.workloads import WORKLOADS, Torch, Workload, forms
+
+TINY = [
+    Workload("ragged", "LSTM", 4, 7, 3, 5, bidirectional=True, ragged=True),
+    Workload("gated", "GRU", 4, 7, 3, 5),
+    Workload("layers", "RNN", 4, 7, 3, 5, num_layers=2, bidirectional=True, nonlinearity="relu"),
+    Workload("projected", "LSTM", 4, 7, 3, 5, proj_size=2),
+]
+ROOT = Path(__file__).parents[1]
+
+
+def _timed(workload: str, side: str, *times: float, program: str = "training", form: str = "") -> Timed:
+    return Timed(workload, program, side, form, operations=6_000_000, times=list(times))
+
+
+def test_every_workload_is_in_the_table() -> None:
+    def sizes(kinds: str, *sizes: int, **more: Any) -> list[tuple]:
+        return [Workload("", kind, *sizes, **more)[1:] for kind in kinds.split()]
+
+    wanted = [
+        *sizes("LSTM", 16, 400, 160, 320, num_layers=5, bidirectional=True),
+        *sizes("LSTM", 20, 35, 650, 650, num_layers=2),
+        *sizes("LSTM GRU", 64, 256, 512, 1024),
+        *sizes("GRU", 128, 128, 64, 256),
+        *sizes("LSTM GRU", 32, 100, 8, 32),
+        *sizes("LSTM GRU", 256, 100, 32, 128, num_layers=2),
+        *sizes("GRU", 1, 1000, 64, 128),
+        *sizes("GRU", 1, 1, 64, 256),
+        *sizes("GRU", 16, 4096, 256, 256),
+        *sizes("LSTM", 32, 400, 160, 320, num_layers=2, bidirectional=True, ragged=True),
+        *sizes("RNN", 32, 100, 128, 256, nonlinearity="relu"),
+        *sizes("LSTM", 32, 200, 160, 512, proj_size=256),
+        *sizes("LSTM GRU", 32, 100, 32, 128),
+        *sizes("LSTM GRU", 16, 64, 256, 256),
+    ]
+    assert {workload[1:] for workload in WORKLOADS} == set(wanted)
+    assert len({workload.name for workload in WORKLOADS}) == len(WORKLOADS) == len(wanted)
+    quick = [workload for workload in WORKLOADS if workload.operations() < speed.SMALL]
+    assert len(WORKLOADS) / 4 < len(quick) < len(WORKLOADS) / 2
+
+
+def test_lengths_are_from_half_of_the_time_to_all_of_it() -> None:
+    (workload,) = (workload for workload in WORKLOADS if workload.ragged)
+    x, lengths = workload.inputs()
+    assert x.shape == (400, 32, 160)
+    assert x.dtype == np.float32
+    assert lengths is not None
+    assert lengths.shape == (32,)
+    assert lengths.min() >= 200
+    assert lengths.max() <= 400
+
+
+def test_operations() -> None:
+    first = 4 * 5 * (3 + 2) + 2 * 5  # four gates of 5 from 3 inputs and 2 projected states, projected to 2
+    second = 4 * 5 * (2 * 2 + 2) + 2 * 5  # from both directions of the first layer
+    both = Workload("", "LSTM", 4, 7, 3, 5, num_layers=2, bidirectional=True, proj_size=2)
+    assert both.operations() == 2 * 4 * 7 * 2 * (first + second)
+    assert Workload("", "GRU", 4, 7, 3, 5).operations() == 2 * 4 * 7 * 3 * 5 * (3 + 5)
+    lengths = TINY[0].lengths()
+    assert lengths is not None
+    whole = TINY[0]._replace(ragged=False).operations()
+    assert TINY[0].operations() * 4 * 7 == whole * lengths.sum()  # what is padding is no work
+
+
+@pytest.mark.parametrize("workload", TINY, ids=lambda workload: workload.name)
+def test_every_jax_side_computes_the_same(workload: Workload) -> None:
+    x, lengths = workload.inputs()
+    exact = speed.truth(workload)
+    assert exact.dtype == np.float64
+    names = []
+    for form in forms(workload, speed.SIDES):
+        outputs = jax.jit(form.run)(form.parameters, x, lengths)
+        assert outputs.dtype == np.float32
+        np.testing.assert_allclose(outputs, exact, atol=1e-6)
+        names.append(form.side)
+    assert set(names) == set(speed.SIDES[: 2 if workload.proj_size else 4])  # Flax has no projection
+    assert len(names) == {"ragged": 6, "projected": 2}.get(workload.name, 4)  # and two cells for an LSTM
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("workload", TINY, ids=lambda workload: workload.name)
+def test_torch_computes_the_same(workload: Workload, torch: types.ModuleType) -> None:
+    there = Torch(workload)
+    np.testing.assert_allclose(there.inference().numpy(), speed.truth(workload), atol=1e-6)
+    x, lengths = workload.inputs()
+    form = next(forms(workload, ["jaxrnn"]))
+    loss, (by_parameters, by_x) = jax.jit(
+        jax.value_and_grad(lambda parameters, x: jnp.sum(form.run(parameters, x, lengths) ** 2), (0, 1))
+    )(form.parameters, x)
+    for _ in range(2):  # the second step's gradients are its own
+        np.testing.assert_allclose(there.training().item(), loss, rtol=1e-5)
+        np.testing.assert_allclose(there.x.grad.numpy(), by_x, atol=1e-5)
+        for name, parameter in there.module.named_parameters():
+            np.testing.assert_allclose(parameter.grad.numpy(), by_parameters[name], atol=1e-4)
+
+
+def test_ratios_and_their_geometric_mean() -> None:
+    found = [_timed("a", "jaxrnn", 1, 2, 9), _timed("a", "sharded", 1, 1, 1), _timed("b", "jaxrnn", 4)]
+    found += [_timed("a", "flax.nnx", 16), _timed("b", "flax.nnx", 2), _timed("a", "torch", 3)]
+    results = Results(found)
+    assert results.ratio("a", "training", "flax.nnx") == 8  # one device beside one device
+    assert results.ratio("a", "training", "torch") == 3  # all cores beside all cores
+    assert results.ratio("b", "training", "torch") is None
+    assert results.ratio("a", "inference", "torch") is None
+    nnx, torch = results.summary()
+    assert nnx == {"program": "training", "side": "flax.nnx", "mean": pytest.approx(2), "worst": 0.5, "in": "b"}
+    assert torch == {"program": "training", "side": "torch", "mean": pytest.approx(3), "worst": 3, "in": "a"}
+    assert found[0].gflops == 3  # 6 million in 2 ms
+
+
+def test_all_take_turns_and_the_slower_form_no_more_than_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = itertools.accumulate(itertools.repeat(1.0))  # a second for each look at it
+    monkeypatch.setattr(speed.time, "perf_counter", lambda: next(clock))
+    called: list[str] = []
+
+    def turn(side: str, form: str, seconds: int) -> Turn:
+        def call() -> None:
+            called.append(form)
+            for _ in range(seconds):
+                speed.time.perf_counter()
+
+        return _timed("a", side, form=form), call
+
+    turns = [turn("jaxrnn", "ours", 20), turn("flax.nnx", "slow", 5), turn("flax.nnx", "fast", 2)]
+    found = speed.take_turns(turns, repeats=7, seconds=1e9)
+    assert collections.Counter(called) == {"ours": 7, "fast": 7, "slow": 2}
+    assert set(called[:3]) == set(called[3:6]) == {"ours", "fast", "slow"}
+    assert {timed.side: (timed.form, timed.ms) for timed in found} == {
+        "jaxrnn": ("ours", 21000),
+        "flax.nnx": ("fast", 3000),
+    }
+    called.clear()
+    speed.take_turns(turns[:1], repeats=100, seconds=1)
+    assert called == ["ours"] * speed.LEAST  # however long they take
+
+
+def test_the_program_on_two_devices(tmp_path: Path) -> None:
+    code = """
+from parity import speed
+from parity.workloads import Workload
+ragged = Workload("of three rows", "RNN", 3, 7, 3, 5, bidirectional=True, ragged=True)
+speed.WORKLOADS = [Workload("tiny RNN", "RNN", 4, 7, 3, 5), ragged]
+options = "--devices 2 --repeats 3 --sides sharded,flax.nnx --json out.json --plot out.svg".split()
+raise SystemExit(speed.main(options))
+"""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-W", "error", "-c", code]
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("tiny RNN") >= 2  # inference and training
+    assert "training: flax.nnx takes" in run.stdout
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert [workload["name"] for workload in found["workloads"]] == ["tiny RNN", "of three rows"]
+    entries = {(entry["workload"], entry["program"], entry["side"]): entry for entry in found["results"]}
+    sides = [("tiny RNN", side) for side in speed.SIDES[:3]]
+    sides += [("of three rows", side) for side in ("jaxrnn", "flax.nnx")]  # which two devices cannot share
+    assert set(entries) == {(name, program, side) for name, side in sides for program in speed.PROGRAMS}
+    for (_, program, _), entry in entries.items():
+        assert len(entry["times"]) == 3
+        assert entry["minimum_ms"] <= entry["ms"]
+        assert min(entry["compile_s"], entry["temporary_mb"], entry["gflops"], entry["share"]) > 0
+        if program == "inference":
+            assert entry["error"] < 1e-6
+    assert [(line["program"], line["side"]) for line in found["summary"]] == [
+        ("training", "flax.nnx"),
+        ("inference", "flax.nnx"),
+    ]
+    texts = {element.text for element in xml.parse(tmp_path / "out.svg").iter("{http://www.w3.org/2000/svg}text")}
+    assert {"tiny RNN", "of three rows", "flax.nnx"} <= texts
+
+
+@pytest.mark.parametrize(("option", "message"), [("--sides=keras", "no side keras"), ("--filter=CNN", "no workload")])
+def test_what_is_not_there_is_told(option: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        speed.main([option])
+    assert message in capsys.readouterr().err

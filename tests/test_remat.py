@@ -1,0 +1,102 @@
+"""What is kept for the derivative: the same values and gradients whatever it is, and less memory where it is less."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import jaxrnn
+
+T, N, F, H = 7, 3, 2, 4
+SPECS = {
+    "LSTM": jaxrnn.Spec(jaxrnn.LSTM_CELL, F, H, num_layers=2, bidirectional=True),
+    "LSTM_PROJ": jaxrnn.Spec(jaxrnn.LSTM_CELL, F, H, bidirectional=True, proj_size=2),
+    "GRU": jaxrnn.Spec(jaxrnn.GRU_CELL, F, H, num_layers=2),
+    "RNN": jaxrnn.Spec(jaxrnn.RNN_TANH, F, H),
+}
+MARKS: dict[str, dict[str, Any]] = {
+    "LSTM": {"lengths": np.array([7, 0, 4])},
+    "LSTM_PROJ": {},
+    "GRU": {"reset": np.arange(T * N).reshape(T, N) % 4 == 3},
+    "RNN": {"lengths": np.array([1, 6, 7])},
+}
+
+
+def _loss(name: str, remat: str | int, params: Any, x: jax.Array) -> jax.Array:
+    results = jaxrnn.apply(SPECS[name], params, x, remat=remat, **MARKS[name])
+    return sum((jnp.sum(jnp.sin(a + k)) for k, a in enumerate(jax.tree.leaves(results))), jnp.zeros((), x.dtype))
+
+
+def _arguments(name: str, dtype: str = "float64") -> tuple[Any, jax.Array]:
+    x = np.random.RandomState(0).randn(T, N, F)
+    return SPECS[name].init(jax.random.key(0), jnp.dtype(dtype)), jnp.asarray(x, dtype)
+
+
+@pytest.mark.parametrize("remat", ["gates", 1, 3, 100])
+@pytest.mark.parametrize("name", SPECS)
+def test_values_and_gradients_are_the_same(name: str, remat: str | int) -> None:
+    arguments = _arguments(name)
+    for kept, again in zip(
+        *(jax.tree.leaves(jax.value_and_grad(_loss, (2, 3))(name, r, *arguments)) for r in ("none", remat)),
+        strict=True,
+    ):
+        np.testing.assert_allclose(again, kept, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("remat", ["gates", 3])
+def test_under_vmap_and_twice(remat: str | int) -> None:
+    params, x = _arguments("GRU")
+    gradient = jax.grad(_loss, 3)
+    results = []
+    for r in ("none", remat):
+        over_rows = jax.vmap(lambda x, r=r: gradient("GRU", r, params, x))(jnp.stack([x, 2 * x]))
+        second = jax.jvp(lambda x, r=r: gradient("GRU", r, params, x), (x,), (jnp.cos(x),))[1]
+        results.append((over_rows, second))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-13), *results)
+
+
+@pytest.mark.parametrize("remat", ["gates", 2])
+def test_16_bits_are_not_rounded_between_chunks(remat: str | int) -> None:
+    params, x = _arguments("LSTM_PROJ", "bfloat16")
+    kept, again = (jaxrnn.apply(SPECS["LSTM_PROJ"], params, x, remat=r) for r in ("none", remat))
+    jax.tree.map(np.testing.assert_array_equal, again, kept)
+
+
+@pytest.mark.parametrize("cell", [jaxrnn.LSTM_CELL, jaxrnn.GRU_CELL], ids=["LSTM", "GRU"])
+def test_less_memory_is_taken(cell: jaxrnn.Cell) -> None:
+    spec = jaxrnn.Spec(cell, 16, 32, num_layers=3)
+    params, x = spec.init(jax.random.key(0)), jnp.ones((1024, 4, 16), jnp.float32)
+
+    def memory(remat: str | int) -> int:
+        gradient = jax.jit(jax.grad(lambda p, x: jnp.sum(jaxrnn.apply(spec, p, x, remat=remat)[0] ** 2), (0, 1)))
+        return gradient.lower(params, x).compile().memory_analysis().temp_size_in_bytes
+
+    everything = memory("none")
+    assert memory("gates") < 0.5 * everything
+    assert memory(32) < 0.3 * everything
+
+
+def test_modules_take_it() -> None:
+    x = jnp.ones((T, N, F), jnp.float32)
+    expected = jaxrnn.GRU(F, H, rngs=nnx.Rngs(0))(x)
+    module = jaxrnn.GRU(F, H, remat=2, rngs=nnx.Rngs(0))
+    assert "remat" in str(jax.make_jaxpr(lambda x: module(x))(x))
+    jax.tree.map(np.testing.assert_array_equal, module(x), expected)
+    linen = jaxrnn.linen.GRU(F, H, remat="gates")
+    params = {name: getattr(module, name)[...] for name in module.spec.shapes()}
+    jax.tree.map(np.testing.assert_array_equal, linen.apply({"params": params}, x), expected)
+
+
+@pytest.mark.parametrize("remat", ["all", 0, -1, True, 1.5, None])
+def test_what_it_cannot_be(remat: Any) -> None:
+    message = "remat should be 'none', 'gates' or an integer above 0, got"
+    params, x = _arguments("GRU")
+    with pytest.raises(ValueError, match=message):
+        jaxrnn.apply(SPECS["GRU"], params, x, remat=remat)
+    with pytest.raises(ValueError, match=message):
+        jaxrnn.LSTM(F, H, remat=remat, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=message):
+        jaxrnn.linen.RNN(F, H, remat=remat)
