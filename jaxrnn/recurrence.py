@@ -273,7 +273,9 @@ def _scan_jvp(settings: Settings, primals: tuple, tangents: tuple) -> tuple[tupl
     last, (states, rest) = lax.scan(forward, state, (gates, marks), reverse=settings.reverse)
     states = checkpoint_name(states, _STATES)
     before = _select(marks.reset, reset_state, _before(settings, state, states))
-    _, sums, unprojected = (None, *rest) if rest else _step(settings, recurrent, gates, before)
+    if again:
+        _, *rest = _step(settings, recurrent, gates, before)
+    sums, unprojected = rest
     after = states if unprojected is None else (unprojected, *states[1:])
     order, partials = _partials(cell, *_arguments(cell, gates, sums), before, after)
 

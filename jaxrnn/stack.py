@@ -311,7 +311,7 @@ def _apply(
         x, reset = jax.tree.map(lambda a: a.swapaxes(0, 1), (x, reset))
     if state is None:
         rows = spec.num_layers * spec.num_directions
-        state = tuple(jnp.zeros((rows, x.shape[1], size), x.dtype) for size in spec.state_sizes())
+        state = tuple(jnp.broadcast_to(_zeros(x), (rows, x.shape[1], size)) for size in spec.state_sizes())
     marks = recurrence.Marks(reset=None if reset is None else reset[..., None])
     if lengths is not None:
         steps = jnp.arange(x.shape[0], dtype=jnp.int32)
@@ -343,6 +343,15 @@ def _apply(
     elif spec.batch_first:
         x = x.swapaxes(0, 1)
     return x, h_n
+
+
+def _zeros(x: jax.Array) -> jax.Array:
+    """A zero for each row of x, (batch, 1), that lies where the row does.
+
+    XLA shards a constant as it likes, and where a batch is shared out to several devices, a first state on all of them
+    would have every step gather the whole batch.
+    """
+    return jnp.where(jnp.isfinite(x[0, :, :1]), jnp.zeros((), x.dtype), jnp.zeros((), x.dtype))
 
 
 def _dropout(spec: Spec, x: jax.Array, keep: jax.Array) -> jax.Array:
