@@ -283,6 +283,7 @@ def plot(results: Results, path: Path) -> None:
             axis.axvline(1, color="black", linewidth=0.8)
             axis.set_xscale("log")
             axis.set_xticks(ticks := [0.5, 1, 2, 4, 8], [f"{tick:g}" for tick in ticks])
+            axis.minorticks_off()
             axis.set_title(f"{program}: their time over ours", fontsize=9, loc="left")
             axis.set_yticks(range(len(results.names)), results.names)
             axis.spines[["top", "right"]].set_visible(False)
