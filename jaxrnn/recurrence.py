@@ -112,16 +112,14 @@ def _run_in_chunks(
         return state, outputs
 
     outputs = []
-    for start, steps in ((0, whole), (whole, len(x) - whole))[:: -1 if settings.reverse else 1]:
+    for start, count, steps in ((0, len(x) // size, size), (whole, 1, len(x) - whole))[
+        :: -1 if settings.reverse else 1
+    ]:
         if steps:
-            parts = jax.tree.map(
-                lambda a, start=start, steps=steps: a[start : start + steps].reshape(
-                    -1, min(size, steps), *a.shape[1:]
-                ),
-                (x, marks),
-            )
+            end, shape = start + count * steps, (count, steps)
+            parts = jax.tree.map(lambda a, s=start, e=end, n=shape: a[s:e].reshape(*n, *a.shape[1:]), (x, marks))
             state, output = lax.scan(chunk, state, parts, reverse=settings.reverse)
-            outputs.append(output.reshape(steps, *output.shape[2:]))
+            outputs.append(output.reshape(end - start, *output.shape[2:]))
     return jnp.concatenate(outputs[:: -1 if settings.reverse else 1]), state
 
 

@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--live",
         nargs="?",
         const="cpu",
-        metavar="DEVICE",
+        choices=("cpu", "cuda"),
         help="compare with torch run here, on its cpu (the default) or on cuda, and not with recorded results",
     )
     parser.add_argument("--filter", default="", metavar="TEXT", help="only the cases with TEXT in their names")
@@ -79,6 +79,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.command_line = shlex.join(arguments)
     if options.report and not (importlib.util.find_spec("matplotlib") and importlib.util.find_spec("jinja2")):
         parser.error("--report draws with matplotlib and fills in with jinja2: pip install 'jaxrnn[report]'")
+    torch = installed_torch() if options.live else None
+    if options.live and torch is None:
+        parser.error("--live compares with PyTorch: pip install 'jaxrnn[torch]'; without --live with recorded results")
+    if options.live == "cuda" and torch and not torch.cuda.is_available():
+        parser.error("--live cuda: this PyTorch sees no GPU")
     if options.compile_only and options.platform != "tpu":
         parser.error("--compile-only is for --platform tpu")
     dtypes = [options.dtype] if options.dtype else DTYPES

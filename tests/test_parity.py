@@ -237,6 +237,19 @@ def test_recorded_results_need_no_torch() -> None:
     subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parents[1], check=True, capture_output=True)
 
 
+def test_live_wants_a_torch_that_can(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(runner, "installed_torch", lambda: None)
+    with pytest.raises(SystemExit) as stopped:
+        runner.main(["--live", "--filter", "GRUCell-hx"])
+    assert stopped.value.code == 2
+    assert "pip install 'jaxrnn[torch]'" in capsys.readouterr().err
+    without = types.SimpleNamespace(cuda=types.SimpleNamespace(is_available=lambda: False))
+    monkeypatch.setattr(runner, "installed_torch", lambda: without)
+    with pytest.raises(SystemExit):
+        runner.main(["--live", "cuda", "--filter", "GRUCell-hx"])
+    assert "sees no GPU" in capsys.readouterr().err
+
+
 @pytest.mark.torch
 def test_the_runner_with_a_live_torch(torch: types.ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     assert runner.main(["--live", "--filter", "LSTM_PROJ-layers1-hx"]) == 0

@@ -79,6 +79,12 @@ def test_less_memory_is_taken(cell: jaxrnn.Cell) -> None:
     assert memory(32) < 0.3 * everything
 
 
+def test_no_rows() -> None:
+    params, x = _arguments("GRU")
+    output, h_n = jaxrnn.apply(SPECS["GRU"], params, x[:, :0], remat=2)
+    assert (output.shape, h_n.shape) == ((T, 0, H), (2, 0, H))
+
+
 def test_modules_take_it() -> None:
     x = jnp.ones((T, N, F), jnp.float32)
     expected = jaxrnn.GRU(F, H, rngs=nnx.Rngs(0))(x)
