@@ -112,9 +112,11 @@ def _run_in_chunks(
         return state, outputs
 
     outputs = []
-    for start, count, steps in ((0, len(x) // size, size), (whole, 1, len(x) - whole))[
-        :: -1 if settings.reverse else 1
-    ]:
+    spans = [
+        (0, len(x) // size, size),
+        (whole, 1, len(x) - whole),
+    ]  # the first step, how many chunks, of how many steps
+    for start, count, steps in reversed(spans) if settings.reverse else spans:
         if steps:
             end, shape = start + count * steps, (count, steps)
             parts = jax.tree.map(lambda a, s=start, e=end, n=shape: a[s:e].reshape(*n, *a.shape[1:]), (x, marks))
