@@ -37,7 +37,15 @@ def _measure(case: Case, side: sides.Side, *dtypes: str) -> str:
 
 
 def test_the_table_has_every_combination() -> None:
-    assert len(SMALL) > 350
+    assert len(SMALL) > 300
+    whole = [case for case in SMALL if case.way == "whole" and case.steps and not case.second]
+    layouts = {(c.arguments["bias"], c.arguments["batch_first"], c.batch is not None, c.hx) for c in whole}
+    for one, other in itertools.combinations(range(4), 2):  # any two meet in every way
+        assert {(layout[one], layout[other]) for layout in layouts} == set(itertools.product((False, True), repeat=2))
+    for case in whole:  # and so they do for every kind, number of layers and direction
+        same = ("num_layers", "bidirectional")
+        alike = [c for c in whole if c.kind == case.kind and all(c.arguments[n] == case.arguments[n] for n in same)]
+        assert len(alike) == len(layouts)
     assert len({case.name for case in CASES.values()}) == len(CASES)
     for words in ("layers3", "bidirectional", "nobias", "batch_first", "unbatched", "hx"):
         assert sum(words in case.name.split("-") for case in SMALL) > 50
