@@ -85,7 +85,8 @@ def layer(
     state = _cast(state, _accumulator(x.dtype))
     if marks.reset is not None:
         reset_state = jax.tree.map(jnp.zeros_like, state) if reset_state is None else _cast(reset_state, state[0].dtype)
-    run = _run if settings.remat == "none" else _run_in_chunks
+    # A time that is a symbol, in an export, cannot be parted; there is no gradient to save memory for.
+    run = _run_in_chunks if settings.remat != "none" and isinstance(x.shape[0], int) else _run
     outputs, state = run(settings, weights, x, state, marks, reset_state)
     return outputs, _cast(state, x.dtype)
 
@@ -105,10 +106,13 @@ def _run_in_chunks(
     size = min(_CHUNK if gates else int(settings.remat), len(x))
     whole = len(x) - len(x) % size
     policy = jax.checkpoint_policies.save_only_these_names(_STATES) if gates else None
+    dtype = x.dtype
+    weights = {role: weight.astype(_accumulator(dtype)) for role, weight in weights.items()}  # to add up gradients in
 
     @functools.partial(jax.checkpoint, policy=policy, prevent_cse=False)  # which a scan prevents by itself
     def chunk(state: Arrays, part: tuple[jax.Array, Marks]) -> tuple[Arrays, jax.Array]:
-        outputs, state = _run(settings, weights, part[0], state, part[1], reset_state)
+        rounded = {role: weight.astype(dtype) for role, weight in weights.items()}
+        outputs, state = _run(settings, rounded, part[0], state, part[1], reset_state)
         return state, outputs
 
     outputs = []
@@ -277,6 +281,8 @@ def _scan_jvp(settings: Settings, primals: tuple, tangents: tuple) -> tuple[tupl
         _, *rest = _step(settings, recurrent, gates, before)
     sums, unprojected = rest
     after = states if unprojected is None else (unprojected, *states[1:])
+    if marks.ended is not None:  # a state that is held is not the step's: a derivative by it might be infinite
+        after = _select(marks.ended, tuple(cell.step(*_arguments(cell, gates, sums), before)), after)
     order, partials = _partials(cell, *_arguments(cell, gates, sums), before, after)
 
     # What is known of the tangents before the loop: all but what comes through the state's own tangent.

@@ -188,7 +188,8 @@ def apply_cell(
 
 def check_remat(remat: Any) -> None:
     """Raise ValueError unless `remat` is one that `apply` knows."""
-    if isinstance(remat, bool) or not (remat in ("none", "gates") or (isinstance(remat, int) and remat > 0)):
+    known = remat in ("none", "gates") if isinstance(remat, str) else isinstance(remat, int) and remat > 0
+    if not known or isinstance(remat, bool):
         raise ValueError(f"remat should be 'none', 'gates' or an integer above 0, got {remat!r}")
 
 

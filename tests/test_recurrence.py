@@ -307,3 +307,27 @@ def test_states_that_hang_together_in_any_way() -> None:
     assert_same(*gradients)
     tangents = jax.tree.map(jnp.cos, arguments)
     assert_same(*[jax.jvp(function, arguments, tangents)[1] for function in (ours, plain)])
+
+
+def _normalised(gates: tuple, hidden: tuple, state: tuple) -> tuple:
+    """An output by c over n, both of which may be zero before the first step, and are held past the last."""
+    i, f, z, o = gates
+    _, c, n = state
+    i, f = jnp.exp(i), jax.nn.sigmoid(f)
+    c, n = f * c + i * jnp.tanh(z), f * n + i
+    return jax.nn.sigmoid(o) * c / n, c, n
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_a_held_state_where_the_derivative_is_infinite(bidirectional: bool) -> None:
+    cell = jaxrnn.Cell("normalised", ("i", "f", "z", "o"), ("h", "c", "n"), _normalised)
+    spec = jaxrnn.Spec(cell, INPUT, HIDDEN, bidirectional=bidirectional)
+    params = spec.init(jax.random.key(0), jnp.float64)
+    x = jnp.asarray(np.random.RandomState(0).randn(TIME, 3, INPUT))
+
+    def loss(params: Tree, x: jax.Array, lengths: list[int] | None) -> jax.Array:
+        return jnp.sum(jnp.sin(jaxrnn.apply(spec, params, x, lengths=lengths)[0]))
+
+    gradients = jax.grad(loss)(params, x, [TIME, 2, 0])
+    alone = [jax.grad(loss)(params, x[:length, row : row + 1], None) for row, length in ((0, TIME), (1, 2))]
+    assert_same(gradients, jax.tree.map(jnp.add, *alone))

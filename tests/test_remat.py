@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -63,6 +64,33 @@ def test_16_bits_are_not_rounded_between_chunks(remat: str | int) -> None:
     params, x = _arguments("LSTM_PROJ", "bfloat16")
     kept, again = (jaxrnn.apply(SPECS["LSTM_PROJ"], params, x, remat=r) for r in ("none", remat))
     jax.tree.map(np.testing.assert_array_equal, again, kept)
+
+
+@pytest.mark.parametrize("remat", ["gates", 4])
+def test_16_bits_add_up_gradients_over_chunks_as_closely(remat: str | int) -> None:
+    spec = jaxrnn.Spec(jaxrnn.LSTM_CELL, F, H)
+    params, x = spec.init(jax.random.key(0), jnp.float64), np.random.RandomState(0).randn(1024, N, F)
+
+    def gradient(dtype: str, remat: str | int) -> list[np.ndarray]:
+        def loss(params: Any, x: jax.Array) -> jax.Array:
+            return jnp.sum(jnp.sin(jaxrnn.apply(spec, params, x, remat=remat)[0].astype(jnp.float64)))
+
+        cast = jax.tree.map(lambda a: jnp.asarray(a).astype(dtype), (params, x))
+        return [np.asarray(a, np.float64) for a in jax.tree.leaves(jax.grad(loss)(*cast))]
+
+    def error(found: list[np.ndarray]) -> float:
+        truth = gradient("float64", "none")
+        return max(np.abs(a - b).max() / np.abs(b).max() for a, b in zip(found, truth, strict=True))
+
+    assert error(gradient("bfloat16", remat)) < 2.0**-7  # one eps
+
+
+def test_a_symbolic_time_is_exported() -> None:
+    params, _ = _arguments("GRU")
+    shape = jax.ShapeDtypeStruct(jax.export.symbolic_shape("t,4,2"), jnp.float64)
+    run = jax.jit(lambda x: jaxrnn.apply(SPECS["GRU"], params, x, remat=2)[0])
+    x = jnp.ones((5, 4, F))
+    np.testing.assert_allclose(jax.export.export(run)(shape).call(x), run(x), rtol=0, atol=1e-14)
 
 
 @pytest.mark.parametrize("cell", [jaxrnn.LSTM_CELL, jaxrnn.GRU_CELL], ids=["LSTM", "GRU"])
