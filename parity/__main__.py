@@ -84,8 +84,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("--live compares with PyTorch: pip install 'jaxrnn[torch]'; without --live with recorded results")
     if options.live == "cuda" and torch and not torch.cuda.is_available():
         parser.error("--live cuda: this PyTorch sees no GPU")
-    if options.compile_only and options.platform != "tpu":
-        parser.error("--compile-only is for --platform tpu")
+    if options.compile_only and (options.platform != "tpu" or options.side != "jaxrnn" or options.report):
+        parser.error(
+            "--compile-only is for --platform tpu and jaxrnn's NNX modules, and writes --json, but no --report"
+        )
+    for path in (options.json, options.report):
+        if path and not path.parent.is_dir():
+            parser.error(f"there is no folder {path.parent} to write {path.name} to")
     dtypes = [options.dtype] if options.dtype else DTYPES
     cases = [case for case in CASES.values() if options.filter in case.name and set(dtypes) & set(case.dtypes)]
     # What trains is jaxrnn.apply, which both sides call.
@@ -135,7 +140,7 @@ def _judge(cases: list[Case], runs: list[training.Run], dtypes: Sequence[str], o
     if options.report:
         from parity import html  # matplotlib and jinja2, which only this needs
 
-        html.write(options.report, report, options.command_line)
+        html.write(options.report, report, options.command_line, not (options.filter or options.dtype or options.model))
     return 1 if report.failures else 0
 
 

@@ -121,7 +121,7 @@ def _compile(case: Case, dtype: str, kind: str, mesh: Mesh) -> Program:
         return 0 if case.steps is None else 1
 
     try:
-        with jax.default_matmul_precision("highest"):
+        with jax.default_matmul_precision(sides.precision()):
             module, parameters = sides._build_nnx(case, dtype, parameters)
             states = described(state, a_state)
             arguments = (

@@ -7,7 +7,6 @@ from pathlib import Path
 import jinja2
 
 from parity import plots
-from parity.cases import CASES
 from parity.compare import DTYPES
 from parity.report import Report
 from parity.training import STEPS
@@ -15,8 +14,8 @@ from parity.training import STEPS
 TEMPLATE = Path(__file__).with_name("report.html")
 
 
-def write(path: Path, report: Report, command: str) -> None:
-    """Write the report of a run that was started with this command line."""
+def write(path: Path, report: Report, command: str, whole: bool) -> None:
+    """Write the report of a run that was started with this command line, of the whole suite or of a part."""
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     tables = [
         (overall, [(kind, list(rows)) for kind, rows in itertools.groupby(rows, lambda row: row.kind)])
@@ -29,7 +28,7 @@ def write(path: Path, report: Report, command: str) -> None:
             command=f"python -m parity {command}".strip(),
             tables=tables,
             pictures=_pictures(report),
-            whole=report.cases >= len(CASES),
+            whole=whole,
             steps=STEPS,
         )
     )

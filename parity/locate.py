@@ -13,6 +13,7 @@ import numpy as np
 
 from parity import oracle
 from parity.cases import KINDS, Arrays, Case
+from parity.compare import LARGEST_ROUNDED, products_are_float32
 from parity.sides import Side
 
 # What counts as off, scaled by max(1, largest): above what rounding makes of any case.
@@ -119,9 +120,13 @@ def _in_gradients(case: Case, ours: Arrays, truth: Arrays, dtype: str) -> Place:
     )
 
 
+def _limit(dtype: str) -> float:
+    return _OFF[dtype] if dtype != "float32" or products_are_float32() else LARGEST_ROUNDED
+
+
 def _is_off(ours: np.ndarray, wanted: np.ndarray, dtype: str) -> bool:
     scale = max(1.0, float(np.max(np.abs(wanted), initial=0)))
-    return not np.max(np.abs(ours.astype(np.float64) - wanted), initial=0) <= _OFF[dtype] * scale
+    return not np.max(np.abs(ours.astype(np.float64) - wanted), initial=0) <= _limit(dtype) * scale
 
 
 def _distance(ours: Arrays, results: dict[str, Any]) -> float:
@@ -133,7 +138,7 @@ def _cause(case: Case, ours: Arrays, truth: dict[str, Any], dtype: str) -> str:
     without = _distance(ours, truth)
     arrays = case.arrays()[:2]
     distances = {mistake.cause: _distance(ours, oracle.run(case, arrays, mistake)) for mistake in oracle.mistakes(case)}
-    if distances and min(distances.values()) < max(_OFF[dtype], _CLOSER * without):
+    if distances and min(distances.values()) < max(_limit(dtype), _CLOSER * without):
         return min(distances, key=lambda cause: distances[cause])
     if "output" in ours and not any(_is_off(ours[name], truth[name], dtype) for name in truth if name.endswith("_n")):
         kept = (ours["output"] != 0) & (np.abs(truth["output"]) > 1e-3)

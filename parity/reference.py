@@ -46,7 +46,9 @@ def ulps(result: np.ndarray, truth: np.ndarray, dtype: str) -> np.ndarray:
     """How many numbers are off by how many units in the last place that the true number has in a dtype: see `ULPS`."""
     format = jnp.finfo(dtype)
     exponent = np.maximum(np.frexp(truth)[1] - 1, format.minexp)
-    error = np.abs(result.astype(np.float64) - truth) * 2.0 ** (format.nmant - exponent)
+    difference = np.abs(result.astype(np.float64) - truth)
+    # What should be zero is right, or further off than any unit counts.
+    error = np.where((truth == 0) & (difference > 0), np.inf, difference * 2.0 ** (format.nmant - exponent))
     # NaN comes after all numbers.
     return np.bincount(np.searchsorted(ULPS, error.ravel()), minlength=len(ULPS) + 1)
 

@@ -157,6 +157,7 @@ def test_units_in_the_last_place() -> None:
     found = {limit: count for limit, count in zip(ULPS, counts, strict=False) if count}
     assert found == {0.5: 3, 1.0: 2, 2.0: 2, 4.0: 1}
     assert counts[-1] == 2  # something where zero should be, and NaN
+    assert ulps(np.array([1e-12]), np.zeros(1), "float64")[-1] == 1  # however little
     assert ulps(np.array([1 + 2.0**-7]), np.ones(1), "bfloat16").argmax() == ULPS.index(1.0)
     assert ulps(np.array([1 + 2.0**-9]), np.ones(1), "float16").argmax() == ULPS.index(2.0)
 
