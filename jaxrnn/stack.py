@@ -194,7 +194,7 @@ def check_remat(remat: Any) -> None:
 
 
 def _floating(name: str, value: Any) -> jax.Array:
-    array = jnp.asarray(value)
+    array = value if isinstance(value, jax.Array) else jnp.asarray(value)  # which takes its time in eager calls
     if not jnp.issubdtype(array.dtype, jnp.floating):
         raise TypeError(f"{name} should be floating, got {array.dtype}")
     return array

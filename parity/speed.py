@@ -1,4 +1,4 @@
-"""How long jaxrnn takes beside Flax and torch.nn: `python -m parity.speed`, on a machine with nothing else to do.
+"""How long jaxrnn takes beside Flax, Keras, cuDNN and torch.nn: `python -m parity.speed`, on an otherwise idle machine.
 
 All sides are compiled and warm and take turns, so that what disturbs the machine disturbs all; figures are medians. A
 training step is the value and the gradient, by parameters and input, of the outputs' sum of squares.
@@ -34,7 +34,7 @@ from rich.table import Table
 import jaxrnn
 from parity.workloads import WORKLOADS, Torch, Workload, forms, torch_device
 
-SIDES = ("jaxrnn", "sharded", "flax.nnx", "flax.linen", "torch")
+SIDES = ("jaxrnn", "sharded", "flax.nnx", "flax.linen", "keras", "cudnn", "torch")
 THEIRS = SIDES[2:]
 PROGRAMS = ("inference", "training")
 SMALL = 1e9  # operations forward, below which --quick takes a workload
@@ -203,9 +203,11 @@ class Results:
     def __init__(self, found: Sequence[Timed]) -> None:
         self.found = {(timed.workload, timed.program, timed.side): timed for timed in found}
         self.names = list(dict.fromkeys(timed.workload for timed in found))
+        self.sides = [side for side in SIDES if any(timed.side == side for timed in found)]
+        self.theirs = [side for side in self.sides if side in THEIRS]
 
     def ratio(self, workload: str, program: str, theirs: str) -> float | None:
-        """Their time over ours: Flax's over that of one device, torch's, on all cores, over the faster of ours."""
+        """Their time over ours: over that of one device, but torch's, on all cores, over the faster of ours."""
         ours = ("jaxrnn", "sharded") if theirs == "torch" else ("jaxrnn",)
         times = [t.ms for side in ours if (t := self.found.get((workload, program, side)))]
         their = self.found.get((workload, program, theirs))
@@ -214,7 +216,7 @@ class Results:
     def summary(self) -> list[dict[str, Any]]:
         """The geometric mean of the ratios for each program and side, and the worst of them."""
         lines = []
-        for program, side in itertools.product(reversed(PROGRAMS), THEIRS):
+        for program, side in itertools.product(reversed(PROGRAMS), self.theirs):
             ratios = {name: ratio for name in self.names if (ratio := self.ratio(name, program, side))}
             if ratios:
                 worst = min(ratios, key=lambda name: ratios[name])
@@ -227,23 +229,23 @@ class Results:
         table = Table(title="medians in ms, and theirs over ours", title_justify="left", box=box.SIMPLE_HEAD)
         for heading in ("workload", "program"):
             table.add_column(heading, no_wrap=True)
-        headings = [f"{side}\nms" for side in SIDES[:2]] + [f"{side}\nms   ratio" for side in THEIRS]
+        headings = [f"{side}\nms   ratio" if side in THEIRS else f"{side}\nms" for side in self.sides]
         for heading in (*headings, "memory MB\nours flax's", "compile s\nours flax's", "% of\nGEMM"):
             table.add_column(heading, justify="right", no_wrap=True)
         for workload, program in itertools.product(self.names, PROGRAMS):
             cells = []
-            sides = {side: self.found.get((workload, program, side)) for side in SIDES}
+            sides = {side: self.found.get((workload, program, side)) for side in self.sides}
             for side, timed in sides.items():
                 ratio = self.ratio(workload, program, side) if side in THEIRS else None
                 cells.append((_figure(timed.ms) if timed else "") + (f" {ratio:6.2f}" if ratio else ""))
-            both = [timed for side in ("jaxrnn", "flax.nnx") if (timed := sides[side])]
+            both = [timed for side in ("jaxrnn", "flax.nnx") if (timed := sides.get(side))]
             cells += [" ".join(f"{_figure(timed.temporary_mb):>6}" for timed in both)]
             cells += [" ".join(f"{_figure(timed.compile_s):>6}" for timed in both)]
             table.add_row(workload, program, *cells, f"{100 * both[0].share:.0f}")
         console.print(table)
         others = "".join(f", {rate:.0f} {side}" for side, rate in rates.items() if side in ("sharded", "torch"))
         lines = [
-            "Ratios: Flax's time over that of our one device; torch's, on all cores, over the faster of ours.",
+            "Ratios: their time over that of our one device; torch's, on all cores, over the faster of ours.",
             "Memory: beside arguments and results. Flax's, as in the time to trace and compile, is that of flax.nnx.",
             f"GEMM: a large float32 product, in GFLOP/s: {rates['jaxrnn']:.0f} on one device, which on a CPU uses all "
             f"cores for it{others}. The share is that of our one device.",
@@ -271,15 +273,19 @@ def plot(results: Results, path: Path) -> None:
 
     from parity.plots import COLORS, OURS, STYLE
 
-    colors = {"flax.nnx": OURS, "flax.linen": "#7aa6de"} | COLORS
+    colors = {"flax.nnx": OURS, "flax.linen": "#7aa6de", "keras": "#a3293d", "cudnn": "#4f9a4f"} | COLORS
+    count = len(results.theirs) or 1
+    height = 0.81 / count
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(10, 0.42 * len(results.names) + 1.2), layout="constrained")
         for axis, program in zip(figure.subplots(1, 2, sharey=True), PROGRAMS, strict=True):
-            for offset, side in zip((-0.27, 0, 0.27), THEIRS, strict=True):
+            for number, side in enumerate(results.theirs):
                 found = [results.ratio(name, program, side) for name in results.names]
                 ratios = {index: ratio for index, ratio in enumerate(found) if ratio}
-                places = [index + offset for index in ratios]
-                axis.barh(places, [r - 1 for r in ratios.values()], 0.25, left=1, label=side, color=colors[side])
+                places = [index + height * (number - (count - 1) / 2) for index in ratios]
+                axis.barh(
+                    places, [r - 1 for r in ratios.values()], 0.92 * height, left=1, label=side, color=colors[side]
+                )
             axis.axvline(1, color="black", linewidth=0.8)
             axis.set_xscale("log")
             axis.set_xticks(ticks := [0.5, 1, 2, 4, 8], [f"{tick:g}" for tick in ticks])
@@ -288,12 +294,12 @@ def plot(results: Results, path: Path) -> None:
             axis.set_yticks(range(len(results.names)), results.names)
             axis.spines[["top", "right"]].set_visible(False)
         axis.invert_yaxis()
-        figure.legend(*axis.get_legend_handles_labels(), loc="outside upper right", ncols=len(THEIRS), frameon=False)
+        figure.legend(*axis.get_legend_handles_labels(), loc="outside upper right", ncols=count, frameon=False)
         figure.savefig(path)
 
 
 def _environment() -> dict[str, Any]:
-    names = ["jaxrnn", "jax", "flax"] + ["torch"] * bool(importlib.util.find_spec("torch"))
+    names = ["jaxrnn", "jax", "flax", *(name for name in ("keras", "torch") if importlib.util.find_spec(name))]
     device = jax.devices()[0]
     devices = f"{len(jax.devices())} {device.platform} ({device.device_kind})"
     versions = {name: importlib.metadata.version(name) for name in names}
@@ -321,10 +327,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not chosen:
         parser.error(f"no workload has {options.filter!r} in its name; the first is {WORKLOADS[0].name}")
     jax.config.update("jax_num_cpu_devices", options.devices)
-    if not importlib.util.find_spec("torch"):
-        asked.discard("torch")
-    if len(jax.devices()) == 1:
-        asked.discard("sharded")
+    absent = {side for side in ("keras", "torch") if not importlib.util.find_spec(side)}
+    absent |= {"sharded"} if len(jax.devices()) == 1 else set()
+    absent |= {"cudnn"} if jax.default_backend() != "gpu" else set()
+    left_out = [side for side in SIDES if side in asked & absent]
+    asked -= absent
     seconds = options.seconds or (5 if options.quick else 20)
 
     rates = product_rates([side for side in SIDES if side in asked])
@@ -342,8 +349,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 "summary": results.summary(),
             }
             options.json.write_text(json.dumps(everything, indent=1) + "\n")
-    results.show(Console(width=None if sys.stdout.isatty() else 140), rates)
+    results.show(Console(width=None if sys.stdout.isatty() else 170), rates)
     print(", ".join(f"{name} {value}" for name, value in _environment().items()))
+    if left_out:
+        print(f"Not to be had here: {', '.join(left_out)}.")
     if options.plot:
         plot(results, options.plot)
     return 0

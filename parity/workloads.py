@@ -1,6 +1,7 @@
-"""What `parity.speed` times: networks as people have them, and each as jaxrnn, Flax and torch.nn have it."""
+"""What `parity.speed` times: networks as people have them, each as jaxrnn, Flax, Keras, cuDNN and torch.nn have it."""
 
 import functools
+import os
 import re
 import warnings
 from collections.abc import Callable, Collection, Iterator
@@ -12,6 +13,7 @@ import numpy as np
 from flax import linen, nnx
 from flax.nnx.nn.recurrent import flip_sequences
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.experimental import rnn as cudnn
 
 import jaxrnn
 from parity.cases import Arrays
@@ -108,7 +110,7 @@ class Form(NamedTuple):
 
 
 def forms(workload: Workload, sides: Collection[str]) -> Iterator[Form]:
-    """The forms on the JAX sides. Flax has two for an LSTM, of which the faster counts, and no projection."""
+    """The forms on the JAX sides. Flax has two for an LSTM, of which the faster counts. Only ours has a projection."""
     parameters = workload.parameters()
     x = jax.ShapeDtypeStruct((workload.time, workload.batch, workload.input_size), jnp.float32)
     for side in ("jaxrnn", "sharded"):
@@ -126,6 +128,13 @@ def forms(workload: Workload, sides: Collection[str]) -> Iterator[Form]:
             template = jax.eval_shape(stack.init, jax.random.key(0), x, None)["params"]
             converted = to_flax(workload.kind, parameters, template)
             yield Form("flax.linen", f"linen.{cell}", functools.partial(_run_linen, stack), converted)
+    if "keras" in sides and not workload.proj_size:
+        model = keras_model(workload)
+        run = _run_batch_first(functools.partial(_run_keras, model))
+        yield Form("keras", f"keras.{workload.kind}", run, to_keras(workload.kind, parameters))
+    if "cudnn" in sides and workload.kind == "LSTM" and not workload.proj_size:
+        run = _run_batch_first(functools.partial(_run_cudnn, workload))
+        yield Form("cudnn", "jax.experimental.rnn.lstm", run, to_cudnn(parameters))
 
 
 def _run_nnx(graph: Any, call: Callable[..., Any]) -> Callable[..., Any]:
@@ -136,12 +145,40 @@ def _run_linen(module: linen.Module, parameters: Any, x: jax.Array, lengths: jax
     return module.apply({"params": parameters}, x, lengths)
 
 
+def _run_batch_first(run: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """For those that take the batch first: their time has two transpositions, which are small beside the rest."""
+
+    def call(parameters: Any, x: jax.Array, lengths: jax.Array | None) -> jax.Array:
+        outputs = run(parameters, x.swapaxes(0, 1), lengths).swapaxes(0, 1)
+        return _without_padding(outputs, lengths)
+
+    return call
+
+
+def _run_keras(model: Any, parameters: list[jax.Array], x: jax.Array, lengths: jax.Array | None) -> jax.Array:
+    mask = None if lengths is None else _steps(x.shape[1], lengths).T
+    return model.stateless_call(parameters, model.non_trainable_variables, x, mask=mask)[0]
+
+
+def _run_cudnn(workload: Workload, packed: jax.Array, x: jax.Array, lengths: jax.Array | None) -> jax.Array:
+    batch, time, _ = x.shape
+    directions = 1 + workload.bidirectional
+    zeros = jnp.zeros((directions * workload.num_layers, batch, workload.hidden_size), x.dtype)
+    lengths = jnp.full(batch, time, jnp.int32) if lengths is None else lengths.astype(jnp.int32)
+    sizes = workload.input_size, workload.hidden_size, workload.num_layers  # before the dropout
+    return cudnn.lstm(x, zeros, zeros, packed, lengths, *sizes, 0.0, workload.bidirectional)[0]
+
+
+def _steps(time: int, lengths: jax.Array) -> jax.Array:
+    """Which steps, (time, batch), are no padding."""
+    return jnp.arange(time, dtype=lengths.dtype)[:, None] < lengths
+
+
 def _without_padding(outputs: jax.Array, lengths: jax.Array | None) -> jax.Array:
-    """What Flax leaves in the padding is not to count in the loss."""
+    """What Flax and Keras leave in the padding is not to count in the loss."""
     if lengths is None:
         return outputs
-    steps = jnp.arange(len(outputs), dtype=lengths.dtype)
-    return jnp.where((steps[:, None] < lengths)[..., None], outputs, 0)
+    return jnp.where(_steps(len(outputs), lengths)[..., None], outputs, 0)
 
 
 class NNXStack(nnx.Module):
@@ -208,6 +245,43 @@ def to_flax(kind: str, parameters: Arrays, template: Any) -> Any:
             bias = "bias_ih" if source == "i" or kind == "LSTM" else "bias_hh"
             converted[path] = parameters[f"{bias}_{suffix}"][rows]
     return unflatten_dict(converted)
+
+
+def keras_model(workload: Workload) -> Any:
+    """Keras's layers one after the other, on its JAX backend; their own parameters are not used."""
+    os.environ["KERAS_BACKEND"] = "jax"  # read once, at the import
+    import keras
+
+    layer = getattr(keras.layers, "SimpleRNN" if workload.kind == "RNN" else workload.kind)
+    settings = {"activation": workload.nonlinearity, "recurrent_initializer": "zeros", "return_sequences": True}
+    layers = [layer(workload.hidden_size, **settings) for _ in workload.sizes]
+    if workload.bidirectional:
+        layers = [keras.layers.Bidirectional(forward) for forward in layers]
+    model = keras.Sequential(layers)
+    model.build((workload.batch, workload.time, workload.input_size))
+    return model
+
+
+def to_keras(kind: str, parameters: Arrays) -> list[np.ndarray]:
+    """Keras's parameters, from torch's: a GRU has its update gate first, and nothing else has a second bias."""
+
+    def ordered(array: np.ndarray) -> np.ndarray:
+        if kind != "GRU":
+            return array
+        reset, update, new = np.split(array, 3)
+        return np.concatenate((update, reset, new))
+
+    converted = []
+    for suffix in (name.removeprefix("weight_ih_") for name in parameters if name.startswith("weight_ih_")):
+        kernels = (ordered(parameters[f"weight_{source}h_{suffix}"]).T for source in "ih")
+        biases = np.stack([ordered(parameters[f"bias_{source}h_{suffix}"]) for source in "ih"])
+        converted += [*kernels, biases if kind == "GRU" else biases.sum(0)]
+    return converted
+
+
+def to_cudnn(parameters: Arrays) -> np.ndarray:
+    """All weights and then all biases in one, from torch's parameters, which are otherwise the same."""
+    return np.concatenate([parameters[name].ravel() for name in sorted(parameters, key=lambda n: n.startswith("bias"))])
 
 
 def torch_device() -> str:

@@ -1,6 +1,8 @@
 """The timing program: what it times is the same network on every side, and its arithmetic. No time is asserted."""
 
 import collections
+import functools
+import importlib.util
 import itertools
 import json
 import os
@@ -8,6 +10,7 @@ import subprocess
 import sys
 import types
 import xml.etree.ElementTree as xml
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +18,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import rnn as cudnn
 
 from parity import speed
 from parity.speed import Results, Timed, Turn
-from parity.workloads import WORKLOADS, Torch, Workload, forms
+from parity.workloads import WORKLOADS, Torch, Workload, forms, to_keras
 
 TINY = [
     Workload("ragged", "LSTM", 4, 7, 3, 5, bidirectional=True, ragged=True),
@@ -26,6 +30,7 @@ TINY = [
     Workload("layers", "RNN", 4, 7, 3, 5, num_layers=2, bidirectional=True, nonlinearity="relu"),
     Workload("projected", "LSTM", 4, 7, 3, 5, proj_size=2),
 ]
+DEEP = [Workload(f"deep {k}", k, 4, 7, 3, 5, 2, bidirectional=True, ragged=True) for k in ("LSTM", "GRU", "RNN")]
 ROOT = Path(__file__).parents[1]
 
 
@@ -82,19 +87,61 @@ def test_operations() -> None:
     assert TINY[0].operations() * 4 * 7 == whole * lengths.sum()  # what is padding is no work
 
 
-@pytest.mark.parametrize("workload", TINY, ids=lambda workload: workload.name)
-def test_every_jax_side_computes_the_same(workload: Workload) -> None:
+def _sides_of_the_truth(workload: Workload, sides: Collection[str]) -> list[str]:
+    """The side of each form, all of which give the exact outputs."""
     x, lengths = workload.inputs()
     exact = speed.truth(workload)
     assert exact.dtype == np.float64
     names = []
-    for form in forms(workload, speed.SIDES):
+    for form in forms(workload, sides):
         outputs = jax.jit(form.run)(form.parameters, x, lengths)
         assert outputs.dtype == np.float32
         np.testing.assert_allclose(outputs, exact, atol=1e-6)
         names.append(form.side)
+    return names
+
+
+@pytest.mark.parametrize("workload", TINY, ids=lambda workload: workload.name)
+def test_every_jax_side_computes_the_same(workload: Workload) -> None:
+    names = _sides_of_the_truth(workload, speed.SIDES[:4])
     assert set(names) == set(speed.SIDES[: 2 if workload.proj_size else 4])  # Flax has no projection
     assert len(names) == {"ragged": 6, "projected": 2}.get(workload.name, 4)  # and two cells for an LSTM
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("keras"), reason="Keras is not installed")
+@pytest.mark.parametrize("workload", [*TINY, *DEEP], ids=lambda workload: workload.name)
+def test_keras_computes_the_same(workload: Workload) -> None:
+    there = [] if workload.proj_size else ["keras"]
+    assert _sides_of_the_truth(workload, ["keras"]) == there
+    both = [
+        jax.jit(jax.grad(functools.partial(speed._loss, form.run), (0, 1)))(form.parameters, *workload.inputs())
+        for form in forms(workload, ["jaxrnn", *there])
+    ]
+    for _, by_x in both:
+        np.testing.assert_allclose(by_x, both[0][1], atol=1e-5)
+
+
+@pytest.mark.parametrize("workload", [*TINY, *DEEP], ids=lambda workload: workload.name)
+def test_cudnn_computes_the_same(workload: Workload, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With JAX's reference in place of what only a GPU has."""
+
+    def reference(x: Any, h: Any, c: Any, packed: Any, lengths: Any, *arguments: Any) -> Any:
+        *sizes, _, bidirectional = arguments
+        assert packed.shape == (cudnn.get_num_params_in_lstm(*sizes, bidirectional),)
+        weights = cudnn.unpack_lstm_weights(packed, *sizes, bidirectional)
+        return cudnn.lstm_ref(x, h, c, *weights, lengths, *arguments)
+
+    monkeypatch.setattr(cudnn, "lstm", reference)
+    there = workload.kind == "LSTM" and not workload.proj_size
+    assert _sides_of_the_truth(workload, ["cudnn"]) == ["cudnn"] * there
+
+
+def test_both_biases_reach_keras() -> None:
+    """In the workloads the second is zero."""
+    weights = {"weight_ih_l0": np.zeros((3, 1)), "weight_hh_l0": np.zeros((3, 1))}
+    biases = {"bias_ih_l0": np.array([1, 2, 3]), "bias_hh_l0": np.array([40, 50, 60])}
+    np.testing.assert_array_equal(to_keras("GRU", weights | biases)[2], [[2, 1, 3], [50, 40, 60]])
+    np.testing.assert_array_equal(to_keras("RNN", weights | biases)[2], [41, 52, 63])
 
 
 @pytest.mark.torch
@@ -160,7 +207,7 @@ from parity import speed
 from parity.workloads import Workload
 ragged = Workload("of three rows", "RNN", 3, 7, 3, 5, bidirectional=True, ragged=True)
 speed.WORKLOADS = [Workload("tiny RNN", "RNN", 4, 7, 3, 5), ragged]
-options = "--devices 2 --repeats 3 --sides sharded,flax.nnx --json out.json --plot out.svg".split()
+options = "--devices 2 --repeats 3 --sides sharded,flax.nnx,cudnn --json out.json --plot out.svg".split()
 raise SystemExit(speed.main(options))
 """
     environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
@@ -169,6 +216,7 @@ raise SystemExit(speed.main(options))
     assert run.returncode == 0, run.stderr
     assert run.stdout.count("tiny RNN") >= 2  # inference and training
     assert "training: flax.nnx takes" in run.stdout
+    assert "Not to be had here: cudnn." in run.stdout
     found = json.loads((tmp_path / "out.json").read_text())
     assert [workload["name"] for workload in found["workloads"]] == ["tiny RNN", "of three rows"]
     entries = {(entry["workload"], entry["program"], entry["side"]): entry for entry in found["results"]}
@@ -189,7 +237,7 @@ raise SystemExit(speed.main(options))
     assert {"tiny RNN", "of three rows", "flax.nnx"} <= texts
 
 
-@pytest.mark.parametrize(("option", "message"), [("--sides=keras", "no side keras"), ("--filter=CNN", "no workload")])
+@pytest.mark.parametrize(("option", "message"), [("--sides=haiku", "no side haiku"), ("--filter=CNN", "no workload")])
 def test_what_is_not_there_is_told(option: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         speed.main([option])

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -260,6 +261,28 @@ def test_the_weight_gradient_is_no_sum_inside_the_loop(cell: jaxrnn.Cell, gates:
     assert not _made_in_loops(jax.grad(loss), params, x) & weight
     # The check sees what it looks for: plain autodiff does add up the weight gradient in its loop.
     assert _made_in_loops(jax.grad(plain_loss), params, x) & weight
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="reads what a CPU runs")
+@pytest.mark.parametrize("cell", [jaxrnn.LSTM_CELL, jaxrnn.GRU_CELL, jaxrnn.RNN_TANH], ids=lambda cell: cell.name)
+def test_gates_are_computed_several_numbers_at_a_time(cell: jaxrnn.Cell, tmp_path: Path) -> None:
+    spec = jaxrnn.Spec(cell, 16, 128)
+    params = spec.init(jax.random.key(0))
+
+    def run(params: Tree, x: jax.Array) -> jax.Array:
+        return jnp.sum(jaxrnn.apply(spec, params, x)[0] ** 2)
+
+    for name, function in (("inference", run), ("training", jax.grad(run, (0, 1)))):
+        lowered = jax.jit(function).lower(params, jnp.ones((50, 4, 16), jnp.float32))
+        lowered.compile(compiler_options={"xla_dump_to": str(tmp_path / name)})
+        gates = 0
+        for kernel in (tmp_path / name).glob("*.ir-with-opt.ll"):
+            operations = re.findall(r"= f(?:add|sub|mul|div) (<\d+ x )?float", kernel.read_text())
+            several = sum(kind not in ("", "<1 x ") for kind in operations)
+            if len(operations) > 40:  # with a tanh or a logistic; the same one by one is for arrays that overlap
+                gates += 1
+                assert several >= len(operations) / 2, (kernel.name, several, len(operations))
+        assert gates, f"{name} has no kernel that computes gates"
 
 
 def test_a_state_that_comes_from_another_is_differentiated_by_that_one() -> None:
