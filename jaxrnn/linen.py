@@ -5,6 +5,7 @@ module adds the parameters and the randomness. `params` has the keys of torch's 
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,10 +13,10 @@ import jax.numpy as jnp
 from flax import linen
 from jax.typing import ArrayLike, DTypeLike
 
-from jaxrnn import flax_cell
+from jaxrnn import flax_cell, flax_sharding
 from jaxrnn.cells import GRU_CELL, LSTM_CELL, Cell, rnn_cell
 from jaxrnn.packed import PackedSequence
-from jaxrnn.recurrence import Remat
+from jaxrnn.recurrence import MeshAxis, Remat
 from jaxrnn.spec import CellSpec, Spec
 from jaxrnn.stack import HX, Output, State, apply, apply_cell, check_remat
 
@@ -33,9 +34,12 @@ class _Module(linen.Module):
         self.spec = self._Spec(self._cell, **settings)
         super().__post_init__()
 
+    def _draw(self, name: str) -> Callable[..., Any]:
+        return self.spec.draw
+
     def _params(self) -> dict[str, jax.Array]:
         shapes = self.spec.shapes()
-        return {name: self.param(name, self.spec.draw, shape, self.param_dtype) for name, shape in shapes.items()}
+        return {name: self.param(name, self._draw(name), shape, self.param_dtype) for name, shape in shapes.items()}
 
 
 class _Layers(_Module):
@@ -44,12 +48,19 @@ class _Layers(_Module):
     _Spec = Spec
     _: dataclasses.KW_ONLY
     remat: Remat = "none"
+    hidden_axis: MeshAxis | None = None
     deterministic: bool | None = None
     rng_collection: str = "dropout"
 
     def __post_init__(self) -> None:
         check_remat(self.remat)
         super().__post_init__()
+
+    def _draw(self, name: str) -> Callable[..., Any]:
+        if self.hidden_axis is None:
+            return self.spec.draw
+        axis = flax_sharding.mesh_axis(self.hidden_axis)
+        return linen.with_partitioning(self.spec.draw, flax_sharding.names(self.spec, axis)[name])
 
     @linen.compact
     def __call__(
@@ -91,6 +102,7 @@ class _Layers(_Module):
             dtype=self.dtype,
             precision=self.precision,
             remat=self.remat,
+            hidden_axis=flax_sharding.mesh_axis(self.hidden_axis),
         )
 
 
@@ -98,7 +110,8 @@ class RNN(_Layers):
     """A stack of Elman RNN layers: torch.nn.RNN. Equations and arguments as in `jaxrnn.RNN`.
 
     Beside torch's arguments, all of them fields in torch's order, there are, keyword-only, dtype, param_dtype,
-    precision and remat as in `jaxrnn.RNN`, deterministic and rng_collection as in `flax.linen.Dropout`, and Linen's
+    precision, remat and hidden_axis as in `jaxrnn.RNN` (with hidden_axis the parameters are `linen.Partitioned`, as
+    `linen.with_partitioning` makes them), deterministic and rng_collection as in `flax.linen.Dropout`, and Linen's
     name.
 
     Raises:

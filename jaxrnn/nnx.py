@@ -12,10 +12,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import ArrayLike, DTypeLike
 
-from jaxrnn import flax_cell
+from jaxrnn import flax_cell, flax_sharding
 from jaxrnn.cells import GRU_CELL, LSTM_CELL, RNN_RELU, rnn_cell
 from jaxrnn.packed import PackedSequence
-from jaxrnn.recurrence import Remat
+from jaxrnn.recurrence import MeshAxis, Remat
 from jaxrnn.spec import CellSpec, Spec
 from jaxrnn.stack import HX, Output, State, apply, apply_cell, check_remat
 
@@ -58,7 +58,10 @@ class _Module(nnx.Module):
         self.dtype = dtype
         self.param_dtype = param_dtype
         self.precision = precision
-        for name, value in spec.init(rngs.params(), param_dtype).items():
+        self._add_params(spec.init(rngs.params(), param_dtype))
+
+    def _add_params(self, values: dict[str, jax.Array]) -> None:
+        for name, value in values.items():
             setattr(self, name, nnx.Param(value))
 
     def _params(self) -> dict[str, jax.Array]:
@@ -93,14 +96,24 @@ class _Layers(_Module):
         param_dtype: DTypeLike,
         precision: jax.lax.PrecisionLike,
         remat: Remat,
+        hidden_axis: MeshAxis | None,
         rngs: nnx.Rngs,
     ) -> None:
+        self.hidden_axis = hidden_axis
         super().__init__(spec, dtype, param_dtype, precision, rngs)
         check_remat(remat)
         self.remat = remat
         self.deterministic = False
         # Kept only where it is used: a stream adds leaves that have no gradient.
         self.rngs = rngs["dropout"].fork() if self._drops() else nnx.data(None)
+
+    def _add_params(self, values: dict[str, jax.Array]) -> None:
+        if self.hidden_axis is None:
+            return super()._add_params(values)
+        lies = flax_sharding.names(self.spec, self.hidden_axis)
+        on_mesh = bool(jax.sharding.get_abstract_mesh().axis_names)  # without a mesh the names are for later
+        for name, value in values.items():
+            setattr(self, name, nnx.Param(value, out_sharding=lies[name], eager_sharding=on_mesh))
 
     def _drops(self) -> bool:
         return self.dropout > 0 and self.num_layers > 1
@@ -162,6 +175,7 @@ class _Layers(_Module):
             dtype=self.dtype,
             precision=self.precision,
             remat=self.remat,
+            hidden_axis=flax_sharding.mesh_axis(self.hidden_axis),
         )
 
     def set_view(self, deterministic: bool | None = None) -> None:
@@ -196,6 +210,8 @@ class RNN(_Layers):
         precision: the precision of the products, as for `jax.lax.dot_general`.
         remat: what is kept for the gradient: "none" of it computed again, the "gates" computed again from the states,
             or every k-th step an integer k: as for `jaxrnn.apply`.
+        hidden_axis: the axis of the mesh of `jax.set_mesh`, or the logical axis for which Flax's rules have one, over
+            which hidden units are shared out. The parameters' metadata has it, and with a mesh they are created there.
         rngs: nnx.Rngs for the initial parameters (uniform within 1/sqrt(hidden_size) of 0, as torch's) and, where it
             is used, for dropout.
 
@@ -232,11 +248,12 @@ class RNN(_Layers):
         param_dtype: DTypeLike = jnp.float32,
         precision: jax.lax.PrecisionLike = None,
         remat: Remat = "none",
+        hidden_axis: MeshAxis | None = None,
         rngs: nnx.Rngs,
     ) -> None:
         cell = rnn_cell(nonlinearity)
         spec = Spec(cell, input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size)
-        super().__init__(spec, dtype, param_dtype, precision, remat, rngs)
+        super().__init__(spec, dtype, param_dtype, precision, remat, hidden_axis, rngs)
 
 
 class LSTM(_Layers):
@@ -285,12 +302,13 @@ class LSTM(_Layers):
         param_dtype: DTypeLike = jnp.float32,
         precision: jax.lax.PrecisionLike = None,
         remat: Remat = "none",
+        hidden_axis: MeshAxis | None = None,
         rngs: nnx.Rngs,
     ) -> None:
         spec = Spec(
             LSTM_CELL, input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size
         )
-        super().__init__(spec, dtype, param_dtype, precision, remat, rngs)
+        super().__init__(spec, dtype, param_dtype, precision, remat, hidden_axis, rngs)
 
 
 class GRU(_Layers):
@@ -334,10 +352,11 @@ class GRU(_Layers):
         param_dtype: DTypeLike = jnp.float32,
         precision: jax.lax.PrecisionLike = None,
         remat: Remat = "none",
+        hidden_axis: MeshAxis | None = None,
         rngs: nnx.Rngs,
     ) -> None:
         spec = Spec(GRU_CELL, input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size)
-        super().__init__(spec, dtype, param_dtype, precision, remat, rngs)
+        super().__init__(spec, dtype, param_dtype, precision, remat, hidden_axis, rngs)
 
 
 class _OneStep(_Module):

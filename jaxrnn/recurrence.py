@@ -18,6 +18,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import ClosedJaxpr, Literal, jaxpr_as_fun
+from jax.sharding import PartitionSpec
 
 from jaxrnn.cells import Arrays, Cell
 
@@ -28,6 +29,8 @@ _CHUNK = 128  # steps whose gates are computed again at a time
 
 # What to keep for the derivative: see `layer`.
 Remat = str | int
+# An axis of a mesh of devices, or several that are taken as one.
+MeshAxis = str | tuple[str, ...]
 
 
 class Settings(NamedTuple):
@@ -37,6 +40,7 @@ class Settings(NamedTuple):
     precision: lax.PrecisionLike = None
     reverse: bool = False
     remat: Remat = "none"
+    hidden_axis: MeshAxis | None = None  # of the mesh, over which hidden units are shared out
 
 
 class Marks(NamedTuple):
@@ -50,9 +54,12 @@ UNMARKED = Marks()
 
 
 class Recurrent(NamedTuple):
-    """The weights inside the loop, turned once outside it so that products read them along their rows."""
+    """The weights inside the loop, turned once outside it so that products read them along their rows.
 
-    weight_hh: jax.Array  # (output size, gates * hidden_size)
+    Where hidden units are shared out, so are those of every gate: the gates have an axis of their own.
+    """
+
+    weight_hh: jax.Array  # (output size, gates * hidden_size), or (output size, gates, hidden_size)
     bias: jax.Array  # what joins the recurrent product: b_hh, and b_ih but for the gates in cell.apart
     weight_hr: jax.Array | None  # (hidden_size, proj_size)
 
@@ -71,7 +78,7 @@ def layer(
     one product ("gates"), or the state before every k-th step (k), from where the steps are made again.
 
     Args:
-        settings: the cell, the precision of products, the direction in time, and what to keep.
+        settings: the cell, the precision of products, the direction in time, what to keep, and the mesh's axis.
         weights: torch's parameters of this layer and direction by role: `weight_ih` (gates * hidden_size, features),
             `weight_hh`, and where there are any `bias_ih`, `bias_hh`, `weight_hr`; all in x's dtype.
         x: the input, (time, batch, features); finite past a row's end, too.
@@ -167,45 +174,73 @@ def _product(settings: Settings, a: jax.Array, weight: jax.Array, contract: int 
     )
 
 
-def _split(cell: Cell, a: jax.Array) -> Arrays:
+def _split(settings: Settings, a: jax.Array) -> Arrays:
     """One array a gate. As slices of one array inside the loop, gate kernels would not be vectorised on a CPU."""
-    return tuple(jnp.split(a, len(cell.gates), axis=-1))
+    count = len(settings.cell.gates)
+    if settings.hidden_axis is None:
+        return tuple(jnp.split(a, count, axis=-1))
+    return tuple(_shared_out(settings, gate[..., 0, :]) for gate in jnp.split(a, count, axis=-2))
+
+
+def _join(settings: Settings, gates: Arrays) -> jax.Array:
+    return jnp.concatenate(gates, axis=-1) if settings.hidden_axis is None else jnp.stack(gates, axis=-2)
+
+
+def _shared_out(settings: Settings, a: jax.Array, whole: bool = False) -> jax.Array:
+    """Share out the last axis, of hidden units, over the mesh; the others are whole everywhere, or as they come."""
+    if settings.hidden_axis is None:
+        return a
+    rest = [None if whole else PartitionSpec.UNCONSTRAINED] * (a.ndim - 1)
+    return lax.with_sharding_constraint(a, PartitionSpec(*rest, settings.hidden_axis))
+
+
+def _by_gate(settings: Settings, a: jax.Array) -> jax.Array:
+    """Where hidden units are shared out, give the gates of turned weights an axis: each device has its units' of each.
+
+    In torch's rows, gate after gate, devices would have gates, and exchange them at every step.
+    """
+    if settings.hidden_axis is None:
+        return a
+    return _shared_out(settings, a.reshape(*a.shape[:-1], len(settings.cell.gates), -1), whole=True)
 
 
 def _project_input(settings: Settings, weights: Weights, x: jax.Array) -> tuple[Arrays, Recurrent]:
     """The input's part of every gate for all of x at once, and the weights that are left for the loop."""
     cell = settings.cell
-    gates = _input_products(settings, x, weights["weight_ih"])
-    bias = jnp.zeros(weights["weight_hh"].shape[0], gates[0].dtype)
+    weight_ih = weights["weight_ih"]
+    gates = _input_products(settings, x, weight_ih if settings.hidden_axis is None else _by_gate(settings, weight_ih.T))
+    bias = _by_gate(settings, jnp.zeros(weights["weight_hh"].shape[0], gates[0].dtype))
     if "bias_ih" in weights:
-        bias_ih, bias = (weights[name].astype(bias.dtype) for name in ("bias_ih", "bias_hh"))
-        inputs = tuple(zip(cell.gates, _split(cell, bias_ih), strict=True))
+        bias_ih, bias = (_by_gate(settings, weights[name].astype(bias.dtype)) for name in ("bias_ih", "bias_hh"))
+        inputs = tuple(zip(cell.gates, _split(settings, bias_ih), strict=True))
         gates = tuple(gate + b if name in cell.apart else gate for gate, (name, b) in zip(gates, inputs, strict=True))
-        bias = bias + jnp.concatenate([jnp.zeros_like(b) if name in cell.apart else b for name, b in inputs])
+        bias = bias + _join(settings, tuple(jnp.zeros_like(b) if name in cell.apart else b for name, b in inputs))
     weight_hr = weights["weight_hr"].T if "weight_hr" in weights else None
-    return gates, Recurrent(weights["weight_hh"].T, bias, weight_hr)
+    return gates, Recurrent(_by_gate(settings, weights["weight_hh"].T), bias, weight_hr)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _input_products(settings: Settings, x: jax.Array, weight_ih: jax.Array) -> Arrays:
-    """A product for each gate, for parting one large product would copy it."""
-    return tuple(_product(settings, x, weight.T) for weight in jnp.split(weight_ih, len(settings.cell.gates)))
+def _input_products(settings: Settings, x: jax.Array, weight: jax.Array) -> Arrays:
+    """A product for each gate, for parting one large product would copy it. The weight is torch's, or `_by_gate`."""
+    if settings.hidden_axis is None:
+        return tuple(_product(settings, x, part.T) for part in jnp.split(weight, len(settings.cell.gates)))
+    return tuple(_shared_out(settings, _product(settings, x, part)) for part in _split(settings, weight))
 
 
 @functools.partial(_input_products.defjvp, symbolic_zeros=True)
 def _input_products_jvp(settings: Settings, primals: tuple, tangents: tuple) -> tuple[Arrays, Arrays]:
     """In the derivative one large product it is: the gates' tangents come together in the loop as they are."""
-    x, weight_ih = primals
-    d_x, d_weight_ih = tangents
-    gates = _input_products(settings, x, weight_ih)
+    x, weight = primals
+    d_x, d_weight = tangents
+    gates = _input_products(settings, x, weight)
     products = [
-        _product(settings, a, weight.T)
-        for a, weight in ((d_x, weight_ih), (x, d_weight_ih))
-        if not isinstance(a, SymbolicZero) and not isinstance(weight, SymbolicZero)
+        _product(settings, a, b.T if settings.hidden_axis is None else b)
+        for a, b in ((d_x, weight), (x, d_weight))
+        if not isinstance(a, SymbolicZero) and not isinstance(b, SymbolicZero)
     ]
     if not products:
         return gates, jax.tree.map(jnp.zeros_like, gates)
-    return gates, _split(settings.cell, functools.reduce(operator.add, products))
+    return gates, _split(settings, functools.reduce(operator.add, products))
 
 
 def _sums(cell: Cell, gates: Arrays, recurrent: Arrays) -> Arrays:
@@ -228,8 +263,8 @@ def _step(
 ) -> tuple[Arrays, Arrays, jax.Array | None]:
     """One step: the state after it, and what its derivative needs, the sums and the output before projection."""
     cell = settings.cell
-    sums = _sums(cell, gates, _split(cell, _product(settings, state[0], recurrent.weight_hh) + recurrent.bias))
-    state = tuple(cell.step(*_arguments(cell, gates, sums), state))
+    sums = _sums(cell, gates, _split(settings, _product(settings, state[0], recurrent.weight_hh) + recurrent.bias))
+    state = tuple(_shared_out(settings, a) for a in cell.step(*_arguments(cell, gates, sums), state))
     if len(state) != len(cell.states):
         raise ValueError(f"step of Cell {cell.name!r} should return {len(cell.states)} arrays, got {len(state)}")
     if recurrent.weight_hr is None:
@@ -287,20 +322,21 @@ def _scan_jvp(settings: Settings, primals: tuple, tangents: tuple) -> tuple[tupl
 
     # What is known of the tangents before the loop: all but what comes through the state's own tangent.
     d_sums = _product(settings, before[0], d_recurrent.weight_hh) + d_recurrent.bias
-    d_sums = jnp.concatenate(_sums(cell, d_gates, _split(cell, d_sums)), axis=-1)
+    d_sums = _join(settings, _sums(cell, d_gates, _split(settings, d_sums)))
     d_inputs = tuple(d_gate if name in cell.apart else None for name, d_gate in zip(cell.gates, d_gates, strict=True))
     d_projected = None
     if unprojected is not None and d_recurrent.weight_hr is not None:
         d_projected = _product(settings, unprojected, d_recurrent.weight_hr)
 
     # Turned back, so that the transposed loop reads them along their rows as well.
-    weight_hh = recurrent.weight_hh.T
+    turned = settings.hidden_axis is None
+    weight_hh = recurrent.weight_hh.T if turned else recurrent.weight_hh
     weight_hr = None if recurrent.weight_hr is None else recurrent.weight_hr.T
 
     def linear(d_state: Arrays, step: tuple) -> tuple[Arrays, jax.Array]:
         partials, d_sums, d_inputs, d_projected, marks = step
         d_before = _select(marks.reset, d_reset_state, d_state)
-        d_sums = _split(cell, d_sums + _product(settings, d_before[0], weight_hh, contract=1))
+        d_sums = _split(settings, d_sums + _product(settings, d_before[0], weight_hh, contract=int(turned)))
         d_gates, d_hidden = _arguments(cell, d_inputs, d_sums)
         slots = [*d_gates, *d_hidden, *d_before, *d_before]
         for index in order:

@@ -177,6 +177,26 @@ class Spec(_Parameters):
             for role, name in self.names(layer, direction).items()
         }
 
+    def hidden_axes(self) -> dict[str, tuple[bool, ...]]:
+        """Which axes of each parameter count hidden units, and so can be shared out; rows count gates, one by one.
+
+        >>> import jaxrnn
+        >>> jaxrnn.Spec(jaxrnn.GRU_CELL, 10, 20, bias=False).hidden_axes()
+        {'weight_ih_l0': (False, False), 'weight_hh_l0': (False, True)}
+        """
+
+        def columns(layer: int, role: str) -> tuple[bool, ...]:
+            if role.startswith("bias"):
+                return ()
+            return (role == "weight_hr" or (not self.proj_size and (role == "weight_hh" or layer > 0)),)
+
+        return {
+            name: (False, *columns(layer, role))
+            for layer in range(self.num_layers)
+            for direction in range(self.num_directions)
+            for role, name in self.names(layer, direction).items()
+        }
+
 
 @dataclasses.dataclass(frozen=True)
 class CellSpec(_Parameters):

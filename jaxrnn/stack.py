@@ -1,18 +1,20 @@
 """The whole call as a pure function: layers, directions, dropout, batch_first and unbatched input, and its checks."""
 
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxrnn import recurrence
 from jaxrnn.cells import Arrays
 from jaxrnn.packed import PackedSequence, layout, pack, pad
-from jaxrnn.recurrence import Remat
+from jaxrnn.recurrence import MeshAxis, Remat
 from jaxrnn.spec import CellSpec, Spec
 
 HX = ArrayLike | Sequence[ArrayLike] | None
@@ -34,6 +36,7 @@ def apply(
     dtype: DTypeLike | None = None,
     precision: jax.lax.PrecisionLike = None,
     remat: Remat = "none",
+    hidden_axis: MeshAxis | None = None,
 ) -> tuple[Output, State]:
     """Run a recurrent network over a sequence, as torch's RNN, LSTM and GRU modules do.
 
@@ -60,6 +63,8 @@ def apply(
         remat: what a derivative in reverse finds kept: all that it needs, "none" of it computed again; the states, from
             which the "gates" are computed again; or, for an integer k, the states before every k-th step, from where
             the steps are made again. Values and gradients are the same, up to rounding.
+        hidden_axis: the axis, or axes, of the mesh in `jax.set_mesh`, of type Auto, over which the hidden units, and
+            with them the gates and states, are shared out; None leaves that to XLA.
 
     Returns:
         `(output, h_n)`, or for a cell of several states `(output, (h_n, c_n))`: the last layer's outputs, laid out
@@ -71,8 +76,9 @@ def apply(
         TypeError: x, hx, reset_state or a parameter is not floating, hx or reset_state has not the form that the
             cell's states need, lengths are not integers, or reset is not boolean.
         ValueError: x is neither 2-D nor 3-D, params has not the names and shapes of `spec.shapes()`, a length is
-            out of range, lengths come with a PackedSequence, reset with a bidirectional network, or remat is
-            neither "none" nor "gates" nor an integer above 0.
+            out of range, lengths come with a PackedSequence, reset with a bidirectional network, remat is neither
+            "none" nor "gates" nor an integer above 0, or hidden_axis is not of the mesh, not of type Auto, or has
+            devices in a number that does not divide hidden_size.
         RuntimeError: the size of x, hx, lengths, reset or reset_state does not fit, or the sequence is empty.
 
     >>> import jax, jaxrnn
@@ -85,9 +91,11 @@ def apply(
     if isinstance(x, PackedSequence):
         if lengths is not None:
             raise ValueError("lengths should be None for a PackedSequence, which has its own")
-        rest = {"reset_state": reset_state, "dropout_key": dropout_key, "dtype": dtype, "precision": precision}
-        return _apply_packed(spec, params, x, hx, reset, dropout_masks, remat=remat, **rest)
+        rest: dict[str, Any] = {"reset_state": reset_state, "dropout_key": dropout_key, "dtype": dtype}
+        rest |= {"precision": precision, "remat": remat, "hidden_axis": hidden_axis}
+        return _apply_packed(spec, params, x, hx, reset, dropout_masks, **rest)
     check_remat(remat)
+    _check_hidden_axis(spec, hidden_axis)
     x = _floating("x", x)
     if x.ndim not in (2, 3):
         raise ValueError(f"x should be 2-D (unbatched) or 3-D (batched), got shape {x.shape}")
@@ -109,7 +117,7 @@ def apply(
         masks = _masks(dropout_masks, spec.num_layers - 1, (x.shape[time_axis], *batch, features))
     key = dropout_key if spec.dropout and masks is None else None
     arrays = _Arrays(_parameters(spec, params), x, state, reset_state)
-    output, state = _apply(spec, arrays, lengths, reset, key, masks, _dtype(dtype), precision, remat)
+    output, state = _apply(spec, arrays, lengths, reset, key, masks, _dtype(dtype), precision, remat, hidden_axis)
     return output, _unwrap(state)
 
 
@@ -191,6 +199,23 @@ def check_remat(remat: Any) -> None:
     known = remat in ("none", "gates") if isinstance(remat, str) else isinstance(remat, int) and remat > 0
     if not known or isinstance(remat, bool):
         raise ValueError(f"remat should be 'none', 'gates' or an integer above 0, got {remat!r}")
+
+
+def _check_hidden_axis(spec: Spec, axis: MeshAxis | None) -> None:
+    if axis is None:
+        return
+    mesh = jax.sharding.get_abstract_mesh()
+    wanted = (axis,) if isinstance(axis, str) else axis
+    if not set(wanted) <= set(mesh.axis_names):
+        raise ValueError(
+            f"hidden_axis should be of the mesh in jax.set_mesh, which has {mesh.axis_names}, got {axis!r}"
+        )
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    if any(kinds[name] != AxisType.Auto for name in wanted):
+        raise ValueError(f"hidden_axis should be of type jax.sharding.AxisType.Auto, got {axis!r} of {mesh}")
+    count = math.prod(mesh.shape[name] for name in wanted)
+    if spec.hidden_size % count:
+        raise ValueError(f"hidden_size={spec.hidden_size} cannot be shared out over {count} devices of axis {axis!r}")
 
 
 def _floating(name: str, value: Any) -> jax.Array:
@@ -291,7 +316,7 @@ class _Arrays(NamedTuple):
 
 
 # Jitted on the frozen settings, so that a module called eagerly in a loop compiles once.
-@functools.partial(jax.jit, static_argnames=("spec", "dtype", "precision", "remat"))
+@functools.partial(jax.jit, static_argnames=("spec", "dtype", "precision", "remat", "hidden_axis"))
 def _apply(
     spec: Spec,
     arrays: _Arrays,
@@ -302,6 +327,7 @@ def _apply(
     dtype: jnp.dtype | None,
     precision: jax.lax.PrecisionLike,
     remat: Remat,
+    hidden_axis: MeshAxis | None,
 ) -> tuple[jax.Array, Arrays]:
     params, x, state, reset_state = arrays.promote(dtype)
     batched = x.ndim == 3
@@ -327,7 +353,7 @@ def _apply(
         for direction in range(spec.num_directions):
             row = index * spec.num_directions + direction
             weights = {role: params[name] for role, name in spec.names(index, direction).items()}
-            settings = recurrence.Settings(spec.cell, precision, direction == 1, remat)
+            settings = recurrence.Settings(spec.cell, precision, direction == 1, remat, hidden_axis)
             first, restart = jax.tree.map(lambda a, row=row: a[row], (state, reset_state))
             output, states = recurrence.layer(settings, weights, x, first, marks, restart)
             outputs.append(output)

@@ -1,10 +1,11 @@
 """Compile the cases for a TPU where there is none: what fails, what memory and how many operations a program takes.
 
-`libtpu` compiles ahead of time on a CPU machine, for a described topology: for one of its devices, and, where the batch
-can be shared out, for all of them.
+`libtpu` compiles ahead of time on a CPU machine, for a described topology: for one of its devices, for all of them
+where they can share the batch, and a sample for all of them with the hidden units shared out as well.
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import os
@@ -14,6 +15,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rich import box
@@ -28,6 +30,8 @@ TOPOLOGY = "v5e:2x2"
 EXACT = re.compile(r".*-layers1-bidirectional-hx|\w+Cell\w*-hx")
 # Ragged and chunked cases are compared in float64; of those that are compiled in float32 instead, a sample.
 RAGGED = re.compile(r".*-layers2-.*(lengths-unsorted|packed-unsorted|sorted-sorted|chunked)")
+# What is compiled with hidden units shared out, where there is an even number of them.
+HIDDEN = re.compile(r".*-bfloat16|.*-layers2-.*lengths-unsorted")
 COLLECTIVE = re.compile(r" (all-reduce|all-gather|all-to-all|reduce-scatter|collective-\w+)(?:-start)?\(")
 
 
@@ -80,6 +84,8 @@ def compile_all(
         packed = case.way in ("packed", "sorted")  # in whose data the rows lie interleaved, not to be shared out
         if not packed and case.batch is not None and case.batch % len(devices) == 0:
             meshes.append(Mesh(np.array(devices), "batch"))
+            if HIDDEN.fullmatch(case.name) and case.steps is not None and case.arguments["hidden_size"] % 2 == 0:
+                meshes.append(Mesh(np.reshape(devices, (-1, 2)), ("batch", "model")))
         compiled = [_compile(case, dtype, kind, mesh) for mesh in meshes for kind in ("forward", "training")]
         advance()
         return compiled
@@ -90,6 +96,8 @@ def compile_all(
 
 def _compile(case: Case, dtype: str, kind: str, mesh: Mesh) -> Program:
     name = f"{case.name} in {dtype}, {kind}" + (f" on {mesh.size} devices" if mesh.size > 1 else "")
+    settings = {"hidden_axis": "model"} if "model" in mesh.axis_names else {}
+    name += ", sharing hidden units" if settings else ""
     parameters, inputs, cotangents = (
         {name: array.astype(jax.numpy.dtype(dtype)) for name, array in arrays.items()} for arrays in case.arrays()
     )
@@ -106,13 +114,13 @@ def _compile(case: Case, dtype: str, kind: str, mesh: Mesh) -> Program:
         returned, pullback = jax.vjp(lambda p, i: forward(p, i, lengths, None), parameters, inputs)
         return returned, pullback(cotangent)
 
-    def described(tree: Any, batch_axis: Callable[[Any], int | None]) -> Any:
-        def describe(array: Any) -> jax.ShapeDtypeStruct:
-            axis = batch_axis(array) if mesh.size > 1 else None
-            parts = PartitionSpec() if axis is None else PartitionSpec(*[None] * axis, "batch")
-            return jax.ShapeDtypeStruct(np.shape(array), array.dtype, sharding=NamedSharding(mesh, parts))
+    def describe(array: Any, *parts: str | None) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(
+            np.shape(array), array.dtype, sharding=NamedSharding(mesh, PartitionSpec(*parts if mesh.size > 1 else ()))
+        )
 
-        return jax.tree.map(describe, tree)
+    def described(tree: Any, batch_axis: Callable[[Any], int]) -> Any:
+        return jax.tree.map(lambda array: describe(array, *[None] * batch_axis(array), "batch"), tree)
 
     def sequence(array: Any) -> int:
         return 0 if case.steps is None or case.arguments.get("batch_first") else 1
@@ -122,20 +130,28 @@ def _compile(case: Case, dtype: str, kind: str, mesh: Mesh) -> Program:
 
     try:
         with jax.default_matmul_precision(sides.precision()):
-            module, parameters = sides._build_nnx(case, dtype, parameters)
+            built: Any = sides._build_nnx(case, dtype, parameters, **settings)
+            module, parameters = built
+            spec = nnx.merge(module, nnx.State(parameters)).spec
+            axes = spec.hidden_axes() if settings else dict.fromkeys(parameters, ())
             states = described(state, a_state)
             arguments = (
-                described(parameters, lambda array: None),
+                {
+                    name: describe(array, *("model" if hidden else None for hidden in axes[name]))
+                    for name, array in parameters.items()
+                },
                 (described(inputs["input"], sequence), described(hx, a_state)),
                 described(lengths, lambda array: 0),
                 states if case.steps is None else (described(cotangents["output"], sequence), states),
             )
-            compiled = jax.jit({"forward": forward, "training": training}[kind]).lower(*arguments).compile()
+            function = jax.jit({"forward": forward, "training": training}[kind])
+            with jax.set_mesh(mesh) if settings else contextlib.nullcontext():
+                compiled = function.lower(*arguments).compile()
         memory: Any = compiled.memory_analysis()
         operations = int((compiled.cost_analysis() or {}).get("flops", 0))
         exchanges = COLLECTIVE.findall(compiled.as_text() or "")
         wrong = sorted(set(exchanges) - ({"all-reduce"} if kind == "training" else set()))
-        problem = f"{kind} should not need {', '.join(wrong)}" if wrong else ""
+        problem = f"{kind} should not need {', '.join(wrong)}" if wrong and not settings else ""
         return Program(name, memory.temp_size_in_bytes, operations, len(exchanges), problem)
     except Exception as problem:  # what does not compile is what is looked for; the others go on
         return Program(name, problem=f"{type(problem).__name__}: {problem}".splitlines()[0])
@@ -154,7 +170,9 @@ def show(found: Sequence[Program], console: Console) -> int:
     for program in failures:
         console.print(f"[red]FAIL[/] {program.name}: ", program.problem, sep="", highlight=False, soft_wrap=True)
     shared = sum("devices" in program.name for program in found)
-    words = f"{len(found)} programs, forward and training, {shared} of them with the batch shared out to all devices,"
+    hidden = sum("hidden" in program.name for program in found)
+    words = f"{len(found)} programs, forward and training, {shared} of them with the batch shared out to all devices, "
+    words += f"{hidden} with hidden units as well,"
     words += f" {'do not all' if failures else 'all'} compile"
     console.print(f"{words} for {TOPOLOGY}.", style="red" if failures else "green", highlight=False)
     return 1 if failures else 0

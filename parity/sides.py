@@ -176,8 +176,9 @@ def _run_jax(
     return {name: np.asarray(array) for name, array in named.items()}
 
 
-def _build_nnx(case: Case, dtype: str, parameters: Arrays) -> tuple[Hashable, Any]:
-    module = getattr(jaxrnn, case.module)(**case.constructor, param_dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0))
+def _build_nnx(case: Case, dtype: str, parameters: Arrays, **settings: Any) -> tuple[Hashable, Any]:
+    settings |= {"param_dtype": jnp.dtype(dtype), "rngs": nnx.Rngs(0)}
+    module = getattr(jaxrnn, case.module)(**case.constructor, **settings)
     jaxrnn.load_state_dict(module, parameters)
     graphdef, state = nnx.split(module)
     return graphdef, nnx.to_pure_dict(state)

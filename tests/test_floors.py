@@ -14,6 +14,7 @@ FLOORS = {
     "recurrence": 2,
     "stack": 3,
     "flax_cell": 3,
+    "flax_sharding": 3,
     "nnx": 4,
     "linen": 4,
     "checkpoint": 5,

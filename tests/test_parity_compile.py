@@ -40,7 +40,7 @@ def test_what_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
     assert "12 bytes" in printed
     assert "3,456" in printed
     assert "1 programs, forward and training, 0 of them" in printed
-    assert "all devices, all compile" in " ".join(printed.split())
+    assert "all devices, 0 with hidden units as well, all compile" in " ".join(printed.split())
     bad = compile.Program("LSTM in float32, training", problem="NotImplementedError: tanh")
     assert compile.show([good, bad], Console(width=100)) == 1
     printed = capsys.readouterr().out
@@ -55,6 +55,11 @@ def test_a_program_is_measured_and_what_it_exchanges_is_seen(monkeypatch: pytest
     assert program.name == f"{case.name} in float32, training"
     assert program.operations > 1000
     assert (program.collectives, program.problem) == (0, "")
+
+    shared = Mesh(np.reshape(jax.devices()[:1], (1, 1)), ("batch", "model"))
+    program = compile._compile(case, "float32", "training", shared)
+    assert program.name == f"{case.name} in float32, training, sharing hidden units"
+    assert (program.operations > 1000, program.problem) == (True, "")
 
     both = types.SimpleNamespace(findall=lambda text: ["all-reduce", "all-gather"])
     monkeypatch.setattr(compile, "COLLECTIVE", both)

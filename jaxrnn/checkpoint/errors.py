@@ -10,6 +10,14 @@ class CheckpointError(ValueError):
 
     The message starts with the file's path, or with the module's class from `jaxrnn.load_state_dict`; then come the
     cause, naming the keys where there are any, and a line with the remedy.
+
+    >>> from jaxrnn import checkpoint
+    >>> try:
+    ...     checkpoint.load("nowhere.pt")
+    ... except checkpoint.CheckpointError as error:
+    ...     print(error)
+    nowhere.pt: no such file
+    check the path and its permissions
     """
 
 

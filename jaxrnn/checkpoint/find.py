@@ -31,6 +31,13 @@ class FoundRNN:
         prefix: what its keys start with, such as "encoder.lstm.", or "".
         spec: its settings: a `jaxrnn.Spec` for layers, a `jaxrnn.CellSpec` for a cell.
         dtype: its tensors' dtype.
+
+    >>> import jax, jaxrnn
+    >>> params = jaxrnn.CellSpec(jaxrnn.LSTM_CELL, 10, 20, bias=False).init(jax.random.key(0))
+    >>> [found] = jaxrnn.checkpoint.find_rnns({f"decoder.{name}": value for name, value in params.items()})
+    >>> found.prefix, found.kind, found.is_cell, found.bias, found.dtype
+    ('decoder.', 'LSTM', True, False, dtype('float32'))
+    >>> cell = jaxrnn.linen.LSTMCell(found.input_size, found.hidden_size, found.bias)
     """
 
     prefix: str

@@ -24,6 +24,14 @@ class Loaded(NamedTuple):
         variables: the new variables, a tree as the one given.
         missing: the names of parameters that `tensors` has not.
         unexpected: keys of `tensors`, without the prefix, that are no parameter.
+
+    >>> import jax, jax.numpy as jnp, jaxrnn
+    >>> cell, x = jaxrnn.linen.GRUCell(3, 4, bias=False), jnp.ones((2, 3))
+    >>> variables = cell.init(jax.random.key(0), x)
+    >>> tensors = {"weight_ih": jnp.zeros((12, 3)), "bias_ih": jnp.zeros(12)}
+    >>> loaded = jaxrnn.checkpoint.linen.load_state_dict(cell, variables, tensors, x, strict=False)
+    >>> loaded.missing, loaded.unexpected
+    (['weight_hh'], ['bias_ih'])
     """
 
     variables: Any
@@ -91,7 +99,12 @@ def state_dict(module: linen.Module, variables: Mapping[str, Any], *args: Any, *
     Returns:
         A dict from name to a NumPy copy, of the parameter's dtype, and its shape in torch.
 
-    An example is at `load_state_dict`.
+    >>> import jax, jax.numpy as jnp, jaxrnn
+    >>> from flax import linen
+    >>> model, x = linen.Sequential([jaxrnn.linen.GRUCell(3, 4), linen.Dense(5)]), jnp.ones((2, 3))
+    >>> tensors = jaxrnn.checkpoint.linen.state_dict(model, model.init(jax.random.key(0), x), x)
+    >>> {name: array.shape for name, array in tensors.items() if name.startswith("1.")}
+    {'1.weight': (5, 4), '1.bias': (5,)}
     """
     return {name: param.to_torch(name) for name, param in _params(module, variables, args, kwargs)[0].items()}
 

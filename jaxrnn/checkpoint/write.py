@@ -46,7 +46,14 @@ def save(path: Path, tensors: Mapping[str, Any], progress: Wrote | None = None) 
         CheckpointError: another suffix, a value that cannot be written, the file system's refusal, or a file that does
             not read as it was written.
 
-    An example is at `load`.
+    >>> import os, tempfile
+    >>> import numpy as np
+    >>> from jaxrnn import checkpoint
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = os.path.join(folder, "model.pt")  # torch.load reads it
+    ...     checkpoint.save(path, {"head.weight": np.ones((2, 3)), "head.bias": np.zeros(2)})
+    ...     os.listdir(folder), list(checkpoint.load(path))
+    (['model.pt'], ['head.weight', 'head.bias'])
     """
     try:
         check_path(path)
