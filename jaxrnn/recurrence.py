@@ -186,11 +186,11 @@ def _join(settings: Settings, gates: Arrays) -> jax.Array:
     return jnp.concatenate(gates, axis=-1) if settings.hidden_axis is None else jnp.stack(gates, axis=-2)
 
 
-def _shared_out(settings: Settings, a: jax.Array, whole: bool = False) -> jax.Array:
-    """Share out the last axis, of hidden units, over the mesh; the others are whole everywhere, or as they come."""
+def _shared_out(settings: Settings, a: jax.Array) -> jax.Array:
+    """Share out the last axis, of hidden units, over the mesh; the others lie as they come."""
     if settings.hidden_axis is None:
         return a
-    rest = [None if whole else PartitionSpec.UNCONSTRAINED] * (a.ndim - 1)
+    rest = [PartitionSpec.UNCONSTRAINED] * (a.ndim - 1)
     return lax.with_sharding_constraint(a, PartitionSpec(*rest, settings.hidden_axis))
 
 
@@ -201,7 +201,7 @@ def _by_gate(settings: Settings, a: jax.Array) -> jax.Array:
     """
     if settings.hidden_axis is None:
         return a
-    return _shared_out(settings, a.reshape(*a.shape[:-1], len(settings.cell.gates), -1), whole=True)
+    return _shared_out(settings, a.reshape(*a.shape[:-1], len(settings.cell.gates), -1))
 
 
 def _project_input(settings: Settings, weights: Weights, x: jax.Array) -> tuple[Arrays, Recurrent]:
