@@ -92,7 +92,7 @@ def layer(
     state = _cast(state, _accumulator(x.dtype))
     if marks.reset is not None:
         reset_state = jax.tree.map(jnp.zeros_like, state) if reset_state is None else _cast(reset_state, state[0].dtype)
-    # A time that is a symbol, in an export, cannot be parted; there is no gradient to save memory for.
+    # A time that is a symbol, in an export, cannot be parted: there the gradient keeps everything.
     run = _run_in_chunks if settings.remat != "none" and isinstance(x.shape[0], int) else _run
     outputs, state = run(settings, weights, x, state, marks, reset_state)
     return outputs, _cast(state, x.dtype)
