@@ -2,10 +2,12 @@
 
 from typing import Any
 
+import jax
 from flax.core import spmd
 
 from jaxrnn.recurrence import MeshAxis
 from jaxrnn.spec import Spec
+from jaxrnn.stack import check_hidden_axis
 
 
 def mesh_axis(axis: MeshAxis | None) -> MeshAxis | None:
@@ -16,3 +18,21 @@ def mesh_axis(axis: MeshAxis | None) -> MeshAxis | None:
 def names(spec: Spec, axis: MeshAxis | None) -> dict[str, tuple[Any, ...]]:
     """Each parameter's axes: `axis` where an axis is one of hidden units, None where it is another."""
     return {name: tuple(axis if hidden else None for hidden in axes) for name, axes in spec.hidden_axes().items()}
+
+
+def on_mesh() -> bool:
+    """Whether there is a mesh in effect. Without one, names are for later."""
+    return bool(jax.sharding.get_abstract_mesh().axis_names)
+
+
+def check(spec: Spec, axis: MeshAxis | None) -> None:
+    """Raise ValueError if a mesh is in effect, and hidden units cannot be shared out over this axis of it."""
+    if on_mesh():
+        check_hidden_axis(spec, mesh_axis(axis))
+
+
+def lay(value: jax.Array, axes: tuple[MeshAxis | None, ...]) -> jax.Array:
+    """Lay a parameter on the mesh in effect, if there is one."""
+    if not on_mesh():
+        return value
+    return jax.lax.with_sharding_constraint(value, jax.sharding.PartitionSpec(*map(mesh_axis, axes)))

@@ -55,6 +55,7 @@ class _Layers(_Module):
     def __post_init__(self) -> None:
         check_remat(self.remat)
         super().__post_init__()
+        flax_sharding.check(self.spec, self.hidden_axis)
 
     def _draw(self, name: str) -> Callable[..., Any]:
         if self.hidden_axis is None:
@@ -90,6 +91,7 @@ class _Layers(_Module):
         if self.dropout > 0 and self.num_layers > 1:
             off = linen.merge_param("deterministic", self.deterministic, deterministic)
             rng = None if off else self.make_rng(self.rng_collection) if rng is None else rng
+        axis = flax_sharding.mesh_axis(self.hidden_axis)
         return apply(
             self.spec,
             self._params(),
@@ -102,7 +104,8 @@ class _Layers(_Module):
             dtype=self.dtype,
             precision=self.precision,
             remat=self.remat,
-            hidden_axis=flax_sharding.mesh_axis(self.hidden_axis),
+            # Names and shapes can be had without a mesh.
+            hidden_axis=axis if flax_sharding.on_mesh() or not self.is_initializing() else None,
         )
 
 

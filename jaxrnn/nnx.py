@@ -99,9 +99,10 @@ class _Layers(_Module):
         hidden_axis: MeshAxis | None,
         rngs: nnx.Rngs,
     ) -> None:
+        check_remat(remat)
+        flax_sharding.check(spec, hidden_axis)
         self.hidden_axis = hidden_axis
         super().__init__(spec, dtype, param_dtype, precision, rngs)
-        check_remat(remat)
         self.remat = remat
         self.deterministic = False
         # Kept only where it is used: a stream adds leaves that have no gradient.
@@ -110,10 +111,12 @@ class _Layers(_Module):
     def _add_params(self, values: dict[str, jax.Array]) -> None:
         if self.hidden_axis is None:
             return super()._add_params(values)
-        lies = flax_sharding.names(self.spec, self.hidden_axis)
-        on_mesh = bool(jax.sharding.get_abstract_mesh().axis_names)  # without a mesh the names are for later
-        for name, value in values.items():
-            setattr(self, name, nnx.Param(value, out_sharding=lies[name], eager_sharding=on_mesh))
+        for name, axes in flax_sharding.names(self.spec, self.hidden_axis).items():
+            value = values[name]
+            if nnx.using_eager_sharding():
+                value = flax_sharding.lay(value, axes)
+            # By itself Flax would ask for a mesh.
+            setattr(self, name, nnx.Param(value, out_sharding=axes, eager_sharding=False))
 
     def _drops(self) -> bool:
         return self.dropout > 0 and self.num_layers > 1

@@ -95,7 +95,7 @@ def apply(
         rest |= {"precision": precision, "remat": remat, "hidden_axis": hidden_axis}
         return _apply_packed(spec, params, x, hx, reset, dropout_masks, **rest)
     check_remat(remat)
-    _check_hidden_axis(spec, hidden_axis)
+    check_hidden_axis(spec, hidden_axis)
     x = _floating("x", x)
     if x.ndim not in (2, 3):
         raise ValueError(f"x should be 2-D (unbatched) or 3-D (batched), got shape {x.shape}")
@@ -201,14 +201,16 @@ def check_remat(remat: Any) -> None:
         raise ValueError(f"remat should be 'none', 'gates' or an integer above 0, got {remat!r}")
 
 
-def _check_hidden_axis(spec: Spec, axis: MeshAxis | None) -> None:
+def check_hidden_axis(spec: Spec, axis: Any) -> None:
+    """Raise ValueError unless hidden units can be shared out over this axis of the mesh in effect."""
     if axis is None:
         return
     mesh = jax.sharding.get_abstract_mesh()
     wanted = (axis,) if isinstance(axis, str) else axis
-    if not set(wanted) <= set(mesh.axis_names):
+    if not isinstance(wanted, tuple) or not set(wanted) <= set(mesh.axis_names) or len(set(wanted)) < len(wanted):
         raise ValueError(
-            f"hidden_axis should be of the mesh in jax.set_mesh, which has {mesh.axis_names}, got {axis!r}"
+            f"hidden_axis should be of the mesh in jax.set_mesh, which has {mesh.axis_names}, or be a logical name for "
+            f"one in Flax's rules, got {axis!r}"
         )
     kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
     if any(kinds[name] != AxisType.Auto for name in wanted):

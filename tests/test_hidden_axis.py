@@ -8,10 +8,12 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import nnx
 
 import jaxrnn
 
@@ -124,10 +126,14 @@ def steps(hidden_axis, x):
 with jax.enable_x64(True):
     x = jnp.asarray(np.random.RandomState(0).randn(9, 8, 3))
     alone, _ = steps(None, x)
-    named = jaxrnn.LSTM(3, 16, 2, hidden_axis="units", rngs=nnx.Rngs(0))  # without a mesh: a name for later
+    named = jaxrnn.LSTM(3, 16, 2, hidden_axis="units", param_dtype=x.dtype, rngs=nnx.Rngs(0))  # a name for later
     assert named.weight_hh_l0.out_sharding == (None, "units")
     with nnx.logical_axis_rules([("units", "model")]):
         assert nnx.get_partition_spec(nnx.state(named))["weight_ih_l1"].get_raw_value() == PartitionSpec(None, "model")
+    layer = jaxrnn.linen.LSTM(3, 16, 2, hidden_axis="model", param_dtype=x.dtype)
+    without = layer.init(jax.random.key(0), x)["params"]["weight_hh_l1"]
+    assert without.names == (None, "model"), without.names
+
     mesh = jax.make_mesh((2, 4), ("batch", "model"), axis_types=(AxisType.Auto,) * 2)
     with jax.set_mesh(mesh):
         shared = jax.device_put(x, jax.NamedSharding(mesh, PartitionSpec(None, "batch")))
@@ -139,8 +145,14 @@ with jax.enable_x64(True):
             by_rule, model = steps("units", shared)
             assert model.weight_hh_l0[...].sharding.spec == PartitionSpec(None, "model")
         assert by_rule == losses
+        assert nnx.graphdef(model) == nnx.graphdef(named)
+        jax.tree.map(lambda a, b: None, nnx.state(model), nnx.state(named))  # one structure, mesh or none
 
-        layer = jaxrnn.linen.LSTM(3, 16, 2, hidden_axis="model", param_dtype=x.dtype)
+        tensors = jaxrnn.state_dict(model)
+        abstract = nnx.eval_shape(lambda: jaxrnn.LSTM(3, 16, 2, hidden_axis="model", rngs=nnx.Rngs(0)))
+        jaxrnn.load_state_dict(abstract, tensors)
+        assert abstract.weight_hh_l0[...].sharding.spec == PartitionSpec(None, "model")
+
         like = jax.eval_shape(layer.init, jax.random.key(0), shared)
         lies = jax.tree.map(lambda axes: jax.NamedSharding(mesh, axes), linen.get_partition_spec(like))
         variables = jax.jit(layer.init, out_shardings=lies)(jax.random.key(0), shared)
@@ -164,13 +176,21 @@ def test_an_axis_that_cannot_be() -> None:
     spec = jaxrnn.Spec(jaxrnn.GRU_CELL, 2, 4)
     params, x = spec.init(jax.random.key(0), jnp.float64), jnp.ones((3, 1, 2))
 
-    def run(mesh: jax.sharding.Mesh, axis: str) -> None:
+    def run(mesh: jax.sharding.Mesh, axis: Any) -> None:
         with jax.set_mesh(mesh):
             jaxrnn.apply(spec, params, x, hidden_axis=axis)
 
-    with pytest.raises(ValueError, match=r"hidden_axis should be of the mesh in jax.set_mesh, which has \(\), got 'm'"):
+    with pytest.raises(
+        ValueError, match=r"hidden_axis should be of the mesh in jax.set_mesh, which has \(\), or .*got 'm'"
+    ):
         jaxrnn.apply(spec, params, x, hidden_axis="m")
-    with pytest.raises(ValueError, match=r"which has \('m',\), got 'n'"):
+    with pytest.raises(ValueError, match=r"which has \('m',\), or be a logical name .*got 'n'"):
         run(jax.make_mesh((1,), ("m",)), "n")
+    with pytest.raises(ValueError, match="got 3"):
+        run(jax.make_mesh((1,), ("m",)), 3)
+    with jax.set_mesh(jax.make_mesh((1,), ("m",))), pytest.raises(ValueError, match="got 'n'"):
+        jaxrnn.linen.GRU(2, 4, hidden_axis="n")
+    with jax.set_mesh(jax.make_mesh((1,), ("m",))), pytest.raises(ValueError, match="got 'n'"):
+        jaxrnn.GRU(2, 4, hidden_axis="n", rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match=r"of type jax.sharding.AxisType.Auto, got 'm'"):
         run(jax.make_mesh((1,), ("m",)), "m")

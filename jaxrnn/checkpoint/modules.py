@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 
 import jaxrnn.nnx
+from jaxrnn import flax_sharding
 from jaxrnn.checkpoint.arrays import dtype_of
 from jaxrnn.checkpoint.fit import Parameter, fit
 from jaxrnn.checkpoint.layers import Entry, entries, ignored
@@ -64,7 +65,11 @@ def load_state_dict(
     if found.warning:
         warnings.warn(f"{type(module).__name__}: {found.warning}", stacklevel=2)
     for name, array in found.arrays.items():
-        params[name].place.set_value(array)
+        variable = params[name].place
+        axes = variable.get_metadata().get("out_sharding")
+        if axes and not isinstance(params[name].value, jax.Array):  # an abstract module's: nothing lies anywhere yet
+            array = flax_sharding.lay(array, axes)
+        variable.set_value(array)
     return found.missing, found.unexpected
 
 
