@@ -1,17 +1,23 @@
-"""Every example in a docstring and in the README runs and shows what it says, as users run it: in float32."""
+"""Every example in a docstring or a README runs and shows what it says, in float32, and nothing public lacks one."""
 
 import doctest
 import importlib
 import importlib.util
+import inspect
 import pkgutil
+import re
+import typing
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import pytest
 
 import jaxrnn
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+EXAMPLES_README = ROOT / "examples" / "README.md"
 MODULES = ["jaxrnn", *(m.name for m in pkgutil.walk_packages(jaxrnn.__path__, "jaxrnn.") if "__main__" not in m.name)]
 DOCUMENTED = [test for name in MODULES for test in doctest.DocTestFinder().find(importlib.import_module(name))]
 EXAMPLES = {test.name: test for test in DOCUMENTED if test.examples}
@@ -30,21 +36,85 @@ def test_docstring_examples(name: str) -> None:
     assert _run(test).failed == 0
 
 
-def test_readme_examples(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(README.parent)
-    result = _run(doctest.DocTestParser().get_doctest(README.read_text(), {}, "README.md", str(README), 0))
+@pytest.mark.parametrize("path", ["README.md", "examples/README.md"])
+def test_readme_examples(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    result = _run(doctest.DocTestParser().get_doctest(Path(path).read_text(), {}, path, path, 0))
     assert result.failed == 0
     assert result.attempted > 10
 
 
-def test_every_public_name_is_documented() -> None:
-    public = {name: getattr(jaxrnn, name) for name in jaxrnn.__all__}
-    assert {"LSTM", "apply", "Spec"} <= public.keys()
-    undocumented = [name for name, value in public.items() if callable(value) and len(value.__doc__ or "") < 80]
-    assert undocumented == []
-    without_example = [
-        name
-        for name, value in public.items()
-        if callable(value) and f"{value.__module__}.{value.__qualname__}" not in EXAMPLES
-    ]
-    assert without_example == ["CheckpointError"]
+@pytest.mark.parametrize(
+    ("name", "among_them"),
+    [
+        ("jaxrnn", {"LSTM", "apply", "Spec"}),
+        ("jaxrnn.linen", {"LSTM", "GRUCell", "FlaxCell"}),
+        ("jaxrnn.checkpoint", {"load", "find_rnns", "FoundRNN"}),
+        ("jaxrnn.checkpoint.linen", {"state_dict", "Loaded"}),
+    ],
+)
+def test_every_public_name_is_documented(name: str, among_them: set[str]) -> None:
+    module = importlib.import_module(name)
+    # What a module without __all__ imports is no name of its own.
+    own = [key for key, value in vars(module).items() if getattr(value, "__module__", None) == name]
+    names = getattr(module, "__all__", [key for key in own if not key.startswith("_")])
+    public = {key: getattr(module, key) for key in names if callable(getattr(module, key))}
+    assert among_them <= public.keys()
+    assert [key for key, value in public.items() if len(value.__doc__ or "") < 80] == []
+    origins = {key: f"{value.__module__}.{value.__qualname__}" for key, value in public.items()}
+    assert [key for key, origin in origins.items() if origin not in EXAMPLES] == []
+
+
+def test_every_example_program_has_a_heading() -> None:
+    programs = {path.name for path in ROOT.glob("examples/*.py")}
+    headings = [line for line in EXAMPLES_README.read_text().splitlines() if line.startswith("### ")]
+    assert "streaming.py" in programs
+    assert programs - {name for line in headings for name in re.findall(r"`(.+?)`", line)} == set()
+
+
+def _torch_column() -> dict[str, set[str]]:
+    """By heading the names in backticks in the first column of its table."""
+    _, _, tables = EXAMPLES_README.read_text().partition("\n## PyTorch, argument by argument\n")
+    columns = {}
+    for section in tables.split("\n### ")[1:]:
+        heading, _, text = section.partition("\n")
+        cells = [line.split("|")[1] for line in text.splitlines() if line.startswith("|")]
+        code = re.findall("`(.+?)`", "|".join(cells))
+        columns[heading] = set(re.findall(r"\w+", " ".join(code)))
+    return columns
+
+
+def _arguments(*functions: Callable) -> set[str]:
+    signatures = [inspect.signature(function) for function in functions]
+    return {p for signature in signatures for p in signature.parameters} - {"self", "cls", "args", "kwargs"}
+
+
+def _members(module: Any, base: type) -> set[str]:
+    return {name for name in set(dir(module)) - set(dir(base)) if not name.startswith("_")}
+
+
+def test_every_argument_of_torch_is_in_the_tables() -> None:
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+    nn, rnn = torch.nn, torch.nn.utils.rnn
+    layers = [nn.RNN(1, 1), nn.LSTM(1, 2, proj_size=1), nn.GRU(1, 1)]
+    cells = [nn.RNNCell(1, 1), nn.LSTMCell(1, 1), nn.GRUCell(1, 1)]
+    # The layers' own constructors take *args; what they may be is in their overloads, and in that of their base.
+    constructors = [function for layer in layers for function in typing.get_overloads(type(layer).__init__)]
+    assert len(constructors) >= 3
+    functions = [getattr(rnn, name) for name in rnn.__all__ if inspect.isfunction(getattr(rnn, name))]
+    # Used on every module, and what it is here is not what it is there.
+    of_modules = {"state_dict", "load_state_dict", "train", "eval", "training", "parameters", "to", "half", "bfloat16"}
+    expected = {
+        "Constructors of `torch.nn.RNN`, `LSTM` and `GRU`": _arguments(nn.RNNBase.__init__, *constructors),
+        "Constructors of `torch.nn.RNNCell`, `LSTMCell` and `GRUCell`": _arguments(
+            nn.RNNCellBase.__init__, *(type(cell).__init__ for cell in cells)
+        ),
+        "Calls": _arguments(*(type(module).forward for module in layers + cells)),
+        "Attributes and methods": set.union(of_modules, *(_members(module, nn.Module) for module in layers + cells)),
+        "`torch.nn.utils.rnn`": {
+            *rnn.__all__, *_arguments(*functions, rnn.PackedSequence.__new__), *_members(rnn.PackedSequence, object)
+        },
+    }  # fmt: skip
+    columns = _torch_column()
+    assert columns.keys() == expected.keys()
+    assert {heading: names - columns[heading] for heading, names in expected.items() if names - columns[heading]} == {}

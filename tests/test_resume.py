@@ -1,0 +1,92 @@
+"""Killed at random moments and started again, training goes on bit for bit as if it had been left alone."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from jaxrnn import checkpoint
+
+PROGRAM = Path(__file__).parents[1] / "examples" / "char_lm.py"
+STEPS, EVERY = 30, 3
+# Most of the time goes into starting, so that compiled programs are kept. Only the run that is left alone adds to them,
+# because JAX does not write them atomically.
+CACHE = {"JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+READ_ONLY = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1e9"}
+
+
+def start(directory: Path, **settings: str) -> subprocess.Popen:
+    options = f"--hidden 4 --steps {STEPS} --every {EVERY} --checkpoint {directory} --plot {directory}.png".split()
+    environment = os.environ | CACHE | {"JAX_COMPILATION_CACHE_DIR": str(directory.parent / "cache")} | settings
+    command = [sys.executable, "-W", "error", str(PROGRAM), *options]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def results(directory: Path) -> tuple[str, dict[str, bytes]]:
+    """The log, and each array of the last checkpoint. A kill after the last one was saved leaves three."""
+    kept = {path.name for path in directory.iterdir()}
+    assert kept - {str(STEPS - 2 * EVERY)} == {str(STEPS), str(STEPS - EVERY), "losses.log"}
+    tensors = checkpoint.load(directory / str(STEPS))
+    assert {"model.head.bias", "optimizer.step", "h", "c"} <= tensors.keys()
+    return (directory / "losses.log").read_text(), {name: value.tobytes() for name, value in tensors.items()}
+
+
+def finish(process: subprocess.Popen) -> list[str]:
+    """What a run that is left alone prints, less the progress bar, whose width may differ."""
+    output, errors = process.communicate(timeout=300)
+    assert (process.returncode, errors) == (0, "")
+    return output.splitlines()[1:]
+
+
+def newest(directory: Path) -> int:
+    """The step of the newest checkpoint, 0 if there is none."""
+    return max((int(path.name) for path in directory.glob("*") if path.name.isdigit()), default=0)
+
+
+def kill_sometime(process: subprocess.Popen, directory: Path, moments: random.Random) -> bool:
+    """Kill the process, while it starts or when it has saved a few times; False if it was done before."""
+    checkpoints = moments.choice([0, 1, 1, 2, 3])
+    after = moments.uniform(0, 0.5 if checkpoints else 3)
+    wanted = newest(directory) + checkpoints * EVERY
+    while newest(directory) < wanted and process.poll() is None:
+        time.sleep(0.002)
+    time.sleep(after)
+    process.kill()
+    _, errors = process.communicate(timeout=60)
+    assert errors == ""
+    assert process.returncode in (0, -signal.SIGKILL)
+    return process.returncode != 0
+
+
+def killed_and_resumed(root: Path, seed: int, kills: int, expected: tuple) -> dict[str, int]:
+    """Kill as often as that, in one training run after the other; all of them have to end as expected."""
+    moments = random.Random(seed)
+    counts = {"runs": 0, "kills": 0, "while saving": 0, "resumed": 0}
+    while counts["kills"] < kills:
+        directory = root / f"{seed}-{counts['runs']}"
+        counts["runs"] += 1
+        while newest(directory) < STEPS and counts["kills"] < kills:
+            counts["resumed"] += newest(directory) > 0
+            if kill_sometime(start(directory, **READ_ONLY), directory, moments):
+                counts["kills"] += 1
+                counts["while saving"] += any(directory.glob("*tmp*"))
+        assert finish(start(directory, **READ_ONLY)) == expected[0]
+        assert results(directory) == expected[1:]
+    return counts
+
+
+def test_kills_leave_no_trace(tmp_path: Path, thorough: bool) -> None:
+    alone = tmp_path / "alone"
+    expected = finish(start(alone)), *results(alone)
+    assert len(expected[1].splitlines()) == STEPS
+    kills, lanes = (25, 4) if thorough else (5, 1)
+    with ThreadPoolExecutor(lanes) as pool:
+        counts = list(pool.map(lambda seed: killed_and_resumed(tmp_path, seed, kills, expected), range(lanes)))
+    total = {name: sum(count[name] for count in counts) for name in counts[0]}
+    print(total)
+    assert total["resumed"] > total["kills"] // 3
+    assert total["while saving"] > 0 or not thorough
