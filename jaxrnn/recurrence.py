@@ -53,15 +53,29 @@ class Marks(NamedTuple):
 UNMARKED = Marks()
 
 
-class Recurrent(NamedTuple):
-    """The weights inside the loop, turned once outside it so that products read them along their rows.
+class Input(NamedTuple):
+    """The weights that need no loop.
 
-    Where hidden units are shared out, so are those of every gate: the gates have an axis of their own.
+    Where hidden units are shared out, so are those of every gate: the gates have an axis of their own, here and below.
     """
+
+    weight_ih: jax.Array  # (gates * hidden_size, features) as in torch, or (features, gates, hidden_size)
+    bias: jax.Array | None  # b_ih, added for the gates in cell.apart; None without biases
+
+    def astype(self, dtype: jnp.dtype) -> "Input":
+        return self._replace(weight_ih=self.weight_ih.astype(dtype))
+
+
+class Recurrent(NamedTuple):
+    """The weights inside the loop, turned once outside it so that products read them along their rows."""
 
     weight_hh: jax.Array  # (output size, gates * hidden_size), or (output size, gates, hidden_size)
     bias: jax.Array  # what joins the recurrent product: b_hh, and b_ih but for the gates in cell.apart
     weight_hr: jax.Array | None  # (hidden_size, proj_size)
+
+    def astype(self, dtype: jnp.dtype) -> "Recurrent":
+        weight_hr = None if self.weight_hr is None else self.weight_hr.astype(dtype)
+        return self._replace(weight_hh=self.weight_hh.astype(dtype), weight_hr=weight_hr)
 
 
 def layer(
@@ -94,32 +108,43 @@ def layer(
         reset_state = jax.tree.map(jnp.zeros_like, state) if reset_state is None else _cast(reset_state, state[0].dtype)
     # A time that is a symbol, in an export, cannot be parted: there the gradient keeps everything.
     run = _run_in_chunks if settings.remat != "none" and isinstance(x.shape[0], int) else _run
-    outputs, state = run(settings, weights, x, state, marks, reset_state)
+    outputs, state = run(settings, *_laid_out(settings, weights), x, state, marks, reset_state)
     return outputs, _cast(state, x.dtype)
 
 
 def _run(
-    settings: Settings, weights: Weights, x: jax.Array, state: Arrays, marks: Marks, reset_state: Arrays | None
+    settings: Settings,
+    input: Input,
+    recurrent: Recurrent,
+    x: jax.Array,
+    state: Arrays,
+    marks: Marks,
+    reset_state: Arrays | None,
 ) -> tuple[jax.Array, Arrays]:
-    gates, recurrent = _project_input(settings, weights, x)
-    return _scan(settings, recurrent, gates, state, marks, reset_state)
+    input, recurrent = input.astype(x.dtype), recurrent.astype(x.dtype)
+    return _scan(settings, recurrent, _input_gates(settings, input, x), state, marks, reset_state)
 
 
 def _run_in_chunks(
-    settings: Settings, weights: Weights, x: jax.Array, state: Arrays, marks: Marks, reset_state: Arrays | None
+    settings: Settings,
+    input: Input,
+    recurrent: Recurrent,
+    x: jax.Array,
+    state: Arrays,
+    marks: Marks,
+    reset_state: Arrays | None,
 ) -> tuple[jax.Array, Arrays]:
     """As `_run`, in chunks, so that no more than one is computed again at a time; the last steps make a shorter one."""
     gates = settings.remat == "gates"
     size = min(_CHUNK if gates else int(settings.remat), len(x))
     whole = len(x) - len(x) % size
     policy = jax.checkpoint_policies.save_only_these_names(_STATES) if gates else None
-    dtype = x.dtype
-    weights = {role: weight.astype(_accumulator(dtype)) for role, weight in weights.items()}  # to add up gradients in
+    accumulator = _accumulator(x.dtype)  # in which the chunks' gradients add up
+    input, recurrent = input.astype(accumulator), recurrent.astype(accumulator)
 
     @functools.partial(jax.checkpoint, policy=policy, prevent_cse=False)  # which a scan prevents by itself
     def chunk(state: Arrays, part: tuple[jax.Array, Marks]) -> tuple[Arrays, jax.Array]:
-        rounded = {role: weight.astype(dtype) for role, weight in weights.items()}
-        outputs, state = _run(settings, rounded, part[0], state, part[1], reset_state)
+        outputs, state = _run(settings, input, recurrent, part[0], state, part[1], reset_state)
         return state, outputs
 
     outputs = []
@@ -138,8 +163,8 @@ def _run_in_chunks(
 
 def step(settings: Settings, weights: Weights, x: jax.Array, state: Arrays) -> Arrays:
     """Make one step: as `layer`, on x of shape (batch, features), without a time axis."""
-    gates, recurrent = _project_input(settings, weights, x)
-    state, *_ = _step(settings, recurrent, gates, _cast(state, _accumulator(x.dtype)))
+    input, recurrent = _laid_out(settings, weights)
+    state, *_ = _step(settings, recurrent, _input_gates(settings, input, x), _cast(state, _accumulator(x.dtype)))
     return _cast(state, x.dtype)
 
 
@@ -179,14 +204,14 @@ def _split(settings: Settings, a: jax.Array) -> Arrays:
     count = len(settings.cell.gates)
     if settings.hidden_axis is None:
         return tuple(jnp.split(a, count, axis=-1))
-    return tuple(_shared_out(settings, gate[..., 0, :]) for gate in jnp.split(a, count, axis=-2))
+    return tuple(gate[..., 0, :] for gate in jnp.split(a, count, axis=-2))
 
 
 def _join(settings: Settings, gates: Arrays) -> jax.Array:
     return jnp.concatenate(gates, axis=-1) if settings.hidden_axis is None else jnp.stack(gates, axis=-2)
 
 
-def _shared_out(settings: Settings, a: jax.Array) -> jax.Array:
+def shared_out(settings: Settings, a: jax.Array) -> jax.Array:
     """Share out the last axis, of hidden units, over the mesh; the others lie as they come."""
     if settings.hidden_axis is None:
         return a
@@ -201,22 +226,31 @@ def _by_gate(settings: Settings, a: jax.Array) -> jax.Array:
     """
     if settings.hidden_axis is None:
         return a
-    return _shared_out(settings, a.reshape(*a.shape[:-1], len(settings.cell.gates), -1))
+    return shared_out(settings, a.reshape(*a.shape[:-1], len(settings.cell.gates), -1))
 
 
-def _project_input(settings: Settings, weights: Weights, x: jax.Array) -> tuple[Arrays, Recurrent]:
-    """The input's part of every gate for all of x at once, and the weights that are left for the loop."""
-    cell = settings.cell
-    weight_ih = weights["weight_ih"]
-    gates = _input_products(settings, x, weight_ih if settings.hidden_axis is None else _by_gate(settings, weight_ih.T))
-    bias = _by_gate(settings, jnp.zeros(weights["weight_hh"].shape[0], gates[0].dtype))
+def _laid_out(settings: Settings, weights: Weights) -> tuple[Input, Recurrent]:
+    """The weights as the products read them, and the biases where they are added."""
+    cell, weight_ih, weight_hh = settings.cell, weights["weight_ih"], weights["weight_hh"]
+    bias_ih, bias = None, _by_gate(settings, jnp.zeros(len(weight_hh), _accumulator(weight_hh.dtype)))
     if "bias_ih" in weights:
         bias_ih, bias = (_by_gate(settings, weights[name].astype(bias.dtype)) for name in ("bias_ih", "bias_hh"))
-        inputs = tuple(zip(cell.gates, _split(settings, bias_ih), strict=True))
-        gates = tuple(gate + b if name in cell.apart else gate for gate, (name, b) in zip(gates, inputs, strict=True))
+        inputs = zip(cell.gates, _split(settings, bias_ih), strict=True)
         bias = bias + _join(settings, tuple(jnp.zeros_like(b) if name in cell.apart else b for name, b in inputs))
     weight_hr = weights["weight_hr"].T if "weight_hr" in weights else None
-    return gates, Recurrent(_by_gate(settings, weights["weight_hh"].T), bias, weight_hr)
+    return (
+        Input(weight_ih if settings.hidden_axis is None else _by_gate(settings, weight_ih.T), bias_ih),
+        Recurrent(_by_gate(settings, weight_hh.T), bias, weight_hr),
+    )
+
+
+def _input_gates(settings: Settings, input: Input, x: jax.Array) -> Arrays:
+    """The input's part of every gate, for all of x at once."""
+    gates = _input_products(settings, x, input.weight_ih)
+    if input.bias is None:
+        return gates
+    inputs = zip(settings.cell.gates, gates, _split(settings, input.bias), strict=True)
+    return tuple(gate + b if name in settings.cell.apart else gate for name, gate, b in inputs)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -224,7 +258,7 @@ def _input_products(settings: Settings, x: jax.Array, weight: jax.Array) -> Arra
     """A product for each gate, for parting one large product would copy it. The weight is torch's, or `_by_gate`."""
     if settings.hidden_axis is None:
         return tuple(_product(settings, x, part.T) for part in jnp.split(weight, len(settings.cell.gates)))
-    return tuple(_shared_out(settings, _product(settings, x, part)) for part in _split(settings, weight))
+    return tuple(_product(settings, x, part) for part in _split(settings, weight))
 
 
 @functools.partial(_input_products.defjvp, symbolic_zeros=True)
@@ -264,7 +298,7 @@ def _step(
     """One step: the state after it, and what its derivative needs, the sums and the output before projection."""
     cell = settings.cell
     sums = _sums(cell, gates, _split(settings, _product(settings, state[0], recurrent.weight_hh) + recurrent.bias))
-    state = tuple(_shared_out(settings, a) for a in cell.step(*_arguments(cell, gates, sums), state))
+    state = tuple(cell.step(*_arguments(cell, gates, sums), state))
     if len(state) != len(cell.states):
         raise ValueError(f"step of Cell {cell.name!r} should return {len(cell.states)} arrays, got {len(state)}")
     if recurrent.weight_hr is None:

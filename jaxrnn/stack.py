@@ -149,7 +149,7 @@ def _apply_packed(
         dropout_masks=dropout_masks,
         **rest,
     )
-    return x._replace(data=pack(output, where.rows)), state
+    return x._replace(data=jnp.asarray(pack(output, where.rows))), state
 
 
 def apply_cell(
@@ -360,7 +360,7 @@ def _apply(
             output, states = recurrence.layer(settings, weights, x, first, marks, restart)
             outputs.append(output)
             last.append(states)
-        x = jnp.concatenate(outputs, axis=-1) if len(outputs) > 1 else outputs[0]
+        x = _side_by_side(spec, settings, outputs, index == spec.num_layers - 1)
         if index < spec.num_layers - 1:
             if masks is not None:
                 x = _dropout(spec, x, masks[index])
@@ -372,6 +372,22 @@ def _apply(
     elif spec.batch_first:
         x = x.swapaxes(0, 1)
     return x, h_n
+
+
+def _side_by_side(spec: Spec, settings: recurrence.Settings, outputs: list[jax.Array], last: bool) -> jax.Array:
+    """Put the features of both directions into one axis, for the next layer or as what is returned.
+
+    Where hidden units are shared out, a device has some of each direction's. The next layer's products need all of
+    them. What is returned is shared out again, which takes an axis for the directions until they have been moved.
+    """
+    if len(outputs) == 1:
+        return outputs[0]
+    if settings.hidden_axis is None or spec.proj_size:
+        return jnp.concatenate(outputs, axis=-1)
+    x = recurrence.shared_out(settings, jnp.stack(outputs, axis=-2))
+    if last:
+        return recurrence.shared_out(settings, x.reshape(*x.shape[:-2], -1))
+    return x.reshape(*x.shape[:-2], -1)
 
 
 def _zeros(x: jax.Array) -> jax.Array:

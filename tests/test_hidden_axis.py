@@ -7,8 +7,9 @@ gate, and h at every step; in a training step also its cotangent at every step, 
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -66,20 +67,64 @@ for shape in ((8, 1), (1, 8), (2, 4)):
                 np.testing.assert_allclose(a, b, rtol=0, atol=1e-12)
             print(json.dumps([shape[1], "training" if results else "forward", *exchanged(compiled.as_text())]))
 """
-# The cell, its settings, what it is called with, and how many scans there are: layers times directions.
+
+
+class Case(NamedTuple):
+    cell: str
+    settings: dict[str, Any]
+    marks: str  # what it is called with
+    forward: list[str]  # what is exchanged at every step
+    training: list[str]
+    once_forward: list[str]  # and outside of the loop, over 8 devices; None where XLA may choose
+    once_training: list[str] | None = None
+    batch_training: Sequence[str] = ()  # at every step, where the batch is shared out, too
+
+
+GATHER, SUM, TURN, SEND = "all-gather", "all-reduce", "all-to-all", "collective-permute"
 CASES = {
-    "LSTM": ("LSTM_CELL", {}, "", 1),
-    "GRU of 2 layers with resets": ("GRU_CELL", {"num_layers": 2}, "reset=np.arange(72).reshape(9, 8) % 5 == 4", 2),
-    "RNN, both directions, ragged": ("RNN_TANH", {"bidirectional": True}, "lengths=np.arange(8)", 2),
-    "projected LSTM": ("LSTM_CELL", {"proj_size": 5}, "", 1),
-    "LSTM, gates computed again": ("LSTM_CELL", {}, "remat='gates'", 1),
+    # Turned are the recurrent weights, and in training their gradient. Whole again for it are h of all steps, and the
+    # gradients of the input's weights and of two biases; x's is a sum.
+    "LSTM": Case("LSTM_CELL", {}, "", [GATHER], [GATHER, SUM], [TURN], [GATHER] * 4 + [SUM] + [TURN] * 2),
+    "GRU of 2 layers with resets": Case(
+        "GRU_CELL",
+        {"num_layers": 2},
+        "reset=np.arange(72).reshape(9, 8) % 5 == 4",
+        [GATHER] * 2,
+        [GATHER] * 2 + [SUM] * 2,
+        [GATHER] + [TURN] * 3,
+    ),
+    # Between the layers h of both directions is gathered at once; their outputs move to where they are to lie.
+    "LSTM of 2 layers, both directions": Case(
+        "LSTM_CELL",
+        {"num_layers": 2, "bidirectional": True},
+        "",
+        [GATHER] * 4,
+        [GATHER] * 4 + [SUM] * 4,
+        [GATHER] + [TURN] * 7 + [SEND],
+        [GATHER] * (5 + 10) + [SUM] * 2 + [TURN] * 14 + [SEND] * 2,
+    ),
+    "RNN, both directions, ragged": Case(
+        "RNN_TANH",
+        {"bidirectional": True},
+        "lengths=np.arange(8)",
+        [GATHER] * 2,
+        [GATHER] * 2 + [SUM] * 2,
+        [TURN] * 3 + [SEND],
+    ),
+    # A projection, of which every device needs all, adds up the devices' parts.
+    "projected LSTM": Case("LSTM_CELL", {"proj_size": 5}, "", [SUM], [SUM] * 2, []),
+    "LSTM, gates computed again": Case("LSTM_CELL", {}, "remat='gates'", [GATHER], [GATHER, SUM], [TURN]),
+    # In every chunk, too, but never the weights: h once more, and then that of all its steps; the gradients add up.
+    "LSTM, chunks computed again": Case(
+        "LSTM_CELL", {}, "remat=3", [GATHER], [GATHER] * 3 + [SUM] * 2, [TURN], None, [SUM]
+    ),
 }
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_hidden_units_over_devices(case: str) -> None:
-    cell, settings, marks, scans = CASES[case]
-    program = PROGRAM.format(cell=cell, settings=settings, marks=marks)
+@pytest.mark.parametrize("name", CASES)
+def test_hidden_units_over_devices(name: str) -> None:
+    case = CASES[name]
+    program = PROGRAM.format(cell=case.cell, settings=case.settings, marks=case.marks)
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", program], cwd=Path(__file__).parents[1], capture_output=True, text=True
     )
@@ -89,16 +134,13 @@ def test_hidden_units_over_devices(case: str) -> None:
         devices, what, outside, inside = json.loads(line)
         found[devices, what] = outside, inside
     assert found[1, "forward"] == ([], [])
-    assert found[1, "training"] == (["all-reduce"], [])  # over the batch: the gradients, in one
+    assert found[1, "training"] == ([SUM], [*case.batch_training])  # the gradients, in one
     for devices in (4, 8):
-        # A projection, of which every device needs all, adds up the devices' parts.
-        step = "all-reduce" if "projected" in case else "all-gather"
-        assert found[devices, "forward"][1] == [step] * scans
-        assert found[devices, "training"][1] == sorted([step, "all-reduce"] * scans)
-    if case == "LSTM":
-        assert found[8, "forward"][0] == ["all-to-all"]  # the recurrent weights, and in training their gradient;
-        # whole again for it: h of all steps, and the gradients of the input's weights and of two biases; x's is a sum.
-        assert found[8, "training"][0] == [*["all-gather"] * 4, "all-reduce", *["all-to-all"] * 2]
+        assert found[devices, "forward"][1] == sorted(case.forward)
+        assert found[devices, "training"][1] == sorted([*case.training, *(case.batch_training if devices == 4 else ())])
+    assert found[8, "forward"][0] == sorted(case.once_forward)
+    if case.once_training is not None:
+        assert found[8, "training"][0] == sorted(case.once_training)
 
 
 MODULES = """
