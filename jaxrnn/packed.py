@@ -1,7 +1,8 @@
 """PackedSequence, and torch's functions that pack, pad and unpack: rows of different lengths without their padding.
 
 Where a row of packed data lies in a padded array is worked out in NumPy, for all of them at once, from the static
-integer fields; the data themselves move in one gather.
+integer fields; the data themselves move in one gather. Data that come as NumPy's move in NumPy, so that a loader of
+batches does not have a gather compiled for each new set of lengths.
 """
 
 from collections.abc import Iterable, Sequence
@@ -14,6 +15,16 @@ from jax.typing import ArrayLike
 
 Rows = Sequence[ArrayLike] | jax.Array | np.ndarray
 Lengths = ArrayLike | Sequence[int]
+Array = jax.Array | np.ndarray
+
+
+def _in_jax(value: Any) -> jax.Array:
+    # jnp.asarray would compile a copy of NumPy's arrays for each shape.
+    return jax.device_put(value) if isinstance(value, np.ndarray) else jnp.asarray(value)
+
+
+def _array(value: Any) -> Array:
+    return value if isinstance(value, np.ndarray) else jnp.asarray(value)
 
 
 class _Fields(NamedTuple):
@@ -58,7 +69,7 @@ class PackedSequence(_Fields):
         sorted_indices: ArrayLike | None = None,
         unsorted_indices: ArrayLike | None = None,
     ) -> "PackedSequence":
-        data, sizes = jnp.asarray(data), _static("batch_sizes", batch_sizes)
+        data, sizes = _in_jax(data), _static("batch_sizes", batch_sizes)
         if not len(sizes) or sizes[-1] < 1 or np.any(np.diff(sizes) > 0):
             raise ValueError(f"batch_sizes should go down, to at least 1, got {sizes.tolist()}")
         if data.shape[:1] != (sizes.sum(),):
@@ -122,15 +133,19 @@ def layout(packed: PackedSequence, batch_first: bool = False, total_length: int 
     return Layout(places.T if batch_first else places, rows.astype(np.int32), lengths)
 
 
-def pad(data: jax.Array, places: np.ndarray, padding_value: Any = 0) -> jax.Array:
+def pad(data: Array, places: np.ndarray, padding_value: Any = 0) -> Array:
     """Put rows of data in their `places`, and padding where there is none."""
-    fill = np.asarray(padding_value).astype(data.dtype).item()
-    return data.at[places].get(mode="fill", fill_value=fill)
+    fill = np.asarray(padding_value).astype(data.dtype)
+    if isinstance(data, np.ndarray):
+        return np.concatenate([data, np.full((1, *data.shape[1:]), fill)])[places]
+    return data.at[places].get(mode="fill", fill_value=fill.item())
 
 
-def pack(padded: jax.Array, rows: np.ndarray) -> jax.Array:
+def pack(padded: Array, rows: np.ndarray) -> Array:
     """Gather `rows` of data from a padded array."""
     flat = padded.reshape(-1, *padded.shape[2:])
+    if isinstance(flat, np.ndarray):
+        return flat[rows]
     return flat.at[rows].get(mode="promise_in_bounds", unique_indices=True)
 
 
@@ -185,7 +200,7 @@ def pack_padded_sequence(
     >>> packed.data.tolist(), packed.batch_sizes.tolist(), packed.sorted_indices.tolist()
     ([4, 1, 5, 2, 6], [2, 2, 1], [1, 0])
     """
-    padded = jnp.asarray(input)
+    padded = _array(input)
     if padded.ndim < 2:
         raise RuntimeError(f"input should have two axes at least, time and batch, got shape {padded.shape}")
     batch, steps = padded.shape[:2] if batch_first else padded.shape[1::-1]
@@ -203,7 +218,7 @@ def pack_padded_sequence(
     sizes = np.sum(known > np.arange(known.max())[:, None], axis=1)
     # Without data first: where they come from depends on the integers only.
     empty = PackedSequence(np.zeros((known.sum(), 0)), sizes, order)
-    return empty._replace(data=pack(padded, layout(empty, batch_first, steps).rows))
+    return empty._replace(data=_in_jax(pack(padded, layout(empty, batch_first, steps).rows)))
 
 
 def pad_packed_sequence(
@@ -234,7 +249,7 @@ def pad_packed_sequence(
     if total_length is not None and total_length < longest:
         raise ValueError(f"total_length should be at least {longest}, the longest row's length, got {total_length}")
     where = layout(sequence, batch_first, total_length)
-    return pad(sequence.data, where.places, padding_value), where.lengths
+    return _in_jax(pad(sequence.data, where.places, padding_value)), where.lengths
 
 
 def pad_sequence(
@@ -261,11 +276,15 @@ def pad_sequence(
     >>> jaxrnn.pad_sequence([jnp.array([1, 2, 3]), jnp.array([4])], batch_first=True, padding_side="left").tolist()
     [[1, 2, 3], [0, 0, 4]]
     """
+    return _in_jax(_padded(sequences, batch_first, padding_value, padding_side))
+
+
+def _padded(sequences: Rows, batch_first: bool, padding_value: float, padding_side: str) -> Array:
     if padding_side not in ("right", "left"):
         raise RuntimeError(f"padding_side should be 'right' or 'left', got {padding_side!r}")
     if not isinstance(sequences, Iterable):
         raise RuntimeError(f"sequences should be a list of rows, got {type(sequences).__name__}")
-    rows = [jnp.asarray(row) for row in sequences]
+    rows = [_array(row) for row in sequences]
     if not rows:
         raise RuntimeError("sequences should be at least one row, got none")
     if any(row.ndim == 0 or row.shape[1:] != rows[0].shape[1:] for row in rows):
@@ -275,7 +294,9 @@ def pad_sequence(
     step = np.arange(lengths.max()) - (lengths.max() - lengths if padding_side == "left" else 0 * lengths)[:, None]
     inside = (step >= 0) & (step < lengths[:, None])
     places = np.where(inside, step + (np.cumsum(lengths) - lengths)[:, None], lengths.sum()).astype(np.int32)
-    return pad(jnp.concatenate(rows), places if batch_first else places.T, padding_value)
+    in_numpy = all(isinstance(row, np.ndarray) and row.dtype == rows[0].dtype for row in rows)  # JAX promotes others
+    data = np.concatenate(rows) if in_numpy else jnp.concatenate(rows)
+    return pad(data, places if batch_first else places.T, padding_value)
 
 
 def pack_sequence(sequences: Rows, enforce_sorted: bool = True) -> PackedSequence:
@@ -296,7 +317,7 @@ def pack_sequence(sequences: Rows, enforce_sorted: bool = True) -> PackedSequenc
     >>> jaxrnn.pack_sequence([jnp.ones((2, 8)), jnp.ones((5, 8))], enforce_sorted=False).data.shape
     (7, 8)
     """
-    padded = pad_sequence(sequences)
+    padded = _padded(sequences, False, 0, "right")
     return pack_padded_sequence(padded, [np.shape(row)[0] for row in sequences], enforce_sorted=enforce_sorted)
 
 
@@ -320,7 +341,7 @@ def unpad_sequence(padded_sequences: ArrayLike, lengths: Lengths, batch_first: b
     >>> [row.tolist() for row in jaxrnn.unpad_sequence(jnp.array([[1, 4], [2, 5], [3, 0]]), [3, 2])]
     [[1, 2, 3], [4, 5]]
     """
-    padded = jnp.asarray(padded_sequences)
+    padded = _array(padded_sequences)
     if padded.ndim < 2:
         raise RuntimeError(f"padded_sequences should have two axes at least, time and batch, got shape {padded.shape}")
     if not batch_first:
@@ -331,7 +352,7 @@ def unpad_sequence(padded_sequences: ArrayLike, lengths: Lengths, batch_first: b
     if np.any(known < 0):
         raise ValueError(f"lengths should not be negative, got {known.tolist()}")
     _check_within(known, padded.shape[1])
-    return [padded[row, :length] for row, length in enumerate(known)]
+    return [_in_jax(padded[row, :length]) for row, length in enumerate(known)]
 
 
 def unpack_sequence(packed_sequences: PackedSequence) -> list[jax.Array]:

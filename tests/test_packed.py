@@ -24,6 +24,12 @@ def _data(*shape: int, dtype: str = "float64") -> np.ndarray:
     return numbers.astype(dtype)
 
 
+def _kinds(draw: Any, rows: list[np.ndarray]) -> list[Any]:
+    """NumPy's arrays, JAX's, or both in turns: they take different ways."""
+    kinds = draw(st.sampled_from([[np.asarray], [jnp.asarray], [jnp.asarray, np.asarray]]))
+    return [kinds[index % len(kinds)](row) for index, row in enumerate(rows)]
+
+
 def _assert_same_pack(ours: jaxrnn.PackedSequence, theirs: Any) -> None:
     """Field by field: values, dtype, and None where torch has None."""
     assert ours._fields == theirs._fields
@@ -56,7 +62,7 @@ def test_pack_and_pad_are_torchs(torch: types.ModuleType, data: Any) -> None:
     rnn = torch.nn.utils.rnn
     theirs = rnn.pack_padded_sequence(torch.tensor(x), torch.tensor(lengths), batch_first, enforce_sorted)
     ours = jaxrnn.pack_padded_sequence(
-        x, draw(st.sampled_from([lengths, np.array(lengths)])), batch_first, enforce_sorted
+        *_kinds(draw, [x]), draw(st.sampled_from([lengths, np.array(lengths)])), batch_first, enforce_sorted
     )
     _assert_same_pack(ours, theirs)
 
@@ -76,13 +82,13 @@ def test_pack_and_pad_are_torchs(torch: types.ModuleType, data: Any) -> None:
 def test_sequences_are_torchs(torch: types.ModuleType, data: Any) -> None:
     draw = data.draw
     lengths, trailing, dtype = _rows(draw, distinct=False)
-    rows = [_data(length, *trailing, dtype=dtype) for length in lengths]
-    tensors, rnn = [torch.tensor(row) for row in rows], torch.nn.utils.rnn
+    rows = _kinds(draw, [_data(length, *trailing, dtype=dtype) for length in lengths])
+    tensors, rnn = [torch.tensor(np.asarray(row)) for row in rows], torch.nn.utils.rnn
     batch_first, side = draw(st.booleans()), draw(st.sampled_from(["left", "right"]))
     padded = jaxrnn.pad_sequence(rows, batch_first, 3, side)
     np.testing.assert_array_equal(padded, rnn.pad_sequence(tensors, batch_first, 3, side).numpy(), strict=True)
 
-    padded = jaxrnn.pad_sequence(rows, batch_first)
+    (padded,) = _kinds(draw, [jaxrnn.pad_sequence(rows, batch_first)])
     for got, row in zip(jaxrnn.unpad_sequence(padded, lengths, batch_first), rows, strict=True):
         np.testing.assert_array_equal(got, row, strict=True)
 
@@ -94,6 +100,31 @@ def test_sequences_are_torchs(torch: types.ModuleType, data: Any) -> None:
         np.testing.assert_array_equal(got, row, strict=True)
     if lengths == sorted(lengths, reverse=True):
         _assert_same_pack(jaxrnn.pack_sequence(rows), rnn.pack_sequence(tensors))
+
+
+@pytest.mark.parametrize("kind", [np.asarray, jnp.asarray])
+def test_nothing_is_compiled_for_numpys_rows(kind: Any, caplog: pytest.LogCaptureFixture) -> None:
+    lengths = [3, 8, 5]
+    rows, padded = [kind(_data(length, 7)) for length in lengths], kind(_data(9, 3, 7))
+    for function in (
+        lambda: jaxrnn.pad_sequence(rows),
+        lambda: jaxrnn.pack_sequence(rows, enforce_sorted=False),
+        lambda: jaxrnn.pack_padded_sequence(padded, lengths, enforce_sorted=False),
+        lambda: jaxrnn.unpad_sequence(padded, lengths),
+    ):
+        caplog.clear()
+        with jax.log_compiles():
+            function()
+        compiled = [record.message for record in caplog.records if record.message.startswith("Compiling")]
+        assert bool(compiled) == (kind is jnp.asarray), compiled
+
+
+def test_rows_of_several_dtypes_promote_as_in_jax() -> None:
+    rows = [_data(2, dtype="float16"), _data(3, dtype="int32")]  # NumPy would make them float64
+    with jax.numpy_dtype_promotion("standard"):
+        padded = jaxrnn.pad_sequence(rows)
+    assert padded.dtype == jnp.float16
+    np.testing.assert_array_equal(padded[:, 1], rows[1])
 
 
 def test_a_packed_sequence_is_a_tuple_as_torchs() -> None:
