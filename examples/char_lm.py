@@ -11,9 +11,7 @@ bit, those of a run that was left alone. At the end it prints what was reached a
 """
 
 import argparse
-import functools
 import sys
-import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -22,31 +20,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from library_text import CHARACTERS, ROWS, batch, text
 from resumable import plot, run
 
 import jaxrnn
 
-MODULES = """argparse ast calendar configparser dataclasses difflib doctest enum fractions ftplib functools inspect
-ipaddress mailbox pdb pickle pickletools random shutil smtplib socket statistics subprocess tarfile threading typing"""
-CHARACTERS, ROWS, TIME = 128, 32, 32  # of ASCII; of a batch
 DECAY, CLIP, QUICK_LIMIT = 0.01, 1.0, 3.5  # the limit in bits per character; without context it takes 4.6
-
-
-@functools.cache
-def text() -> tuple[np.ndarray, np.ndarray]:
-    """The modules' ASCII characters as numbers: what to train on, and (512, 64), passages held out from all over."""
-    sources = (Path(sysconfig.get_path("stdlib"), f"{name}.py").read_bytes() for name in MODULES.split())
-    characters = np.frombuffer(b"".join(sources), np.uint8)
-    characters = characters[characters < CHARACTERS].astype(np.int32)
-    passages = characters[: len(characters) // 512 * 512].reshape(-1, 512)
-    chosen = np.linspace(0, len(passages) - 1, 64).astype(int)
-    return np.delete(passages, chosen, axis=0).ravel(), passages[chosen].T
-
-
-def batch(characters: np.ndarray, step: int, rows: int = ROWS) -> np.ndarray:
-    """What a step sees, (TIME + 1, rows): the text is a ring, in which each row goes on from where it was."""
-    places = np.arange(rows) * (len(characters) // rows) + step * TIME
-    return characters.take(places + np.arange(TIME + 1)[:, None], mode="wrap")
 
 
 def schedule(steps: int) -> optax.Schedule:
@@ -117,14 +96,14 @@ def main() -> int:
     arguments = parser.parse_args()
     steps, hidden = (200, 96) if arguments.quick else (arguments.steps, arguments.hidden)
     jax.config.update("jax_default_matmul_precision", "highest")  # on a GPU or TPU the default is coarser
-    data = functools.partial(batch, text()[0]), text()[1]
+    held_out = text()[1]
     learner = Learner(hidden, steps)
     weights = jaxrnn.state_dict(learner.model)
-    curves = {"jax": run(learner, steps, *data, arguments.checkpoint, arguments.every)}
+    curves = {"jax": run(learner, steps, batch, held_out, arguments.checkpoint, arguments.every)}
     if arguments.torch:
         from char_lm_torch import train_torch
 
-        curves["torch"] = train_torch(weights, hidden, steps, *data)
+        curves["torch"] = train_torch(weights, hidden, steps, batch, held_out)
     ends = {name: curve[-1][-1] for name, curve in curves.items()}
     for name, end in ends.items():
         print(f"{name}: {end:.4f} bits per held-out character after {steps} steps")

@@ -9,7 +9,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # or threads that wait keep
 
 import numpy as np
 import torch
-from char_lm import CHARACTERS, CLIP, DECAY, schedule
+from char_lm import CLIP, DECAY, schedule
+from library_text import CHARACTERS
 from resumable import Curve, advance
 from rich.progress import track
 from torch import nn

@@ -14,15 +14,15 @@ import argparse
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from char_lm import Learner, batch, text
+from char_lm import Learner
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from library_text import batch
 from rich.progress import track
 
 ROWS, HIDDEN = 32, 64
@@ -30,8 +30,7 @@ TOLERANCE = 1e-10
 
 
 def make_mesh(devices: list[jax.Device], model: int) -> Mesh:
-    shape = len(devices) // model, model
-    return jax.make_mesh(shape, ("batch", "model"), axis_types=(AxisType.Auto,) * 2, devices=devices)
+    return jax.make_mesh((len(devices) // model, model), ("batch", "model"), (AxisType.Auto,) * 2, devices=devices)
 
 
 def train(mesh: Mesh, steps: int, name: str) -> list[float]:
@@ -49,7 +48,7 @@ def train(mesh: Mesh, steps: int, name: str) -> list[float]:
     with jax.set_mesh(mesh):
         learner = create()
         for step in track(range(steps), description=name, disable=jax.process_index() > 0):
-            characters = batch(text()[0], step, ROWS)
+            characters = batch(step, ROWS)
             # Every process reads the same text, and hands its own devices their rows of it.
             shared = jax.make_array_from_callback(characters.shape, rows, characters.__getitem__)
             losses.append(float(learner.train(shared)))
@@ -106,14 +105,12 @@ def main() -> int:
     steps = 10 if arguments.quick else arguments.steps
     mesh = make_mesh(jax.devices(), arguments.model)
     label = f"{mesh.shape['batch']} x {mesh.shape['model']} devices in {jax.process_count()} processes"
-    begin = time.perf_counter()
     together = train(mesh, steps, label)
-    seconds = time.perf_counter() - begin
     alone = train(make_mesh(jax.local_devices()[:1], 1), steps, "one device")
     difference = float(np.abs(np.subtract(alone, together)).max())
     if jax.process_index() == 0:
         print(f"{label}: {together[0]:.4f} bits per character at first, {together[-1]:.4f} after {steps} steps")
-        print(f"in {seconds:.0f} s; no loss is more than {difference:.1e} from that of one device")
+        print(f"no loss is more than {difference:.1e} from that of one device")
         plot(alone, together, label, arguments.plot)
     return 0 if difference < TOLERANCE else 1
 
