@@ -6,7 +6,7 @@ module adds the parameters and the randomness. `params` has the keys of torch's 
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Generic
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from jaxrnn.cells import GRU_CELL, LSTM_CELL, Cell, rnn_cell
 from jaxrnn.packed import PackedSequence
 from jaxrnn.recurrence import MeshAxis, Remat
 from jaxrnn.spec import CellSpec, Spec
-from jaxrnn.stack import HX, Output, State, apply, apply_cell, check_remat
+from jaxrnn.stack import HX, Output, Pair, StateT, apply, apply_cell, check_remat
 
 
 class _Module(linen.Module):
@@ -42,7 +42,7 @@ class _Module(linen.Module):
         return {name: self.param(name, self._draw(name), shape, self.param_dtype) for name, shape in shapes.items()}
 
 
-class _Layers(_Module):
+class _Layers(_Module, Generic[StateT]):
     """What RNN, LSTM and GRU share: the call, and dropout as linen.Dropout has it."""
 
     _Spec = Spec
@@ -74,7 +74,7 @@ class _Layers(_Module):
         reset_state: HX = None,
         deterministic: bool | None = None,
         rng: jax.Array | None = None,
-    ) -> tuple[Output, State]:
+    ) -> tuple[Output, StateT]:
         """Run over a sequence: as the modules of `jaxrnn`, but for dropout.
 
         Args:
@@ -109,7 +109,7 @@ class _Layers(_Module):
         )
 
 
-class RNN(_Layers):
+class RNN(_Layers[jax.Array]):
     """A stack of Elman RNN layers: torch.nn.RNN. Equations and arguments as in `jaxrnn.RNN`.
 
     Beside torch's arguments, all of them fields in torch's order, there are, keyword-only, dtype, param_dtype,
@@ -145,7 +145,7 @@ class RNN(_Layers):
         return rnn_cell(self.nonlinearity)
 
 
-class LSTM(_Layers):
+class LSTM(_Layers[Pair]):
     """A stack of long short-term memory layers: torch.nn.LSTM. Equations and arguments as in `jaxrnn.LSTM`.
 
     The other fields are those of `jaxrnn.linen.RNN`.
@@ -177,7 +177,7 @@ class LSTM(_Layers):
     proj_size: int = 0
 
 
-class GRU(_Layers):
+class GRU(_Layers[jax.Array]):
     """A stack of gated recurrent unit layers: torch.nn.GRU. Equations and arguments as in `jaxrnn.GRU`.
 
     The other fields are those of `jaxrnn.linen.RNN`.
@@ -205,18 +205,18 @@ class GRU(_Layers):
     proj_size: int = 0
 
 
-class _OneStep(_Module):
+class _OneStep(_Module, Generic[StateT]):
     """What RNNCell, LSTMCell and GRUCell share: the call."""
 
     _Spec = CellSpec
 
     @linen.compact
-    def __call__(self, x: ArrayLike, hx: HX = None) -> State:
+    def __call__(self, x: ArrayLike, hx: HX = None) -> StateT:
         """Make one step: arguments, what is returned and what is raised as for `jaxrnn.apply_cell`."""
         return apply_cell(self.spec, self._params(), x, hx, dtype=self.dtype, precision=self.precision)
 
 
-class RNNCell(_OneStep):
+class RNNCell(_OneStep[jax.Array]):
     """One step of an Elman RNN at a call: torch.nn.RNNCell. Equations and arguments as in `jaxrnn.RNNCell`.
 
     Beside torch's arguments there are, keyword-only, dtype, param_dtype and precision as in `jaxrnn.RNN`.
@@ -241,7 +241,7 @@ class RNNCell(_OneStep):
         return rnn_cell(self.nonlinearity)
 
 
-class LSTMCell(_OneStep):
+class LSTMCell(_OneStep[Pair]):
     """One step of an LSTM at a call: torch.nn.LSTMCell. Equations as in `jaxrnn.LSTM`, arguments as for `RNNCell`.
 
     >>> import jax, jax.numpy as jnp, jaxrnn
@@ -257,7 +257,7 @@ class LSTMCell(_OneStep):
     bias: bool | int = True
 
 
-class GRUCell(_OneStep):
+class GRUCell(_OneStep[jax.Array]):
     """One step of a GRU at a call: torch.nn.GRUCell. Equations as in `jaxrnn.GRU`, arguments as for `RNNCell`.
 
     >>> import jax, jax.numpy as jnp, jaxrnn

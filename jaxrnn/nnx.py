@@ -5,7 +5,7 @@ What a module computes is in `jaxrnn.stack`; a module adds the parameters and th
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, Generic
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from jaxrnn.cells import GRU_CELL, LSTM_CELL, RNN_RELU, rnn_cell
 from jaxrnn.packed import PackedSequence
 from jaxrnn.recurrence import MeshAxis, Remat
 from jaxrnn.spec import CellSpec, Spec
-from jaxrnn.stack import HX, Output, State, apply, apply_cell, check_remat
+from jaxrnn.stack import HX, Output, Pair, StateT, apply, apply_cell, check_remat
 
 Randomness = nnx.Rngs | nnx.RngStream | jax.Array
 
@@ -79,7 +79,7 @@ class _Module(nnx.Module):
         return f"{type(self).__name__}({', '.join(parts)})"
 
 
-class _Layers(_Module):
+class _Layers(_Module, Generic[StateT]):
     """What RNN, LSTM and GRU share: the call, and dropout as nnx.Dropout has it."""
 
     spec: Spec
@@ -131,7 +131,7 @@ class _Layers(_Module):
         reset_state: HX = None,
         deterministic: bool | None = None,
         rngs: Randomness | None = None,
-    ) -> tuple[Output, State]:
+    ) -> tuple[Output, StateT]:
         """Run over a sequence.
 
         Args:
@@ -187,7 +187,7 @@ class _Layers(_Module):
             self.deterministic = deterministic
 
 
-class RNN(_Layers):
+class RNN(_Layers[jax.Array]):
     r"""A stack of Elman RNN layers: torch.nn.RNN.
 
     Each layer computes, for each step t of its input x,
@@ -259,7 +259,7 @@ class RNN(_Layers):
         super().__init__(spec, dtype, param_dtype, precision, remat, hidden_axis, rngs)
 
 
-class LSTM(_Layers):
+class LSTM(_Layers[Pair]):
     r"""A stack of long short-term memory layers: torch.nn.LSTM.
 
     Each layer computes, for each step t of its input x, with gates of `hidden_size` features,
@@ -314,7 +314,7 @@ class LSTM(_Layers):
         super().__init__(spec, dtype, param_dtype, precision, remat, hidden_axis, rngs)
 
 
-class GRU(_Layers):
+class GRU(_Layers[jax.Array]):
     r"""A stack of gated recurrent unit layers: torch.nn.GRU.
 
     Each layer computes, for each step t of its input x,
@@ -362,7 +362,7 @@ class GRU(_Layers):
         super().__init__(spec, dtype, param_dtype, precision, remat, hidden_axis, rngs)
 
 
-class _OneStep(_Module):
+class _OneStep(_Module, Generic[StateT]):
     """What RNNCell, LSTMCell and GRUCell share: the call."""
 
     spec: CellSpec
@@ -370,7 +370,7 @@ class _OneStep(_Module):
     bias_ih: nnx.Param | None = None
     bias_hh: nnx.Param | None = None
 
-    def __call__(self, x: ArrayLike, hx: HX = None) -> State:
+    def __call__(self, x: ArrayLike, hx: HX = None) -> StateT:
         """Make one step.
 
         Args:
@@ -389,7 +389,7 @@ class _OneStep(_Module):
         return apply_cell(self.spec, self._params(), x, hx, dtype=self.dtype, precision=self.precision)
 
 
-class RNNCell(_OneStep):
+class RNNCell(_OneStep[jax.Array]):
     r"""One step of an Elman RNN at a call: torch.nn.RNNCell, `h' = tanh(W_ih x + b_ih + W_hh h + b_hh)` or relu.
 
     Args:
@@ -430,7 +430,7 @@ class RNNCell(_OneStep):
         super().__init__(spec, dtype, param_dtype, precision, rngs)
 
 
-class LSTMCell(_OneStep):
+class LSTMCell(_OneStep[Pair]):
     r"""One step of an LSTM at a call: torch.nn.LSTMCell. Equations as in `jaxrnn.LSTM`, arguments as for `RNNCell`.
 
     >>> import jax.numpy as jnp, jaxrnn
@@ -456,7 +456,7 @@ class LSTMCell(_OneStep):
         super().__init__(CellSpec(LSTM_CELL, input_size, hidden_size, bias), dtype, param_dtype, precision, rngs)
 
 
-class GRUCell(_OneStep):
+class GRUCell(_OneStep[jax.Array]):
     r"""One step of a GRU at a call: torch.nn.GRUCell. Equations as in `jaxrnn.GRU`, arguments as for `RNNCell`.
 
     >>> import jax.numpy as jnp, jaxrnn

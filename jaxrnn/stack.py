@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,9 @@ from jaxrnn.recurrence import MeshAxis, Remat
 from jaxrnn.spec import CellSpec, Spec
 
 HX = ArrayLike | Sequence[ArrayLike] | None
-State = jax.Array | Arrays
+State = Any  # a jax.Array, or for a cell of several states a tuple of them
+Pair = tuple[jax.Array, jax.Array]  # an LSTM's
+StateT = TypeVar("StateT", jax.Array, Pair)  # of a module
 Output = Any  # a jax.Array, or a PackedSequence for one
 
 

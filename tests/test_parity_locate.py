@@ -82,30 +82,30 @@ def _stale(gates: tuple, hidden: tuple, state: tuple) -> tuple:
     return jaxrnn.LSTM_CELL.step(gates, hidden, state)[0], state[1]
 
 
-def _no_b_hn(project: Callable) -> Callable:
-    def projected(settings: Any, weights: Any, x: Any) -> tuple:
-        gates, recurrent = project(settings, weights, x)
-        size = recurrent.bias.size // 3
-        return gates, recurrent._replace(bias=recurrent.bias.at[-size:].set(0))
+def _no_b_hn(lay_out: Callable) -> Callable:
+    def laid_out(settings: Any, weights: Any) -> tuple:
+        input, recurrent = lay_out(settings, weights)
+        return input, recurrent._replace(bias=recurrent.bias.at[-recurrent.bias.size // 3 :].set(0))
 
-    return projected
-
-
-def _folded(project: Callable) -> Callable:
-    def projected(settings: Any, weights: Any, x: Any) -> tuple:
-        (r, z, n), recurrent = project(settings, weights, x)
-        b_hn = recurrent.bias[-recurrent.bias.size // 3 :]
-        return (r, z, n + b_hn), _no_b_hn(lambda *a: (None, recurrent))(0, 0, 0)[1]
-
-    return projected
+    return laid_out
 
 
-def _transposed(project: Callable) -> Callable:
-    def projected(settings: Any, weights: Any, x: Any) -> tuple:
-        gates, recurrent = project(settings, weights, x)
-        return gates, recurrent._replace(weight_hh=recurrent.weight_hh.T)
+def _folded(lay_out: Callable) -> Callable:
+    def laid_out(settings: Any, weights: Any) -> tuple:
+        input, recurrent = lay_out(settings, weights)
+        n = slice(-recurrent.bias.size // 3, None)
+        without = recurrent._replace(bias=recurrent.bias.at[n].set(0))
+        return input._replace(bias=input.bias.at[n].add(recurrent.bias[n])), without
 
-    return projected
+    return laid_out
+
+
+def _transposed(lay_out: Callable) -> Callable:
+    def laid_out(settings: Any, weights: Any) -> tuple:
+        input, recurrent = lay_out(settings, weights)
+        return input, recurrent._replace(weight_hh=recurrent.weight_hh.T)
+
+    return laid_out
 
 
 def _unmarked(reverse: bool) -> Callable:
@@ -151,13 +151,13 @@ FAULTS: dict[str, tuple[Plant, Case, dict[str, Any], str]] = {
         "the gates i and f are exchanged",
     ),
     "drop b_hn": (
-        _function(recurrence, "_project_input", _no_b_hn),
+        _function(recurrence, "_laid_out", _no_b_hn),
         GRU,
         {"layer": 0, "directions": BOTH, "step": 0, "gates": ("n",)},
         "b_hn is missing",
     ),
     "fold the biases": (
-        _function(recurrence, "_project_input", _folded),
+        _function(recurrence, "_laid_out", _folded),
         GRU,
         {"layer": 0, "directions": BOTH, "step": 0, "gates": ("n",)},
         "the biases are folded",
@@ -175,7 +175,7 @@ FAULTS: dict[str, tuple[Plant, Case, dict[str, Any], str]] = {
         "padding leaks",
     ),
     "transpose W_hh of a square layer": (
-        _function(recurrence, "_project_input", _transposed),
+        _function(recurrence, "_laid_out", _transposed),
         RNN,
         {"layer": 0, "directions": ("forward",), "step": 0},
         "W_hh is transposed",
@@ -299,7 +299,7 @@ def test_every_known_mistake_is_another(case: Case) -> None:
 
 
 def test_the_runner_says_where(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    _function(recurrence, "_project_input", _transposed)(monkeypatch)
+    _function(recurrence, "_laid_out", _transposed)(monkeypatch)
     assert runner.main(["--filter", "RNN_TANH-layers1-hx", "--dtype", "float64"]) == 1
     printed = capsys.readouterr().out
     assert "WHERE RNN_TANH-layers1-hx: first off at layer 0, forward direction, step 0" in printed
