@@ -5,11 +5,13 @@ like the gates, computed for all steps at once from what the forward scan saved.
 linear in the tangents, whose only products are those with the recurrent weights. What a change of the weights adds,
 `h dW_hh`, is known for all steps beforehand and is one product outside that scan; JAX transposes it into one product
 for the gradient of the weights, where autodiff of the scan would add up a product a step.
+
+A step that is not pointwise, as one with layer normalisation, has autodiff of the scan.
 """
 
 import functools
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -17,10 +19,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
-from jax.extend.core import ClosedJaxpr, Literal, jaxpr_as_fun
 from jax.sharding import PartitionSpec
 
 from jaxrnn.cells import Arrays, Cell
+from jaxrnn.pointwise import is_pointwise, stages
 
 Weights = dict[str, jax.Array]
 _STATES = "jaxrnn states"  # the name by which `jax.checkpoint` knows them
@@ -121,8 +123,11 @@ def _run(
     marks: Marks,
     reset_state: Arrays | None,
 ) -> tuple[jax.Array, Arrays]:
-    input, recurrent = input.astype(x.dtype), recurrent.astype(x.dtype)
-    return _scan(settings, recurrent, _input_gates(settings, input, x), state, marks, reset_state)
+    gates = _input_gates(settings, input.astype(x.dtype), x)
+    if is_pointwise(settings.cell, gates[0].shape[1:], tuple(a.shape for a in state), gates[0].dtype):
+        return _scan(settings, recurrent.astype(x.dtype), gates, state, marks, reset_state)
+    recurrent = recurrent.astype(_accumulator(x.dtype))  # in which the steps' gradients add up
+    return _loop(settings, x.dtype, recurrent, gates, state, marks, reset_state)
 
 
 def _run_in_chunks(
@@ -298,9 +303,7 @@ def _step(
     """One step: the state after it, and what its derivative needs, the sums and the output before projection."""
     cell = settings.cell
     sums = _sums(cell, gates, _split(settings, _product(settings, state[0], recurrent.weight_hh) + recurrent.bias))
-    state = tuple(cell.step(*_arguments(cell, gates, sums), state))
-    if len(state) != len(cell.states):
-        raise ValueError(f"step of Cell {cell.name!r} should return {len(cell.states)} arrays, got {len(state)}")
+    state = _checked(cell, cell.step(*_arguments(cell, gates, sums), state), sums[0])
     if recurrent.weight_hr is None:
         return state, sums, None
     return (_product(settings, state[0], recurrent.weight_hr), *state[1:]), sums, state[0]
@@ -314,19 +317,44 @@ def _advance(
     return _select(marks.ended, state, after), sums, unprojected
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _scan(
-    settings: Settings, recurrent: Recurrent, gates: Arrays, state: Arrays, marks: Marks, reset_state: Arrays | None
+def _checked(cell: Cell, state: object, like: jax.Array) -> Arrays:
+    """What a step returned, if it is as it should be."""
+    if not isinstance(state, tuple | list) or len(state) != len(cell.states):
+        got = f"{len(state)}" if isinstance(state, tuple | list) else f"no tuple but {type(state).__name__}"
+        raise ValueError(f"step of Cell {cell.name!r} should return a tuple of {len(cell.states)} arrays, got {got}")
+    for name, a in zip(cell.states, state, strict=True):
+        if (jnp.shape(a), jnp.result_type(a)) != (like.shape, like.dtype):
+            wanted, got = f"{like.dtype} of shape {like.shape}", f"{jnp.result_type(a)} of shape {jnp.shape(a)}"
+            raise ValueError(f"step of Cell {cell.name!r} should return {name} as {wanted}, got {got}")
+    return tuple(state)
+
+
+def _loop(
+    settings: Settings,
+    dtype: jnp.dtype,
+    recurrent: Recurrent,
+    gates: Arrays,
+    state: Arrays,
+    marks: Marks,
+    reset_state: Arrays | None,
 ) -> tuple[jax.Array, Arrays]:
     """Run the recurrence over `gates`, (time, batch, hidden_size) each; return the outputs and the last state."""
 
     def body(state: Arrays, step: tuple[Arrays, Marks]) -> tuple[Arrays, jax.Array]:
         gates, marks = step
-        state, *_ = _advance(settings, recurrent, gates, state, marks, reset_state)
-        return state, _output(marks, state, recurrent.weight_hh.dtype)
+        state, *_ = _advance(settings, recurrent.astype(dtype), gates, state, marks, reset_state)
+        return state, _output(marks, state, dtype)
 
     state, outputs = lax.scan(body, state, (gates, marks), reverse=settings.reverse)
     return outputs, state
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _scan(
+    settings: Settings, recurrent: Recurrent, gates: Arrays, state: Arrays, marks: Marks, reset_state: Arrays | None
+) -> tuple[jax.Array, Arrays]:
+    """As `_loop`, of pointwise steps, with the derivative rule."""
+    return _loop(settings, recurrent.weight_hh.dtype, recurrent, gates, state, marks, reset_state)
 
 
 @_scan.defjvp
@@ -413,11 +441,11 @@ def _partials(
         rest = arguments[len(gates) :]
         return tuple(cell.step(arguments[: len(gates)], rest[: len(hidden)], rest[len(hidden) :]))
 
-    order, stages = _stages(jax.make_jaxpr(flat)(*arguments))
+    order, each = stages(jax.make_jaxpr(flat)(*arguments))
     values = (*arguments, *after)
     rows: dict[int, dict[int, jax.Array]] = {}
     for index in order:
-        function, slots = stages[index]
+        function, slots = each[index]
         rows[index] = {}
         for slot in slots:
             _, (rows[index][slot],) = jax.jvp(
@@ -426,51 +454,3 @@ def _partials(
                 (jnp.ones_like(values[slot]),),
             )
     return order, rows
-
-
-def _stages(closed: ClosedJaxpr) -> tuple[list[int], dict[int, tuple[Callable, list[int]]]]:
-    """Part a function into one for each output, which takes all outputs as further arguments.
-
-    Returns:
-        The numbers of the outputs, each after those that it is computed from; and for each the function, and the
-        numbers of the arguments that it reads.
-    """
-    jaxpr = closed.jaxpr
-    producers = {variable: equation for equation in jaxpr.eqns for variable in equation.outvars}
-    # An argument that comes out as it came in counts as the argument; what comes out twice counts once.
-    fresh = [v for v in dict.fromkeys(jaxpr.outvars) if not isinstance(v, Literal) and v in producers]
-    number = {v: len(jaxpr.invars) + jaxpr.outvars.index(v) for v in fresh} | {v: i for i, v in enumerate(jaxpr.invars)}
-    order: list[int] = []
-    stages: dict[int, tuple[Callable, list[int]]] = {}
-
-    def visit(index: int) -> None:
-        output, needed, read = jaxpr.outvars[index], set(), set()
-        pending = [output]
-        while pending:
-            variable = pending.pop()
-            if isinstance(variable, Literal):
-                continue
-            if variable in number and not (variable is output and variable in producers):
-                read.add(number[variable])
-            elif variable in producers and id(producers[variable]) not in needed:
-                needed.add(id(producers[variable]))
-                pending += producers[variable].invars
-        extra = [v for v in fresh if v is not output and number[v] in read]
-        part = jaxpr.replace(
-            invars=[*jaxpr.invars, *extra],
-            outvars=[output],
-            eqns=[equation for equation in jaxpr.eqns if id(equation) in needed],
-            debug_info=jaxpr.debug_info.with_unknown_names(),
-        )
-        slots = [*range(len(jaxpr.invars)), *(number[v] for v in extra)]
-        call = jaxpr_as_fun(ClosedJaxpr(part, closed.consts))
-        stages[index] = (lambda *values: call(*(values[slot] for slot in slots)), sorted(read))
-        for other in (slot - len(jaxpr.invars) for slot in read if slot >= len(jaxpr.invars)):
-            if other not in stages:
-                visit(other)
-        order.append(index)
-
-    for index in range(len(jaxpr.outvars)):
-        if index not in stages:
-            visit(index)
-    return order, stages

@@ -11,7 +11,7 @@ import pytest
 from jax.test_util import check_grads
 
 import jaxrnn
-from jaxrnn import recurrence
+from jaxrnn import pointwise
 
 Tree = dict[str, jax.Array]
 
@@ -186,11 +186,113 @@ def test_linearize_and_transpose(case: Case) -> None:
     np.testing.assert_allclose(jnp.vdot(u, push(v)), jnp.vdot(pulled, v), rtol=1e-12)
 
 
-def test_a_cell_whose_step_returns_too_much() -> None:
-    cell = jaxrnn.Cell("greedy", gates=("a",), states=("h",), step=lambda gates, hidden, state: (*gates, *state))
+@pytest.mark.parametrize(
+    ("step", "message"),
+    [
+        (lambda gates, hidden, state: (*gates, *state), "a tuple of 1 arrays, got 2"),
+        (lambda gates, hidden, state: gates[0], "a tuple of 1 arrays, got no tuple but .*Tracer"),
+        (
+            lambda gates, hidden, state: (gates[0].sum(-1),),
+            r"h as float32 of shape \(1, 3\), got float32 of shape \(1,\)",
+        ),
+        (lambda gates, hidden, state: (gates[0] > 0,), r"h as float32 of shape \(1, 3\), got bool of shape \(1, 3\)"),
+    ],
+)
+def test_a_cell_whose_step_returns_something_else(step: Callable, message: str) -> None:
+    cell = jaxrnn.Cell("greedy", gates=("a",), states=("h",), step=step)
     spec = jaxrnn.Spec(cell, 2, 3)
-    with pytest.raises(ValueError, match="step of Cell 'greedy' should return 1 arrays, got 2"):
+    with pytest.raises(ValueError, match=f"step of Cell 'greedy' should return {message}"):
         jaxrnn.apply(spec, spec.init(jax.random.key(0)), jnp.ones((4, 2), jnp.float32))
+
+
+def _layer_norm(a: jax.Array) -> jax.Array:
+    a = a - a.mean(-1, keepdims=True)
+    return a / jnp.sqrt((a**2).mean(-1, keepdims=True) + 1e-5)
+
+
+# What a step may do to a gate of 3 features. By the rule for pointwise steps the gradients would be wrong.
+PLACES = jnp.array([2, 0, 1])
+NOT_POINTWISE: dict[str, Callable] = {
+    "normalised": _layer_norm,
+    "cumulative": lambda a: jnp.cumsum(a, -1),
+    "turned around": lambda a: a[..., ::-1],
+    "permuted": lambda a: a[..., PLACES],
+    "mixed": lambda a: a @ jnp.asarray(np.random.RandomState(2).randn(3, 3)),
+    "shifted": lambda a: jnp.roll(a, 1, -1),
+    "sorted": lambda a: jnp.sort(a, -1),
+    "of the rows": lambda a: a + a.mean(0, keepdims=True),
+}
+POINTWISE: dict[str, Callable] = {
+    "scaled": lambda a: a * jnp.arange(3.0),
+    "clipped": lambda a: jnp.clip(a, -0.5, 0.5),
+    "where": lambda a: jnp.where(a > 0, a, jax.nn.gelu(a)),
+    "special": lambda a: jax.scipy.special.gammainc(2.0, jnp.exp(a)),
+    "jitted": jax.jit(jnp.sin),
+}
+
+
+@pytest.mark.parametrize("marks", ["", "lengths", "reset", "remat"])
+@pytest.mark.parametrize("name", NOT_POINTWISE)
+def test_a_step_that_is_not_pointwise(name: str, marks: str) -> None:
+    """It has autodiff of the scan: values, gradients, and forward over reverse."""
+    change = NOT_POINTWISE[name]
+    cell = jaxrnn.Cell(name, ("h",), ("h",), lambda gates, hidden, state: (jnp.tanh(change(gates[0])),))
+    spec = jaxrnn.Spec(cell, 2, 3)
+    params = spec.init(jax.random.key(0), jnp.float64)
+    x, hx = (jnp.asarray(np.random.RandomState(1).randn(*shape)) for shape in ((5, 2, 2), (1, 2, 3)))
+    lengths = jnp.array([5, 3])
+    given: dict = {"lengths": lengths} if marks == "lengths" else {}
+    given |= {"reset": jnp.arange(10).reshape(5, 2) == 4} if marks == "reset" else {}
+    given |= {"remat": 2} if marks == "remat" else {}
+
+    def ours(params: Tree, hx: jax.Array) -> list[jax.Array]:
+        return list(jaxrnn.apply(spec, params, x, hx, **given))
+
+    def plain(params: Tree, hx: jax.Array) -> list[jax.Array]:
+        h, outputs = hx[0], []
+        for t in range(5):
+            if marks == "reset":
+                h = jnp.where(given["reset"][t][:, None], 0.0, h)
+            ended = (t >= lengths)[:, None] & (marks == "lengths")
+            z = jnp.where(ended, 0.0, x[t]) @ params["weight_ih_l0"].T + h @ params["weight_hh_l0"].T
+            after = jnp.tanh(change(z + params["bias_ih_l0"] + params["bias_hh_l0"]))
+            h = jnp.where(ended, h, after)
+            outputs.append(jnp.where(ended, 0.0, after))
+        return [jnp.stack(outputs), h[None]]
+
+    losses = (Case.loss(ours), Case.loss(plain))
+    assert_same(*(jax.jit(jax.value_and_grad(loss, (0, 1)))(params, hx) for loss in losses))
+    if not marks:
+        tangents = jax.tree.map(jnp.cos, (params, hx))
+        assert_same(*(jax.jvp(jax.grad(loss, (0, 1)), (params, hx), tangents) for loss in losses))
+
+
+def test_16_bit_gradients_of_a_step_that_is_not_pointwise_add_up_in_float32() -> None:
+    cell = jaxrnn.Cell("normalised", ("h",), ("h",), lambda gates, hidden, state: (jnp.tanh(_layer_norm(gates[0])),))
+    spec = jaxrnn.Spec(cell, 2, 3)
+    params, x = spec.init(jax.random.key(0), jnp.bfloat16), jnp.ones((1000, 2), jnp.bfloat16)
+
+    def gradient(dtype: str) -> Tree:
+        def loss(params: Tree) -> jax.Array:
+            return jnp.sum(jnp.sin(jnp.arange(3)).astype(dtype) * jaxrnn.apply(spec, params, x, dtype=dtype)[0])
+
+        return jax.grad(loss)({name: value.astype(dtype) for name, value in params.items()})
+
+    exact = gradient("float64")
+    for name, found in gradient("bfloat16").items():
+        np.testing.assert_allclose(found.astype("float64"), exact[name], rtol=0, atol=0.02 * np.abs(exact[name]).max())
+
+
+def test_which_steps_are_pointwise() -> None:
+    def pointwise_of(change: Callable) -> bool:
+        cell = jaxrnn.Cell("mine", ("h",), ("h",), lambda gates, hidden, state: (change(gates[0]),))
+        return pointwise.is_pointwise(cell, (4, 3), ((4, 3),), jnp.dtype("float64"))
+
+    assert {name for name, change in NOT_POINTWISE.items() if pointwise_of(change)} == set()
+    assert {name for name, change in POINTWISE.items() if not pointwise_of(change)} == set()
+    for cell, proj_size, _ in KINDS.values():
+        states = ((1, proj_size or 3), (1, 3))[: len(cell.states)]
+        assert pointwise.is_pointwise(cell, (1, 3), states, jnp.dtype("float32"))
 
 
 def test_a_cell_of_ones_own() -> None:
@@ -287,7 +389,7 @@ def test_gates_are_computed_several_numbers_at_a_time(cell: jaxrnn.Cell, tmp_pat
 
 def test_a_state_that_comes_from_another_is_differentiated_by_that_one() -> None:
     step = jaxrnn.LSTM_CELL.step
-    order, stages = recurrence._stages(jax.make_jaxpr(lambda *a: step(a[:4], (), a[4:]))(*jnp.ones((6, 2, 3))))
+    order, stages = pointwise.stages(jax.make_jaxpr(lambda *a: step(a[:4], (), a[4:]))(*jnp.ones((6, 2, 3))))
     # i f g o h c, then the new h and c
     assert order == [1, 0]
     assert {index: slots for index, (_, slots) in stages.items()} == {1: [0, 1, 2, 5], 0: [3, 7]}
