@@ -20,6 +20,7 @@ from jaxrnn.checkpoint import CheckpointError, FoundRNN, find_rnns, fold, save
 from jaxrnn.checkpoint.check import LIMIT, check, installed_torch
 from jaxrnn.checkpoint.errors import listed
 from jaxrnn.checkpoint.files import Tensors, opened
+from jaxrnn.checkpoint.names import under
 from jaxrnn.checkpoint.stored import UnreadableError, Value, equal, not_finite, read
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
@@ -191,7 +192,8 @@ def _convert(arguments: argparse.Namespace) -> int:
         found = _found(arguments.file, tensors)
         tensors = {key: tensors[key] for key in (rnn.prefix + name for rnn in found for name in rnn.spec.shapes())}
     prefix = arguments.prefix
-    chosen = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+    with _said_of(arguments.file):
+        chosen = under(tensors, prefix)
     if not chosen:
         cause = f"no key starts with {prefix!r}\nits keys: {listed(tensors)}" if tensors else "it has no tensors"
         raise CheckpointError(f"{arguments.file}: {cause}")

@@ -7,6 +7,7 @@ import abc
 import dataclasses
 import math
 import numbers
+import sys
 import warnings
 
 import jax
@@ -73,6 +74,14 @@ def _check_type(name: str, value: object, kind: type) -> None:
         raise TypeError(f"{name} should be of type {kind.__name__}, got {value!r} of type {type(value).__name__}")
 
 
+def _level_outside() -> int:
+    """The stack level, for a warning of the caller's, of whoever called jaxrnn, be it through Flax."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("jaxrnn", "flax"):
+        frame, level = frame.f_back, level + 1
+    return level
+
+
 @dataclasses.dataclass(frozen=True)
 class Spec(_Parameters):
     """A recurrent network's settings: torch's constructor arguments after the kind of cell.
@@ -134,7 +143,7 @@ class Spec(_Parameters):
             warnings.warn(
                 f"dropout={self.dropout} acts after every layer but the last, so it does nothing with num_layers=1",
                 UserWarning,
-                stacklevel=3,
+                stacklevel=_level_outside(),
             )
         object.__setattr__(self, "dropout", float(self.dropout))
         object.__setattr__(self, "bidirectional", bool(self.bidirectional))

@@ -54,7 +54,8 @@ def apply(
             None. What x holds past a row's end reaches nothing. Data under jit, where their values cannot be checked:
             there a length below 0 counts as 0, and one above time as time.
         reset: True before which steps the state is put back, as between the episodes of an environment; boolean, in
-            the layout of x, or its data, without the features. Not for a bidirectional network.
+            the layout of x, or its data, without the features. Past a row's end nothing is put back. Not for a
+            bidirectional network.
         reset_state: what `reset` puts the state back to, like hx; zeros if None.
         dropout_key: a jax random key, for dropout in training; without it or `dropout_masks` there is none.
         dropout_masks: instead of a key, what dropout keeps: for each layer but the last an array of 0 or 1,
@@ -98,6 +99,10 @@ def apply(
         return _apply_packed(spec, params, x, hx, reset, dropout_masks, **rest)
     check_remat(remat)
     check_hidden_axis(spec, hidden_axis)
+    if hasattr(x, "batch_sizes"):
+        raise TypeError(
+            f"x should be an array or a jaxrnn.PackedSequence, got a PackedSequence of {type(x).__module__}"
+        )
     x = _floating("x", x)
     if x.ndim not in (2, 3):
         raise ValueError(f"x should be 2-D (unbatched) or 3-D (batched), got shape {x.shape}")

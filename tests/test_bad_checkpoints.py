@@ -328,6 +328,7 @@ def test_what_torch_saves_and_is_no_state_dict(torch: types.ModuleType, zipped: 
     kinds: dict[str, tuple[Any, str]] = {
         "module": (lstm, "a whole module, not a state_dict"),
         "sequential": (torch.nn.Sequential(lstm), "a whole module, not a state_dict"),
+        "class": ({"state_dict": lstm.state_dict(), "hyper_parameters": {"act": torch.nn.Tanh}}, "it holds more than"),
         "tensor": (torch.ones(3), "no recurrent weights: it is one tensor, not a dict"),
         "list": ([torch.ones(3)], "no recurrent weights: it is of type list, not a dict"),
         "optimizer": (torch.optim.Adam(lstm.parameters()).state_dict(), "no recurrent weights"),

@@ -130,9 +130,8 @@ def test_what_only_looks_like_parts_stays() -> None:
         {"weight_orig": np.ones((2, 3)), "weight_u": np.ones(4), "weight_v": np.ones(3)},
     ],
 )
-def test_parts_that_do_not_fit(tensors: dict) -> None:
-    with pytest.raises(CheckpointError, match="the parts of weight do not fit together: weight_"):
-        checkpoint.fold(tensors)
+def test_parts_that_do_not_fit_stay(tensors: dict) -> None:
+    assert checkpoint.fold(tensors) == tensors
 
 
 def test_two_keys_that_become_one() -> None:
@@ -170,6 +169,38 @@ def test_module_in_front_of_everything() -> None:
             self.module = gru
 
     assert jaxrnn.load_state_dict(Wrapped(), tensors) == ([], [])
+    deeper = {f"module.dec.{name}": value for name, value in jaxrnn.state_dict(gru).items()}
+    for prefix in ("dec.", "module.dec."):
+        assert jaxrnn.load_state_dict(jaxrnn.GRU(3, 4, rngs=nnx.Rngs(1)), deeper, prefix) == ([], [])
+
+
+def test_what_is_not_under_the_prefix_does_not_matter() -> None:
+    gru = jaxrnn.GRU(3, 4, rngs=nnx.Rngs(0))
+    tensors: dict = {f"dec.{name}": value for name, value in jaxrnn.state_dict(gru).items()}
+    tensors |= {"vq.weight_g": np.ones(3), "vq.weight_v": np.ones((5, 2)), 3: np.ones(1)}
+    assert jaxrnn.load_state_dict(jaxrnn.GRU(3, 4, rngs=nnx.Rngs(1)), tensors, "dec.") == ([], [])
+
+
+def test_what_is_where_is_told() -> None:
+    gru = jaxrnn.GRU(3, 4, rngs=nnx.Rngs(0))
+    tensors = {f"{place}{name}": value for place in ("enc.", "dec.") for name, value in jaxrnn.state_dict(gru).items()}
+    with pytest.raises(CheckpointError, match=r"the prefix 'dec' ends before a dot\ngive 'dec.'"):
+        jaxrnn.load_state_dict(gru, tensors, "dec")
+    with pytest.raises(CheckpointError, match=r"find_rnns.* lists prefixes and sizes: 'enc.', 'dec.'; strict"):
+        jaxrnn.load_state_dict(gru, tensors, "decoder.")
+    nested = {"model": tensors, "epoch": 3}
+    with pytest.raises(
+        CheckpointError, match=r"no tensors but dicts of them are under model\ngive .* tensors\['model'\]"
+    ):
+        jaxrnn.load_state_dict(gru, nested, strict=False)
+    with pytest.raises(TypeError, match=r"tensors should be a dict from name to array, got str\n.*load reads a file"):
+        jaxrnn.load_state_dict(gru, "model.pt")
+    with pytest.raises(
+        TypeError, match=r"module should be an nnx.Module, got Linen's GRU: see jaxrnn.checkpoint.linen"
+    ):
+        jaxrnn.load_state_dict(jaxrnn.linen.GRU(3, 4), tensors, "dec.")
+    with pytest.raises(TypeError, match=r"module should be an nnx.Module, got Linen's GRU"):
+        jaxrnn.state_dict(jaxrnn.linen.GRU(3, 4))
 
 
 def test_a_layer_serves_a_cell_and_a_cell_a_layer() -> None:

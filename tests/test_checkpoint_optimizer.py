@@ -92,6 +92,63 @@ def test_the_next_steps_are_torchs(torch: types.ModuleType, name: str, tmp_path:
         np.testing.assert_allclose(value, expected, rtol=0, atol=atol, err_msg=key)
 
 
+class Alike(nnx.Module):
+    """Two children whose parameters only their order tells apart, in an order that is not the alphabet's."""
+
+    def __init__(self, first: str = "lower", second: str = "head") -> None:
+        for name in (first, second):
+            setattr(self, name, jaxrnn.GRU(3, 3, rngs=nnx.Rngs(0)))
+        self.out = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+
+    def __call__(self, x: Any) -> Any:
+        return self.out(self.lower(x)[0])
+
+
+def _numbered(model: nnx.Module) -> tuple[list[str], dict[str, Any]]:
+    """Names, and a state of SGD whose moments are the parameters' numbers."""
+    shapes = {name: value.shape for name, value in jaxrnn.state_dict(model).items()}
+    group = {"lr": 0.1, "momentum": 0.9, "dampening": 0, "weight_decay": 0, "nesterov": False}
+    buffers = {k: {"momentum_buffer": np.full(shape, k, "float32")} for k, shape in enumerate(shapes.values())}
+    return list(shapes), {"state": buffers, "param_groups": [group | {"params": list(range(len(shapes)))}]}
+
+
+@pytest.mark.parametrize("lose", ["jit", "clone", "merge"])
+def test_an_order_that_was_lost_is_not_guessed(lose: str) -> None:
+    model = Alike()
+    names, state = _numbered(model)
+    checkpoint.optimizer_from_torch(state, model)
+    if lose == "jit":
+        nnx.jit(lambda model, x: model(x))(model, np.ones((5, 3), "float32"))
+    else:
+        model = nnx.clone(model) if lose == "clone" else nnx.merge(*nnx.split(model))
+    assert list(vars(model)) == sorted(vars(model))
+    with pytest.raises(CheckpointError, match=r"the order of head, lower, out may not be torch's.*\ngive names="):
+        checkpoint.optimizer_from_torch(state, model)
+    optimizer = checkpoint.optimizer_from_torch(state, model, [*names, "out.bias"][:-1])
+    leaves = jax.tree_util.tree_leaves_with_path(nnx.as_pure(optimizer.opt_state))
+    found = {jax.tree_util.keystr(path[-2:], simple=True, separator="."): leaf for path, leaf in leaves if leaf.ndim}
+    for number, name in enumerate(["lower.weight_ih_l0", "lower.weight_hh_l0"]):
+        assert np.all(found[name] == number)
+    assert np.all(found["head.weight_ih_l0"] == 4)
+
+
+def test_an_order_that_shapes_tell_is_no_matter_of_doubt() -> None:
+    class Different(nnx.Module):
+        def __init__(self) -> None:
+            self.cell = jaxrnn.GRUCell(3, 4, rngs=nnx.Rngs(0))
+            self.head = nnx.Linear(4, 2, rngs=nnx.Rngs(0))
+            self.norm = nnx.BatchNorm(2, rngs=nnx.Rngs(0))
+
+    _, state = _numbered(nnx.Dict(cell=Different().cell, head=Different().head))
+    weights = jaxrnn.state_dict(Different())
+    assert "norm.running_mean" in weights
+    trained = nnx.state(Different(), nnx.Param)
+    count = len(jax.tree.leaves(trained))
+    state["param_groups"][0]["params"] = list(range(count))
+    checkpoint.optimizer_from_torch({**state, "state": {}}, Different())
+    checkpoint.optimizer_from_torch({**state, "state": {}}, Different(), list(weights))  # with the buffers' names
+
+
 @pytest.mark.torch
 def test_groups_and_frozen_parameters_of_a_dict(torch: types.ModuleType) -> None:
     """A dict of parameters, without a module: two groups with settings of their own, and a parameter in none."""

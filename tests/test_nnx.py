@@ -1,5 +1,6 @@
 """The modules: torch's signatures, attributes and repr; Flax's train/eval, rngs, dtypes and transforms; training."""
 
+import functools
 import inspect
 import types
 from typing import Any
@@ -178,6 +179,13 @@ def test_no_stream_is_kept_where_there_is_no_dropout() -> None:
         gru = _make("GRU", dropout=0.5)
     assert set(nnx.state(gru)) == set(gru.spec.shapes())
     assert len(jax.tree.leaves(nnx.state(_dropout()))) > len(_dropout().spec.shapes())
+
+
+@pytest.mark.parametrize("make", [functools.partial(jaxrnn.GRU, rngs=nnx.Rngs(0)), jaxrnn.linen.GRU])
+def test_a_warning_is_of_the_callers_line(make: Any) -> None:
+    with pytest.warns(UserWarning, match="num_layers=1") as warned:
+        make(3, 4, dropout=0.5)
+    assert {warning.filename for warning in warned} == {__file__}
 
 
 # Transforms and training.

@@ -344,6 +344,7 @@ def test_bad_input_that_torch_lets_pass(call: Any, error: type[Exception], messa
             RuntimeError,
             r"h_0 of hx should have shape \(1, 3, 4\), got \(1, 2, 4\)",
         ),
+        (types.SimpleNamespace(batch_sizes=[1]), {}, TypeError, "array or a jaxrnn.PackedSequence, got .* of types"),
         (PACKED, {"lengths": [4, 2, 1]}, ValueError, "lengths should be None for a PackedSequence"),
         (PACKED, {"reset": np.zeros((4, 3), bool)}, RuntimeError, r"without its features, \(7,\), got \(4, 3\)"),
     ],

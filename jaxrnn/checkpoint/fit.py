@@ -1,6 +1,7 @@
 """Tensors by name fitted to the parameters of a Flax module of either API: names, layouts and dtypes."""
 
 import hashlib
+import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -11,10 +12,13 @@ import numpy as np
 from jaxrnn.checkpoint.arrays import NO_NUMBERS, dtype_of, to_numpy
 from jaxrnn.checkpoint.errors import CheckpointError, listed
 from jaxrnn.checkpoint.layers import Entry
-from jaxrnn.checkpoint.names import as_named, fold
+from jaxrnn.checkpoint.names import as_named, fold, under
 
 # Kinds of dtype: within one a value is cast, as torch does; an integer or complex weight is a mistake.
 _KINDS = (jnp.floating, jnp.complexfloating, jnp.integer, jnp.bool_)
+
+
+_RECURRENT = re.compile(r"weight_hh(_l0)?$")
 
 
 class Parameter(NamedTuple):
@@ -83,8 +87,11 @@ def fit(
     Raises:
         CheckpointError: as `jaxrnn.load_state_dict`.
     """
-    values = {key.removeprefix(prefix): value for key, value in fold(tensors).items() if key.startswith(prefix)}
-    values = as_named(params, values)
+    if not isinstance(tensors, Mapping):
+        got = f"{type(tensors).__name__}\njaxrnn.checkpoint.load reads a file"
+        raise TypeError(f"tensors should be a dict from name to array, got {got}")
+    folded = fold(tensors)
+    values = as_named(params, under(folded, prefix))
     given = [name for name in params if name in values]
     # Of a tied weight, which has several names here, some formats keep one.
     first: dict[int, str] = {}
@@ -92,6 +99,9 @@ def fit(
         first.setdefault(id(params[name].place), name)
     missing = [name for name in params if name not in values and id(params[name].place) not in first]
     unexpected = [name for name in values if name not in params and name not in ignored]
+    if missing and (dicts := [str(name) for name, value in values.items() if isinstance(value, Mapping)]):
+        remedy = f"give one of them, such as tensors[{dicts[0]!r}]"
+        raise CheckpointError(f"{owner}: no tensors but dicts of them are under {listed(dicts)}\n{remedy}")
     problems = [f"{name} is missing" for name in missing if strict]
     if strict and unexpected:
         # torch saves a tied weight under each of its names, where a Flax model may have it once.
@@ -111,11 +121,13 @@ def fit(
         except CheckpointError as error:
             problems.append(str(error).partition("\n")[0])
     if problems:
-        under = f" under the prefix {prefix!r}" if prefix else ""
+        where = f" under the prefix {prefix!r}" if prefix else ""
+        places = {key[: match.start()]: None for key in folded if (match := _RECURRENT.search(str(key)))}
         remedy = "jaxrnn.checkpoint.find_rnns(tensors) lists prefixes and sizes"
+        remedy += f": {listed(map(repr, places))}" if missing and places else ""
         if missing or unexpected:
             remedy += "; strict=False allows missing and unexpected keys"
-        raise CheckpointError("\n  ".join([f"{owner}: the tensors{under} do not fit:", *problems]) + f"\n{remedy}")
+        raise CheckpointError("\n  ".join([f"{owner}: the tensors{where} do not fit:", *problems]) + f"\n{remedy}")
     return Fit(arrays, missing, unexpected, odd)
 
 

@@ -1,6 +1,7 @@
 """Tensors by name into and out of NNX modules, and torch's modules into ours."""
 
 import inspect
+import itertools
 import sys
 import warnings
 from collections.abc import Mapping
@@ -8,7 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax import nnx
+from flax import linen, nnx
 
 import jaxrnn.nnx
 from jaxrnn import flax_sharding
@@ -47,6 +48,8 @@ def load_state_dict(
     Raises:
         CheckpointError: a shape or a kind of dtype that does not fit, or with `strict` a missing or unexpected key;
             the message names every one.
+        TypeError: `module` is a Linen module, for which there is `jaxrnn.checkpoint.linen.load_state_dict`; or
+            `tensors` are no dict.
 
     Warns:
         UserWarning: a tensor with NaN or infinite numbers, which is loaded all the same.
@@ -60,6 +63,7 @@ def load_state_dict(
     >>> jaxrnn.load_state_dict(jaxrnn.LSTM(10, 20, bias=False, rngs=nnx.Rngs(1)), tensors, "encoder.", strict=False)
     ([], ['bias_ih_l0', 'bias_hh_l0'])
     """
+    _check_api(module)
     params, names = params_of(module)
     found = fit(type(module).__name__, params, names, tensors, prefix, strict)
     if found.warning:
@@ -81,8 +85,9 @@ def state_dict(module: nnx.Module) -> dict[str, np.ndarray]:
     names and layouts, such as `weight` for the kernel of an `nnx.Linear`, transposed.
 
     The order is torch's too: a module's own parameters before its submodules', both as they were defined. (A module
-    that went through `nnx.merge` no longer knows in which order its attributes were defined: there they are sorted. The
-    parameters of one layer, or RNN, LSTM, GRU or cell, are in torch's order even so.) A parameter that is shared has
+    that went through `nnx.jit`, `nnx.merge`, `nnx.clone` or `copy.deepcopy` no longer knows in which order its
+    attributes were defined: there they are sorted. The parameters of one layer, or RNN, LSTM, GRU or cell, are in
+    torch's order even so.) A parameter that is shared has
     each of its names.
 
     Args:
@@ -91,13 +96,23 @@ def state_dict(module: nnx.Module) -> dict[str, np.ndarray]:
     Returns:
         A dict from name to a NumPy copy, of the parameter's dtype, and its shape in torch.
 
+    Raises:
+        TypeError: `module` is a Linen module, for which there is `jaxrnn.checkpoint.linen.state_dict`.
+
     >>> import jaxrnn
     >>> from flax import nnx
     >>> model = nnx.Sequential(jaxrnn.GRUCell(3, 4, rngs=nnx.Rngs(0)), nnx.Linear(4, 2, rngs=nnx.Rngs(1)))
     >>> list(jaxrnn.state_dict(model))
     ['0.weight_ih', '0.weight_hh', '0.bias_ih', '0.bias_hh', '1.weight', '1.bias']
     """
+    _check_api(module)
     return {name: param.to_torch(name) for name, param in params_of(module)[0].items()}
+
+
+def _check_api(module: object) -> None:
+    if isinstance(module, linen.Module):
+        name = type(module).__name__
+        raise TypeError(f"module should be an nnx.Module, got Linen's {name}: see jaxrnn.checkpoint.linen")
 
 
 def from_torch(torch_module: Any, rngs: nnx.Rngs | None = None) -> nnx.Module:
@@ -160,6 +175,28 @@ def params_of(node: object, prefix: str = "", above: tuple[int, ...] = ()) -> tu
             below |= deeper
             names |= more
     return params | below, names
+
+
+def order_in_doubt(node: object, above: tuple[int, ...] = ()) -> list[str]:
+    """Attributes that Flax may have sorted, and that would have parameters of the same shapes in another order."""
+    children = dict(_children(node)) if id(node) not in above else {}
+    for child in children.values():
+        if found := order_in_doubt(child, (*above, id(node))):
+            return found
+    if not isinstance(node, nnx.Pytree) or isinstance(node, nnx.Sequential) or hasattr(node, "spec"):
+        return []
+    known = {entry.attribute for entry in entries(node)}
+    for own in (True, False):  # a module's own parameters come before its submodules'
+        parts: dict[str, tuple] = {}
+        for name in [name for name in children if name not in known]:
+            if isinstance(children[name], nnx.Param) == own:
+                shapes = tuple(param.shape for param in params_of({name: children[name]})[0].values())
+                parts |= {name: shapes} if shapes else {}
+        if len(parts) > 1 and list(parts) == sorted(parts):
+            orders = itertools.islice(itertools.permutations(parts.values()), 1, 5040)
+            if len(set(parts.values())) < len(parts) or sum(parts.values(), ()) in (sum(o, ()) for o in orders):
+                return list(parts)
+    return []
 
 
 def _children(node: object) -> list[tuple[str, Any]]:

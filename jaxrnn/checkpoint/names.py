@@ -20,7 +20,8 @@ def fold(tensors: Mapping[str, Any], raw: bool = False) -> dict[str, Any]:
 
     What is folded: `weight_norm` (`weight_g` and `weight_v`, or `parametrizations.weight.original0` and `original1`),
     `spectral_norm` as in evaluation (`weight_orig`, `_u` and `_v`, or their parametrized names), pruning
-    (`weight_orig` and `weight_mask`), and `torch.compile`'s `_orig_mod.`, which is dropped. Everything else stays.
+    (`weight_orig` and `weight_mask`), and `torch.compile`'s `_orig_mod.`, which is dropped. Everything else stays; so
+    do parts whose shapes do not fit together.
 
     Args:
         tensors: from name to array of numpy, jax or torch.
@@ -32,7 +33,7 @@ def fold(tensors: Mapping[str, Any], raw: bool = False) -> dict[str, Any]:
         float64.
 
     Raises:
-        CheckpointError: parts that do not fit together, or two keys that become one.
+        CheckpointError: two keys that become one.
 
     >>> import numpy as np
     >>> from jaxrnn import checkpoint
@@ -63,9 +64,8 @@ def fold(tensors: Mapping[str, Any], raw: bool = False) -> dict[str, Any]:
         arrays = {part: to_numpy(name, tensors[renamed[name]]) for part, name in names.items()}
         try:
             value = recipe(**{part: array.astype(np.float64) for part, array in arrays.items()})
-        except (ValueError, IndexError) as error:
-            shapes = ", ".join(f"{names[part]} {array.shape}" for part, array in arrays.items())
-            raise CheckpointError(f"the parts of {target} do not fit together: {shapes}\n{_SAVE_AGAIN}") from error
+        except (ValueError, IndexError):
+            continue
         dtype = next(iter(arrays.values())).dtype if "orig" not in arrays else arrays["orig"].dtype
         path, _, leaf = target.rpartition(".")
         dropped = f"{path}.module.{leaf}".removeprefix(".")
@@ -82,9 +82,6 @@ def fold(tensors: Mapping[str, Any], raw: bool = False) -> dict[str, Any]:
         elif name not in gone:
             plain[name] = tensors[key]
     return plain
-
-
-_SAVE_AGAIN = "save the whole state_dict() of the model"
 
 
 def _raw(raw: np.ndarray) -> np.ndarray:
@@ -123,6 +120,18 @@ _RECIPES: dict[frozenset[str], Callable[..., np.ndarray]] = {
     frozenset({"orig", "mask"}): _pruned,
     frozenset({"raw"}): _raw,
 }
+
+
+def under(tensors: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """The tensors whose keys start with a prefix, without it, and without DistributedDataParallel's `module.`."""
+    keys = [key for key in tensors if isinstance(key, str)]
+    wrapped = f"module.{prefix}"
+    if not any(key.startswith(prefix) for key in keys) and all(key.startswith("module.") for key in keys):
+        prefix = wrapped
+    found = {key.removeprefix(prefix): tensors[key] for key in keys if key.startswith(prefix)}
+    if found and all(name.startswith(".") for name in found):
+        raise CheckpointError(f"the prefix {prefix!r} ends before a dot\ngive {prefix + '.'!r}")
+    return found
 
 
 def as_named(names: Mapping[str, Any], values: dict[str, Any]) -> dict[str, Any]:

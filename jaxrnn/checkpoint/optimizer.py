@@ -13,7 +13,7 @@ from jaxrnn.checkpoint.arrays import to_numpy
 from jaxrnn.checkpoint.errors import CheckpointError, listed
 from jaxrnn.checkpoint.fit import Parameter
 from jaxrnn.checkpoint.layers import Entry
-from jaxrnn.checkpoint.modules import params_of
+from jaxrnn.checkpoint.modules import order_in_doubt, params_of
 
 # Where optax keeps what torch calls otherwise, in the states of its transformations.
 _FIELDS = {"mu": "exp_avg", "nu": "exp_avg_sq", "trace": "momentum_buffer"}
@@ -81,15 +81,17 @@ def optimizer_from_torch(
     Args:
         state: what torch's `optimizer.state_dict()` returned, its tensors those of torch, numpy or jax.
         module: the module, as for `jaxrnn.load_state_dict`, its parameters loaded.
-        names: as for `optax_from_torch`; by default those of `jaxrnn.state_dict(module)`, which are in the order of
-            torch's `model.parameters()` where the attributes are.
+        names: as for `optax_from_torch`, such as the keys of torch's `model.state_dict()`, of which those of buffers
+            are passed over. By default those of `jaxrnn.state_dict(module)`, which are in the order of torch's
+            `model.parameters()` where the attributes are.
         learning_rate, steps_made: as for `optax_from_torch`.
 
     Returns:
         The optimizer, with the state laid out as the module's parameters are.
 
     Raises:
-        CheckpointError: as `optax_from_torch`.
+        CheckpointError: as `optax_from_torch`; or names are needed, because the order of attributes may have been
+            lost, which Flax sorts in `nnx.jit`, `nnx.clone` and the like, and shapes would not show it.
 
     >>> import jaxrnn, numpy as np
     >>> from flax import nnx
@@ -101,11 +103,19 @@ def optimizer_from_torch(
     places = {id(variable): path for path, variable in nnx.iter_graph(module) if isinstance(variable, nnx.Param)}
     described: dict[str, Parameter] = {}
     seen: set[int] = set()
-    for name, param in params_of(module)[0].items():
+    every, without_meaning = params_of(module)
+    for name, param in every.items():
         # Of a tied weight the first name counts, as in torch's parameters(); and running statistics are not trained.
         if id(param.place) in places and id(param.place) not in seen:
             seen.add(id(param.place))
             described[name] = param._replace(place=places[id(param.place)])
+    if names is not None:
+        names = [name for name in names if name in described or (name not in every and name not in without_meaning)]
+    elif doubtful := order_in_doubt(module):
+        cause = (
+            f"the order of {listed(doubtful)} may not be torch's, for Flax sorts attributes in nnx.jit and in copies"
+        )
+        raise CheckpointError(f"{cause}\ngive names=, such as list(tensors) of the model's state dict")
     resumed = _resumed(state, described, names, learning_rate, steps_made)
     params = nnx.as_pure(nnx.state(module, nnx.Param))
     optimizer = nnx.Optimizer(module, resumed.transformation(params), wrt=nnx.Param)

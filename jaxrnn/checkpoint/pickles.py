@@ -4,10 +4,11 @@ Python's unpickler calls what a file names. This one has no way to: a global is 
 what torch would make of them is worked out here. Everything else is refused by its name.
 """
 
+import itertools
 import math
 import pickletools
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -134,11 +135,10 @@ def unpickle(data: bytes) -> Any:
     Raises:
         CheckpointError: it names a global that is not on the list, it does what no torch.save does, or it is damaged.
     """
-    operations = pickletools.genops(data)
     try:
-        return _Machine().run(operations)
+        return _Machine().run(pickletools.genops(data))
     except _Refused as refusal:
-        if "names torch.nn.modules" in str(refusal) or _is_module(operations):
+        if is_object(pickletools.genops(data)):
             cause, remedy = f"a whole module, not a state_dict: {refusal}", "save model.state_dict() instead"
         else:
             cause, remedy = f"it holds more than tensors, and its code is not run: {refusal}", STATE_DICT
@@ -148,15 +148,13 @@ def unpickle(data: bytes) -> Any:
         raise CheckpointError(f"truncated or damaged: its pickle cannot be read ({cause})\n{AGAIN}") from damage
 
 
-def _is_module(operations: Iterator) -> bool:
-    """Whether what is left of a pickle names parts of torch.nn."""
-    try:
-        return any(
-            opcode.name == "GLOBAL" and str(argument).startswith("torch.nn.modules")
-            for opcode, argument, _ in operations
-        )
-    except _DAMAGE:
-        return False
+def is_object(operations: Iterable) -> bool:
+    """Whether a pickle holds no dict or list, but an object of some class, as torch.save(model, path) writes it."""
+    named = ((opcode.name, argument) for opcode, argument, _ in operations if opcode.name not in ("PROTO", "FRAME"))
+    begin = list(itertools.islice(named, 2))  # what comes later may be damaged
+    if begin and begin[0][0] == "GLOBAL":
+        return begin[0][1] != "collections OrderedDict"
+    return len(begin) == 2 and begin[0][0] == "MARK" and begin[1][1] == "module"  # as torch wrote it before 1.6
 
 
 class _Machine:

@@ -16,7 +16,7 @@ import numpy as np
 
 from jaxrnn.checkpoint.arrays import is_torch_tensor, to_numpy
 from jaxrnn.checkpoint.errors import AGAIN, CheckpointError, listed
-from jaxrnn.checkpoint.pickles import STATE_DICT, Global, Other, StoredTensor, pickle_tensors, unpickle
+from jaxrnn.checkpoint.pickles import STATE_DICT, Global, Other, StoredTensor, is_object, pickle_tensors, unpickle
 from jaxrnn.checkpoint.stored import Source, Stored, Value, pieces, read
 
 # The number that a file of torch.save before 1.6 pickles first.
@@ -363,24 +363,14 @@ def _import_torch() -> ModuleType:
 def _cause(error: Exception, file: IO[bytes]) -> str:
     """Why torch could not load, without its advice to load unsafely."""
     try:
-        names = _globals(file)
+        whole = [is_object(list(pickletools.genops(file))) for _ in range(_LEGACY_PICKLES)]
     except Exception as damage:  # pickletools too
         return f"truncated or damaged: its pickle cannot be read ({damage})\n{AGAIN}"
     refused = re.search(r"GLOBAL (\S+)", str(error))
-    if refused and any(name.startswith("torch.nn.modules.") for name in names):
+    if refused and any(whole):
         return f"a whole module, not a state_dict: it names {refused[1]}\nsave model.state_dict() instead"
     if refused:
         return f"it holds more than tensors, and its code is not run: it names {refused[1]}\n{STATE_DICT}"
     reason = str(error).rpartition("WeightsUnpickler error: ")[2].strip().partition("\n")[0]
     reason = type(error).__name__ + (f": {reason}" if reason and "weights_only" not in reason else "")
     return f"truncated or damaged: torch cannot read it ({reason})\n{AGAIN}"
-
-
-def _globals(file: IO[bytes]) -> list[str]:
-    """Every global that the file's pickles name, read without running them."""
-    return [
-        str(argument).replace(" ", ".")
-        for _ in range(_LEGACY_PICKLES)
-        for opcode, argument, _ in pickletools.genops(file)
-        if opcode.name == "GLOBAL"
-    ]
