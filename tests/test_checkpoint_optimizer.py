@@ -147,6 +147,8 @@ def test_an_order_that_shapes_tell_is_no_matter_of_doubt() -> None:
     state["param_groups"][0]["params"] = list(range(count))
     checkpoint.optimizer_from_torch({**state, "state": {}}, Different())
     checkpoint.optimizer_from_torch({**state, "state": {}}, Different(), list(weights))  # with the buffers' names
+    numbered = nnx.clone(nnx.List([jaxrnn.GRU(3, 3, rngs=nnx.Rngs(0)) for _ in range(2)]))
+    checkpoint.optimizer_from_torch(_numbered(numbered)[1], numbered)
 
 
 @pytest.mark.torch

@@ -11,6 +11,7 @@ FLOORS = {
     "cells": 0,
     "spec": 1,
     "packed": 1,
+    "pointwise": 1,
     "recurrence": 2,
     "stack": 3,
     "flax_cell": 3,

@@ -16,8 +16,6 @@ from jaxrnn.checkpoint.names import as_named, fold, under
 
 # Kinds of dtype: within one a value is cast, as torch does; an integer or complex weight is a mistake.
 _KINDS = (jnp.floating, jnp.complexfloating, jnp.integer, jnp.bool_)
-
-
 _RECURRENT = re.compile(r"weight_hh(_l0)?$")
 
 

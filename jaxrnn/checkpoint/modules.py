@@ -87,8 +87,7 @@ def state_dict(module: nnx.Module) -> dict[str, np.ndarray]:
     The order is torch's too: a module's own parameters before its submodules', both as they were defined. (A module
     that went through `nnx.jit`, `nnx.merge`, `nnx.clone` or `copy.deepcopy` no longer knows in which order its
     attributes were defined: there they are sorted. The parameters of one layer, or RNN, LSTM, GRU or cell, are in
-    torch's order even so.) A parameter that is shared has
-    each of its names.
+    torch's order even so.) A parameter that is shared has each of its names.
 
     Args:
         module: any flax.nnx module.
@@ -183,7 +182,8 @@ def order_in_doubt(node: object, above: tuple[int, ...] = ()) -> list[str]:
     for child in children.values():
         if found := order_in_doubt(child, (*above, id(node))):
             return found
-    if not isinstance(node, nnx.Pytree) or isinstance(node, nnx.Sequential) or hasattr(node, "spec"):
+    numbered = isinstance(node, nnx.Sequential | nnx.List)
+    if numbered or not isinstance(node, nnx.Pytree) or isinstance(children.get("spec"), Spec | CellSpec):
         return []
     known = {entry.attribute for entry in entries(node)}
     for own in (True, False):  # a module's own parameters come before its submodules'

@@ -125,9 +125,8 @@ _RECIPES: dict[frozenset[str], Callable[..., np.ndarray]] = {
 def under(tensors: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     """The tensors whose keys start with a prefix, without it, and without DistributedDataParallel's `module.`."""
     keys = [key for key in tensors if isinstance(key, str)]
-    wrapped = f"module.{prefix}"
     if not any(key.startswith(prefix) for key in keys) and all(key.startswith("module.") for key in keys):
-        prefix = wrapped
+        prefix = f"module.{prefix}"
     found = {key.removeprefix(prefix): tensors[key] for key in keys if key.startswith(prefix)}
     if found and all(name.startswith(".") for name in found):
         raise CheckpointError(f"the prefix {prefix!r} ends before a dot\ngive {prefix + '.'!r}")
