@@ -1,7 +1,7 @@
 """What a cell's step does with its arguments, read from its jaxpr: whether it is pointwise, and what needs what."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +12,10 @@ from jaxrnn.cells import Cell
 # Whatever changes a shape is not pointwise. Neither are these, which may keep it; nor what begins with one of the rest.
 _MOVING = {"rev", "sort", "transpose", "gather", "dot_general", "conv_general_dilated", "fft", "dynamic_update_slice"}
 _MOVING_FAMILIES = ("cum", "scatter", "argm", "reduce_", "triangular", "custom_call", "ffi", "pure_callback", "top_k")
-_NEITHER = {"reduce_precision"}
-_LOOPS = {"while", "scan", "cond"}  # within which special functions count, and nothing is moved
+_KEEPING = {"reduce_precision"}
+# Within these special functions count, and ask whether all numbers have converged.
+_CONTROL = {"while", "scan", "cond"}
+_ASKING = {"reduce_or", "reduce_and"}
 
 
 @functools.cache
@@ -29,10 +31,10 @@ def is_pointwise(cell: Cell, gate: tuple[int, ...], states: tuple[tuple[int, ...
     like = jax.ShapeDtypeStruct(gate, dtype)
     before = tuple(jax.ShapeDtypeStruct(shape, dtype) for shape in states)
     closed = jax.make_jaxpr(cell.step)((like,) * len(cell.gates), (like,) * len(cell.apart), before)
-    return _keeps_places(closed.jaxpr, [True] * len(closed.jaxpr.invars), {gate, *states})
+    return _keeps_places(closed.jaxpr, [True] * len(closed.jaxpr.invars), {gate, *states}, _KEEPING)
 
 
-def _keeps_places(jaxpr: Jaxpr, given: list[bool], shapes: set[tuple[int, ...]]) -> bool:
+def _keeps_places(jaxpr: Jaxpr, given: list[bool], shapes: set[tuple[int, ...]], keeping: set[str]) -> bool:
     # What derives from the arguments. The rest is the same for all of them, and may do as it likes.
     derived = {v for v, is_given in zip(jaxpr.invars, given, strict=True) if is_given}
     for equation in jaxpr.eqns:
@@ -41,17 +43,26 @@ def _keeps_places(jaxpr: Jaxpr, given: list[bool], shapes: set[tuple[int, ...]])
             continue
         derived.update(equation.outvars)
         name = equation.primitive.name
-        if name in _MOVING or (name.startswith(_MOVING_FAMILIES) and name not in _NEITHER):
+        if name in _MOVING or (name.startswith(_MOVING_FAMILIES) and name not in keeping):
             return False
-        if any(getattr(v.aval, "shape", None) not in shapes for v in equation.outvars):
+        control = name in _CONTROL
+        within = (shapes | {()}, keeping | _ASKING) if control else (shapes, keeping)  # where scalars count
+        if any(getattr(v.aval, "shape", None) not in within[0] for v in equation.outvars):
             return False
-        for inner in () if name in _LOOPS else equation.params.values():
-            inner = inner.jaxpr if isinstance(inner, ClosedJaxpr) else inner
-            if isinstance(inner, Jaxpr):
-                whole = flags if len(inner.invars) == len(flags) else [True] * len(inner.invars)
-                if not _keeps_places(inner, whole, shapes):
-                    return False
+        for inner in _parts(equation.params.values()):
+            passed_on = flags if len(inner.invars) == len(flags) and not control else [True] * len(inner.invars)
+            if not _keeps_places(inner, passed_on, *within):
+                return False
     return True
+
+
+def _parts(params: Iterable) -> Iterator[Jaxpr]:
+    """The jaxprs among an equation's parameters, and those in tuples there."""
+    for param in params:
+        if isinstance(param, Jaxpr | ClosedJaxpr):
+            yield param.jaxpr if isinstance(param, ClosedJaxpr) else param
+        elif isinstance(param, tuple):
+            yield from _parts(param)
 
 
 def stages(closed: ClosedJaxpr) -> tuple[list[int], dict[int, tuple[Callable, list[int]]]]:

@@ -55,19 +55,6 @@ class Marks(NamedTuple):
 UNMARKED = Marks()
 
 
-class Input(NamedTuple):
-    """The weights that need no loop.
-
-    Where hidden units are shared out, so are those of every gate: the gates have an axis of their own, here and below.
-    """
-
-    weight_ih: jax.Array  # (gates * hidden_size, features) as in torch, or (features, gates, hidden_size)
-    bias: jax.Array | None  # b_ih, added for the gates in cell.apart; None without biases
-
-    def astype(self, dtype: jnp.dtype) -> "Input":
-        return self._replace(weight_ih=self.weight_ih.astype(dtype))
-
-
 class Recurrent(NamedTuple):
     """The weights inside the loop, turned once outside it so that products read them along their rows."""
 
@@ -78,6 +65,21 @@ class Recurrent(NamedTuple):
     def astype(self, dtype: jnp.dtype) -> "Recurrent":
         weight_hr = None if self.weight_hr is None else self.weight_hr.astype(dtype)
         return self._replace(weight_hh=self.weight_hh.astype(dtype), weight_hr=weight_hr)
+
+
+class LaidOut(NamedTuple):
+    """A layer's weights as the products read them.
+
+    Where hidden units are shared out, so are those of every gate: the gates have an axis of their own, here and above.
+    """
+
+    weight_ih: jax.Array  # (gates * hidden_size, features) as in torch, or (features, gates, hidden_size)
+    bias_ih: jax.Array | None  # added for the gates in cell.apart; None without biases
+    recurrent: Recurrent
+
+    def astype(self, dtype: jnp.dtype) -> "LaidOut":
+        """The weights in another dtype; biases are added in the accumulator's."""
+        return self._replace(weight_ih=self.weight_ih.astype(dtype), recurrent=self.recurrent.astype(dtype))
 
 
 def layer(
@@ -110,46 +112,34 @@ def layer(
         reset_state = jax.tree.map(jnp.zeros_like, state) if reset_state is None else _cast(reset_state, state[0].dtype)
     # A time that is a symbol, in an export, cannot be parted: there the gradient keeps everything.
     run = _run_in_chunks if settings.remat != "none" and isinstance(x.shape[0], int) else _run
-    outputs, state = run(settings, *_laid_out(settings, weights), x, state, marks, reset_state)
+    outputs, state = run(settings, _laid_out(settings, weights), x, state, marks, reset_state)
     return outputs, _cast(state, x.dtype)
 
 
 def _run(
-    settings: Settings,
-    input: Input,
-    recurrent: Recurrent,
-    x: jax.Array,
-    state: Arrays,
-    marks: Marks,
-    reset_state: Arrays | None,
+    settings: Settings, weights: LaidOut, x: jax.Array, state: Arrays, marks: Marks, reset_state: Arrays | None
 ) -> tuple[jax.Array, Arrays]:
-    gates = _input_gates(settings, input.astype(x.dtype), x)
+    rounded = weights.astype(x.dtype)
+    gates = _input_gates(settings, rounded, x)
     if is_pointwise(settings.cell, gates[0].shape[1:], tuple(a.shape for a in state), gates[0].dtype):
-        return _scan(settings, recurrent.astype(x.dtype), gates, state, marks, reset_state)
-    recurrent = recurrent.astype(_accumulator(x.dtype))  # in which the steps' gradients add up
+        return _scan(settings, rounded.recurrent, gates, state, marks, reset_state)
+    recurrent = weights.recurrent.astype(_accumulator(x.dtype))  # in which the steps' gradients add up
     return _loop(settings, x.dtype, recurrent, gates, state, marks, reset_state)
 
 
 def _run_in_chunks(
-    settings: Settings,
-    input: Input,
-    recurrent: Recurrent,
-    x: jax.Array,
-    state: Arrays,
-    marks: Marks,
-    reset_state: Arrays | None,
+    settings: Settings, weights: LaidOut, x: jax.Array, state: Arrays, marks: Marks, reset_state: Arrays | None
 ) -> tuple[jax.Array, Arrays]:
     """As `_run`, in chunks, so that no more than one is computed again at a time; the last steps make a shorter one."""
     gates = settings.remat == "gates"
     size = min(_CHUNK if gates else int(settings.remat), len(x))
     whole = len(x) - len(x) % size
     policy = jax.checkpoint_policies.save_only_these_names(_STATES) if gates else None
-    accumulator = _accumulator(x.dtype)  # in which the chunks' gradients add up
-    input, recurrent = input.astype(accumulator), recurrent.astype(accumulator)
+    weights = weights.astype(_accumulator(x.dtype))  # in which the chunks' gradients add up
 
     @functools.partial(jax.checkpoint, policy=policy, prevent_cse=False)  # which a scan prevents by itself
     def chunk(state: Arrays, part: tuple[jax.Array, Marks]) -> tuple[Arrays, jax.Array]:
-        outputs, state = _run(settings, input, recurrent, part[0], state, part[1], reset_state)
+        outputs, state = _run(settings, weights, part[0], state, part[1], reset_state)
         return state, outputs
 
     outputs = []
@@ -168,8 +158,9 @@ def _run_in_chunks(
 
 def step(settings: Settings, weights: Weights, x: jax.Array, state: Arrays) -> Arrays:
     """Make one step: as `layer`, on x of shape (batch, features), without a time axis."""
-    input, recurrent = _laid_out(settings, weights)
-    state, *_ = _step(settings, recurrent, _input_gates(settings, input, x), _cast(state, _accumulator(x.dtype)))
+    laid_out = _laid_out(settings, weights)
+    gates = _input_gates(settings, laid_out, x)
+    state, *_ = _step(settings, laid_out.recurrent, gates, _cast(state, _accumulator(x.dtype)))
     return _cast(state, x.dtype)
 
 
@@ -216,12 +207,10 @@ def _join(settings: Settings, gates: Arrays) -> jax.Array:
     return jnp.concatenate(gates, axis=-1) if settings.hidden_axis is None else jnp.stack(gates, axis=-2)
 
 
-def shared_out(settings: Settings, a: jax.Array) -> jax.Array:
+def shared_out(hidden_axis: MeshAxis, a: jax.Array) -> jax.Array:
     """Share out the last axis, of hidden units, over the mesh; the others lie as they come."""
-    if settings.hidden_axis is None:
-        return a
     rest = [PartitionSpec.UNCONSTRAINED] * (a.ndim - 1)
-    return lax.with_sharding_constraint(a, PartitionSpec(*rest, settings.hidden_axis))
+    return lax.with_sharding_constraint(a, PartitionSpec(*rest, hidden_axis))
 
 
 def _by_gate(settings: Settings, a: jax.Array) -> jax.Array:
@@ -231,11 +220,10 @@ def _by_gate(settings: Settings, a: jax.Array) -> jax.Array:
     """
     if settings.hidden_axis is None:
         return a
-    return shared_out(settings, a.reshape(*a.shape[:-1], len(settings.cell.gates), -1))
+    return shared_out(settings.hidden_axis, a.reshape(*a.shape[:-1], len(settings.cell.gates), -1))
 
 
-def _laid_out(settings: Settings, weights: Weights) -> tuple[Input, Recurrent]:
-    """The weights as the products read them, and the biases where they are added."""
+def _laid_out(settings: Settings, weights: Weights) -> LaidOut:
     cell, weight_ih, weight_hh = settings.cell, weights["weight_ih"], weights["weight_hh"]
     bias_ih, bias = None, _by_gate(settings, jnp.zeros(len(weight_hh), _accumulator(weight_hh.dtype)))
     if "bias_ih" in weights:
@@ -243,18 +231,16 @@ def _laid_out(settings: Settings, weights: Weights) -> tuple[Input, Recurrent]:
         inputs = zip(cell.gates, _split(settings, bias_ih), strict=True)
         bias = bias + _join(settings, tuple(jnp.zeros_like(b) if name in cell.apart else b for name, b in inputs))
     weight_hr = weights["weight_hr"].T if "weight_hr" in weights else None
-    return (
-        Input(weight_ih if settings.hidden_axis is None else _by_gate(settings, weight_ih.T), bias_ih),
-        Recurrent(_by_gate(settings, weight_hh.T), bias, weight_hr),
-    )
+    recurrent = Recurrent(_by_gate(settings, weight_hh.T), bias, weight_hr)
+    return LaidOut(weight_ih if settings.hidden_axis is None else _by_gate(settings, weight_ih.T), bias_ih, recurrent)
 
 
-def _input_gates(settings: Settings, input: Input, x: jax.Array) -> Arrays:
+def _input_gates(settings: Settings, weights: LaidOut, x: jax.Array) -> Arrays:
     """The input's part of every gate, for all of x at once."""
-    gates = _input_products(settings, x, input.weight_ih)
-    if input.bias is None:
+    gates = _input_products(settings, x, weights.weight_ih)
+    if weights.bias_ih is None:
         return gates
-    inputs = zip(settings.cell.gates, gates, _split(settings, input.bias), strict=True)
+    inputs = zip(settings.cell.gates, gates, _split(settings, weights.bias_ih), strict=True)
     return tuple(gate + b if name in settings.cell.apart else gate for name, gate, b in inputs)
 
 

@@ -367,7 +367,7 @@ def _apply(
             output, states = recurrence.layer(settings, weights, x, first, marks, restart)
             outputs.append(output)
             last.append(states)
-        x = _side_by_side(spec, settings, outputs, index == spec.num_layers - 1)
+        x = _side_by_side(outputs, None if spec.proj_size else hidden_axis, index == spec.num_layers - 1)
         if index < spec.num_layers - 1:
             if masks is not None:
                 x = _dropout(spec, x, masks[index])
@@ -381,7 +381,7 @@ def _apply(
     return x, h_n
 
 
-def _side_by_side(spec: Spec, settings: recurrence.Settings, outputs: list[jax.Array], last: bool) -> jax.Array:
+def _side_by_side(outputs: list[jax.Array], hidden_axis: MeshAxis | None, last: bool) -> jax.Array:
     """Put the features of both directions into one axis, for the next layer or as what is returned.
 
     Where hidden units are shared out, a device has some of each direction's. The next layer's products need all of
@@ -389,12 +389,11 @@ def _side_by_side(spec: Spec, settings: recurrence.Settings, outputs: list[jax.A
     """
     if len(outputs) == 1:
         return outputs[0]
-    if settings.hidden_axis is None or spec.proj_size:
+    if hidden_axis is None:
         return jnp.concatenate(outputs, axis=-1)
-    x = recurrence.shared_out(settings, jnp.stack(outputs, axis=-2))
-    if last:
-        return recurrence.shared_out(settings, x.reshape(*x.shape[:-2], -1))
-    return x.reshape(*x.shape[:-2], -1)
+    x = recurrence.shared_out(hidden_axis, jnp.stack(outputs, axis=-2))
+    x = x.reshape(*x.shape[:-2], -1)
+    return recurrence.shared_out(hidden_axis, x) if last else x
 
 
 def _zeros(x: jax.Array) -> jax.Array:

@@ -130,8 +130,19 @@ def test_what_only_looks_like_parts_stays() -> None:
         {"weight_orig": np.ones((2, 3)), "weight_u": np.ones(4), "weight_v": np.ones(3)},
     ],
 )
-def test_parts_that_do_not_fit_stay(tensors: dict) -> None:
+def test_parts_that_do_not_fit(tensors: dict) -> None:
+    """They stay, and where it matters that they do not fit, it is told."""
     assert checkpoint.fold(tensors) == tensors
+    with pytest.raises(CheckpointError, match="the parts of weight do not fit together: weight_"):
+        jaxrnn.load_state_dict(nnx.Linear(3, 2, use_bias=False, rngs=nnx.Rngs(0)), tensors, strict=False)
+    gru = {f"enc.{name}": value for name, value in jaxrnn.state_dict(jaxrnn.GRU(3, 4, rngs=nnx.Rngs(0))).items()}
+    assert [found.prefix for found in checkpoint.find_rnns(gru | tensors)] == ["enc."]
+    del gru["enc.weight_hh_l0"]
+    parts = {name.replace("weight", "enc.weight_hh_l0"): value for name, value in tensors.items()}
+    with pytest.raises(
+        CheckpointError, match=r"the parts of enc\.weight_hh_l0 do not fit together: enc\.weight_hh_l0_"
+    ):
+        checkpoint.find_rnns(gru | parts)
 
 
 def test_two_keys_that_become_one() -> None:

@@ -58,6 +58,19 @@ def test_damaged_compression(tmp_path, refusal):
     assert "a damaged zip file" in refusal(tmp_path / "a.pt")
 
 
+@pytest.mark.parametrize(
+    ("place", "value", "cause"),
+    [(6, 99, "one that torch.save did not write: zip file version 9.9"), (10, 99, "is none that torch.save writes")],
+    ids=["version", "compression"],
+)
+def test_a_zip_of_another_kind(place, value, cause, tmp_path, refusal):
+    """Of a version that zipfile does not know, or of a compression that is refused before that."""
+    data = bytearray(archive(data_pkl=b"\x80\x02}.", version=b"3\n"))
+    data[data.index(b"PK\x01\x02") + place] = value  # in the list of entries
+    (tmp_path / "a.pt").write_bytes(data)
+    assert cause in refusal(tmp_path / "a.pt")
+
+
 def test_zip_cut_anywhere(tmp_path, refusal):
     data = archive(data_pkl=b"\x80\x02}.", version=b"3\n")
     for length in range(4, len(data)):

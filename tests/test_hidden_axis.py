@@ -75,8 +75,8 @@ class Case(NamedTuple):
     marks: str  # what it is called with
     forward: list[str]  # what is exchanged at every step
     training: list[str]
-    once_forward: list[str]  # and outside of the loop, over 8 devices; None where XLA may choose
-    once_training: list[str] | None = None
+    once_forward: list[str]  # and outside of the loop, over 8 devices
+    once_training: list[str] | None = None  # None where it is not looked at
     batch_training: Sequence[str] = ()  # at every step, where the batch is shared out, too
 
 

@@ -83,27 +83,28 @@ def _stale(gates: tuple, hidden: tuple, state: tuple) -> tuple:
 
 
 def _no_b_hn(lay_out: Callable) -> Callable:
-    def laid_out(settings: Any, weights: Any) -> tuple:
-        input, recurrent = lay_out(settings, weights)
-        return input, recurrent._replace(bias=recurrent.bias.at[-recurrent.bias.size // 3 :].set(0))
+    def laid_out(settings: Any, weights: Any) -> Any:
+        laid = lay_out(settings, weights)
+        bias = laid.recurrent.bias
+        return laid._replace(recurrent=laid.recurrent._replace(bias=bias.at[-bias.size // 3 :].set(0)))
 
     return laid_out
 
 
 def _folded(lay_out: Callable) -> Callable:
-    def laid_out(settings: Any, weights: Any) -> tuple:
-        input, recurrent = lay_out(settings, weights)
-        n = slice(-recurrent.bias.size // 3, None)
-        without = recurrent._replace(bias=recurrent.bias.at[n].set(0))
-        return input._replace(bias=input.bias.at[n].add(recurrent.bias[n])), without
+    def laid_out(settings: Any, weights: Any) -> Any:
+        b_hn = lay_out(settings, weights).recurrent.bias
+        laid = _no_b_hn(lay_out)(settings, weights)
+        n = slice(-b_hn.size // 3, None)
+        return laid._replace(bias_ih=laid.bias_ih.at[n].add(b_hn[n]))
 
     return laid_out
 
 
 def _transposed(lay_out: Callable) -> Callable:
-    def laid_out(settings: Any, weights: Any) -> tuple:
-        input, recurrent = lay_out(settings, weights)
-        return input, recurrent._replace(weight_hh=recurrent.weight_hh.T)
+    def laid_out(settings: Any, weights: Any) -> Any:
+        laid = lay_out(settings, weights)
+        return laid._replace(recurrent=laid.recurrent._replace(weight_hh=laid.recurrent.weight_hh.T))
 
     return laid_out
 

@@ -220,6 +220,8 @@ NOT_POINTWISE: dict[str, Callable] = {
     "mixed": lambda a: a @ jnp.asarray(np.random.RandomState(2).randn(3, 3)),
     "shifted": lambda a: jnp.roll(a, 1, -1),
     "sorted": lambda a: jnp.sort(a, -1),
+    "in a branch": lambda a: jax.lax.cond(jnp.array(True), _layer_norm, jnp.sin, a),
+    "in a loop": lambda a: jax.lax.fori_loop(0, 2, lambda _, a: jnp.roll(a, 1, -1), a),
     "of the rows": lambda a: a + a.mean(0, keepdims=True),
 }
 POINTWISE: dict[str, Callable] = {
@@ -228,6 +230,8 @@ POINTWISE: dict[str, Callable] = {
     "where": lambda a: jnp.where(a > 0, a, jax.nn.gelu(a)),
     "special": lambda a: jax.scipy.special.gammainc(2.0, jnp.exp(a)),
     "jitted": jax.jit(jnp.sin),
+    "often": lambda a: jax.lax.fori_loop(0, 3, lambda _, a: jnp.sin(a), a),
+    "either": lambda a: jax.lax.cond(jnp.array(True), jnp.tanh, jnp.sin, a),
 }
 
 

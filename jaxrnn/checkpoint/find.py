@@ -15,7 +15,7 @@ import numpy as np
 from jaxrnn.cells import GRU_CELL, LSTM_CELL, RNN_TANH, Cell
 from jaxrnn.checkpoint.arrays import dtype_of
 from jaxrnn.checkpoint.errors import CheckpointError
-from jaxrnn.checkpoint.names import fold
+from jaxrnn.checkpoint.names import fold, misfits
 from jaxrnn.spec import ROLES, CellSpec, Shape, Spec
 
 _CELLS = {len(cell.gates): cell for cell in (LSTM_CELL, GRU_CELL, RNN_TANH)}
@@ -145,6 +145,7 @@ def find_rnns(tensors: Mapping[str, Any]) -> list[FoundRNN]:
         if spec is not None:
             problems += _misfits(prefix, group, spec.shapes())
             found.append(FoundRNN(prefix, spec, dtype_of(next(iter(group.values())))))
+    problems += [text for target, text in misfits(tensors).items() if f"{target} is missing" in problems]
     if problems:
         lines = "\n  ".join(problems)
         raise CheckpointError(

@@ -12,7 +12,7 @@ import numpy as np
 from jaxrnn.checkpoint.arrays import NO_NUMBERS, dtype_of, to_numpy
 from jaxrnn.checkpoint.errors import CheckpointError, listed
 from jaxrnn.checkpoint.layers import Entry
-from jaxrnn.checkpoint.names import as_named, fold, under
+from jaxrnn.checkpoint.names import as_named, fold, misfits, under
 
 # Kinds of dtype: within one a value is cast, as torch does; an integer or complex weight is a mistake.
 _KINDS = (jnp.floating, jnp.complexfloating, jnp.integer, jnp.bool_)
@@ -101,6 +101,7 @@ def fit(
         remedy = f"give one of them, such as tensors[{dicts[0]!r}]"
         raise CheckpointError(f"{owner}: no tensors but dicts of them are under {listed(dicts)}\n{remedy}")
     problems = [f"{name} is missing" for name in missing if strict]
+    problems += [text for target, text in misfits(values).items() if target in missing]
     if strict and unexpected:
         # torch saves a tied weight under each of its names, where a Flax model may have it once.
         known = {_identity(values[name]): name for name in reversed(given)}

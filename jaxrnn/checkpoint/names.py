@@ -1,7 +1,7 @@
 """The names that weights really have in checkpoints, where torch's utilities keep them in parts, and torch's own."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -48,16 +48,9 @@ def fold(tensors: Mapping[str, Any], raw: bool = False) -> dict[str, Any]:
         if name in renamed:
             raise CheckpointError(f"{renamed[name]} and {key} are both {name}\nleave one of them out")
         renamed[name] = key
-    parts: dict[str, dict[str, str]] = {}  # of each weight: from part to name
-    for name in filter(lambda name: isinstance(name, str), renamed):
-        if match := _PARAMETRIZED.fullmatch(name):
-            target, part = match["path"] + match["name"], _PARAMETRIZED_PARTS[match["part"]]
-            parts.setdefault(target, {})[part] = name
-        elif match := _SUFFIXED.fullmatch(name):
-            parts.setdefault(match["target"], {})[match["part"]] = name
     folded: dict[str, tuple[str, Any]] = {}  # from the name of a first part to what takes its place
     gone: set[str] = set()
-    for target, names in parts.items():
+    for target, names in _parts(renamed).items():
         recipe = _RECIPES.get(frozenset(names))
         if recipe is None or (recipe is _raw and not raw) or target in renamed:
             continue
@@ -82,6 +75,28 @@ def fold(tensors: Mapping[str, Any], raw: bool = False) -> dict[str, Any]:
         elif name not in gone:
             plain[name] = tensors[key]
     return plain
+
+
+def misfits(tensors: Mapping[str, Any]) -> dict[str, str]:
+    """What to say of each weight whose parts are still there after `fold`, by its name."""
+    found = {}
+    for target, names in _parts(tensors).items():
+        if _RECIPES.get(frozenset(names), _raw) is not _raw and target not in tensors:
+            shapes = ", ".join(f"{name} {tuple(tensors[name].shape)}" for name in names.values())
+            found[target] = f"the parts of {target} do not fit together: {shapes}"
+    return found
+
+
+def _parts(names: Iterable[str]) -> dict[str, dict[str, str]]:
+    """Of each weight that seems to be kept in parts: from part to name."""
+    parts: dict[str, dict[str, str]] = {}
+    for name in filter(lambda name: isinstance(name, str), names):
+        if match := _PARAMETRIZED.fullmatch(name):
+            target, part = match["path"] + match["name"], _PARAMETRIZED_PARTS[match["part"]]
+            parts.setdefault(target, {})[part] = name
+        elif match := _SUFFIXED.fullmatch(name):
+            parts.setdefault(match["target"], {})[match["part"]] = name
+    return parts
 
 
 def _raw(raw: np.ndarray) -> np.ndarray:

@@ -100,8 +100,8 @@ def _read_zip(
         raise CheckpointError(f"{cause}\n{AGAIN}") from error
     except CheckpointError:
         raise
-    # What zipfile and zlib raise of damage; NotImplementedError where it reads as a compression that zipfile has not.
-    except (NotImplementedError, RuntimeError, EOFError, ValueError, struct.error, zlib.error) as error:
+    # What zipfile and zlib raise of damage, and of a version of the format that they do not know (a RuntimeError).
+    except (RuntimeError, EOFError, ValueError, struct.error, zlib.error) as error:
         raise CheckpointError(f"a damaged zip file, or one that torch.save did not write: {error}\n{AGAIN}") from error
 
 
