@@ -10,10 +10,10 @@ import pytest
 
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_num_cpu_devices", 8)  # for meshes, in the tests' own process
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "torch: compares with a live PyTorch; skipped where there is none")
     for name, examples in (("quick", 100), ("thorough", 2500)):  # no deadline, for what is new compiles
         hypothesis.settings.register_profile(name, max_examples=examples, deadline=None)
     hypothesis.settings.load_profile("thorough" if config.getoption("--thorough") else "quick")

@@ -1,0 +1,33 @@
+"""How tests compare numbers: one function, whose message names the leaf that is off, by how much and where."""
+
+from typing import Any
+
+import chex
+import jax
+import numpy as np
+
+
+def assert_close(found: Any, expected: Any, *, atol: float = 1e-12, rtol: float = 0.0) -> None:
+    """Check that two pytrees have one structure, the same shapes, and numbers within `atol + rtol * |expected|`.
+
+    Tuples and lists count as the same, and dtypes may differ. NaN equals NaN.
+
+    Raises:
+        AssertionError: the message names the first leaf that is off, the largest difference, and some of the indices.
+    """
+    found, expected = _arrays(found), _arrays(expected)
+    chex.assert_trees_all_equal_shapes(found, expected)
+    chex.assert_trees_all_close(found, expected, atol=atol, rtol=rtol)
+
+
+def _arrays(tree: Any) -> Any:
+    """The tree with NumPy arrays as leaves, in float64, and lists for tuples."""
+    if isinstance(tree, dict):
+        return {key: _arrays(value) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [_arrays(value) for value in tree]
+    leaves, structure = jax.tree.flatten(tree)
+    if jax.tree.structure(0) != structure:  # a node of some library's own
+        return jax.tree.unflatten(structure, map(_arrays, leaves))
+    array = np.asarray(tree)
+    return array if array.dtype == object else array.astype(np.float64)
