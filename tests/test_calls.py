@@ -1,0 +1,215 @@
+"""One call of the pure functions: layout, order, dtypes, what traces when, and what bad arguments get."""
+
+import dataclasses
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from arrays import normal, parameters
+from comparing import assert_close
+
+import jaxrnn
+
+T, N, F, H = 5, 3, 2, 4  # time, batch, input features, hidden size
+LSTM = jaxrnn.Spec(jaxrnn.LSTM_CELL, F, H, num_layers=2, bidirectional=True)
+GRU = jaxrnn.Spec(jaxrnn.GRU_CELL, F, H)
+PARAMS = {spec: parameters(spec) for spec in (LSTM, GRU)}
+BATCH_FIRST = dataclasses.replace(LSTM, batch_first=True)
+
+
+def test_the_order_of_states_and_features() -> None:
+    output, (h_n, c_n) = jaxrnn.apply(LSTM, PARAMS[LSTM], normal(T, N, F))
+    assert (output.shape, h_n.shape, c_n.shape) == ((T, N, 2 * H), (4, N, H), (4, N, H))
+    forward, backward = output[-1, :, :H], output[0, :, H:]
+    assert_close({"h_n of the last layer": [*h_n[-2:]]}, {"h_n of the last layer": [forward, backward]}, atol=0)
+
+
+def test_batch_first_is_of_input_and_output_only() -> None:
+    x, hx = normal(T, N, F), (normal(4, N, H), normal(4, N, H))
+    output, states = jaxrnn.apply(LSTM, PARAMS[LSTM], x, hx)
+    other, other_states = jaxrnn.apply(BATCH_FIRST, PARAMS[LSTM], x.swapaxes(0, 1), hx)
+    assert_close((other.swapaxes(0, 1), other_states), (output, states), atol=0)
+
+
+@pytest.mark.parametrize("spec", [LSTM, BATCH_FIRST], ids=["time first", "batch first"])
+def test_unbatched_is_a_batch_of_one(spec: jaxrnn.Spec) -> None:
+    x, hx = normal(T, F), (normal(4, H), normal(4, H))
+    found = jaxrnn.apply(spec, PARAMS[LSTM], x, hx)
+    output, states = jaxrnn.apply(LSTM, PARAMS[LSTM], x[:, None], tuple(a[:, None] for a in hx))
+    assert_close(found, (output[:, 0], [a[:, 0] for a in states]), atol=1e-15)
+
+
+def test_no_hx_is_zeros_and_a_list_is_a_tuple() -> None:
+    x, zeros = normal(T, N, F), np.zeros((4, N, H))
+    expected = jaxrnn.apply(LSTM, PARAMS[LSTM], x, (zeros, zeros))
+    assert_close(jaxrnn.apply(LSTM, PARAMS[LSTM], x, [zeros, zeros]), expected, atol=0)
+    assert_close(jaxrnn.apply(LSTM, PARAMS[LSTM], x), expected, atol=0)
+
+
+def test_batch_size_zero() -> None:
+    def loss(params: dict) -> jax.Array:
+        output, (h_n, _) = jaxrnn.apply(LSTM, params, jnp.zeros((T, 0, F)))
+        assert (output.shape, h_n.shape) == ((T, 0, 2 * H), (4, 0, H))
+        return output.sum()
+
+    assert_close(jax.grad(loss)(PARAMS[LSTM]), {name: np.zeros_like(a) for name, a in PARAMS[LSTM].items()}, atol=0)
+
+
+def test_numpy_and_jax_arrays_give_the_same() -> None:
+    x = normal(T, N, F)
+    found = jaxrnn.apply(GRU, PARAMS[GRU], x)
+    assert_close(found, jaxrnn.apply(GRU, jax.tree.map(jnp.asarray, PARAMS[GRU]), jnp.asarray(x)), atol=0)
+
+
+def test_dtype_promotes_or_is_asked_for() -> None:
+    x, params = normal(T, N, F), PARAMS[GRU]
+    x32, params32 = x.astype(np.float32), parameters(GRU, np.float32)
+    with jax.numpy_dtype_promotion("standard"):
+        assert jaxrnn.apply(GRU, params32, x32)[0].dtype == jnp.float32
+        assert jaxrnn.apply(GRU, params, x32)[0].dtype == jnp.float64
+        assert jaxrnn.apply(GRU, params32, x32.astype(jnp.bfloat16))[0].dtype == jnp.float32
+    truth = jaxrnn.apply(GRU, params, x)
+    for dtype in (jnp.float32, jnp.bfloat16, jnp.float16):
+        output, h_n = jaxrnn.apply(GRU, params, x, dtype=dtype)
+        assert (output.dtype, h_n.dtype) == (dtype, dtype)
+        assert_close((output, h_n), truth, atol=4 * float(jnp.finfo(dtype).eps))
+    with pytest.raises(TypeError, match="dtype should be floating, got int32"):
+        jaxrnn.apply(GRU, params, x32, dtype=jnp.int32)
+
+
+def test_precision_reaches_every_product() -> None:
+    spec = jaxrnn.Spec(jaxrnn.LSTM_CELL, F, H, proj_size=2)
+
+    def loss(params: dict) -> jax.Array:
+        return jaxrnn.apply(spec, params, normal(T, N, F), precision="highest")[0].sum()
+
+    jaxpr = str(jax.make_jaxpr(jax.grad(loss))(parameters(spec)))
+    assert jaxpr.count("dot_general") > 6
+    assert jaxpr.count("dot_general") == jaxpr.count("precision=(Precision.HIGHEST, Precision.HIGHEST)")
+
+
+def test_an_equal_spec_traces_once() -> None:
+    """The step of a cell of one's own is called when it is traced, and only then."""
+    traces = []
+
+    def step(gates: tuple, hidden: tuple, state: tuple) -> tuple:
+        traces.append(gates[0].shape)
+        return (jnp.tanh(gates[0]),)
+
+    cell = jaxrnn.Cell("counted", ("h",), ("h",), step)
+    for _ in range(3):
+        spec = jaxrnn.Spec(cell, F, H)
+        jaxrnn.apply(spec, parameters(spec), normal(T, N, F))
+    once = len(traces)
+    assert once
+    jaxrnn.apply(spec, parameters(spec), normal(T, N, F))
+    assert len(traces) == once
+    jaxrnn.apply(spec, parameters(spec), normal(T + 1, N, F))
+    assert len(traces) > once
+
+
+# Bad arguments: torch's exception type where it raises one on purpose, and a message that names the argument, what it
+# was and what it should be.
+
+ONES = np.ones((T, N, F))
+BAD_CALLS = [
+    (GRU, (np.zeros(F),), ValueError, r"x should be 2-D .* or 3-D .*, got shape \(2,\)"),
+    (GRU, (np.zeros((1, T, N, F)),), ValueError, "x should be 2-D"),
+    (GRU, (np.zeros((T, N, F + 1)),), RuntimeError, r"input_size=2 features .* got shape \(5, 3, 3\)"),
+    (GRU, (np.zeros((0, N, F)),), RuntimeError, "at least one time step on axis 0"),
+    (
+        dataclasses.replace(GRU, batch_first=True),
+        (np.zeros((N, 0, F)),),
+        RuntimeError,
+        "at least one time step on axis 1",
+    ),
+    (GRU, (ONES.astype(np.int32),), TypeError, "x should be floating, got int32"),
+    (GRU, (ONES.astype(bool),), TypeError, "x should be floating, got bool"),
+    (GRU, (ONES.astype(np.complex64),), TypeError, "x should be floating, got complex64"),
+    (GRU, (ONES, np.zeros((1, N, H + 1))), RuntimeError, r"shape \(1, 3, 4\), got \(1, 3, 5\)"),
+    (GRU, (ONES, np.zeros((1, H))), RuntimeError, r"h_0 of hx should have shape \(1, 3, 4\), got"),
+    (GRU, (np.ones((T, F)), np.zeros((1, 1, H))), RuntimeError, r"h_0 of hx should have shape \(1, 4\), got"),
+    (GRU, (ONES, np.zeros((1, N, H), int)), TypeError, "h_0 of hx should be floating, got int"),
+    (GRU, (ONES, (np.zeros((1, N, H)),)), TypeError, "hx should be one array h_0, got tuple"),
+    (LSTM, (ONES, np.zeros((4, N, H))), TypeError, r"hx should be a tuple \(h_0, c_0\), got"),
+    (LSTM, (ONES, (np.zeros((4, N, H)),)), TypeError, r"\(h_0, c_0\), got 1 values"),
+    (
+        LSTM,
+        (ONES, (np.zeros((4, N, H)), np.zeros((4, 1, H)))),
+        RuntimeError,
+        r"c_0 of hx should have shape \(4, 3, 4\), got \(4, 1, 4\)",
+    ),
+]
+
+
+@pytest.mark.parametrize(("spec", "arguments", "error", "message"), BAD_CALLS)
+def test_bad_calls(spec: jaxrnn.Spec, arguments: tuple, error: type[Exception], message: str) -> None:
+    params = parameters(spec)
+    with pytest.raises(error, match=message):
+        jaxrnn.apply(spec, params, *arguments)
+    with pytest.raises(error, match=message):  # and the same under jit
+        jax.jit(lambda params: jaxrnn.apply(spec, params, *arguments))(params)
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize(("spec", "arguments", "error", "message"), BAD_CALLS)
+def test_torch_raises_the_same_for_bad_calls(
+    torch: types.ModuleType, spec: jaxrnn.Spec, arguments: tuple, error: type[Exception], message: str
+) -> None:
+    if error is TypeError:
+        return  # dtypes, and the form of hx: torch raises by accident of the value there
+    module = getattr(torch.nn, spec.cell.name)(
+        F, H, spec.num_layers, batch_first=spec.batch_first, bidirectional=spec.bidirectional, dtype=torch.float64
+    )
+    with pytest.raises(error):
+        module(*jax.tree.map(torch.tensor, arguments))
+
+
+def test_bad_params() -> None:
+    x, params = normal(T, N, F), PARAMS[GRU]
+    with pytest.raises(ValueError, match=r"missing \['bias_hh_l0'\], unexpected \['bias'\]"):
+        jaxrnn.apply(GRU, {"bias": params["bias_hh_l0"], **{k: v for k, v in params.items() if k != "bias_hh_l0"}}, x)
+    with pytest.raises(ValueError, match=r"params\['weight_hh_l0'\] should have shape \(12, 4\), got \(4, 12\)"):
+        jaxrnn.apply(GRU, {**params, "weight_hh_l0": params["weight_hh_l0"].T}, x)
+    with pytest.raises(TypeError, match=r"params\['bias_ih_l0'\] should be floating, got int32"):
+        jaxrnn.apply(GRU, {**params, "bias_ih_l0": np.zeros(12, np.int32)}, x)
+
+
+# One step.
+
+CELL = jaxrnn.CellSpec(jaxrnn.LSTM_CELL, F, H)
+
+
+def test_a_cell_is_one_step_of_a_layer() -> None:
+    spec, params = jaxrnn.Spec(jaxrnn.LSTM_CELL, F, H), parameters(CELL)
+    x, hx = normal(N, F), (normal(N, H), normal(N, H, seed=1))
+    found = jaxrnn.apply_cell(CELL, params, x, hx)
+    _, states = jaxrnn.apply(
+        spec, {f"{name}_l0": value for name, value in params.items()}, x[None], tuple(a[None] for a in hx)
+    )
+    assert_close(found, [a[0] for a in states], atol=0)
+    alone = jaxrnn.apply_cell(CELL, params, x[0], tuple(a[0] for a in hx))
+    assert_close(alone, [a[0] for a in found], atol=1e-15)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((np.zeros((T, N, F)),), ValueError, "x should be 1-D .* or 2-D"),
+        ((np.zeros((N, F + 1)),), RuntimeError, "input_size=2"),
+        ((np.zeros((N, F), np.int8),), TypeError, "x should be floating, got int8"),
+        ((np.zeros((N, F)), np.zeros((N, H))), TypeError, r"hx should be a tuple \(h_0, c_0\)"),
+        ((np.zeros((N, F)), (np.zeros((1, H)),) * 2), RuntimeError, r"should have shape \(3, 4\), got \(1, 4\)"),
+        ((np.zeros(F), (np.zeros((1, H)),) * 2), RuntimeError, r"should have shape \(4,\), got \(1, 4\)"),
+    ],
+)
+def test_bad_cell_calls(arguments: tuple, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        jaxrnn.apply_cell(CELL, parameters(CELL), *arguments)
+
+
+def test_a_cell_of_size_zero() -> None:
+    spec = jaxrnn.CellSpec(jaxrnn.GRU_CELL, 0, 0)
+    assert jaxrnn.apply_cell(spec, parameters(spec), np.zeros((N, 0))).shape == (N, 0)

@@ -1,0 +1,67 @@
+"""bfloat16 and float16: products accumulate, and the state is carried, in float32."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from arrays import normal, parameters
+from comparing import assert_close
+
+import jaxrnn
+
+SPECS = {
+    "RNN": jaxrnn.Spec(jaxrnn.RNN_TANH, 32, 64, num_layers=2, bidirectional=True),
+    "LSTM": jaxrnn.Spec(jaxrnn.LSTM_CELL, 32, 64, num_layers=2, bidirectional=True, proj_size=32),
+    "GRU": jaxrnn.Spec(jaxrnn.GRU_CELL, 32, 64, num_layers=2, bidirectional=True),
+}
+ONE = jaxrnn.Spec(jaxrnn.GRU_CELL, 32, 64)
+DTYPES = ["bfloat16", "float16"]
+
+
+def _params(spec: jaxrnn.Spec, dtype: Any = np.float32) -> dict[str, np.ndarray]:
+    """As large as initial parameters are."""
+    return {name: (a / 7).astype(dtype) for name, a in parameters(spec).items()}
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _differentiate(spec: jaxrnn.Spec, dtype: str, params: Any, x: Any, cotangents: Any) -> Any:
+    arguments = jax.tree.map(lambda a: jnp.asarray(a).astype(dtype), (params, x, cotangents))
+    results, pullback = jax.vjp(lambda params, x: jaxrnn.apply(spec, params, x), *arguments[:2])
+    return results, pullback(arguments[2])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", SPECS)
+def test_within_one_rounding_of_float64(kind: str, dtype: str) -> None:
+    """Results and gradients, each scaled by max(1, its largest), are off by less than eps, 200 steps on."""
+    spec, half = SPECS[kind], jnp.dtype(dtype)
+    params, x = _params(spec, half), normal(200, 4, 32).astype(half)
+    shapes = jax.eval_shape(lambda: jaxrnn.apply(spec, params, x))
+    cotangents = jax.tree.map(lambda a: normal(*a.shape).astype(half), shapes)
+    found, truth = (_differentiate(spec, each, params, x, cotangents) for each in (dtype, "float64"))
+    assert {a.dtype for a in jax.tree.leaves(found)} == {half}
+    scaled = [
+        jax.tree.map(lambda a, b: np.asarray(a, np.float64) / max(1.0, np.max(np.abs(b))), tree, truth)
+        for tree in (found, truth)
+    ]
+    assert_close(*scaled, atol=float(jnp.finfo(dtype).eps))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_chunk_boundary_costs_one_rounding(dtype: str) -> None:
+    """The state inside a call is more precise than what the call returns."""
+    params, x = _params(ONE), normal(200, 4, 32).astype(np.float32)
+    truth = np.asarray(jaxrnn.apply(ONE, params, x, dtype=jnp.float64)[1])
+    _, whole = jaxrnn.apply(ONE, params, x, dtype=dtype)
+    _, first = jaxrnn.apply(ONE, params, x[:100], dtype=dtype)
+    assert first.dtype == whole.dtype == dtype
+    _, halves = jaxrnn.apply(ONE, params, x[100:], first, dtype=dtype)
+    assert_close(halves, whole, atol=float(jnp.finfo(dtype).eps))
+    state = None
+    for t in range(200):
+        _, state = jaxrnn.apply(ONE, params, x[t : t + 1], state, dtype=dtype)
+    error = [np.sqrt(np.mean((np.asarray(a, np.float64) - truth) ** 2)) for a in (whole, state)]
+    assert error[0] < error[1]

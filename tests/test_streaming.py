@@ -1,0 +1,95 @@
+"""Sequences in pieces: chunks with the state carried on, and resets between episodes."""
+
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from arrays import normal, parameters
+from comparing import assert_close
+
+import jaxrnn
+from jaxrnn import GRU_CELL, LSTM_CELL, RNN_TANH
+
+T, N, F, H = 5, 3, 2, 4  # time, batch, input features, hidden size
+LSTM = jaxrnn.Spec(LSTM_CELL, F, H, num_layers=2, batch_first=True)
+GRU = jaxrnn.Spec(GRU_CELL, F, H)
+
+
+@pytest.mark.parametrize(
+    ("cell", "proj_size"), [(LSTM_CELL, 2), (GRU_CELL, 0), (RNN_TANH, 0)], ids=["LSTM", "GRU", "RNN"]
+)
+def test_any_chunks_equal_the_whole(cell: jaxrnn.Cell, proj_size: int, thorough: bool) -> None:
+    spec = jaxrnn.Spec(cell, F, H, num_layers=2, proj_size=proj_size)
+    steps = 12 if thorough else 6  # a program for every size of a chunk
+    params, x = parameters(spec), normal(steps, N, F)
+    whole = jaxrnn.apply(spec, params, x)
+    random = np.random.RandomState(0)
+    for _ in range(1000 if thorough else 20):
+        cuts = np.flatnonzero(random.rand(steps - 1) < random.rand()) + 1
+        pieces, state = [], None
+        for chunk in np.split(x, cuts):
+            piece, state = jaxrnn.apply(spec, params, chunk, state)
+            pieces.append(piece)
+        assert_close((np.concatenate(pieces), state), whole)
+
+
+def _episodes(params: dict, x: Any, hx: tuple, reset: np.ndarray, reset_state: tuple) -> tuple:
+    """Each row by itself, cut where it is reset."""
+    outputs, states = [], []
+    for row in range(len(x)):
+        state, pieces = tuple(a[:, row] for a in hx), []
+        starts = np.flatnonzero(reset[row])
+        for start, chunk in zip([None, *starts], np.split(x[row], starts), strict=True):
+            state = state if start is None else tuple(a[:, row] for a in reset_state)
+            if len(chunk):
+                piece, state = jaxrnn.apply(LSTM, params, chunk, state)
+                pieces.append(piece)
+        outputs.append(np.concatenate(pieces))
+        states.append(state)
+    return np.stack(outputs), [np.stack(rows, axis=1) for rows in zip(*states, strict=True)]
+
+
+def test_reset_starts_an_episode() -> None:
+    reset = np.array([[0, 0, 1, 0, 0], [1, 0, 0, 1, 1], [0, 0, 0, 0, 0]], bool)
+    params, x, hx = parameters(LSTM), normal(N, T, F), (normal(2, N, H), normal(2, N, H, seed=1))
+    zeros, other = (np.zeros((2, N, H)),) * 2, tuple(np.cos(a) for a in hx)
+    run = jax.jit(lambda reset, reset_state: jaxrnn.apply(LSTM, params, x, hx, reset=reset, reset_state=reset_state))
+    assert_close(run(reset, None), _episodes(params, x, hx, reset, zeros))
+    assert_close(run(reset, other), _episodes(params, x, hx, reset, other))
+    output, _ = jaxrnn.apply(LSTM, params, x[1], tuple(a[:, 1] for a in hx), reset=reset[1])
+    assert_close(output, run(reset, None)[0][1], atol=1e-15)
+
+
+def test_a_reset_past_the_end_of_a_row_does_nothing() -> None:
+    params, x, lengths, reset = parameters(LSTM), normal(N, T, F), [2, 5, 0], np.zeros((N, T), bool)
+    plain = jaxrnn.apply(LSTM, params, x, lengths=lengths, reset=reset)
+    reset[0, 2:] = reset[2] = True
+    assert_close(jaxrnn.apply(LSTM, params, x, lengths=lengths, reset=reset), plain, atol=0)
+
+
+RESET = np.zeros((T, N), bool)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"reset": RESET.T}, RuntimeError, r"reset should have the shape of x .* \(5, 3\), got \(3, 5\)"),
+        ({"reset": RESET.astype(float)}, TypeError, "reset should be boolean, got float64"),
+        ({"reset_state": np.zeros((1, N, H))}, ValueError, "reset_state needs reset"),
+        (
+            {"reset": RESET, "reset_state": np.zeros((1, 1, H))},
+            RuntimeError,
+            r"h_0 of reset_state should have shape \(1, 3, 4\), got \(1, 1, 4\)",
+        ),
+    ],
+)
+def test_bad_resets(arguments: dict, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        jaxrnn.apply(GRU, parameters(GRU), normal(T, N, F), **arguments)
+
+
+def test_a_bidirectional_network_takes_no_reset() -> None:
+    spec = jaxrnn.Spec(GRU_CELL, F, H, bidirectional=True)
+    with pytest.raises(ValueError, match="reset is for unidirectional networks"):
+        jaxrnn.apply(spec, parameters(spec), normal(T, N, F), reset=RESET)
