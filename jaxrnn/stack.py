@@ -397,12 +397,13 @@ def _side_by_side(outputs: list[jax.Array], hidden_axis: MeshAxis | None, last: 
 
 
 def _zeros(x: jax.Array) -> jax.Array:
-    """A zero for each row of x, (batch, 1), that lies where the row does.
+    """A zero for each row of x, (batch, 1), sharded like x.
 
-    XLA shards a constant as it likes, and where a batch is shared out to several devices, a first state on all of them
-    would have every step gather the whole batch.
+    XLA may replicate a constant, and then gather the batch at every step. It simplifies `where(c, 0, 0)` to a constant,
+    but not 0 times a float, which might be NaN.
     """
-    return jnp.where(jnp.isfinite(x[0, :, :1]), jnp.zeros((), x.dtype), jnp.zeros((), x.dtype))
+    first = jax.lax.stop_gradient(x[0, :, :1])
+    return 0 * jnp.abs(jnp.where(jnp.isfinite(first), first, jnp.zeros((), x.dtype)))
 
 
 def _dropout(spec: Spec, x: jax.Array, keep: jax.Array) -> jax.Array:
