@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 PROCESSES = 2
 PROGRAM = """
 import sys
@@ -25,7 +27,7 @@ assert jax.process_count() == {processes} and len(jax.devices()) == 8
 X, LENGTHS = np.random.RandomState(0).randn(9, 8, 3), np.array([9, 4, 0, 7, 1, 9, 2, 5])
 
 def train(mesh, axis):
-    def share_out(array, *axes):
+    def put(array, *axes):
         return jax.make_array_from_callback(array.shape, NamedSharding(mesh, PartitionSpec(*axes)), array.__getitem__)
 
     @nnx.jit
@@ -45,8 +47,8 @@ def train(mesh, axis):
 
     with jax.set_mesh(mesh):
         model, optimizer = create()
-        x, lengths = share_out(X, None, "batch"), share_out(LENGTHS, "batch")
-        state = tuple(share_out(np.zeros((2, 8, 16)), None, "batch", "model") for _ in range(2))
+        x, lengths = put(X, None, "batch"), put(LENGTHS, "batch")
+        state = tuple(put(np.zeros((2, 8, 16)), None, "batch", "model") for _ in range(2))
         losses = []
         for _ in range(6):
             loss, state = step(model, optimizer, x, lengths, state)
@@ -59,9 +61,9 @@ def mesh(devices, shape):
 alone, weights = train(mesh(jax.local_devices()[:1], (1, 1)), None)
 assert np.ptp(alone) > 0.01, alone
 for shape in ((8, 1), (1, 8), (2, 4)):
-    losses, shared = train(mesh(jax.devices(), shape), "model")
+    losses, sharded = train(mesh(jax.devices(), shape), "model")
     np.testing.assert_allclose(losses, alone, rtol=0, atol=1e-10)
-    for name, array in shared.items():
+    for name, array in sharded.items():
         assert not array.is_fully_addressable
         for part in array.addressable_shards:
             np.testing.assert_allclose(part.data, np.asarray(weights[name])[part.index], rtol=0, atol=1e-10)
@@ -84,7 +86,7 @@ def test_training_in_two_processes() -> None:
         for index in range(PROCESSES)
     ]
     try:
-        done = [process.communicate(timeout=300) for process in processes]
+        done = [process.communicate(timeout=900) for process in processes]
     except subprocess.TimeoutExpired:
         pytest.fail("the processes wait for each other")
     finally:
