@@ -91,7 +91,7 @@ def test_gates_are_computed_several_numbers_at_a_time(name: str, tmp_path: Path)
         lowered.compile(compiler_options={"xla_dump_to": str(tmp_path / what), "xla_dump_emitter_re": ".*"})
         gates = 0
         for kernel in (tmp_path / what).glob("*.ir-with-opt.ll"):
-            operations = re.findall(r"= f(?:add|sub|mul|div) (<\d+ x )?float", kernel.read_text())
+            operations = re.findall(r"= f(?:add|sub|mul|div) (?:[a-z]+ )*(<\d+ x )?float", kernel.read_text())
             several = sum(kind not in ("", "<1 x ") for kind in operations)
             if len(operations) > 40:  # with a tanh or a logistic; the same one by one is for arrays that overlap
                 gates += 1
