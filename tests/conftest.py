@@ -15,6 +15,14 @@ jax.config.update("jax_num_cpu_devices", 8)  # for meshes, in the tests' own pro
 jax.config.update("jax_disable_most_optimizations", True)
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what is marked `thorough`, unless --thorough asks for it."""
+    if not config.getoption("--thorough"):
+        chosen = [item for item in items if not item.get_closest_marker("thorough")]
+        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("thorough")])
+        items[:] = chosen
+
+
 def pytest_configure(config: pytest.Config) -> None:
     for name, examples in (("quick", 100), ("thorough", 2500)):  # no deadline, for what is new compiles
         hypothesis.settings.register_profile(name, max_examples=examples, deadline=None)

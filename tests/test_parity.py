@@ -7,12 +7,16 @@ import re
 import subprocess
 import sys
 import types
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from comparing import assert_close
+from covering import covering
 
 import jaxrnn
 from parity import __main__ as runner
@@ -25,9 +29,23 @@ RECORDED = Recorded()
 SMALL = [case for case in CASES.values() if case.small]
 HALF = [case for case in CASES.values() if case.inexact in ("bfloat16", "float16")]
 CASE = CASES["GRU-layers2-bidirectional-hx"]
-# One seed of each bigger case stands here for all, and a few of them where torch is not asked: the gate also runs
-# `python -m parity`, which has them all.
 BIG = [case for case in CASES.values() if case.name.endswith("-seed0") or case.name == "GRU-long"]
+
+
+def _settings(case: Case) -> dict[str, Any]:
+    names = ("num_layers", "bidirectional", "bias", "batch_first")
+    of_the_call = {"batched": case.batch is not None, "hx": case.hx, "way": case.way, "lengths": case.lengths}
+    return {"kind": case.kind, **{name: case.arguments.get(name) for name in names}, **of_the_call, "2nd": case.second}
+
+
+def _few(cases: Sequence[Case], few: Sequence[Case], mark: pytest.MarkDecorator) -> pytest.MarkDecorator:
+    """A few cases stand for all in a quick run: the gate also runs `python -m parity`, which has them all."""
+    params = [pytest.param(case, id=case.name, marks=() if case in few else mark) for case in cases]
+    return pytest.mark.parametrize("case", params)
+
+
+def _named(*names: str) -> list[Case]:
+    return [CASES[name] for name in names]
 
 
 def _measure(case: Case, side: sides.Side, *dtypes: str) -> str:
@@ -61,12 +79,13 @@ def test_the_table_has_every_combination() -> None:
     assert {(case.kind, case.inexact) for case in HALF} == set(itertools.product(KINDS, ("bfloat16", "float16")))
 
 
-@pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
+@_few(SMALL, covering(SMALL, _settings), pytest.mark.thorough)
 def test_float64_is_torchs(case: Case) -> None:
     assert not _measure(case, sides.run_jaxrnn, "float64")
 
 
-@pytest.mark.parametrize("case", BIG[::3], ids=lambda case: case.name)
+@pytest.mark.usefixtures("optimized")
+@_few(BIG, _named("GRU-accuracy-seed0", "LSTMCell-accuracy-seed0"), pytest.mark.thorough)
 def test_float32_is_as_close_to_the_truth_as_torchs(case: Case) -> None:
     outcome = compare(case, RECORDED(case), sides.run_jaxrnn)
     assert not outcome.failure()
@@ -79,7 +98,8 @@ def test_float32_is_as_close_to_the_truth_as_torchs(case: Case) -> None:
         assert row.rms < (2 if row.count >= ENOUGH else 3) * row.torch_rms, row
 
 
-@pytest.mark.parametrize("case", HALF[::4], ids=lambda case: case.name)
+@pytest.mark.usefixtures("optimized")
+@_few(HALF, _named("LSTM-bfloat16", "GRUCell-float16"), pytest.mark.thorough)
 def test_16_bits_are_one_rounding_from_the_truth_and_closer_than_torchs(case: Case) -> None:
     outcome = compare(case, RECORDED(case), sides.run_jaxrnn)
     assert not outcome.failure()
@@ -92,13 +112,12 @@ def test_16_bits_are_one_rounding_from_the_truth_and_closer_than_torchs(case: Ca
 
 
 @pytest.mark.torch
-@pytest.mark.parametrize("case", SMALL[::7] + BIG + HALF[::4], ids=lambda case: case.name)
+@_few([*SMALL, *BIG, *HALF], [*SMALL[::7], *BIG, *HALF[::4]], pytest.mark.slow)
 def test_the_recorded_results_are_a_live_torchs(torch: types.ModuleType, case: Case) -> None:
     recorded, now = RECORDED(case), live(case, full=case.small)
     assert recorded.keys() == now.keys()
     for name in recorded.keys() & {"truth", "digest"}:
-        scale = max(1.0, np.abs(now[name]).max())
-        np.testing.assert_allclose(recorded[name] / scale, now[name] / scale, rtol=0, atol=1e-13)
+        assert_close({name: recorded[name]}, {name: now[name]}, atol=1e-13 * max(1.0, np.abs(now[name]).max()))
     if case.inexact:
         # Another processor rounds otherwise, but not by more or less as a whole.
         rms = [np.sqrt(record["errors"][:, 1].sum() / record["errors"][:, 0].sum()) for record in (recorded, now)]
@@ -239,6 +258,7 @@ def test_the_runner_sees_float32_errors_that_only_many_numbers_show(
     assert "FAIL LSTMCell h_n" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_recorded_results_need_no_torch() -> None:
     program = "import sys; from parity.__main__ import main; code = main(['--filter', 'GRUCell-hx'])"
     program += "; sys.exit(code or 'torch' in sys.modules)"

@@ -44,6 +44,7 @@ def test_every_module_is_a_case(tmp_path: Path) -> None:
     assert inputs["h_0"].shape == (4, 2, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.torch
 def test_the_runner_on_a_model(torch: types.ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     np.save(tmp_path / "x.npy", np.random.RandomState(0).randn(5, 2, 48))
