@@ -3,7 +3,7 @@
 from typing import Any
 
 import jax
-from flax.core import spmd
+from flax import linen
 
 from jaxrnn.recurrence import MeshAxis
 from jaxrnn.spec import Spec
@@ -11,8 +11,8 @@ from jaxrnn.stack import check_hidden_axis
 
 
 def mesh_axis(axis: MeshAxis | None) -> MeshAxis | None:
-    """The axis of the mesh that stands for a logical one in Flax's rules, if `flax.nnx.logical_axis_rules` has it."""
-    return dict(spmd.get_logical_axis_rules()).get(axis, axis) if isinstance(axis, str) else axis
+    """The axis of the mesh that stands for a logical one in Flax's rules, which both APIs share; else itself."""
+    return dict(linen.get_logical_axis_rules()).get(axis, axis) if isinstance(axis, str) else axis
 
 
 def names(spec: Spec, axis: MeshAxis | None) -> dict[str, tuple[Any, ...]]:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import ArrayLike, DTypeLike
 
-from jaxrnn import flax_cell, flax_sharding
+from jaxrnn import _compat, flax_cell, flax_sharding
 from jaxrnn.cells import GRU_CELL, LSTM_CELL, RNN_RELU, rnn_cell
 from jaxrnn.packed import PackedSequence
 from jaxrnn.recurrence import MeshAxis, Remat
@@ -113,10 +113,9 @@ class _Layers(_Module, Generic[StateT]):
             return super()._add_params(values)
         for name, axes in flax_sharding.names(self.spec, self.hidden_axis).items():
             value = values[name]
-            if nnx.using_eager_sharding():
+            if _compat.sharded_at_creation():
                 value = flax_sharding.lay(value, axes)
-            # By itself Flax would ask for a mesh.
-            setattr(self, name, nnx.Param(value, out_sharding=axes, eager_sharding=False))
+            setattr(self, name, _compat.annotated_param(value, axes))
 
     def _drops(self) -> bool:
         return self.dropout > 0 and self.num_layers > 1

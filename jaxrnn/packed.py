@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from jaxrnn._compat import is_traced
+
 Rows = Sequence[ArrayLike] | jax.Array | np.ndarray
 Lengths = ArrayLike | Sequence[int]
 Array = jax.Array | np.ndarray
@@ -151,7 +153,7 @@ def pack(padded: Array, rows: np.ndarray) -> Array:
 
 def _static(name: str, value: Any) -> np.ndarray:
     """An array of integers that are known, one axis."""
-    if isinstance(value, jax.core.Tracer):
+    if is_traced(value):
         raise TypeError(
             f"{name} should be known when a function is traced; for data, give lengths= to the layer instead"
         )

@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterable, Iterator
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun
 
+from jaxrnn._compat import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun
 from jaxrnn.cells import Cell
 
 # Whatever changes a shape is not pointwise. Neither are these, which may keep it; nor what begins with one of the rest.

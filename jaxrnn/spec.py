@@ -5,9 +5,9 @@ Everything that needs a parameter's name or shape reads it here: the modules, th
 
 import abc
 import dataclasses
+import inspect
 import math
 import numbers
-import sys
 import warnings
 
 import jax
@@ -76,8 +76,8 @@ def _check_type(name: str, value: object, kind: type) -> None:
 
 def _level_outside() -> int:
     """The stack level, for a warning of the caller's, of whoever called jaxrnn, be it through Flax."""
-    frame, level = sys._getframe(1), 1
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("jaxrnn", "flax"):
+    frame, level = inspect.currentframe(), 0
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("jaxrnn", "flax"):
         frame, level = frame.f_back, level + 1
     return level
 

@@ -12,6 +12,7 @@ from jax.sharding import AxisType
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxrnn import recurrence
+from jaxrnn._compat import is_traced
 from jaxrnn.cells import Arrays
 from jaxrnn.packed import PackedSequence, layout, pack, pad
 from jaxrnn.recurrence import MeshAxis, Remat
@@ -280,7 +281,7 @@ def _lengths(lengths: Any, shape: tuple[int, ...], steps: int) -> jax.Array | No
     if array.shape != shape:
         raise RuntimeError(f"lengths should have shape {shape}, one for each row of x, got {array.shape}")
     # The values are not to be seen while a function is traced, nor on the devices of other processes.
-    if not isinstance(array, jax.core.Tracer) and getattr(array, "is_fully_addressable", True):
+    if not is_traced(array) and getattr(array, "is_fully_addressable", True):
         values = np.asarray(array)
         if np.any((values < 0) | (values > steps)):
             raise ValueError(f"lengths should be from 0 to the {steps} time steps of x, got {values.tolist()}")

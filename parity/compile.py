@@ -16,12 +16,12 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from jaxrnn._compat import tpu_devices
 from parity import sides
 from parity.cases import Case
 
@@ -71,7 +71,7 @@ def compile_all(
     """Compile the forward and the training program of every case, for one device and for all, in order."""
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no metadata server to ask
     try:
-        devices = topologies.get_topology_desc(topology, "tpu").devices
+        devices = tpu_devices(topology)
     except Exception as error:  # whatever JAX and XLA raise where there is no libtpu, or none that fits
         cause = f"{type(error).__name__}: {error}".splitlines()[0]
         raise SystemExit(

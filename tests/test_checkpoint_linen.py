@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen
-from flax.core import FrozenDict, freeze
 
 import jaxrnn
 from jaxrnn.checkpoint import CheckpointError
@@ -85,8 +84,8 @@ def test_what_was_given_stays() -> None:
     model, variables = _model()
     before = jax.tree.map(np.array, variables)
     tensors = {name: value + 1 for name, value in state_dict(model, variables, X).items()}
-    loaded = load_state_dict(model, freeze(variables), tensors, X)
-    assert isinstance(loaded.variables, FrozenDict)
+    loaded = load_state_dict(model, linen.FrozenDict(variables), tensors, X)
+    assert isinstance(loaded.variables, linen.FrozenDict)
     jax.tree.map(np.testing.assert_array_equal, variables, before)
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b + 1), loaded.variables.unfreeze(), before)
 

@@ -89,6 +89,6 @@ def test_without_libtpu(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: object) -> None:
         raise RuntimeError("no libtpu")
 
-    monkeypatch.setattr(compile.topologies, "get_topology_desc", refuse)
+    monkeypatch.setattr("jax.experimental.topologies.get_topology_desc", refuse)
     with pytest.raises(SystemExit, match=r"cannot describe a TPU .*no libtpu"):
         compile.compile_all([], lambda: None)

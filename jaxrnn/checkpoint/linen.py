@@ -6,10 +6,9 @@ from typing import Any, NamedTuple
 
 import jax
 from flax import linen
-from flax.core import FrozenDict, freeze, unfreeze
-from flax.core.meta import AxisMetadata
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from jaxrnn import _compat
 from jaxrnn.checkpoint.fit import Parameter, fit
 from jaxrnn.checkpoint.layers import Entry, entries, ignored
 from jaxrnn.spec import CellSpec, Spec
@@ -82,10 +81,12 @@ def load_state_dict(
         warnings.warn(f"{type(module).__name__}: {found.warning}", stacklevel=2)
     flat = _flat(variables)
     for name, array in found.arrays.items():
-        box = flat[params[name].place]
-        flat[params[name].place] = box.replace_boxed(array) if isinstance(box, AxisMetadata) else array
+        place = params[name].place
+        box = jax.tree.structure(flat[place])  # the array alone, or with metadata such as `linen.Partitioned`
+        flat[place] = jax.tree.unflatten(box, [array])
     tree = unflatten_dict(flat)
-    return Loaded(freeze(tree) if isinstance(variables, FrozenDict) else tree, found.missing, found.unexpected)
+    new = linen.FrozenDict(tree) if isinstance(variables, linen.FrozenDict) else tree
+    return Loaded(new, found.missing, found.unexpected)
 
 
 def state_dict(module: linen.Module, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -110,7 +111,7 @@ def state_dict(module: linen.Module, variables: Mapping[str, Any], *args: Any, *
 
 
 def _flat(variables: Mapping[str, Any]) -> dict[Path, Any]:
-    tree = unfreeze(variables) if isinstance(variables, FrozenDict) else dict(variables)
+    tree = variables.unfreeze() if isinstance(variables, linen.FrozenDict) else dict(variables)
     return flatten_dict(tree, keep_empty_nodes=True)
 
 
@@ -127,9 +128,8 @@ def _params(
         layer = layers[path].module if path in layers else None
         entry = next((entry for entry in entries(layer) if entry.attribute == attribute), None)
         if collection == "params" or entry:
-            array = value.unbox() if isinstance(value, AxisMetadata) else value
             entry = entry or Entry(attribute, attribute)
-            found.setdefault(path, {})[attribute] = Parameter(place, array, layer, entry)
+            found.setdefault(path, {})[attribute] = Parameter(place, linen.unbox(value), layer, entry)
     params = {}
     for path, group in found.items():
         prefix = prefixes[path] if path in prefixes else "".join(f"{name}." for name in path)
@@ -157,8 +157,8 @@ def _layers(module: linen.Module, variables: Mapping[str, Any], args: tuple, kwa
     """Every submodule that a call runs through, by its path, in the order in which it is reached."""
     layers: dict[Path, _Layer] = {}
 
-    def note(call: Any, call_args: tuple, call_kwargs: dict, context: linen.module.InterceptorContext) -> Any:
-        layer = context.module
+    def note(call: Any, call_args: tuple, call_kwargs: dict, context: Any) -> Any:
+        layer = _compat.called_module(context)
         layers.setdefault(layer.path, _Layer(layer, {}))  # before those that it calls
         result = call(*call_args, **call_kwargs)
         # Now, because what `setup` sets is there after it ran, and not after the whole call.

@@ -12,7 +12,7 @@ import numpy as np
 from flax import linen, nnx
 
 import jaxrnn.nnx
-from jaxrnn import flax_sharding
+from jaxrnn import _compat, flax_sharding
 from jaxrnn.checkpoint.arrays import dtype_of
 from jaxrnn.checkpoint.fit import Parameter, fit
 from jaxrnn.checkpoint.layers import Entry, entries, ignored
@@ -192,7 +192,7 @@ def order_in_doubt(node: object, above: tuple[int, ...] = ()) -> list[str]:
             if isinstance(children[name], nnx.Param) == own:
                 shapes = tuple(param.shape for param in params_of({name: children[name]})[0].values())
                 parts |= {name: shapes} if shapes else {}
-        if len(parts) > 1 and list(parts) == sorted(parts):
+        if len(parts) > 1 and _compat.may_be_sorted(list(parts)):
             orders = itertools.islice(itertools.permutations(parts.values()), 1, 5040)
             if len(set(parts.values())) < len(parts) or sum(parts.values(), ()) in (sum(o, ()) for o in orders):
                 return list(parts)
@@ -201,7 +201,7 @@ def order_in_doubt(node: object, above: tuple[int, ...] = ()) -> list[str]:
 
 def _children(node: object) -> list[tuple[str, Any]]:
     if isinstance(node, nnx.Pytree):
-        attributes = {name: value for name, value in vars(node).items() if not name.startswith("_pytree__")}
+        attributes = _compat.attributes(node)
         if isinstance(spec := attributes.get("spec"), Spec | CellSpec):
             attributes = {name: attributes[name] for name in spec.shapes() if name in attributes} | attributes
         if isinstance(node, nnx.Sequential):

@@ -15,11 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxrnn._compat import is_orbax_tree
 from jaxrnn.checkpoint.errors import AGAIN, CheckpointError, check_unicode, listed
 from jaxrnn.checkpoint.stored import Value, read
 
-# What orbax writes into the directory of a tree, to describe it.
-_METADATA = "_METADATA"
 # Far above what compression gains on weights. What is not stored would be read as zeros, as many as the file says.
 _LARGEST_INFLATION = 100
 _SMALL = 64 << 20  # bytes that do no harm, however few they come from
@@ -57,7 +56,7 @@ def _tree_in(path: str) -> str:
         folder
         for below in ("", "*", "*/*")
         for folder in sorted(glob.glob(os.path.join(glob.escape(path), below)))
-        if is_tree(folder)
+        if is_orbax_tree(folder)
     ]
     if not trees:
         raise CheckpointError("a directory, but no orbax checkpoint\ngive the path of the checkpoint in it")
@@ -65,11 +64,6 @@ def _tree_in(path: str) -> str:
         names = listed(os.path.relpath(tree, path) for tree in trees)
         raise CheckpointError(f"a directory with several checkpoints\ngive the path of one of them: {names}")
     return trees[0]
-
-
-def is_tree(path: str) -> bool:
-    """Whether a directory is an orbax checkpoint of one tree."""
-    return os.path.isfile(os.path.join(path, _METADATA))
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ from typing import IO, Any
 
 import numpy as np
 
+from jaxrnn._compat import is_orbax_tree
 from jaxrnn.checkpoint import orbax_files, torch_files
 from jaxrnn.checkpoint.arrays import NO_NUMBERS, dtype_of, to_numpy
 from jaxrnn.checkpoint.errors import CheckpointError, check_unicode, listed, os_cause
@@ -80,7 +81,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def _save(path: str, arrays: Tensors, write: Callable[[IO[bytes], Tensors, Wrote], str], progress: Wrote) -> None:
-    if os.path.isdir(path) and os.listdir(path) and not orbax_files.is_tree(path):
+    if os.path.isdir(path) and os.listdir(path) and not is_orbax_tree(path):
         raise CheckpointError("a directory that is no orbax checkpoint is not replaced\nchoose another name")
     _remove_abandoned(path)
     with _temporary(path) as file, ThreadPoolExecutor(THREADS) as pool:
