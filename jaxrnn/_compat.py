@@ -52,19 +52,11 @@ def annotated_param(value: jax.Array, axes: tuple[Any, ...]) -> nnx.Param:
     return nnx.Param(value, out_sharding=axes, eager_sharding=False)
 
 
-def attributes(node: nnx.Pytree) -> dict[str, Any]:
-    """A node's attributes, in the order in which they were defined.
-
-    That is torch's order. `nnx.state`, `nnx.iter_children` and the like sort them; in `vars` Flax keeps its own too.
-    """
-    return {name: value for name, value in vars(node).items() if not name.startswith("_pytree__")}
-
-
 def may_be_sorted(names: list[str]) -> bool:
     """Whether the order of a node's attributes may be Flax's instead of that in which they were defined.
 
-    Flax sorts them whenever it makes a node again, as `nnx.merge` and `nnx.jit` do. It does not promise the order, nor
-    does it leave a trace.
+    In `vars` they are in the order of definition, which is torch's, until Flax makes the node again, as `nnx.merge` and
+    `nnx.jit` do: it sorts them, which it does not document, and nothing tells afterwards.
     """
     return names == sorted(names)
 

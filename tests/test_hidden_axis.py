@@ -187,6 +187,15 @@ def test_nnx_modules_train_sharded(mesh: jax.sharding.Mesh) -> None:
         assert _axes(abstract.weight_hh_l0[...]) == columns
 
 
+def test_nnx_modules_are_created_as_flax_is_told(mesh: jax.sharding.Mesh) -> None:
+    with jax.set_mesh(mesh):
+        for eager in (True, False):
+            with nnx.use_eager_sharding(eager):
+                weight = jaxrnn.LSTM(F, H, hidden_axis="model", rngs=nnx.Rngs(0)).weight_hh_l0
+            assert weight.out_sharding == (None, "model")
+            assert weight[...].sharding.is_fully_replicated != eager
+
+
 def test_linen_modules_are_created_sharded(mesh: jax.sharding.Mesh) -> None:
     layer = jaxrnn.linen.LSTM(F, H, 2, hidden_axis="model", param_dtype=X.dtype)
     assert layer.init(jax.random.key(0), X)["params"]["weight_hh_l1"].names == (None, "model")

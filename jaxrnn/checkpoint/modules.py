@@ -201,7 +201,7 @@ def order_in_doubt(node: object, above: tuple[int, ...] = ()) -> list[str]:
 
 def _children(node: object) -> list[tuple[str, Any]]:
     if isinstance(node, nnx.Pytree):
-        attributes = _compat.attributes(node)
+        attributes = dict(vars(node))  # Flax's own among them hold no parameters
         if isinstance(spec := attributes.get("spec"), Spec | CellSpec):
             attributes = {name: attributes[name] for name in spec.shapes() if name in attributes} | attributes
         if isinstance(node, nnx.Sequential):
