@@ -3,7 +3,7 @@
 import argparse
 import contextlib
 import functools
-import importlib
+import importlib.util
 import json
 import os
 import sys
@@ -124,15 +124,10 @@ def _main(argv: Sequence[str], prog: str) -> int:
 
 def _suite(name: str) -> Callable[[Sequence[str], str], int]:
     """The main function of a module of the parity suite."""
-    try:
-        return importlib.import_module(SUITE[name][0]).main
-    except ModuleNotFoundError as error:
-        if error.name != "jaxrnn.parity":
-            raise
+    if importlib.util.find_spec("jaxrnn.parity") is None:
         # The package was taken from a clone where it is not installed: there the suite is a folder of its own.
-        raise SystemExit(
-            "jaxrnn.parity is not installed: pip install jaxrnn, or in a clone pip install -e . or python -m parity"
-        ) from error
+        raise SystemExit("jaxrnn.parity is not installed: pip install -e . in the clone, or python -m parity there")
+    return importlib.import_module(SUITE[name][0]).main
 
 
 def _load(path: str, key: str | None, raw: bool) -> Tensors:
