@@ -44,8 +44,8 @@ def main(argv: Sequence[str] | None = None, prog: str = "jaxrnn") -> int:
         prog: the command that was used, for messages.
 
     Returns:
-        The exit code: 0, 1 from diff or check where something differs, or 2 with a message on stderr for a file that
-        cannot be used. `parity` and `speed` have their own: 0 if all is well.
+        The exit code: 0, 1 from diff, check or parity where something differs or where the output is no longer read, or
+        2 with a message on stderr for a file that cannot be used.
 
     Raises:
         SystemExit: for arguments that argparse refuses, for --help and for --version.
