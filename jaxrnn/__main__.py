@@ -1,7 +1,9 @@
-"""The command line over checkpoints: `jaxrnn inspect FILE`, `convert IN OUT`, `diff A B` and `check FILE`."""
+"""The command line: `jaxrnn inspect FILE`, `convert IN OUT`, `diff A B` and `check FILE`, and the parity suite."""
 
 import argparse
 import contextlib
+import functools
+import importlib.util
 import json
 import os
 import sys
@@ -16,6 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from jaxrnn._version import __version__
 from jaxrnn.checkpoint import CheckpointError, FoundRNN, find_rnns, fold, save
 from jaxrnn.checkpoint.check import LIMIT, check, installed_torch
 from jaxrnn.checkpoint.errors import listed
@@ -26,20 +29,26 @@ from jaxrnn.checkpoint.stored import UnreadableError, Value, equal, not_finite, 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 # Bytes from which on there is a progress bar: what takes a second or so.
 LARGE = 256 << 20
+# Commands that are modules of the parity suite, which read their own arguments.
+SUITE = {
+    "parity": ("jaxrnn.parity.__main__", "compare every kind of module with PyTorch's recorded results, or live"),
+    "speed": ("jaxrnn.parity.speed", "time jaxrnn beside Flax, Keras and PyTorch"),
+}
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, prog: str = "jaxrnn") -> int:
     """Run the command line.
 
     Args:
         argv: the arguments; those of the process if None.
+        prog: the command that was used, for messages.
 
     Returns:
-        The exit code: 0, 1 from diff or check where something differs, or 2 with a message on stderr for a file that
-        cannot be used.
+        The exit code: 0, 1 from diff, check or parity where something differs or where the output is no longer read, or
+        2 with a message on stderr for a file that cannot be used.
 
     Raises:
-        SystemExit: for arguments that argparse refuses, and for --help.
+        SystemExit: for arguments that argparse refuses, for --help and for --version.
 
     >>> from jaxrnn.__main__ import main
     >>> import os, tempfile
@@ -49,8 +58,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     ...     jaxrnn.checkpoint.save(path, jaxrnn.Spec(jaxrnn.GRU_CELL, 3, 4).init(jax.random.key(0)))
     ...     main(["inspect", path])
     """
-    parser = argparse.ArgumentParser(prog="jaxrnn", description="PyTorch's recurrent weights in checkpoint files.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    return quietly(functools.partial(_main, sys.argv[1:] if argv is None else argv, prog))
+
+
+def quietly(command: Callable[[], int]) -> int:
+    """Run a command; where its output is no longer read, as by `head`, end without a traceback and return 1."""
+    try:
+        try:
+            return command()
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # Python flushes stdout once more when it exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _main(argv: Sequence[str], prog: str) -> int:
+    parser = argparse.ArgumentParser(prog=prog, description="PyTorch's recurrent weights: in checkpoint files, in JAX.")
+    parser.add_argument("--version", action="version", version=f"jaxrnn {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     file = "a safetensors file, a torch.save file of a state dict, or an orbax checkpoint"
     command = commands.add_parser("inspect", help="list the recurrent modules in a checkpoint")
     command.set_defaults(run=_inspect)
@@ -80,12 +107,27 @@ def main(argv: Sequence[str] | None = None) -> int:
             "--raw", action="store_true", help="take weight_hh_l0_raw, of weight drop, for weight_hh_l0"
         )
         command.add_argument("--json", action="store_true", help="print it as JSON")
+    for name, (_, words) in SUITE.items():
+        commands.add_parser(name, help=words, add_help=False)
+    if argv and argv[0] in SUITE:
+        return _suite(argv[0])(argv[1:], f"{prog} {argv[0]}")
     arguments = parser.parse_args(argv)
+    if arguments.command is None:
+        parser.print_help()
+        return 0
     try:
         return arguments.run(arguments)
     except CheckpointError as error:
         _print(str(error), sys.stderr)
         return 2
+
+
+def _suite(name: str) -> Callable[[Sequence[str], str], int]:
+    """The main function of a module of the parity suite."""
+    if importlib.util.find_spec("jaxrnn.parity") is None:
+        # The package was taken from a clone where it is not installed: there the suite is a folder of its own.
+        raise SystemExit("jaxrnn.parity is not installed: pip install -e . in the clone, or python -m parity there")
+    return importlib.import_module(SUITE[name][0]).main
 
 
 def _load(path: str, key: str | None, raw: bool) -> Tensors:
@@ -327,4 +369,4 @@ def _printable(text: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(prog="python -m jaxrnn"))

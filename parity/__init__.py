@@ -1,6 +1,7 @@
 """The parity suite: every kind of module against torch, values and gradients, with torch or without it.
 
-`python -m parity` from the root of a clone compares with the results that torch gave when they were recorded.
+`jaxrnn parity`, or `python -m parity` from the root of a clone, compares with results recorded from
+torch. The folder `parity` of a clone is installed as `jaxrnn.parity`, so imports within it are relative.
 `cases` is the table, `sides` runs a case with one library, `reference` is what torch gives, recorded or live,
 `compare` measures and judges, `report` prints.
 """

@@ -1,4 +1,4 @@
-"""The parity runner: `python -m parity`, from the root of a clone."""
+"""The parity runner: `jaxrnn parity`, or `python -m parity` from the root of a clone."""
 
 import argparse
 import collections
@@ -20,28 +20,37 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress
 
 from jaxrnn.checkpoint.check import installed_torch
-from parity import compile, model, reference, sides, training
-from parity.cases import CASES, Case
-from parity.compare import DTYPES, Outcome, compare
-from parity.locate import locate
-from parity.report import Report, line
+
+from . import compile, model, reference, sides, training
+from .cases import CASES, Case
+from .compare import DTYPES, Outcome, compare
+from .locate import locate
+from .report import Report, line
 
 MOST_PLACES = 3
 # JAX's names of the platforms.
 PLATFORMS = {"cpu": "cpu", "gpu": "cuda,rocm", "tpu": "tpu"}
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Compare, or record. Returns the exit code: 0 if all is well, 1 if something fails."""
+def main(arguments: Sequence[str] | None = None, prog: str = f"python -m {__package__}") -> int:
+    """Compare, or record.
+
+    Args:
+        arguments: those of the process if None.
+        prog: the command that was used, for messages and the report.
+
+    Returns:
+        The exit code: 0 if all is well, 1 if something fails.
+    """
     parser = argparse.ArgumentParser(
-        prog="python -m parity", description="Compare jaxrnn with torch: every kind of module, values and gradients."
+        prog=prog, description="Compare jaxrnn with torch: every kind of module, values and gradients."
     )
     parser.add_argument(
         "command",
         nargs="?",
         choices=("compare", "record"),
         default="compare",
-        help="compare (the default), or record torch's results anew, which needs torch",
+        help="compare (the default), or record torch's results anew, in a clone, which needs torch",
     )
     parser.add_argument(
         "--live",
@@ -76,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--report", type=Path, metavar="OUT", help="also write a report to this file, as HTML")
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parser.parse_args(arguments)
-    options.command_line = shlex.join(arguments)
+    options.command_line = f"{prog} {shlex.join(arguments)}".strip()
     if options.report and not (importlib.util.find_spec("matplotlib") and importlib.util.find_spec("jinja2")):
         parser.error("--report draws with matplotlib and fills in with jinja2: pip install 'jaxrnn[report]'")
     torch = installed_torch() if options.live else None
@@ -110,6 +119,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command == "record":
         if len(cases) + len(runs) < len(CASES) + len(training.RUNS):
             parser.error("record takes no --filter: it records every case")
+        if not (Path(__file__).parents[1] / "pyproject.toml").is_file():
+            parser.error("record writes into a clone of the repository: run `python -m parity record` in its root")
+        if installed_torch() is None:
+            parser.error("record runs PyTorch: pip install 'jaxrnn[torch]'")
         for path in reference.record():
             console.print(f"{path.name}: {path.stat().st_size:,} bytes", highlight=False)
         return 0
@@ -138,7 +151,7 @@ def _judge(cases: list[Case], runs: list[training.Run], dtypes: Sequence[str], o
     if options.json:
         options.json.write_text(json.dumps(report.json(), indent=1) + "\n")
     if options.report:
-        from parity import html  # matplotlib and jinja2, which only this needs
+        from . import html  # matplotlib and jinja2, which only this needs
 
         html.write(options.report, report, options.command_line, not (options.filter or options.dtype or options.model))
     return 1 if report.failures else 0
@@ -230,4 +243,6 @@ def _outcomes(
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from jaxrnn.__main__ import quietly
+
+    sys.exit(quietly(main))

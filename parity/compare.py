@@ -8,9 +8,10 @@ import jax
 import numpy as np
 
 from jaxrnn.cells import RNN_RELU
-from parity.cases import ENOUGH, KINDS, Arrays, Case, quantity
-from parity.reference import digest, measure, truth_of
-from parity.sides import Side, precision
+
+from .cases import ENOUGH, KINDS, Arrays, Case, quantity
+from .reference import digest, measure, truth_of
+from .sides import Side, precision
 
 # The largest error of a case, scaled by max(1, largest of the truth). In float32 that finds what is wrong, not what
 # is inaccurate: correct results, torch's own too, come as far as 1.3e-6. In 16 bits it is eps, one rounding at worst.

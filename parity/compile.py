@@ -22,8 +22,9 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxrnn._compat import tpu_devices
-from parity import sides
-from parity.cases import Case
+
+from . import sides
+from .cases import Case
 
 TOPOLOGY = "v5e:2x2"
 # A TPU has no float64: XLA makes it of two float32, which takes long to compile. A sample shows that it can.

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import jinja2
 
-from parity import plots
-from parity.compare import DTYPES
-from parity.report import Report
-from parity.training import STEPS
+from . import plots
+from .compare import DTYPES
+from .report import Report
+from .training import STEPS
 
 TEMPLATE = Path(__file__).with_name("report.html")
 
@@ -25,7 +25,7 @@ def write(path: Path, report: Report, command: str, whole: bool) -> None:
     path.write_text(
         environment.from_string(TEMPLATE.read_text()).render(
             report=report,
-            command=f"python -m parity {command}".strip(),
+            command=command,
             tables=tables,
             pictures=_pictures(report),
             whole=whole,

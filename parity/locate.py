@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from parity import oracle
-from parity.cases import KINDS, Arrays, Case
-from parity.compare import LARGEST_ROUNDED, products_are_float32
-from parity.sides import Side
+from . import oracle
+from .cases import KINDS, Arrays, Case
+from .compare import LARGEST_ROUNDED, products_are_float32
+from .sides import Side
 
 # What counts as off, scaled by max(1, largest): above what rounding makes of any case.
 _OFF = {"float64": 1e-9, "float32": 2e-5, "bfloat16": 2.0**-4, "float16": 2.0**-7}

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 import numpy as np
 
 from jaxrnn.checkpoint import FoundRNN, find_rnns, load
-from parity.cases import Case
-from parity.locate import Probe
+
+from .cases import Case
+from .locate import Probe
 
 STEPS, BATCH = 16, 4
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from parity.cases import KINDS, Arrays, Case
+from .cases import KINDS, Arrays, Case
 
 ROLES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
 GATES = {"RNN": ("h",), "LSTM": ("i", "f", "g", "o"), "GRU": ("r", "z", "n")}

@@ -11,9 +11,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from parity.compare import Histogram
-from parity.reference import ULPS
-from parity.training import Trained
+from .compare import Histogram
+from .reference import ULPS
+from .training import Trained
 
 COLUMNS = 3
 COLORS = {"torch": "#d9730d"}

@@ -15,10 +15,10 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from parity import training
-from parity.cases import CASES, KINDS, Arrays, Case
-from parity.sides import run_torch
-from parity.training import RUNS, Run
+from . import training
+from .cases import CASES, KINDS, Arrays, Case
+from .sides import run_torch
+from .training import RUNS, Run
 
 RECORDED = Path(__file__).parent / "recorded"
 PROJECTIONS = 4

@@ -14,10 +14,11 @@ from rich.console import Console
 from rich.table import Table
 
 import jaxrnn
-from parity.cases import ENOUGH, LONG
-from parity.compare import Histogram, Outcome, Row, histograms, pool, products_are_float32
-from parity.sides import precision
-from parity.training import STEPS, Trained
+
+from .cases import ENOUGH, LONG
+from .compare import Histogram, Outcome, Row, histograms, pool, products_are_float32
+from .sides import precision
+from .training import STEPS, Trained
 
 HEADINGS = ("numbers", "float64\nworst", "{dtype}\nworst", "{dtype}\nrms", "torch's\nrms", "rms\nratio")
 

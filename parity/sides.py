@@ -12,7 +12,8 @@ import numpy as np
 from flax import nnx
 
 import jaxrnn
-from parity.cases import CHUNKS, Arrays, Case
+
+from .cases import CHUNKS, Arrays, Case
 
 Side = Callable[[Case, str], Arrays]
 

@@ -1,4 +1,4 @@
-"""How long jaxrnn takes beside Flax, Keras, cuDNN and torch.nn: `python -m parity.speed`, on an otherwise idle machine.
+"""How long jaxrnn takes beside Flax, Keras, cuDNN and torch.nn: `jaxrnn speed`, on an otherwise idle machine.
 
 All sides are compiled and warm and take turns, so that what disturbs the machine disturbs all; figures are medians. A
 training step is the value and the gradient, by parameters and input, of the outputs' sum of squares.
@@ -32,10 +32,12 @@ from rich.progress import track
 from rich.table import Table
 
 import jaxrnn
-from parity.workloads import WORKLOADS, Torch, Workload, forms, torch_device
+
+from .workloads import WORKLOADS, Torch, Workload, forms, torch_device
 
 SIDES = ("jaxrnn", "sharded", "flax.nnx", "flax.linen", "keras", "cudnn", "torch")
 THEIRS = SIDES[2:]
+EXTRAS = {"keras": "keras (pip install 'jaxrnn[speed]')", "torch": "torch (pip install 'jaxrnn[torch]')"}
 PROGRAMS = ("inference", "training")
 SMALL = 1e9  # operations forward, below which --quick takes a workload
 LEAST = 5  # runs of each, however long they take
@@ -271,7 +273,7 @@ def plot(results: Results, path: Path) -> None:
     import matplotlib
     from matplotlib.figure import Figure
 
-    from parity.plots import COLORS, OURS, STYLE
+    from .plots import COLORS, OURS, STYLE
 
     colors = {"flax.nnx": OURS, "flax.linen": "#7aa6de", "keras": "#a3293d", "cudnn": "#4f9a4f"} | COLORS
     count = len(results.theirs) or 1
@@ -299,16 +301,16 @@ def plot(results: Results, path: Path) -> None:
 
 
 def _environment() -> dict[str, Any]:
-    names = ["jaxrnn", "jax", "flax", *(name for name in ("keras", "torch") if importlib.util.find_spec(name))]
+    names = ["jax", "flax", *(name for name in ("keras", "torch") if importlib.util.find_spec(name))]
     device = jax.devices()[0]
     devices = f"{len(jax.devices())} {device.platform} ({device.device_kind})"
-    versions = {name: importlib.metadata.version(name) for name in names}
+    versions = {"jaxrnn": jaxrnn.__version__} | {name: importlib.metadata.version(name) for name in names}
     return versions | {"python": platform.python_version(), "devices": devices, "cores": os.cpu_count()}
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Time every workload and print a table. Returns 0."""
-    parser = argparse.ArgumentParser(prog="python -m parity.speed", description=(__doc__ or "").splitlines()[0])
+def main(arguments: Sequence[str] | None = None, prog: str = f"python -m {__package__}.speed") -> int:
+    """Time every workload and print a table. Returns 0. `prog` is the command that was used."""
+    parser = argparse.ArgumentParser(prog=prog, description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--repeats", type=int, default=30, help="runs of each side (default: %(default)s)")
     parser.add_argument("--seconds", type=float, help="for a workload's runs, but for five (default: 20; --quick: 5)")
     parser.add_argument("--devices", type=int, default=os.cpu_count(), help="CPU devices (default: one for each core)")
@@ -352,11 +354,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     results.show(Console(width=None if sys.stdout.isatty() else 170), rates)
     print(", ".join(f"{name} {value}" for name, value in _environment().items()))
     if left_out:
-        print(f"Not to be had here: {', '.join(left_out)}.")
+        print(f"Not to be had here: {', '.join(EXTRAS.get(side, side) for side in left_out)}.")
     if options.plot:
         plot(results, options.plot)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from jaxrnn.__main__ import quietly
+
+    sys.exit(quietly(main))

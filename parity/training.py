@@ -22,7 +22,8 @@ import optax
 from jaxrnn.checkpoint import clip_grad_norm, optax_from_torch
 from jaxrnn.spec import Spec
 from jaxrnn.stack import apply
-from parity.cases import LAYERS, Arrays
+
+from .cases import LAYERS, Arrays
 
 STEPS, TIME, BATCH, INPUT, HIDDEN, LAYER_COUNT = 200, 12, 8, 4, 8, 2
 # Rounding, which 200 steps carry on: a wrong setting of an optimizer is off by more than 1e-6.

@@ -16,7 +16,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.experimental import rnn as cudnn
 
 import jaxrnn
-from parity.cases import Arrays
+
+from .cases import Arrays
 
 
 class Workload(NamedTuple):
