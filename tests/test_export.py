@@ -12,11 +12,11 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from comparing import assert_close
 from flax import nnx
+from making import filled, filled_variables
 
 import jaxrnn
-from comparing import assert_close
-from making import filled, filled_variables
 
 F, H = 3, 4
 PLATFORMS = ("cpu", "cuda", "tpu")

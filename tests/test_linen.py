@@ -9,14 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from comparing import assert_close
 from flax import linen, nnx
 from flax.errors import InvalidRngError
+from making import filled_variables
 
 import jaxrnn
-from comparing import assert_close
-from making import filled_variables
 from parity import sides
 from parity.cases import CASES, KINDS, Case
+
+pytestmark = pytest.mark.usefixtures("lightly_compiled")
 
 KEY = jax.random.key(0)
 MODULES = ("RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell")
