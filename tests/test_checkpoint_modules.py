@@ -16,6 +16,8 @@ from making import filled
 
 import jaxrnn
 
+pytestmark = pytest.mark.usefixtures("lightly_compiled")
+
 KINDS: list[tuple[str, dict[str, Any]]] = [
     ("RNN", {"num_layers": 2, "nonlinearity": "relu", "batch_first": True}),
     ("LSTM", {"num_layers": 11, "bidirectional": True}),
@@ -47,9 +49,17 @@ def test_round_trip_is_bit_for_bit(name: str, settings: dict, dtype: str) -> Non
     assert _bytes(tensors) == _bytes(jaxrnn.state_dict(other))
 
 
+def _each_dtype(*dtypes: str) -> list:
+    """Each kind in each dtype. The quick ones have all kinds and all dtypes, but not all pairs of them."""
+    return [
+        pytest.param(name, settings, dtype, marks=[] if k % len(dtypes) == d else pytest.mark.slow)
+        for k, (name, settings) in enumerate(KINDS)
+        for d, dtype in enumerate(dtypes)
+    ]
+
+
 @pytest.mark.torch
-@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
-@pytest.mark.parametrize(("name", "settings"), KINDS)
+@pytest.mark.parametrize(("name", "settings", "dtype"), _each_dtype("float32", "float64", "bfloat16"))
 def test_torch_and_back(torch: types.ModuleType, name: str, settings: dict, dtype: str) -> None:
     theirs = getattr(torch.nn, name)(3, 4, **settings, dtype=getattr(torch, dtype))
     ours = jaxrnn.from_torch(theirs)
@@ -69,14 +79,7 @@ def test_torch_and_back(torch: types.ModuleType, name: str, settings: dict, dtyp
 
 
 @pytest.mark.torch
-@pytest.mark.parametrize(
-    ("name", "settings", "dtype"),
-    [  # every kind and every dtype in the quick ones
-        pytest.param(name, settings, dtype, marks=[] if k % 4 == d else pytest.mark.slow)
-        for k, (name, settings) in enumerate(KINDS)
-        for d, dtype in enumerate(["float32", "float64", "bfloat16", "float16"])
-    ],
-)
+@pytest.mark.parametrize(("name", "settings", "dtype"), _each_dtype("float32", "float64", "bfloat16", "float16"))
 def test_from_file_to_file_without_torch(
     torch: types.ModuleType, name: str, settings: dict, dtype: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
