@@ -77,7 +77,7 @@ def test_names_are_those_of_torchs_attributes_lists_and_dicts() -> None:
     tensors = state_dict(model, variables, X, twice=True)
     assert list(tensors) == NAMES
     kernel = variables["params"]["net"]["layers_2"]["layers_0"]["kernel"]
-    assert_close(tensors["net.2.0.weight"], kernel.T, atol=0)
+    assert_close({"net.2.0.weight": tensors["net.2.0.weight"]}, {"net.2.0.weight": kernel.T}, atol=0)
     other = filled_variables(model, X, seed=1)
     loaded = load_state_dict(model, other, {f"m.{name}": v for name, v in tensors.items()}, X, prefix="m.", twice=True)
     assert (loaded.missing, loaded.unexpected) == ([], [])

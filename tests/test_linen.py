@@ -170,6 +170,7 @@ def test_dropout_through_rng_collections() -> None:
     assert_close(on, run(1, deterministic=False), atol=0)
     assert not np.array_equal(on, run(2, deterministic=False))
     assert not np.array_equal(on, plain)
+    assert np.all(on != 0), "the last layer's output was dropped"
     assert_close(run(1, deterministic=True), plain, atol=0)
     assert_close(run(1, module=gru.clone(deterministic=False)), on, atol=0)
     other = gru.clone(rng_collection="noise")

@@ -120,6 +120,8 @@ def test_a_call_takes_what_apply_takes() -> None:
     arguments = {"lengths": jnp.array([4, 0]), "reset": reset, "reset_state": 2 * hx}
     ours = gru(_x(), hx, **arguments)
     assert_close(ours, jaxrnn.apply(gru.spec, params, _x(), hx, **arguments), atol=0)
+    after, _ = gru(_x()[1:], 2 * hx)  # as a sequence of its own, for the row that is put back
+    assert_close({"output after a reset": ours[0][1:4, 0]}, {"output after a reset": after[:3, 0]}, atol=1e-6)
     for name in ("lengths", "reset_state"):
         other = gru(_x(), hx, **{**arguments, name: None})
         assert not np.array_equal(ours[1], other[1])
@@ -128,7 +130,8 @@ def test_a_call_takes_what_apply_takes() -> None:
 def test_dtype_and_param_dtype() -> None:
     gru = _make("GRU", dtype=jnp.bfloat16)
     assert gru.weight_ih_l0.dtype == jnp.float32
-    assert gru(_x())[0].dtype == jnp.bfloat16
+    output, h_n = gru(_x())
+    assert {"output": output.dtype, "h_n": h_n.dtype} == dict.fromkeys(("output", "h_n"), jnp.bfloat16)
     cell = _make("LSTMCell", param_dtype=jnp.float64)
     assert cell.weight_ih.dtype == jnp.float64
     assert cell(_x(2, 3).astype(jnp.float64))[1].dtype == jnp.float64
@@ -152,6 +155,7 @@ def test_train_eval_and_view() -> None:
     gru = _dropout()
     first, second = gru(_x())[0], gru(_x())[0]
     assert not np.array_equal(first, second)  # training is the default, and every call draws anew
+    assert np.all(first != 0), "the last layer's output was dropped"
     gru.eval()
     plain = gru(_x())[0]
     assert_close(plain, gru(_x())[0], atol=0)
