@@ -178,7 +178,7 @@ FILES: dict[str, tuple[bytes, str]] = {
     "past the storage": (_stored(_tensor(3, 2)), "it reaches past the end of what is stored"),
     "path in a zip": (_zip(data_pkl=_tensor(), data__0=NUMBERS, **{"__..__x": b""}), "is none that torch.save writes"),
     "flipped bit": (_flipped(), "the checksum (CRC) of its entry 'model/data/0' does not match"),
-    "nested lists": (_zip(data_pkl=_nested(200_000)), "a (list)"),
+    "nested lists": (_zip(data_pkl=_nested(50_000)), "a (list)"),
     "shared dicts": (_pickled(_shared(60)), "dicts nested under a, b"),
     # nothing of ours in it
     "a list": (_pickled([1]), "no recurrent weights: it is of type list, not a dict"),

@@ -6,11 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from comparing import assert_close
 from flax import linen
+from making import filled_variables
 
 import jaxrnn
 from jaxrnn.checkpoint import CheckpointError
 from jaxrnn.checkpoint.linen import load_state_dict, state_dict
+
+pytestmark = pytest.mark.usefixtures("lightly_compiled")
 
 X = jnp.ones((2, 5, 3), jnp.float32)
 
@@ -64,7 +68,7 @@ NAMES = [
 
 def _model() -> tuple[Model, Any]:
     model = Model([Block(4), Block(4)])
-    return model, model.init(jax.random.key(0), X)
+    return model, filled_variables(model, X)
 
 
 def test_names_are_those_of_torchs_attributes_lists_and_dicts() -> None:
@@ -72,12 +76,13 @@ def test_names_are_those_of_torchs_attributes_lists_and_dicts() -> None:
     tensors = state_dict(model, variables, X, twice=True)
     assert list(tensors) == NAMES
     kernel = variables["params"]["net"]["layers_2"]["layers_0"]["kernel"]
-    np.testing.assert_array_equal(tensors["net.2.0.weight"], kernel.T)
-    other = model.init(jax.random.key(1), X)
+    assert_close({"net.2.0.weight": tensors["net.2.0.weight"]}, {"net.2.0.weight": kernel.T}, atol=0)
+    other = filled_variables(model, X, seed=1)
     loaded = load_state_dict(model, other, {f"m.{name}": v for name, v in tensors.items()}, X, prefix="m.", twice=True)
     assert (loaded.missing, loaded.unexpected) == ([], [])
-    jax.tree.map(np.testing.assert_array_equal, loaded.variables, variables)
-    np.testing.assert_array_equal(model.apply(loaded.variables, X), model.apply(variables, X))
+    assert_close(loaded.variables, variables, atol=0)
+    run = jax.jit(model.apply)
+    assert_close(run(loaded.variables, X), run(variables, X), atol=0)
 
 
 def test_what_was_given_stays() -> None:
@@ -86,21 +91,21 @@ def test_what_was_given_stays() -> None:
     tensors = {name: value + 1 for name, value in state_dict(model, variables, X).items()}
     loaded = load_state_dict(model, linen.FrozenDict(variables), tensors, X)
     assert isinstance(loaded.variables, linen.FrozenDict)
-    jax.tree.map(np.testing.assert_array_equal, variables, before)
-    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b + 1), loaded.variables.unfreeze(), before)
+    assert_close(variables, before, atol=0)
+    assert_close(loaded.variables.unfreeze(), jax.tree.map(lambda a: a + 1, before), atol=0)
 
 
 def test_metadata_stays() -> None:
     init = linen.with_partitioning(linen.initializers.lecun_normal(), ("in", "out"))
     model = linen.Sequential([linen.Dense(4, kernel_init=init), jaxrnn.linen.GRUCell(4, 5)])
-    variables = model.init(jax.random.key(0), X[0])
+    variables = filled_variables(model, X[0])
     tensors = state_dict(model, variables, X[0])
     tensors["0.weight"] = np.arange(12, dtype=np.float64).reshape(4, 3)
     kernel = load_state_dict(model, variables, tensors, X[0]).variables["params"]["layers_0"]["kernel"]
     assert isinstance(kernel, linen.Partitioned)
     assert kernel.names == ("in", "out")
     assert kernel.value.dtype == jnp.float32
-    np.testing.assert_array_equal(kernel.value, tensors["0.weight"].T)
+    assert_close(kernel.value, tensors["0.weight"].T, atol=0)
 
 
 def test_misfits() -> None:
@@ -122,12 +127,12 @@ def test_misfits() -> None:
         loaded = load_state_dict(model, variables, wrong, X, strict=False)
     assert (loaded.missing, loaded.unexpected) == (["rnns.0.bias_hh_l0"], ["new"])
     before = variables["params"]["rnns_0"]["bias_hh_l0"]
-    np.testing.assert_array_equal(loaded.variables["params"]["rnns_0"]["bias_hh_l0"], before)
+    assert_close(loaded.variables["params"]["rnns_0"]["bias_hh_l0"], before, atol=0)
 
 
 def test_a_module_that_draws_random_numbers() -> None:
     model = linen.Sequential([linen.Dropout(0.5, deterministic=False), linen.Dense(4)])
-    variables = model.init(jax.random.key(0), X)
+    variables = filled_variables(model, X)
     assert list(state_dict(model, variables, X)) == ["1.weight", "1.bias"]
     arguments = {"rngs": {"dropout": jax.random.key(1)}, "mutable": ["batch_stats"]}  # as people call apply
     assert list(state_dict(model, variables, X, **arguments)) == ["1.weight", "1.bias"]

@@ -9,16 +9,24 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from comparing import assert_close
 from flax import nnx
+from making import filled
 
 import jaxrnn
 from jaxrnn import checkpoint
 from jaxrnn.checkpoint import CheckpointError
 
+pytestmark = pytest.mark.usefixtures("lightly_compiled")
+
 
 def _lstm(torch: types.ModuleType) -> Any:
     torch.manual_seed(0)
     return torch.nn.LSTM(3, 4, 2, bidirectional=True).double()
+
+
+def _gru(seed: int = 0) -> jaxrnn.GRU:
+    return filled(lambda: jaxrnn.GRU(3, 4, rngs=nnx.Rngs(0)), seed)
 
 
 def _weight_norm(torch: types.ModuleType, dim: int | None = 0) -> Any:
@@ -85,9 +93,9 @@ def test_what_torch_keeps_in_parts(torch: types.ModuleType, name: str) -> None:
         wanted = {f"{k}.{key}": getattr(layer, key) for k, layer in enumerate(module) for key in ("weight", "bias")}
     folded = checkpoint.fold({f"model.{key}": value for key, value in tensors.items()})
     assert folded.keys() == {f"model.{key}" for key in wanted}
-    for key, value in wanted.items():
-        found = np.asarray(folded[f"model.{key}"])
-        np.testing.assert_allclose(found, value.detach().numpy(), rtol=1e-13, atol=1e-14, err_msg=key, strict=True)
+    found = {key: np.asarray(folded[f"model.{key}"]) for key in wanted}
+    assert {value.dtype for value in found.values()} == {np.dtype(np.float64)}
+    assert_close(found, {key: value.detach().numpy() for key, value in wanted.items()}, rtol=1e-13, atol=1e-14)
 
 
 @pytest.mark.torch
@@ -96,10 +104,10 @@ def test_a_weight_normed_lstm_is_found_and_loads(torch: types.ModuleType) -> Non
     tensors = {f"module.rnn._orig_mod.{key}": value for key, value in theirs.state_dict().items()}
     [found] = checkpoint.find_rnns(tensors)
     assert (found.prefix, found.num_layers, found.bidirectional) == ("module.rnn.", 2, True)
-    ours = jaxrnn.LSTM(3, 4, 2, bidirectional=True, param_dtype=jnp.float64, rngs=nnx.Rngs(0))
+    ours = filled(lambda: jaxrnn.LSTM(3, 4, 2, bidirectional=True, param_dtype=jnp.float64, rngs=nnx.Rngs(0)))
     jaxrnn.load_state_dict(ours, tensors, found.prefix)
     x = np.random.RandomState(0).randn(5, 2, 3)
-    np.testing.assert_allclose(ours(x)[0], theirs(torch.tensor(x))[0].detach().numpy(), rtol=0, atol=1e-12)
+    assert_close(ours(x)[0], theirs(torch.tensor(x))[0].detach().numpy(), atol=1e-12)
 
 
 def test_folding_keeps_the_dtype_and_the_order() -> None:
@@ -135,7 +143,7 @@ def test_parts_that_do_not_fit(tensors: dict) -> None:
     assert checkpoint.fold(tensors) == tensors
     with pytest.raises(CheckpointError, match="the parts of weight do not fit together: weight_"):
         jaxrnn.load_state_dict(nnx.Linear(3, 2, use_bias=False, rngs=nnx.Rngs(0)), tensors, strict=False)
-    gru = {f"enc.{name}": value for name, value in jaxrnn.state_dict(jaxrnn.GRU(3, 4, rngs=nnx.Rngs(0))).items()}
+    gru = {f"enc.{name}": value for name, value in jaxrnn.state_dict(_gru()).items()}
     assert [found.prefix for found in checkpoint.find_rnns(gru | tensors)] == ["enc."]
     del gru["enc.weight_hh_l0"]
     parts = {name.replace("weight", "enc.weight_hh_l0"): value for name, value in tensors.items()}
@@ -151,7 +159,7 @@ def test_two_keys_that_become_one() -> None:
 
 
 def test_raw_weights_of_weight_drop() -> None:
-    lstm = jaxrnn.LSTM(3, 4, rngs=nnx.Rngs(0))
+    lstm = filled(lambda: jaxrnn.LSTM(3, 4, rngs=nnx.Rngs(0)))
     tensors = jaxrnn.state_dict(lstm)
     raw = tensors.pop("weight_hh_l0")
     for names in (
@@ -161,19 +169,19 @@ def test_raw_weights_of_weight_drop() -> None:
         stored = {"rnn.weight_hh_l0_raw": raw, **names}
         prefix = "rnn.module." if len(names) == 4 else "rnn."
         folded = checkpoint.fold(stored, raw=True)
-        np.testing.assert_array_equal(folded[f"{prefix}weight_hh_l0"], raw)
-        other = jaxrnn.LSTM(3, 4, rngs=nnx.Rngs(1))
+        assert_close(folded[f"{prefix}weight_hh_l0"], raw, atol=0)
+        other = filled(lambda: jaxrnn.LSTM(3, 4, rngs=nnx.Rngs(0)), 1)
         assert jaxrnn.load_state_dict(other, folded, prefix) == ([], [])
-        np.testing.assert_array_equal(other.weight_hh_l0[...], raw)
+        assert_close(other.weight_hh_l0[...], raw, atol=0)
         assert "rnn.weight_hh_l0_raw" in checkpoint.fold(stored)
 
 
 def test_module_in_front_of_everything() -> None:
-    gru = jaxrnn.GRU(3, 4, rngs=nnx.Rngs(0))
+    gru = _gru()
     tensors = {f"module.{name}": value for name, value in jaxrnn.state_dict(gru).items()}
-    assert jaxrnn.load_state_dict(jaxrnn.GRU(3, 4, rngs=nnx.Rngs(1)), tensors) == ([], [])
+    assert jaxrnn.load_state_dict(_gru(1), tensors) == ([], [])
     with pytest.raises(CheckpointError, match=r"module\.weight_ih_l0 is unexpected"):
-        jaxrnn.load_state_dict(jaxrnn.GRU(3, 4, rngs=nnx.Rngs(1)), {**tensors, "x": np.ones(1)})
+        jaxrnn.load_state_dict(_gru(1), {**tensors, "x": np.ones(1)})
 
     class Wrapped(nnx.Module):
         def __init__(self) -> None:
@@ -182,18 +190,18 @@ def test_module_in_front_of_everything() -> None:
     assert jaxrnn.load_state_dict(Wrapped(), tensors) == ([], [])
     deeper = {f"module.dec.{name}": value for name, value in jaxrnn.state_dict(gru).items()}
     for prefix in ("dec.", "module.dec."):
-        assert jaxrnn.load_state_dict(jaxrnn.GRU(3, 4, rngs=nnx.Rngs(1)), deeper, prefix) == ([], [])
+        assert jaxrnn.load_state_dict(_gru(1), deeper, prefix) == ([], [])
 
 
 def test_what_is_not_under_the_prefix_does_not_matter() -> None:
-    gru = jaxrnn.GRU(3, 4, rngs=nnx.Rngs(0))
+    gru = _gru()
     tensors: dict = {f"dec.{name}": value for name, value in jaxrnn.state_dict(gru).items()}
     tensors |= {"vq.weight_g": np.ones(3), "vq.weight_v": np.ones((5, 2)), 3: np.ones(1)}
-    assert jaxrnn.load_state_dict(jaxrnn.GRU(3, 4, rngs=nnx.Rngs(1)), tensors, "dec.") == ([], [])
+    assert jaxrnn.load_state_dict(_gru(1), tensors, "dec.") == ([], [])
 
 
 def test_what_is_where_is_told() -> None:
-    gru = jaxrnn.GRU(3, 4, rngs=nnx.Rngs(0))
+    gru = _gru()
     tensors = {f"{place}{name}": value for place in ("enc.", "dec.") for name, value in jaxrnn.state_dict(gru).items()}
     with pytest.raises(CheckpointError, match=r"the prefix 'dec' ends before a dot\ngive 'dec.'"):
         jaxrnn.load_state_dict(gru, tensors, "dec")
@@ -215,13 +223,13 @@ def test_what_is_where_is_told() -> None:
 
 
 def test_a_layer_serves_a_cell_and_a_cell_a_layer() -> None:
-    layer, cell = jaxrnn.GRU(3, 4, rngs=nnx.Rngs(0)), jaxrnn.GRUCell(3, 4, rngs=nnx.Rngs(1))
+    layer, cell = _gru(), filled(lambda: jaxrnn.GRUCell(3, 4, rngs=nnx.Rngs(0)), 1)
     jaxrnn.load_state_dict(cell, jaxrnn.state_dict(layer))
     x = jnp.ones((1, 2, 3), jnp.float32)
-    np.testing.assert_allclose(cell(x[0]), layer(x)[1][0], rtol=0, atol=1e-7)
-    other = jaxrnn.GRU(3, 4, rngs=nnx.Rngs(2))
+    assert_close(cell(x[0]), layer(x)[1][0], atol=1e-7)
+    other = _gru(2)
     jaxrnn.load_state_dict(other, jaxrnn.state_dict(cell))
-    np.testing.assert_array_equal(other(x)[0], layer(x)[0])
+    assert_close(other(x)[0], layer(x)[0], atol=0)
     two = jaxrnn.GRU(3, 4, 2, rngs=nnx.Rngs(0))
     with pytest.raises(CheckpointError, match="weight_ih_l1 is missing"):
         jaxrnn.load_state_dict(two, jaxrnn.state_dict(cell))
@@ -242,4 +250,4 @@ def test_spectral_norm_of_a_square_convolution(torch, make, parametrized):
     module.eval()
     module(torch.ones(1, 4, 5, dtype=torch.float64))
     folded = checkpoint.fold(module.state_dict())["weight"]
-    np.testing.assert_allclose(folded, module.weight.detach().numpy(), rtol=0, atol=1e-12)
+    assert_close(folded, module.weight.detach().numpy(), atol=1e-12)

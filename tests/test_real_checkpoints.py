@@ -6,7 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from comparing import assert_close
 from flax import nnx
+from making import filled
 
 import jaxrnn
 from jaxrnn import checkpoint
@@ -19,10 +21,7 @@ def _check(ours: tuple[jax.Array, jax.Array, jax.Array], expected: list[np.ndarr
     """Outputs and h within 5e-6, c within 2e-6 of its largest magnitude."""
     for name, array, truth in zip(("output", "h", "c"), ours, expected, strict=True):
         assert array.dtype == jnp.float32
-        allowed = 2e-6 * np.abs(truth).max() if name == "c" else 5e-6
-        worst = np.abs(np.asarray(array) - truth).max()
-        print(f"{name}: off by {worst:.1e}, {allowed:.1e} allowed")  # with pytest -s
-        assert worst < allowed, name
+        assert_close({name: array}, {name: truth}, atol=2e-6 * np.abs(truth).max() if name == "c" else 5e-6)
 
 
 def test_silero_vad_as_a_cell_and_as_a_layer() -> None:
@@ -32,16 +31,16 @@ def test_silero_vad_as_a_cell_and_as_a_layer() -> None:
     [found] = checkpoint.find_rnns(tensors)
     assert (found.prefix, found.kind, found.is_cell) == ("lstm_cell.", "LSTM", True)
 
-    cell = jaxrnn.LSTMCell(128, 128, rngs=nnx.Rngs(0))
+    cell = filled(lambda: jaxrnn.LSTMCell(128, 128, rngs=nnx.Rngs(0)))
     jaxrnn.load_state_dict(cell, tensors, found.prefix)
     state, states = None, []
     for chunk in x:
         state = cell(chunk, state)
-        states.append(state)
-    h, c = (jnp.stack(rows) for rows in zip(*states, strict=True))
+        states.append(jax.tree.map(np.asarray, state))
+    h, c = (np.stack(rows) for rows in zip(*states, strict=True))
     _check((h, h, c), [h_n, h_n, c_n])
 
-    lstm = jaxrnn.LSTM(128, 128, rngs=nnx.Rngs(0))
+    lstm = filled(lambda: jaxrnn.LSTM(128, 128, rngs=nnx.Rngs(0)))
     jaxrnn.load_state_dict(lstm, {f"{name}_l0": value for name, value in jaxrnn.state_dict(cell).items()})
     output, (last_h, last_c) = lstm(x)
     _check((output, last_h, last_c), [h_n, h_n[-1:], c_n[-1:]])
@@ -53,7 +52,7 @@ def test_the_four_lstms_of_dtln() -> None:
     found = checkpoint.find_rnns(tensors)
     assert [rnn.prefix for rnn in found] == ["sep1.rnn1.", "sep1.rnn2.", "sep2.rnn1.", "sep2.rnn2."]
     for rnn in found:
-        lstm = jaxrnn.LSTM(rnn.input_size, rnn.hidden_size, batch_first=True, rngs=nnx.Rngs(0))
+        lstm = filled(lambda rnn=rnn: jaxrnn.LSTM(rnn.input_size, rnn.hidden_size, batch_first=True, rngs=nnx.Rngs(0)))
         jaxrnn.load_state_dict(lstm, tensors, rnn.prefix)
         output, (h_n, c_n) = lstm(expected[f"{rnn.prefix}input"])
         _check((output, h_n, c_n), [expected[rnn.prefix + name] for name in ("output", "h_n", "c_n")])
@@ -82,7 +81,7 @@ class _SileroVAD(nnx.Module):
 
 def test_silero_vad_from_end_to_end() -> None:
     expected = np.load(FOLDER / "silero_vad" / "expected.npz")
-    model = _SileroVAD(nnx.Rngs(0))
+    model = filled(lambda: _SileroVAD(nnx.Rngs(0)))
     tensors = checkpoint.load(FOLDER / "silero_vad" / "silero_vad_16k.safetensors")
     assert jaxrnn.load_state_dict(model, tensors) == ([], [])
     graph, params = nnx.split(model)
@@ -94,4 +93,4 @@ def test_silero_vad_from_end_to_end() -> None:
         probabilities.append(probability)
         context = chunk[-64:]
     assert len(probabilities) == 600
-    np.testing.assert_allclose(probabilities, expected["speech_probability"], rtol=0, atol=2e-5)
+    assert_close(np.array(probabilities), expected["speech_probability"], atol=2e-5)

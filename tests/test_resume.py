@@ -1,5 +1,6 @@
 """Killed at random moments and started again, training goes on bit for bit as if it had been left alone."""
 
+import importlib
 import os
 import random
 import signal
@@ -8,7 +9,16 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import jaxrnn
 from jaxrnn import checkpoint
 
 PROGRAM = Path(__file__).parents[1] / "examples" / "char_lm.py"
@@ -82,6 +92,61 @@ def killed_and_resumed(root: Path, seed: int, kills: int, expected: tuple) -> di
     return counts
 
 
+MOMENTUM = optax.sgd(0.1, momentum=0.9)
+
+
+class Learner(nnx.Module):
+    """A small one: an optimizer with a state, and a state that is carried on."""
+
+    def __init__(self) -> None:
+        self.model = jaxrnn.GRUCell(2, 3, rngs=nnx.Rngs(0))
+        self.optimizer = nnx.Optimizer(self.model, MOMENTUM, wrt=nnx.Param)
+        self.h = nnx.Variable(jnp.zeros((4, 3), jnp.float32))
+
+    @nnx.jit
+    def train(self, x: jax.Array) -> jax.Array:
+        def loss(model: jaxrnn.GRUCell) -> tuple[jax.Array, jax.Array]:
+            h = model(x, self.h[...])
+            return (h**2).sum(), h
+
+        (value, h), gradient = nnx.value_and_grad(loss, has_aux=True)(self.model)
+        self.h[...] = h
+        self.optimizer.update(self.model, gradient)
+        return value
+
+    def validate(self, held_out: None) -> float:
+        return 0.0
+
+
+def test_interrupted_training_goes_on_bit_by_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a process to kill: what a step sees raises."""
+    monkeypatch.syspath_prepend(PROGRAM.parent)
+    run = importlib.import_module("resumable").run
+
+    def batch(step: int) -> np.ndarray:
+        return np.random.RandomState(step).randn(4, 2).astype(np.float32)
+
+    def train(directory: str, interrupted_at: int | None = None) -> tuple[Any, dict[str, bytes]]:
+        def batch_or_interrupt(step: int) -> np.ndarray:
+            if step == interrupted_at:
+                raise KeyboardInterrupt
+            return batch(step)
+
+        curve = run(Learner(), 9, batch_or_interrupt, None, tmp_path / directory, every=2)
+        tensors = checkpoint.load(tmp_path / directory / "9")
+        assert {"model.weight_hh", "optimizer.step", "h"} <= tensors.keys()
+        return curve, {name: value.tobytes() for name, value in tensors.items()}
+
+    with jax.numpy_dtype_promotion("standard"):
+        curve, tensors = train("alone")
+        for moments in ((1,), (5, 8)):
+            for moment in moments:
+                with pytest.raises(KeyboardInterrupt):
+                    train(f"interrupted at {moments}", moment)
+            assert train(f"interrupted at {moments}") == (curve, tensors)
+
+
+@pytest.mark.slow
 def test_kills_leave_no_trace(tmp_path: Path, thorough: bool) -> None:
     alone = tmp_path / "alone"
     expected = finish(start(alone, fill_cache=True)), *results(alone)

@@ -1,8 +1,12 @@
 """What a type checker tells users of what they get."""
 
+import typing
 from pathlib import Path
 
+import jax
 import pytest
+
+import jaxrnn
 
 SNIPPET = """
 from typing import assert_type
@@ -29,6 +33,19 @@ h_n.at[0].set(0)
 """
 
 
+@pytest.mark.parametrize("kind", ["RNN", "LSTM", "GRU"])
+@pytest.mark.parametrize("cell", [False, True])
+def test_the_annotations_tell_one_array_or_two(kind: str, cell: bool) -> None:
+    """What mypy reads, below."""
+    state = tuple[jax.Array, jax.Array] if kind == "LSTM" else jax.Array
+    for api in (jaxrnn, jaxrnn.linen):
+        base = getattr(api, kind + "Cell" * cell).__orig_bases__[0]
+        assert typing.get_args(base) == (state,)
+        returned = typing.get_type_hints(typing.get_origin(base).__call__)["return"]
+        assert (returned if cell else typing.get_args(returned)[1]) == typing.get_origin(base).__parameters__[0]
+
+
+@pytest.mark.slow
 def test_the_state_is_one_array_or_two(tmp_path: Path) -> None:
     api = pytest.importorskip("mypy.api", reason="mypy is not installed")
     path = tmp_path / "snippet.py"
