@@ -40,22 +40,6 @@ def precision() -> Iterator[None]:
     jax.config.update("jax_default_matmul_precision", None)
 
 
-@pytest.fixture(scope="module")
-def lightly_compiled() -> Iterator[None]:
-    """XLA skips most optimisations: 40 % off files of many small programs. Not for tests of bits, kernels or memory."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
-@pytest.fixture
-def optimized() -> Iterator[None]:
-    """Compile as users do, for tests that read kernels, memory or collectives in the compiled program."""
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", True)
-
-
 @pytest.fixture
 def thorough(request: pytest.FixtureRequest) -> bool:
     """Whether to take the time for everything."""

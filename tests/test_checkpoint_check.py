@@ -5,12 +5,11 @@ import types
 import jax
 import numpy as np
 import pytest
+from arrays import parameters
 
 import jaxrnn
 from jaxrnn import checkpoint
 from jaxrnn.checkpoint.check import LIMIT, check
-
-pytestmark = pytest.mark.usefixtures("lightly_compiled")
 
 SPECS = {
     "RNN": jaxrnn.Spec(jaxrnn.RNN_TANH, 3, 4),
@@ -23,9 +22,7 @@ SPECS = {
 
 
 def _tensors(name: str) -> dict[str, np.ndarray]:
-    random = np.random.RandomState(0)
-    shapes = SPECS[name].shapes()
-    return {f"enc.{key}": random.uniform(-0.5, 0.5, shape).astype(np.float32) for key, shape in shapes.items()}
+    return {f"enc.{key}": value for key, value in parameters(SPECS[name], np.float32).items()}
 
 
 @pytest.mark.torch

@@ -15,8 +15,6 @@ from making import filled, filled_variables
 import jaxrnn
 from jaxrnn.checkpoint import CheckpointError
 
-pytestmark = pytest.mark.usefixtures("lightly_compiled")
-
 F = jnp.float64
 
 

@@ -14,8 +14,6 @@ import jaxrnn
 from jaxrnn.checkpoint import CheckpointError
 from jaxrnn.checkpoint.linen import load_state_dict, state_dict
 
-pytestmark = pytest.mark.usefixtures("lightly_compiled")
-
 X = jnp.ones((2, 5, 3), jnp.float32)
 
 

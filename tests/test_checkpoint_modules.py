@@ -16,8 +16,6 @@ from making import filled
 
 import jaxrnn
 
-pytestmark = pytest.mark.usefixtures("lightly_compiled")
-
 KINDS: list[tuple[str, dict[str, Any]]] = [
     ("RNN", {"num_layers": 2, "nonlinearity": "relu", "batch_first": True}),
     ("LSTM", {"num_layers": 11, "bidirectional": True}),

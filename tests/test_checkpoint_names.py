@@ -17,8 +17,6 @@ import jaxrnn
 from jaxrnn import checkpoint
 from jaxrnn.checkpoint import CheckpointError
 
-pytestmark = pytest.mark.usefixtures("lightly_compiled")
-
 
 def _lstm(torch: types.ModuleType) -> Any:
     torch.manual_seed(0)

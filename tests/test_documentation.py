@@ -16,8 +16,6 @@ import pytest
 
 import jaxrnn
 
-pytestmark = pytest.mark.usefixtures("lightly_compiled")
-
 ROOT = Path(__file__).parents[1]
 EXAMPLES_README = ROOT / "examples" / "README.md"
 MODULES = ["jaxrnn", *(m.name for m in pkgutil.walk_packages(jaxrnn.__path__, "jaxrnn.") if "__main__" not in m.name)]

@@ -13,8 +13,6 @@ from making import filled, filled_variables
 
 import jaxrnn
 
-pytestmark = pytest.mark.usefixtures("lightly_compiled")
-
 KINDS = {"RNNCell": jaxrnn.RNN_TANH, "LSTMCell": jaxrnn.LSTM_CELL, "GRUCell": jaxrnn.GRU_CELL}
 B, T, F, H = 3, 5, 2, 4  # the field's names for batch, time, input features and hidden size
 LENGTHS = np.array([2, 5, 1])

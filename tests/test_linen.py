@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 from comparing import assert_close
+from covering import covering
 from flax import linen, nnx
 from flax.errors import InvalidRngError
 from making import filled_variables
@@ -18,14 +19,23 @@ import jaxrnn
 from parity import sides
 from parity.cases import CASES, KINDS, Case
 
-pytestmark = pytest.mark.usefixtures("lightly_compiled")
-
 KEY = jax.random.key(0)
 MODULES = ("RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell")
 
 
 def _x(*shape: int) -> jax.Array:
     return jnp.asarray(np.random.RandomState(0).randn(*(shape or (5, 2, 3))), jnp.float32)
+
+
+def _cases(kind: str, thorough: bool) -> list[Case]:
+    """Those of a kind; unless thorough, as many as have any two settings meet."""
+    cases = [case for case in CASES.values() if case.small and case.kind == kind]
+    assert len(cases) >= 8
+    return cases if thorough else covering(cases, _settings)
+
+
+def _settings(case: Case) -> dict[str, Any]:
+    return {"way": case.way, "hx": case.hx, "batched": case.batch is not None, **case.arguments}
 
 
 def _run(case: Case, call: Any, module: Any, lengths: Any, parameters: Any, x: jax.Array, hx: Any) -> Any:
@@ -43,9 +53,7 @@ def _program(case: Case, module: Any, call: Any) -> tuple[str, list]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_linen_runs_what_nnx_runs(kind: str, thorough: bool) -> None:
-    cases = [case for case in CASES.values() if case.small and case.kind == kind]
-    assert len(cases) >= 8
-    for case in cases if thorough else _covering(cases):
+    for case in _cases(kind, thorough):
         settings = {**case.constructor, "param_dtype": jnp.float64}
         make = functools.partial(getattr(jaxrnn, case.module), **settings)
         graph = nnx.graphdef(nnx.eval_shape(lambda make=make: make(rngs=nnx.Rngs(0))))
@@ -66,22 +74,10 @@ def _results(case: Case, build: Any, call: Any) -> tuple:
     return returned, pullback(state if case.steps is None else (cotangents["output"], state))
 
 
-def _covering(cases: list[Case]) -> list[Case]:
-    """Of the cases the first with each value of each setting."""
-    chosen, met = [], set()
-    for case in cases:
-        values = {("way", case.way), ("hx", case.hx), ("batched", case.batch is not None), *case.arguments.items()}
-        if values - met:
-            chosen.append(case)
-        met |= values
-    return chosen
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_linen_is_nnx_bit_by_bit(kind: str, thorough: bool) -> None:
-    cases = [case for case in CASES.values() if case.small and case.kind == kind]
-    for case in cases if thorough else _covering(cases):
+    for case in _cases(kind, thorough):
         nnx_results = _results(case, sides._build_nnx, sides._call_nnx)
         assert_close(_results(case, sides._build_linen, sides._call_linen), nnx_results, atol=0)
 

@@ -17,8 +17,6 @@ from making import filled
 
 import jaxrnn
 
-pytestmark = pytest.mark.usefixtures("lightly_compiled")
-
 LAYERS: list[tuple[str, dict[str, Any]]] = [
     ("RNN", {"nonlinearity": "relu", "num_layers": 2}),
     ("LSTM", {"num_layers": 2, "bidirectional": True, "proj_size": 2}),

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from arrays import parameters
 from comparing import assert_close
 from flax import nnx
 from hypothesis import given, settings
@@ -16,8 +17,6 @@ from hypothesis import strategies as st
 from making import filled
 
 import jaxrnn
-
-pytestmark = pytest.mark.usefixtures("lightly_compiled")
 
 LENGTHS = [2, 5, 1, 3]
 DTYPES = ["float64", "float32", "float16", "int32", "int64", "uint8", "bool"]
@@ -272,7 +271,7 @@ def test_no_more_steps_than_the_longest_row_and_one_trace_for_its_patterns(caplo
 def test_dropout_masks_and_resets_are_laid_out_as_the_data() -> None:
     spec = jaxrnn.Spec(jaxrnn.GRU_CELL, 2, 4, num_layers=2, dropout=0.5, batch_first=True)
     random = np.random.RandomState(0)
-    params = {name: random.randn(*shape) for name, shape in spec.shapes().items()}
+    params = parameters(spec)
     mask, reset = random.rand(4, 5, 4) > 0.5, random.rand(4, 5) > 0.5
 
     def pack(a: np.ndarray) -> jaxrnn.PackedSequence:

@@ -7,6 +7,7 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from arrays import normal, parameters
 from comparing import assert_close
 from flax import nnx
 from making import filled
@@ -36,10 +37,7 @@ def _loss(name: str, remat: str | int, params: Any, x: jax.Array) -> jax.Array:
 
 
 def _arguments(name: str, dtype: str = "float64") -> tuple[Any, jax.Array]:
-    random = np.random.RandomState(0)
-    shapes = SPECS[name].shapes()
-    params = {name: jnp.asarray(random.uniform(-0.5, 0.5, shape), dtype) for name, shape in shapes.items()}
-    return params, jnp.asarray(random.randn(T, N, F), dtype)
+    return jax.tree.map(jnp.asarray, (parameters(SPECS[name], dtype), normal(T, N, F).astype(dtype)))
 
 
 @pytest.mark.parametrize(
@@ -52,7 +50,7 @@ def _arguments(name: str, dtype: str = "float64") -> tuple[Any, jax.Array]:
         ("RNN", ("gates", 1, 100)),
     ],
 )
-def test_values_and_gradients_are_the_same(name: str, choices: tuple, lightly_compiled: None) -> None:
+def test_values_and_gradients_are_the_same(name: str, choices: tuple) -> None:
     @jax.jit
     def run(params: Any, x: jax.Array) -> dict[str, Any]:
         return {f"remat={r}": jax.value_and_grad(_loss, (2, 3))(name, r, params, x) for r in ("none", *choices)}
@@ -62,7 +60,7 @@ def test_values_and_gradients_are_the_same(name: str, choices: tuple, lightly_co
 
 
 @pytest.mark.parametrize("name", ["RNN", pytest.param("GRU", marks=pytest.mark.slow)])
-def test_under_vmap_and_twice(name: str, lightly_compiled: None) -> None:
+def test_under_vmap_and_twice(name: str) -> None:
     params, x = _arguments(name)
     gradient = jax.grad(_loss, 3)
 
@@ -116,7 +114,7 @@ def test_a_symbolic_time_is_exported() -> None:
     "cell",
     [pytest.param(jaxrnn.LSTM_CELL, id="LSTM", marks=pytest.mark.slow), pytest.param(jaxrnn.GRU_CELL, id="GRU")],
 )
-def test_less_memory_is_taken(cell: jaxrnn.Cell) -> None:
+def test_less_memory_is_taken(cell: jaxrnn.Cell, optimized: None) -> None:
     spec = jaxrnn.Spec(cell, 16, 32, num_layers=3)
     params, x = spec.init(jax.random.key(0)), jnp.ones((1024, 4, 16), jnp.float32)
 

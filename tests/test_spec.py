@@ -12,8 +12,6 @@ import pytest
 
 import jaxrnn
 
-pytestmark = pytest.mark.usefixtures("lightly_compiled")
-
 LAYER_KINDS = [
     ("RNN", jaxrnn.RNN_TANH, {}),
     ("RNN", jaxrnn.RNN_RELU, {"nonlinearity": "relu"}),
