@@ -11,8 +11,6 @@ import pytest
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_num_cpu_devices", 8)  # for meshes, in the tests' own process
-# Saves a quarter of the time to compile; tests that read compiled programs ask for `optimized`.
-jax.config.update("jax_disable_most_optimizations", True)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -24,6 +22,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # Saves a quarter of the time to compile; tests that read compiled programs ask for `optimized`.
+    jax.config.update("jax_disable_most_optimizations", not config.getoption("--optimized"))
     for name, examples in (("quick", 100), ("thorough", 2500)):  # no deadline, for what is new compiles
         hypothesis.settings.register_profile(name, max_examples=examples, deadline=None)
     hypothesis.settings.load_profile("thorough" if config.getoption("--thorough") else "quick")
@@ -31,6 +31,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--thorough", action="store_true", help="whole tables and more random inputs: minutes longer")
+    parser.addoption("--optimized", action="store_true", help="compile every program as users do: a third longer")
 
 
 @pytest.fixture(autouse=True)
@@ -38,6 +39,15 @@ def precision() -> Iterator[None]:
     """The parity runner sets JAX's precision of products: for the one test."""
     yield
     jax.config.update("jax_default_matmul_precision", None)
+
+
+@pytest.fixture
+def optimized() -> Iterator[None]:
+    """Compile as users do, for tests that read kernels, memory or collectives in the compiled program."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture
