@@ -332,6 +332,17 @@ def test_a_suite_that_is_not_installed_is_told(monkeypatch: pytest.MonkeyPatch) 
         main(["parity"])
 
 
+def test_recording_without_torch_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(runner, "installed_torch", lambda: None)
+    monkeypatch.setattr(runner.reference, "record", list)  # which would write into the clone
+    with pytest.raises(SystemExit) as stopped:
+        runner.main(["record"])
+    assert stopped.value.code == 2
+    assert "pip install 'jaxrnn[torch]'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "command",
     [
