@@ -178,8 +178,8 @@ def _run_jax(
 
 
 def _build_nnx(case: Case, dtype: str, parameters: Arrays, **settings: Any) -> tuple[Hashable, Any]:
-    settings |= {"param_dtype": jnp.dtype(dtype), "rngs": nnx.Rngs(0)}
-    module = getattr(jaxrnn, case.module)(**case.constructor, **settings)
+    make = functools.partial(getattr(jaxrnn, case.module), **case.constructor, param_dtype=jnp.dtype(dtype), **settings)
+    module = nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0)))  # random numbers would compile for each shape
     jaxrnn.load_state_dict(module, parameters)
     graphdef, state = nnx.split(module)
     return graphdef, nnx.to_pure_dict(state)
