@@ -30,7 +30,7 @@ within() {
 
 install() {
     local name=$1; shift
-    within "$name" python -m pip install --quiet "$@"
+    within "$name" python -m pip install --quiet "$@" >"$work/$name.pip" 2>&1 || { cat "$work/$name.pip"; return 1; }
 }
 
 # step NAME WHAT COMMAND...: run a command within NAME; tell how long it took, and what it printed if it failed. The
