@@ -165,7 +165,7 @@ FILES: dict[str, tuple[bytes, str]] = {
     "pickle that calls torch": (_zip(data_pkl=b"\x80\x02ctorch\nload\nK\x01\x85R."), "it names torch.load"),
     "numpy scalar": (_pickled({"loss": np.float64(1)}), "scalar"),
     "namespace": (_pickled({"args": argparse.Namespace(a=1)}), "it names argparse.Namespace"),
-    "pathlib": (_pickled({"path": pathlib.PurePosixPath("a")}), "it names pathlib.PurePosixPath"),
+    "pathlib": (_pickled({"path": pathlib.PurePosixPath("a")}), "it names pathlib."),
     "torchscript": (_zip(data_pkl=b"", constants_pkl=b""), "a TorchScript archive"),
     "tar": (b"model/".ljust(257, b"\0") + b"ustar\0" + bytes(300), "a tar file, as torch before 0.4 wrote it"),
     "zip of something": (_zip(config_json=b"{}"), "a zip file, but none of torch.save"),
