@@ -8,10 +8,10 @@ import sys
 import types
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from arrays import parameters
 
 import jaxrnn
 import parity
@@ -28,9 +28,9 @@ CELL = jaxrnn.CellSpec(jaxrnn.GRU_CELL, 3, 4, bias=False)
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
     """A model of two recurrent modules and a head."""
-    tensors = {f"encoder.{name}": value for name, value in LSTM.init(jax.random.key(0)).items()}
-    tensors |= {f"cell.{name}": value for name, value in CELL.init(jax.random.key(1), jnp.bfloat16).items()}
-    tensors["head.weight"] = jnp.ones((2, 10), jnp.float32)
+    tensors = {f"encoder.{name}": value for name, value in parameters(LSTM, np.float32).items()}
+    tensors |= {f"cell.{name}": value for name, value in parameters(CELL, jnp.bfloat16).items()}
+    tensors["head.weight"] = np.ones((2, 10), np.float32)
     path = tmp_path / "model.safetensors"
     checkpoint.save(path, tensors)
     return path
@@ -106,7 +106,7 @@ def test_an_existing_output_is_kept_unless_forced(
 
 def test_a_file_without_recurrent_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "head.safetensors"
-    checkpoint.save(path, {"head.weight": jnp.ones(3)})
+    checkpoint.save(path, {"head.weight": np.ones(3)})
     message = _refused(["inspect", str(path)], capsys)
     assert "no recurrent weights" in message
     assert "head.weight" in message
@@ -122,7 +122,7 @@ def test_the_module_runs_as_a_program(model: Path) -> None:
 def test_nested_and_raw_weights_when_asked(
     torch: types.ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tensors = {f"rnn.{name}": torch.tensor(np.asarray(value)) for name, value in LSTM.init(jax.random.key(0)).items()}
+    tensors = {f"rnn.{name}": torch.tensor(value) for name, value in parameters(LSTM).items()}
     tensors["rnn.weight_hh_l0_raw"] = tensors.pop("rnn.weight_hh_l0")
     path, out = tmp_path / "model.pt", str(tmp_path / "out.safetensors")
     torch.save({"trainer": {"ema": tensors}}, path)

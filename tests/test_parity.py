@@ -29,7 +29,15 @@ RECORDED = Recorded()
 SMALL = [case for case in CASES.values() if case.small]
 HALF = [case for case in CASES.values() if case.inexact in ("bfloat16", "float16")]
 CASE = CASES["GRU-layers2-bidirectional-hx"]
-BIG = [case for case in CASES.values() if case.name.endswith("-seed0") or case.name == "GRU-long"]
+SEEDS = [case for case in CASES.values() if case.name.endswith("-seed0")]
+BIG = [*SEEDS, CASES["GRU-long"]]
+
+
+def _takes_long(case: Case) -> bool:
+    """What a quick run has of cells and of the kinds that compile fast alone."""
+    if case.second or case.way == "chunked":
+        return case.kind in LAYERS.keys() - {"RNN_TANH"}
+    return case.lengths not in (None, LENGTHS["unsorted"]) and case.kind not in ("RNN_TANH", "GRU")
 
 
 def _settings(case: Case) -> dict[str, Any]:
@@ -38,9 +46,10 @@ def _settings(case: Case) -> dict[str, Any]:
     return {"kind": case.kind, **{name: case.arguments.get(name) for name in names}, **of_the_call, "2nd": case.second}
 
 
-def _few(cases: Sequence[Case], few: Sequence[Case], mark: pytest.MarkDecorator) -> pytest.MarkDecorator:
-    """A few cases stand for all in a quick run: the gate also runs `python -m parity`, which has them all."""
-    params = [pytest.param(case, id=case.name, marks=() if case in few else mark) for case in cases]
+def _few(cases: Sequence[Case], quick: Sequence[Case], slow: Sequence[Case]) -> pytest.MarkDecorator:
+    """A few cases stand for all in a quick run, some more in a slow one: `python -m parity` has them all."""
+    marks = {case.name: pytest.mark.slow for case in slow} | {case.name: () for case in quick}
+    params = [pytest.param(case, id=case.name, marks=marks.get(case.name, pytest.mark.thorough)) for case in cases]
     return pytest.mark.parametrize("case", params)
 
 
@@ -79,13 +88,13 @@ def test_the_table_has_every_combination() -> None:
     assert {(case.kind, case.inexact) for case in HALF} == set(itertools.product(KINDS, ("bfloat16", "float16")))
 
 
-@_few(SMALL, covering(SMALL, _settings), pytest.mark.thorough)
+@_few(SMALL, covering([case for case in SMALL if not _takes_long(case)], _settings), covering(SMALL, _settings))
 def test_float64_is_torchs(case: Case) -> None:
     assert not _measure(case, sides.run_jaxrnn, "float64")
 
 
 @pytest.mark.usefixtures("optimized")
-@_few(BIG, _named("GRU-accuracy-seed0", "LSTMCell-accuracy-seed0"), pytest.mark.thorough)
+@_few(BIG, _named("LSTMCell-accuracy-seed0", "GRU-long"), _named("GRU-accuracy-seed0"))
 def test_float32_is_as_close_to_the_truth_as_torchs(case: Case) -> None:
     outcome = compare(case, RECORDED(case), sides.run_jaxrnn)
     assert not outcome.failure()
@@ -99,7 +108,7 @@ def test_float32_is_as_close_to_the_truth_as_torchs(case: Case) -> None:
 
 
 @pytest.mark.usefixtures("optimized")
-@_few(HALF, _named("LSTM-bfloat16", "GRUCell-float16"), pytest.mark.thorough)
+@_few(HALF, _named("RNN_TANH-bfloat16", "GRUCell-float16"), _named("LSTM-bfloat16"))
 def test_16_bits_are_one_rounding_from_the_truth_and_closer_than_torchs(case: Case) -> None:
     outcome = compare(case, RECORDED(case), sides.run_jaxrnn)
     assert not outcome.failure()
@@ -112,7 +121,7 @@ def test_16_bits_are_one_rounding_from_the_truth_and_closer_than_torchs(case: Ca
 
 
 @pytest.mark.torch
-@_few([*SMALL, *BIG, *HALF], [*SMALL[::7], *BIG, *HALF[::4]], pytest.mark.slow)
+@_few([*SMALL, *BIG, *HALF], [*SMALL[::7], *SEEDS, *HALF[::4]], [*SMALL, *BIG, *HALF])
 def test_the_recorded_results_are_a_live_torchs(torch: types.ModuleType, case: Case) -> None:
     recorded, now = RECORDED(case), live(case, full=case.small)
     assert recorded.keys() == now.keys()
@@ -280,5 +289,5 @@ def test_live_wants_a_torch_that_can(monkeypatch: pytest.MonkeyPatch, capsys: py
 
 @pytest.mark.torch
 def test_the_runner_with_a_live_torch(torch: types.ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
-    assert runner.main(["--live", "--filter", "LSTM_PROJ-layers1-hx"]) == 0
+    assert runner.main(["--live", "--filter", "LSTMCell-nobias-unbatched-hx"]) == 0
     assert f"torch {torch.__version__} (live)" in capsys.readouterr().out

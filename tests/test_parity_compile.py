@@ -49,7 +49,7 @@ def test_what_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_program_is_measured_and_what_it_exchanges_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = CASES["GRU-layers1-hx-lengths-unsorted"]
+    case = CASES["RNN_TANH-layers1-hx-lengths-unsorted"]
     mesh = Mesh(np.array(jax.devices()[:1]), "batch")
     program = compile._compile(case, "float32", "training", mesh)
     assert program.name == f"{case.name} in float32, training"

@@ -26,36 +26,59 @@ GRU = CASES["GRU-layers2-bidirectional-hx"]
 LSTM = CASES["LSTM-layers2-bidirectional-hx"]
 RAGGED = CASES["LSTM-layers2-bidirectional-batch_first-hx-lengths-unsorted"]
 RNN = CASES["RNN_TANH-layers2-hx"]
+# One layer compiles in half the time.
+GRU_1, LSTM_1 = CASES["GRU-layers1-bidirectional-hx"], CASES["LSTM-layers1-bidirectional-hx"]
+RAGGED_1 = CASES["LSTM-layers1-bidirectional-hx-lengths-unsorted"]
 
 
-@pytest.fixture(autouse=True)
-def _compiled_anew() -> Iterator[None]:
-    def clear() -> None:
+# Puts a fault in place, and tells whether programs that are compiled already would not notice.
+Plant = Callable[[pytest.MonkeyPatch], bool]
+
+
+@pytest.fixture
+def plant(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Plant], None]]:
+    """A function that plants a fault for one test, and has everything compiled anew where that takes it."""
+    forgotten = []
+
+    def forget() -> None:
         sides._differentiate.cache_clear()
         jax.clear_caches()
 
-    clear()
-    yield
-    clear()
+    def plant(fault: Plant) -> None:
+        if fault(monkeypatch):
+            forget()
+            forgotten.append(fault)
 
-
-Plant = Callable[[pytest.MonkeyPatch], Any]
+    yield plant
+    monkeypatch.undo()
+    if forgotten:
+        forget()
 
 
 def _cell(cell: jaxrnn.Cell, step: Callable) -> Plant:
-    """Another step for a cell, which the modules look up by name."""
+    """Another step for a cell, which the modules look up by name: another cell has other programs."""
 
-    return lambda patch: patch.setattr(jaxrnn.nnx, f"{cell.name}_CELL", dataclasses.replace(cell, step=step))
+    def plant(patch: pytest.MonkeyPatch) -> bool:
+        patch.setattr(jaxrnn.nnx, f"{cell.name}_CELL", dataclasses.replace(cell, step=step))
+        return False
+
+    return plant
 
 
 def _function(module: Any, name: str, wrap: Callable) -> Plant:
-    return lambda patch: patch.setattr(module, name, wrap(getattr(module, name)))
+    """A function of jaxrnn's in another form."""
+
+    def plant(patch: pytest.MonkeyPatch) -> bool:
+        patch.setattr(module, name, wrap(getattr(module, name)))
+        return True
+
+    return plant
 
 
 def _results(change: Callable[[Case, Arrays], None]) -> Plant:
     """A change of what jaxrnn returned."""
 
-    def plant(patch: pytest.MonkeyPatch) -> None:
+    def plant(patch: pytest.MonkeyPatch) -> bool:
         run = sides.run_jaxrnn
 
         def changed(case: Case, dtype: str) -> Arrays:
@@ -64,6 +87,7 @@ def _results(change: Callable[[Case, Arrays], None]) -> Plant:
             return arrays
 
         patch.setattr(sides, "run_jaxrnn", changed)
+        return False
 
     return plant
 
@@ -154,7 +178,7 @@ FAULTS: dict[str, tuple[Plant, Case, dict[str, Any], str]] = {
     ),
     "drop b_hn": (
         _function(recurrence, "_laid_out", _no_b_hn),
-        GRU,
+        GRU_1,
         {"layer": 0, "directions": BOTH, "step": 0, "gates": ("n",)},
         "b_hn is missing",
     ),
@@ -166,7 +190,7 @@ FAULTS: dict[str, tuple[Plant, Case, dict[str, Any], str]] = {
     ),
     "forget the reverse start": (
         _function(recurrence, "_advance", _unmarked(True)),
-        RAGGED,
+        RAGGED_1,
         {"layer": 0, "directions": ("backward",), "gates": ()},
         "the backward direction does not start",
     ),
@@ -196,7 +220,7 @@ FAULTS: dict[str, tuple[Plant, Case, dict[str, Any], str]] = {
     ),
     "TF32-like products": (
         _function(recurrence, "_product", _tf32),
-        LSTM,
+        LSTM_1,
         {"layer": 0, "directions": BOTH, "step": 0},
         "TF32",
     ),
@@ -225,9 +249,9 @@ QUICK = ("drop b_hn", "forget the reverse start", "wrong h_n order", "TF32-like 
 
 
 @pytest.mark.parametrize("fault", [pytest.param(f, marks=() if f in QUICK else pytest.mark.slow) for f in FAULTS])
-def test_a_planted_fault_is_red_and_located(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    plant, case, where, cause = FAULTS[fault]
-    plant(monkeypatch)
+def test_a_planted_fault_is_red_and_located(fault: str, plant: Callable[[Plant], None]) -> None:
+    planted, case, where, cause = FAULTS[fault]
+    plant(planted)
     dtype = "float32" if "TF32" in fault else "float64"
     side = sides.run_jaxrnn
     assert compare(case, RECORDED(case), side, [dtype]).failure()
@@ -238,24 +262,22 @@ def test_a_planted_fault_is_red_and_located(fault: str, monkeypatch: pytest.Monk
 
 
 @pytest.mark.slow
-def test_a_fault_in_a_second_layer_and_one_that_nobody_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fault_in_a_second_layer_and_one_that_nobody_knows(plant: Callable[[Plant], None]) -> None:
     def change(case: Case, arrays: Arrays) -> None:
         if case.arguments["num_layers"] == 2:
             arrays["output"][3, :, -1] += 0.1  # the backward half
 
-    _results(change)(monkeypatch)
+    plant(_results(change))
     place = locate(GRU, sides.run_jaxrnn)
     assert place == Place(1, ("backward",), 3, (), "", ("output",))
     assert str(place) == "first off at layer 1, backward direction, step 3; no known mistake"
 
 
-def test_cells(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = CASES["GRUCell-hx"]
-    with monkeypatch.context() as patch:
-        _cell(jaxrnn.GRU_CELL, _wrong_sign)(patch)
-        place = locate(case, sides.run_jaxrnn)
-        assert (place.layer, place.gates, place.arrays) == (None, ("z",), ("h_n",))
-        assert str(place) == "first off at gate z; it looks as if z is taken the other way round: h' = (h - n) * z + n"
+def test_cells(plant: Callable[[Plant], None]) -> None:
+    plant(_cell(jaxrnn.GRU_CELL, _wrong_sign))
+    place = locate(CASES["GRUCell-hx"], sides.run_jaxrnn)
+    assert (place.layer, place.gates, place.arrays) == (None, ("z",), ("h_n",))
+    assert str(place) == "first off at gate z; it looks as if z is taken the other way round: h' = (h - n) * z + n"
 
 
 @pytest.mark.parametrize("case", [GRU, CASES["GRUCell-hx"]], ids=lambda case: case.name)
@@ -304,9 +326,9 @@ def test_every_known_mistake_is_another(case: Case) -> None:
         assert apart > LARGEST["float64"], (one.cause, other.cause)
 
 
-def test_the_runner_says_where(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    _function(recurrence, "_laid_out", _transposed)(monkeypatch)
-    assert runner.main(["--filter", "RNN_TANH-layers1-hx", "--dtype", "float64"]) == 1
+def test_the_runner_says_where(plant: Callable[[Plant], None], capsys: pytest.CaptureFixture[str]) -> None:
+    plant(_function(recurrence, "_laid_out", _transposed))
+    assert runner.main(["--filter", "RNN_TANH-layers1-hx-lengths", "--dtype", "float64"]) == 1
     printed = capsys.readouterr().out
-    assert "WHERE RNN_TANH-layers1-hx: first off at layer 0, forward direction, step 0" in printed
+    assert "WHERE RNN_TANH-layers1-hx-lengths-unsorted: first off at layer 0, forward direction, step 0" in printed
     assert "it looks as if W_hh is transposed" in printed

@@ -2,6 +2,7 @@
 
 import json
 import types
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,22 +13,24 @@ from parity import __main__ as runner
 from parity import model, sides
 from parity.cases import Arrays, Case
 
+Specs = dict[str, jaxrnn.Spec | jaxrnn.CellSpec]
 DENOISER = str(Path(__file__).parents[1] / "examples" / "denoiser.safetensors")
 
 
+def _tensors(specs: Specs, numbers: Callable) -> dict[str, np.ndarray]:
+    """The state dict of a model with a module at every prefix."""
+    named = ((prefix + name, shape) for prefix, spec in specs.items() for name, shape in spec.shapes().items())
+    return {name: numbers(shape).astype(np.float32) for name, shape in named}
+
+
 def test_every_module_is_a_case(tmp_path: Path) -> None:
-    specs = {
+    specs: Specs = {
         "a.": jaxrnn.Spec(jaxrnn.LSTM_CELL, 3, 4, num_layers=2, bidirectional=True, proj_size=2),
         "b.": jaxrnn.Spec(jaxrnn.RNN_TANH, 3, 4, bias=False),
         "c.": jaxrnn.CellSpec(jaxrnn.GRU_CELL, 5, 4),
         "d.": jaxrnn.CellSpec(jaxrnn.RNN_TANH, 3, 4),
     }
-    tensors = {
-        f"{prefix}{name}": np.ones(shape, np.float32)
-        for prefix, spec in specs.items()
-        for name, shape in spec.shapes().items()
-    }
-    jaxrnn.checkpoint.save(tmp_path / "a.pt", tensors)
+    jaxrnn.checkpoint.save(tmp_path / "a.pt", _tensors(specs, np.ones))
     np.save(tmp_path / "x.npy", np.full((7, 2, 3), 5.0))
     cases = model.cases(str(tmp_path / "a.pt"), None, str(tmp_path / "x.npy"))
     assert [(case.name, case.kind, case.steps) for case in cases] == [
@@ -60,8 +63,11 @@ def test_the_runner_on_a_model(torch: types.ModuleType, tmp_path: Path, capsys: 
 
 @pytest.mark.torch
 def test_a_fault_in_a_model_is_located(
-    torch: types.ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    torch: types.ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    path, random = str(tmp_path / "model.pt"), np.random.RandomState(0)
+    specs: Specs = {"cell.": jaxrnn.CellSpec(jaxrnn.LSTM_CELL, 3, 4), "decoder.": jaxrnn.Spec(jaxrnn.GRU_CELL, 3, 4)}
+    jaxrnn.checkpoint.save(path, _tensors(specs, random.standard_normal))
     run = sides.run_jaxrnn
 
     def faulty(case: Case, dtype: str) -> Arrays:
@@ -71,7 +77,7 @@ def test_a_fault_in_a_model_is_located(
         return arrays
 
     monkeypatch.setitem(sides.SIDES, "jaxrnn", faulty)
-    assert runner.main(["--model", DENOISER]) == 1
+    assert runner.main(["--model", path]) == 1
     printed = capsys.readouterr().out
     assert "FAIL decoder (GRU) on random inputs: h_n in float64 is off by" in printed
     assert "WHERE decoder (GRU) on random inputs: first off at only h_n; no known mistake" in printed

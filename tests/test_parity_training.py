@@ -23,6 +23,11 @@ ADAMW, ADAM = RUNS["training-GRU-adamw"], RUNS["training-LSTM-adam"]
 NESTEROV = RUNS["training-RNN_RELU-nesterov"]
 
 
+def _quick_and_slow(quick: Run, slow: Run) -> pytest.MarkDecorator:
+    params = [pytest.param(quick, id=quick.name), pytest.param(slow, id=slow.name, marks=pytest.mark.slow)]
+    return pytest.mark.parametrize("run", params)
+
+
 def test_every_kind_and_optimizer_is_trained() -> None:
     assert {run.kind for run in RUNS.values()} == set(LAYERS)
     assert {run.optimizer for run in RUNS.values()} == {"SGD", "Adam", "AdamW"}
@@ -37,9 +42,7 @@ def test_every_kind_and_optimizer_is_trained() -> None:
         RECORDED.training(dataclasses.replace(ADAM, label="unheard of"))
 
 
-@pytest.mark.parametrize(
-    "run", [pytest.param(ADAMW, id=ADAMW.name, marks=pytest.mark.slow), pytest.param(NESTEROV, id=NESTEROV.name)]
-)
+@_quick_and_slow(NESTEROV, ADAMW)
 def test_ours_follows_the_record(run: Run) -> None:
     result = compare(run, RECORDED.training(run))
     assert not result.failure()
@@ -48,7 +51,7 @@ def test_ours_follows_the_record(run: Run) -> None:
 
 
 @pytest.mark.torch
-@pytest.mark.parametrize("run", [ADAM, NESTEROV], ids=lambda run: run.name)
+@_quick_and_slow(NESTEROV, ADAM)
 def test_the_record_is_a_live_torchs(torch: types.ModuleType, run: Run) -> None:
     recorded, now = RECORDED.training(run), run_torch(run)
     assert np.array_equal(recorded["masks"], now["masks"])

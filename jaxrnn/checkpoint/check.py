@@ -1,5 +1,6 @@
 """Whether a recurrent module in a checkpoint computes here what torch computes: built, run, and compared."""
 
+import functools
 import importlib
 import warnings
 from collections.abc import Mapping
@@ -67,7 +68,8 @@ def check(rnn: FoundRNN, tensors: Mapping[str, Any], torch: ModuleType | None) -
     x = random.standard_normal((_BATCH, rnn.input_size) if rnn.is_cell else (_STEPS, _BATCH, rnn.input_size))
     with jax.enable_x64(True), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # such as those of load_state_dict, which the caller gives
-        module = getattr(jaxrnn.nnx, name)(**settings, param_dtype=np.float64, rngs=nnx.Rngs(0))
+        make = functools.partial(getattr(jaxrnn.nnx, name), **settings, param_dtype=np.float64)
+        module = nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0)))  # whose random numbers would take compiling
         load_state_dict(module, params)
         states = jax.tree.map(lambda shape: random.standard_normal(shape.shape), jax.eval_shape(module, x))
         hx = states if rnn.is_cell else states[1]
