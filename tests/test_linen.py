@@ -74,7 +74,7 @@ def _results(case: Case, build: Any, call: Any) -> tuple:
     return returned, pullback(state if case.steps is None else (cotangents["output"], state))
 
 
-@pytest.mark.slow
+@pytest.mark.thorough  # that the programs are the same as text is a quick test
 @pytest.mark.parametrize("kind", KINDS)
 def test_linen_is_nnx_bit_by_bit(kind: str, thorough: bool) -> None:
     for case in _cases(kind, thorough):
