@@ -1,4 +1,4 @@
-"""Numbers for tests, made by NumPy, so that making them compiles nothing."""
+"""Numbers for tests, made by NumPy, so that making them compiles nothing; and names for what comes back."""
 
 import zlib
 from typing import Any
@@ -19,3 +19,10 @@ def parameters(spec: jaxrnn.Spec | jaxrnn.CellSpec, dtype: Any = np.float64) -> 
         name: (normal(*shape, seed=zlib.crc32(name.encode()) % 2**31) / 2).astype(dtype)
         for name, shape in spec.shapes().items()
     }
+
+
+def named(spec: jaxrnn.Spec, returned: Any) -> dict[str, Any]:
+    """What `jaxrnn.apply` returned, by name, so that a comparison can say which array is off."""
+    output, state = returned
+    state = state if len(spec.cell.states) > 1 else (state,)
+    return {"output": output} | {f"{name}_n": a for name, a in zip(spec.cell.states, state, strict=True)}

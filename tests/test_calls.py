@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from arrays import normal, parameters
+from arrays import named, normal, parameters
 from comparing import assert_close
 
 import jaxrnn
@@ -30,7 +30,7 @@ def test_batch_first_is_of_input_and_output_only() -> None:
     x, hx = normal(T, N, F), (normal(4, N, H), normal(4, N, H))
     output, states = jaxrnn.apply(LSTM, PARAMS[LSTM], x, hx)
     other, other_states = jaxrnn.apply(BATCH_FIRST, PARAMS[LSTM], x.swapaxes(0, 1), hx)
-    assert_close((other.swapaxes(0, 1), other_states), (output, states), atol=0)
+    assert_close(named(LSTM, (other.swapaxes(0, 1), other_states)), named(LSTM, (output, states)), atol=0)
 
 
 @pytest.mark.parametrize("spec", [LSTM, BATCH_FIRST], ids=["time first", "batch first"])
@@ -38,7 +38,7 @@ def test_unbatched_is_a_batch_of_one(spec: jaxrnn.Spec) -> None:
     x, hx = normal(T, F), (normal(4, H), normal(4, H))
     found = jaxrnn.apply(spec, PARAMS[LSTM], x, hx)
     output, states = jaxrnn.apply(LSTM, PARAMS[LSTM], x[:, None], tuple(a[:, None] for a in hx))
-    assert_close(found, (output[:, 0], [a[:, 0] for a in states]), atol=1e-15)
+    assert_close(named(LSTM, found), named(LSTM, (output[:, 0], [a[:, 0] for a in states])), atol=1e-15)
 
 
 def test_no_hx_is_zeros_and_a_list_is_a_tuple() -> None:

@@ -6,7 +6,7 @@ import types
 import jax
 import numpy as np
 import pytest
-from arrays import normal, parameters
+from arrays import named, normal, parameters
 from comparing import assert_close
 
 import jaxrnn
@@ -29,7 +29,7 @@ def test_with_torchs_masks_it_is_torchs(torch: types.ModuleType, batch_first: bo
     ones = torch.ones(T, N, 2 * H, dtype=torch.float64)
     masks = [torch.nn.functional.dropout(ones, p).numpy() != 0 for _ in range(2)]
     found = jaxrnn.apply(spec, PARAMS, x, dropout_masks=masks)
-    assert_close(found, [a.detach().numpy() for a in expected])
+    assert_close(named(spec, found), named(spec, [a.detach().numpy() for a in expected]))
     assert not np.allclose(found[0], jaxrnn.apply(spec, PARAMS, x)[0])
 
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from arrays import normal, parameters
+from arrays import named, normal, parameters
 from comparing import assert_close
 
 import jaxrnn
@@ -35,46 +35,57 @@ class Ragged:
     def swap(self, a: jax.Array) -> jax.Array:
         return a.swapaxes(0, 1) if self.spec.batch_first and a.ndim == 3 else a
 
-    def run(self, params: dict, x: jax.Array, hx: tuple, **arguments: Any) -> tuple:
+    def run(self, params: dict, x: jax.Array, hx: tuple, **arguments: Any) -> dict[str, jax.Array]:
         output, state = jaxrnn.apply(self.spec, params, self.swap(x), hx if len(hx) > 1 else hx[0], **arguments)
-        return self.swap(output), *(state if isinstance(state, tuple) else (state,))
+        return named(self.spec, (self.swap(output), state))
 
-    def cotangents(self) -> tuple:
-        return normal(T, N, self.spec.output_size * self.spec.num_directions, seed=7), *map(np.cos, self.hx)
+    def results(self, output: Any, hx: Any) -> dict[str, Any]:
+        return named(self.spec, (output, hx if len(hx) > 1 else hx[0]))
 
-    def _differentiate_(self, x: jax.Array, cotangents: tuple) -> tuple:
+    def cotangents(self) -> dict[str, np.ndarray]:
+        output = normal(T, N, self.spec.output_size * self.spec.num_directions, seed=7)
+        return self.results(output, tuple(map(np.cos, self.hx)))
+
+    def _differentiate_(self, x: jax.Array, cotangents: dict) -> dict[str, Any]:
         results, pullback = jax.vjp(lambda *arguments: self.run(*arguments, lengths=ROWS), self.params, x, self.hx)
-        return results, pullback(cotangents)
+        return _with_gradients(results, pullback(cotangents))
 
-    def differentiate(self, padding: float, cotangent_padding: float = 0.0) -> tuple:
+    def differentiate(self, padding: float, cotangent_padding: float = 0.0) -> dict[str, Any]:
         """The results and the gradients of parameters, x and hx."""
-        output, *states = self.cotangents()
+        cotangents = self.cotangents()
         x, output = (
-            np.where(PADDING[..., None], value, a) for value, a in ((padding, self.x), (cotangent_padding, output))
+            np.where(PADDING[..., None], value, a)
+            for value, a in ((padding, self.x), (cotangent_padding, cotangents["output"]))
         )
-        return self._differentiate(x, (output, *states))
+        return self._differentiate(x, cotangents | {"output": output})
 
-    def _alone_(self, row: int) -> tuple:
+    def _alone_(self, row: int) -> dict[str, Any]:
         length = ROWS[row]
         arguments = self.params, self.x[:length, row], tuple(a[:, row] for a in self.hx)
         results, pullback = jax.vjp(self.run, *jax.tree.map(jnp.asarray, arguments))
-        output, *states = self.cotangents()
-        return results, pullback((jnp.asarray(output[:length, row]), *(jnp.asarray(a[:, row]) for a in states)))
+        cotangents = {name: a[:length, row] if name == "output" else a[:, row] for name, a in self.cotangents().items()}
+        return _with_gradients(results, pullback(jax.tree.map(jnp.asarray, cotangents)))
 
-    def alone(self) -> tuple:
+    def alone(self) -> dict[str, Any]:
         """What `differentiate` should give, from each row by itself."""
-        cut = lambda length: ((0, T - length), (0, 0))  # noqa: E731
         rows, params = [], jax.tree.map(np.zeros_like, self.params)
         for row, length in enumerate(ROWS):
             if length:
-                (output, *states), (d_params, d_x, d_hx) = self._alone(row)
-                params = jax.tree.map(np.add, params, d_params)
-            else:
-                output, d_x = np.zeros((0, self.spec.output_size * self.spec.num_directions)), np.zeros((0, F))
-                states, d_hx = [a[:, row] for a in self.hx], tuple(a[:, row] for a in self.cotangents()[1:])
-            rows.append(((np.pad(output, cut(length)), *states), (np.pad(d_x, cut(length)), d_hx)))
-        results, (d_x, d_hx) = jax.tree.map(lambda *arrays: np.stack(arrays, axis=1), *rows)
-        return results, (params, d_x, d_hx)
+                found = self._alone(row)
+                params = jax.tree.map(np.add, params, found.pop("params.grad"))
+            else:  # its state comes out as it came in, and so does the state's cotangent
+                output = np.zeros((0, self.spec.output_size * self.spec.num_directions))
+                results = self.results(output, tuple(a[:, row] for a in self.hx))
+                _, *d_states = self.cotangents().values()
+                found = results | {"x.grad": np.zeros((0, F)), "hx.grad": tuple(a[:, row] for a in d_states)}
+            for name in ("output", "x.grad"):
+                found[name] = np.pad(found[name], ((0, T - length), (0, 0)))
+            rows.append(found)
+        return jax.tree.map(lambda *arrays: np.stack(arrays, axis=1), *rows) | {"params.grad": params}
+
+
+def _with_gradients(results: dict[str, Any], gradients: tuple) -> dict[str, Any]:
+    return results | {f"{name}.grad": a for name, a in zip(("params", "x", "hx"), gradients, strict=True)}
 
 
 @pytest.fixture(params=[LSTM, GRU], ids=["LSTM", "GRU"], scope="module")
@@ -85,7 +96,7 @@ def ragged(request: pytest.FixtureRequest) -> Ragged:
 def test_each_row_as_if_alone(ragged: Ragged) -> None:
     found = ragged.differentiate(7.0)
     assert_close(found, ragged.alone())
-    assert all(np.abs(gradient).max() > 1e-3 for gradient in found[1][0].values())
+    assert all(np.abs(gradient).max() > 1e-3 for gradient in found["params.grad"].values())
 
 
 KINDS = [(RNN_TANH, 0), (RNN_RELU, 0), (LSTM_CELL, 0), (LSTM_CELL, 2), (GRU_CELL, 0)]
@@ -108,8 +119,8 @@ def test_padding_reaches_nothing(ragged: Ragged, padding: float) -> None:
 
 
 def test_a_row_of_length_0_keeps_its_state(ragged: Ragged) -> None:
-    output, *states = ragged.run(ragged.params, ragged.x, ragged.hx, lengths=np.zeros(N, np.int32))
-    assert_close((output, states), (np.zeros_like(output), ragged.hx), atol=0)
+    found = ragged.run(ragged.params, ragged.x, ragged.hx, lengths=np.zeros(N, np.int32))
+    assert_close(found, ragged.results(np.zeros_like(found["output"]), ragged.hx), atol=0)
 
 
 def test_whole_lengths_are_no_lengths(ragged: Ragged) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from arrays import normal, parameters
+from arrays import named, normal, parameters
 from comparing import assert_close
 
 import jaxrnn
@@ -31,7 +31,7 @@ def test_any_chunks_equal_the_whole(cell: jaxrnn.Cell, proj_size: int, thorough:
         for chunk in np.split(x, cuts):
             piece, state = jaxrnn.apply(spec, params, chunk, state)
             pieces.append(piece)
-        assert_close((np.concatenate(pieces), state), whole)
+        assert_close(named(spec, (np.concatenate(pieces), state)), named(spec, whole))
 
 
 def _episodes(params: dict, x: Any, hx: tuple, reset: np.ndarray, reset_state: tuple) -> tuple:
@@ -55,8 +55,9 @@ def test_reset_starts_an_episode() -> None:
     params, x, hx = parameters(LSTM), normal(N, T, F), (normal(2, N, H), normal(2, N, H, seed=1))
     zeros, other = (np.zeros((2, N, H)),) * 2, tuple(np.cos(a) for a in hx)
     run = jax.jit(lambda reset, reset_state: jaxrnn.apply(LSTM, params, x, hx, reset=reset, reset_state=reset_state))
-    assert_close(run(reset, None), _episodes(params, x, hx, reset, zeros))
-    assert_close(run(reset, other), _episodes(params, x, hx, reset, other))
+    for reset_state, state in ((None, zeros), (other, other)):
+        expected = _episodes(params, x, hx, reset, state)
+        assert_close(named(LSTM, run(reset, reset_state)), named(LSTM, expected))
     output, _ = jaxrnn.apply(LSTM, params, x[1], tuple(a[:, 1] for a in hx), reset=reset[1])
     assert_close(output, run(reset, None)[0][1], atol=1e-15)
 
