@@ -133,12 +133,16 @@ def _transforms(function: Callable) -> Callable:
 
 
 MARKED = [f"{kind} {mark}" for kind in ("lstm_projected", "gru") for mark in ("ends", "reset")]
-QUICK_CASES = ("rnn_relu", "lstm_projected ends", "gru reset")  # both directions, a projection, every mark
+# Between them the quick ones have both directions, a projection and every mark; the slow ones every kind.
+QUICK = ("rnn_relu", "lstm_projected ends", "gru reset")
+SLOW = ("lstm", "gru", "lstm_projected reset")
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name in QUICK_CASES else pytest.mark.slow) for name in [*KINDS, *MARKED]]
-)
+def _mark(name: str) -> Any:
+    return () if name in QUICK else pytest.mark.slow if name in SLOW else pytest.mark.thorough
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=_mark(name)) for name in [*KINDS, *MARKED]])
 def test_every_transform(name: str) -> None:
     case = Case(*name.split())
     found, expected = (_transforms(function)(*case.arguments) for function in (case.ours, case.plain))
@@ -204,13 +208,13 @@ POINTWISE: dict[str, Callable] = {
 CHANGES = NOT_POINTWISE | POINTWISE
 MARKS = ("none", "lengths", "reset", "remat")
 # Each change with one kind of marks, and the first with all: the rest are slow.
-QUICK = {(name, MARKS[k % 4]) for k, name in enumerate(CHANGES)} | {("normalised", marks) for marks in MARKS}
+QUICK_STEPS = {(name, MARKS[k % 4]) for k, name in enumerate(CHANGES)} | {("normalised", marks) for marks in MARKS}
 
 
 @pytest.mark.parametrize(
     ("name", "marks"),
     [
-        pytest.param(name, marks, marks=() if (name, marks) in QUICK else pytest.mark.slow)
+        pytest.param(name, marks, marks=() if (name, marks) in QUICK_STEPS else pytest.mark.slow)
         for name in CHANGES
         for marks in MARKS
     ],
