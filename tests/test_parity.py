@@ -34,7 +34,7 @@ BIG = [*SEEDS, CASES["GRU-long"]]
 
 
 def _takes_long(case: Case) -> bool:
-    """Whether a kind that compiles slowly has what others have, too: second derivatives, chunks, patterns of lengths."""
+    """Whether a slow kind has what others have, too: second derivatives, chunks, patterns of lengths."""
     if case.second or case.way == "chunked":
         return case.kind in LAYERS.keys() - {"RNN_TANH"}
     return case.lengths not in (None, LENGTHS["unsorted"]) and case.kind not in ("RNN_TANH", "GRU")
