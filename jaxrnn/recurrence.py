@@ -11,8 +11,8 @@ A step that is not pointwise, as one with layer normalisation, has autodiff of t
 
 import functools
 import operator
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,7 @@ from jaxrnn.cells import Arrays, Cell
 from jaxrnn.pointwise import is_pointwise, stages
 
 Weights = dict[str, jax.Array]
+Tree = TypeVar("Tree")
 _STATES = "jaxrnn states"  # the name by which `jax.checkpoint` knows them
 _CHUNK = 128  # steps whose gates are computed again at a time
 
@@ -244,15 +245,33 @@ def _input_gates(settings: Settings, weights: LaidOut, x: jax.Array) -> Arrays:
     return tuple(gate + b if name in settings.cell.apart else gate for name, gate, b in inputs)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _input_products(settings: Settings, x: jax.Array, weight: jax.Array) -> Arrays:
-    """A product for each gate, for parting one large product would copy it. The weight is torch's, or `_by_gate`."""
-    if settings.hidden_axis is None:
-        return tuple(_product(settings, x, part.T) for part in jnp.split(weight, len(settings.cell.gates)))
-    return tuple(_product(settings, x, part) for part in _split(settings, weight))
+def _with_rule(rule: Callable, symbolic_zeros: bool = False) -> Callable[[Callable], Callable]:
+    """Give `function(settings, *arrays)` a derivative rule: `jax.custom_jvp`, made safe under `jax.vmap`.
+
+    Under vmap, JAX finds out separately where the function and its rule have the batch axis of each output, but a jit
+    around them remembers the function's answer alone: where the two differ, axes are silently confused. So both have it
+    in one place.
+    """
+
+    def decorate(function: Callable) -> Callable:
+        def run(settings: Settings, *arrays: Any) -> Any:
+            return _batch_axis_first(function(settings, *arrays))
+
+        def derive(settings: Settings, primals: tuple, tangents: tuple) -> Any:
+            return _batch_axis_first(rule(settings, primals, tangents))
+
+        with_rule = jax.custom_jvp(functools.wraps(function)(run), nondiff_argnums=(0,))
+        with_rule.defjvp(derive, symbolic_zeros=symbolic_zeros)
+        return with_rule
+
+    return decorate
 
 
-@functools.partial(_input_products.defjvp, symbolic_zeros=True)
+def _batch_axis_first(tree: Tree) -> Tree:
+    """The same arrays. Under `jax.vmap`, reshapes move the batch axis to the front; compiled, they cost nothing."""
+    return jax.tree.map(lambda a: lax.squeeze(lax.expand_dims(a, (0,)), (0,)), tree)
+
+
 def _input_products_jvp(settings: Settings, primals: tuple, tangents: tuple) -> tuple[Arrays, Arrays]:
     """In the derivative one large product it is: the gates' tangents come together in the loop as they are."""
     x, weight = primals
@@ -266,6 +285,14 @@ def _input_products_jvp(settings: Settings, primals: tuple, tangents: tuple) -> 
     if not products:
         return gates, jax.tree.map(jnp.zeros_like, gates)
     return gates, _split(settings, functools.reduce(operator.add, products))
+
+
+@_with_rule(_input_products_jvp, symbolic_zeros=True)
+def _input_products(settings: Settings, x: jax.Array, weight: jax.Array) -> Arrays:
+    """A product for each gate, for parting one large product would copy it. The weight is torch's, or `_by_gate`."""
+    if settings.hidden_axis is None:
+        return tuple(_product(settings, x, part.T) for part in jnp.split(weight, len(settings.cell.gates)))
+    return tuple(_product(settings, x, part) for part in _split(settings, weight))
 
 
 def _sums(cell: Cell, gates: Arrays, recurrent: Arrays) -> Arrays:
@@ -335,15 +362,6 @@ def _loop(
     return outputs, state
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _scan(
-    settings: Settings, recurrent: Recurrent, gates: Arrays, state: Arrays, marks: Marks, reset_state: Arrays | None
-) -> tuple[jax.Array, Arrays]:
-    """As `_loop`, of pointwise steps, with the derivative rule."""
-    return _loop(settings, recurrent.weight_hh.dtype, recurrent, gates, state, marks, reset_state)
-
-
-@_scan.defjvp
 def _scan_jvp(settings: Settings, primals: tuple, tangents: tuple) -> tuple[tuple, tuple]:
     recurrent, gates, state, marks, reset_state = primals
     d_recurrent, d_gates, d_state, _, d_reset_state = tangents
@@ -399,6 +417,14 @@ def _scan_jvp(settings: Settings, primals: tuple, tangents: tuple) -> tuple[tupl
     known = (partials, d_sums, d_inputs, d_projected, marks)
     d_last, d_outputs = lax.scan(linear, d_state, known, reverse=settings.reverse)
     return (_output(marks, states, dtype), last), (d_outputs, d_last)
+
+
+@_with_rule(_scan_jvp)
+def _scan(
+    settings: Settings, recurrent: Recurrent, gates: Arrays, state: Arrays, marks: Marks, reset_state: Arrays | None
+) -> tuple[jax.Array, Arrays]:
+    """As `_loop`, of pointwise steps, with the derivative rule."""
+    return _loop(settings, recurrent.weight_hh.dtype, recurrent, gates, state, marks, reset_state)
 
 
 def _before(settings: Settings, first: Arrays, after: Arrays) -> Arrays:
