@@ -29,8 +29,8 @@ class Cell:
         step: `step(gates, hidden, state) -> state`, pointwise, on arrays of shape `(..., hidden_size)`.
             `gates` has one array a gate: the whole sum, but only `W_ih x + b_ih` for a gate named in `apart`;
             `hidden` has `W_hh h + b_hh` for each gate named in `apart`; `state` has one array a state.
-            JAX differentiates it forwards: no `custom_vjp` in it, and no traced array from outside. A step that is not
-            pointwise, as one with layer normalisation, has autodiff of the scan for its derivative, which is slower.
+            A step that is not known to be pointwise, as one with layer normalisation or with parameters of its own, is
+            differentiated by autodiff of the scan, which is slower.
         apart: the names of the gates that come in two halves.
         projects: whether `proj_size` is allowed: the step must not read the first state, whose size then differs.
 

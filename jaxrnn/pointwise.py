@@ -1,26 +1,29 @@
 """What a cell's step does with its arguments, read from its jaxpr: whether it is pointwise, and what needs what."""
 
-import functools
 from collections.abc import Callable, Iterable, Iterator
 
 import jax
 import jax.numpy as jnp
 
-from jaxrnn._compat import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun
+from jaxrnn._compat import ClosedJaxpr, Jaxpr, Literal, is_traced, jaxpr_as_fun
 from jaxrnn.cells import Cell
 
-# Whatever changes a shape is not pointwise. Neither are these, which may keep it; nor what begins with one of the rest.
-_MOVING = {"rev", "sort", "transpose", "gather", "dot_general", "conv_general_dilated", "fft", "dynamic_update_slice"}
-_MOVING_FAMILIES = ("cum", "scatter", "argm", "reduce_", "triangular", "custom_call", "ffi", "pure_callback", "top_k")
-_KEEPING = {"reduce_precision"}
-# Within these special functions count, and ask whether all numbers have converged.
-_CONTROL = {"while", "scan", "cond"}
-_ASKING = {"reduce_or", "reduce_and"}
+# The primitives that compute each number of the result from the numbers at its place. What is not listed may do more.
+_POINTWISE = """
+    abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt ceil clamp
+    convert_element_type copy cos cosh digamma div eq erf erf_inv erfc exp exp2 expm1 floor ge gt igamma igamma_grad_a
+    igammac integer_pow is_finite le lgamma log log1p logistic lt max min mul name ne neg nextafter not or polygamma pow
+    reduce_precision regularized_incomplete_beta rem round rsqrt select_n sign sin sinh sqrt square sub tan tanh xor
+    zeta
+"""
+# Those that apply a jaxpr to their arguments as they are.
+_CALLS = frozenset({"closed_call", "custom_jvp_call", "jit", "pjit"})
 
 
-@functools.cache
 def is_pointwise(cell: Cell, gate: tuple[int, ...], states: tuple[tuple[int, ...], ...], dtype: jnp.dtype) -> bool:
-    """Whether each number that a step returns depends on the arguments' numbers at its own place alone.
+    """Whether each number that a step returns is known to depend on the arguments' numbers at its own place alone.
+
+    A step that uses traced arrays from outside, such as parameters of its own, is not: the rule would not see them.
 
     Args:
         cell: the cell.
@@ -30,39 +33,33 @@ def is_pointwise(cell: Cell, gate: tuple[int, ...], states: tuple[tuple[int, ...
     """
     like = jax.ShapeDtypeStruct(gate, dtype)
     before = tuple(jax.ShapeDtypeStruct(shape, dtype) for shape in states)
-    closed = jax.make_jaxpr(cell.step)((like,) * len(cell.gates), (like,) * len(cell.apart), before)
-    return _keeps_places(closed.jaxpr, [True] * len(closed.jaxpr.invars), {gate, *states}, _KEEPING)
+    arguments = (like,) * len(cell.gates), (like,) * len(cell.apart), before
+    # With its tangents, for a function with a derivative rule may be pointwise while its rule is not.
+    closed = jax.make_jaxpr(lambda a, d_a: jax.jvp(cell.step, a, d_a))(arguments, arguments)
+    jaxpr = closed.jaxpr
+    return not any(map(is_traced, closed.consts)) and _all_listed(jaxpr, [True] * len(jaxpr.invars))
 
 
-def _keeps_places(jaxpr: Jaxpr, given: list[bool], shapes: set[tuple[int, ...]], keeping: set[str]) -> bool:
-    # What derives from the arguments. The rest is the same for all of them, and may do as it likes.
+def _all_listed(jaxpr: Jaxpr, given: list[bool]) -> bool:
+    # What is not derived from the arguments is the same for all of them, and may be computed in any way.
     derived = {v for v, is_given in zip(jaxpr.invars, given, strict=True) if is_given}
     for equation in jaxpr.eqns:
         flags = [not isinstance(v, Literal) and v in derived for v in equation.invars]
         if not any(flags):
             continue
         derived.update(equation.outvars)
-        name = equation.primitive.name
-        if name in _MOVING or (name.startswith(_MOVING_FAMILIES) and name not in keeping):
-            return False
-        control = name in _CONTROL
-        within = (shapes | {()}, keeping | _ASKING) if control else (shapes, keeping)  # where scalars count
-        if any(getattr(v.aval, "shape", None) not in within[0] for v in equation.outvars):
-            return False
-        for inner in _parts(equation.params.values()):
-            passed_on = flags if len(inner.invars) == len(flags) and not control else [True] * len(inner.invars)
-            if not _keeps_places(inner, passed_on, *within):
+        if equation.primitive.name in _CALLS:
+            if not all(_all_listed(inner, flags) for inner in _parts(equation.params.values())):
                 return False
+        elif equation.primitive.name not in _POINTWISE.split():
+            return False
     return True
 
 
 def _parts(params: Iterable) -> Iterator[Jaxpr]:
-    """The jaxprs among an equation's parameters, and those in tuples there."""
     for param in params:
         if isinstance(param, Jaxpr | ClosedJaxpr):
             yield param.jaxpr if isinstance(param, ClosedJaxpr) else param
-        elif isinstance(param, tuple):
-            yield from _parts(param)
 
 
 def stages(closed: ClosedJaxpr) -> tuple[list[int], dict[int, tuple[Callable, list[int]]]]:

@@ -181,6 +181,25 @@ def _layer_norm(a: jax.Array) -> jax.Array:
     return a / jnp.sqrt((a**2).mean(-1, keepdims=True) + 1e-5)
 
 
+@jax.custom_jvp
+def _rolled_derivative(a: jax.Array) -> jax.Array:
+    """Pointwise, but its rule is not."""
+    return jnp.sin(a)
+
+
+@_rolled_derivative.defjvp
+def _(primals: tuple, tangents: tuple) -> tuple:
+    return _rolled_derivative(*primals), jnp.roll(tangents[0], 1, -1)
+
+
+@jax.custom_vjp
+def _rolled_cotangent(a: jax.Array) -> jax.Array:
+    return jnp.sin(a)
+
+
+_rolled_cotangent.defvjp(lambda a: (jnp.sin(a), None), lambda _, d_a: (jnp.roll(d_a, 1, -1),))
+
+
 # What a step may do to a gate of 3 features. The derivative rule is for steps that are pointwise, as these are not:
 PLACES = np.array([2, 0, 1])
 NOT_POINTWISE: dict[str, Callable] = {
@@ -194,6 +213,9 @@ NOT_POINTWISE: dict[str, Callable] = {
     "in a branch": lambda a: jax.lax.cond(jnp.array(True), _layer_norm, jnp.sin, a),
     "in a loop": lambda a: jax.lax.fori_loop(0, 2, lambda _, a: jnp.roll(a, 1, -1), a),
     "of the rows": lambda a: a + a.mean(0, keepdims=True),
+    "factored": lambda a: jnp.linalg.qr(a)[0],  # a batch of 3, too, so that a gate is square
+    "with a rule": _rolled_derivative,
+    "with a rule in reverse": _rolled_cotangent,
 }
 # and these are:
 POINTWISE: dict[str, Callable] = {
@@ -224,8 +246,8 @@ def test_a_step_of_any_kind(name: str, marks: str) -> None:
     change = CHANGES[name]
     cell = jaxrnn.Cell(name, ("h",), ("h",), lambda gates, hidden, state: (jnp.tanh(change(gates[0])),))
     spec = jaxrnn.Spec(cell, 2, 3)
-    params, x, hx, lengths = parameters(spec), normal(5, 2, 2), normal(1, 2, 3), np.array([5, 3])
-    reset = np.arange(10).reshape(5, 2) == 4
+    params, x, hx, lengths = parameters(spec), normal(5, 3, 2), normal(1, 3, 3), np.array([5, 3, 4])
+    reset = np.arange(15).reshape(5, 3) == 7
     given: dict = {"none": {}, "lengths": {"lengths": lengths}, "reset": {"reset": reset}, "remat": {"remat": 2}}[marks]
 
     def ours(params: Tree, hx: jax.Array) -> list[jax.Array]:
@@ -249,13 +271,61 @@ def test_a_step_of_any_kind(name: str, marks: str) -> None:
         for function in (ours, plain):
             gradient = jax.grad(_loss(function), (0, 1))
             results = {"values": function(params, hx), "grad": gradient(params, hx)}
-            if marks == "none":
+            if marks == "none" and name != "with a rule in reverse":
                 tangents = jax.tree.map(jnp.cos, (params, hx))
                 results["jvp of grad"] = jax.jvp(gradient, (params, hx), tangents)[1]
             found.append(results)
         return found
 
     assert_close(*run(params, hx), rtol=1e-13)
+
+
+def test_a_step_that_adds_up_over_a_mapped_axis() -> None:
+    cell = jaxrnn.Cell("summed", ("h",), ("h",), lambda gates, *_: (jnp.tanh(jax.lax.psum(gates[0], "rows")),))
+    spec = jaxrnn.Spec(cell, 2, 3)
+    params, x = parameters(spec), normal(4, 5, 2)
+
+    def ours(params: Tree) -> list[jax.Array]:
+        run = functools.partial(jaxrnn.apply, spec, params)
+        return list(jax.vmap(run, in_axes=1, out_axes=1, axis_name="rows")(x))
+
+    def plain(params: Tree) -> list[jax.Array]:
+        def body(h: jax.Array, x_t: jax.Array) -> tuple[jax.Array, jax.Array]:
+            z = x_t @ params["weight_ih_l0"].T + h @ params["weight_hh_l0"].T
+            h = jnp.tanh(jnp.broadcast_to(jnp.sum(z + params["bias_ih_l0"] + params["bias_hh_l0"], 0), h.shape))
+            return h, h
+
+        h, outputs = jax.lax.scan(body, jnp.zeros((5, 3)), x)
+        return [outputs, h[None]]
+
+    found, expected = jax.jit(lambda p: [(f(p), jax.grad(_loss(f))(p)) for f in (ours, plain)])(params)
+    assert_close(found, expected)
+
+
+@pytest.mark.parametrize("marks", ["none", "remat"])
+def test_a_step_with_an_array_from_outside(marks: str) -> None:
+    """An IndRNN: its recurrent weight is a vector, which the step closes over."""
+    x, hx, u = normal(5, 3, 2), normal(1, 3, 3), normal(3)
+
+    def ours(u: jax.Array, hx: jax.Array, weight: jax.Array) -> list[jax.Array]:
+        cell = jaxrnn.Cell("independent", ("h",), ("h",), lambda gates, _, state: (jnp.tanh(gates[0] + u * state[0]),))
+        spec = jaxrnn.Spec(cell, 2, 3, bias=False)
+        params = {"weight_ih_l0": weight, "weight_hh_l0": jnp.zeros((3, 3))}
+        return list(jaxrnn.apply(spec, params, x, hx, remat=2 if marks == "remat" else "none"))
+
+    def plain(u: jax.Array, hx: jax.Array, weight: jax.Array) -> list[jax.Array]:
+        def body(h: jax.Array, x_t: jax.Array) -> tuple[jax.Array, jax.Array]:
+            h = jnp.tanh(x_t @ weight.T + u * h)
+            return h, h
+
+        h, outputs = jax.lax.scan(body, hx[0], x)
+        return [outputs, h[None]]
+
+    arguments = (u, hx, normal(3, 2))
+    expected = jax.jit(jax.grad(_loss(plain), (0, 1, 2)))(*arguments)
+    for gradient in (jax.grad(_loss(ours), (0, 1, 2)), jax.jit(jax.grad(_loss(ours), (0, 1, 2)))):
+        assert_close(gradient(*arguments), expected)
+    assert np.all(np.abs(expected[0]) > 1e-3)
 
 
 def test_16_bit_gradients_of_a_step_that_is_not_pointwise_add_up_in_float32() -> None:
