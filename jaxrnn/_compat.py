@@ -10,12 +10,6 @@ from typing import Any
 import jax
 from flax import linen, nnx
 
-# For `pointwise`, which reads jaxprs: `jax.extend` has no public counterpart.
-from jax.extend.core import ClosedJaxpr as ClosedJaxpr
-from jax.extend.core import Jaxpr as Jaxpr
-from jax.extend.core import Literal as Literal
-from jax.extend.core import jaxpr_as_fun as jaxpr_as_fun
-
 
 def is_traced(value: object) -> bool:
     """Whether a value is not known yet, because JAX is tracing the function that computes it.

@@ -1,8 +1,8 @@
 """What one step of a recurrent cell computes, and nothing else.
 
-A kind of cell is a value, a `Cell`. Its `step` is pointwise: it sees the gates after the matrix products and touches
-no weight. Products, biases, projection, time, layers and derivatives are written once, for every cell, in
-`jaxrnn.recurrence` and `jaxrnn.stack`.
+A kind of cell is a value, a `Cell`. Its `step` sees the gates after the matrix products and touches no weight.
+Products, biases, projection, time, layers and derivatives are written once, for every cell, in `jaxrnn.recurrence` and
+`jaxrnn.stack`.
 """
 
 import dataclasses
@@ -11,6 +11,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax.nn import relu, sigmoid
+
+from jaxrnn.rules import pointwise
 
 Arrays = tuple[jax.Array, ...]
 
@@ -26,11 +28,10 @@ class Cell:
         name: what the cell is called; torch's `mode` for torch's cells.
         gates: the gates' names, in the order of the weights' rows.
         states: the names of the state's arrays. The first is the output, and what `W_hh` multiplies at the next step.
-        step: `step(gates, hidden, state) -> state`, pointwise, on arrays of shape `(..., hidden_size)`.
+        step: `step(gates, hidden, state) -> state`, any function of arrays of shape `(..., hidden_size)`.
             `gates` has one array a gate: the whole sum, but only `W_ih x + b_ih` for a gate named in `apart`;
             `hidden` has `W_hh h + b_hh` for each gate named in `apart`; `state` has one array a state.
-            A step that is not known to be pointwise, as one with layer normalisation or with parameters of its own, is
-            differentiated by autodiff of the scan, which is slower.
+            Arrays that it closes over are differentiated as well, and saved once for each time step.
         apart: the names of the gates that come in two halves.
         projects: whether `proj_size` is allowed: the step must not read the first state, whose size then differs.
 
@@ -74,27 +75,39 @@ class Cell:
 
 def _rnn_tanh(gates: Arrays, hidden: Arrays, state: Arrays) -> Arrays:
     (h,) = gates
-    return (jnp.tanh(h),)
+    return (pointwise(jnp.tanh)(h),)
 
 
 def _rnn_relu(gates: Arrays, hidden: Arrays, state: Arrays) -> Arrays:
     (h,) = gates
-    return (relu(h),)
+    return (pointwise(relu)(h),)
 
 
 def _lstm(gates: Arrays, hidden: Arrays, state: Arrays) -> Arrays:
     i, f, g, o = gates
     _, c = state
-    c = sigmoid(f) * c + sigmoid(i) * jnp.tanh(g)
-    return sigmoid(o) * jnp.tanh(c), c
+    c = _lstm_c(i, f, g, c)
+    return _lstm_h(o, c), c
+
+
+@pointwise
+def _lstm_c(i: jax.Array, f: jax.Array, g: jax.Array, c: jax.Array) -> jax.Array:
+    return sigmoid(f) * c + sigmoid(i) * jnp.tanh(g)
+
+
+@pointwise
+def _lstm_h(o: jax.Array, c: jax.Array) -> jax.Array:
+    return sigmoid(o) * jnp.tanh(c)
 
 
 def _gru(gates: Arrays, hidden: Arrays, state: Arrays) -> Arrays:
-    r, z, n = gates
-    (n_h,) = hidden
-    (h,) = state
+    return (_gru_h(*gates, *hidden, *state),)
+
+
+@pointwise
+def _gru_h(r: jax.Array, z: jax.Array, n: jax.Array, n_h: jax.Array, h: jax.Array) -> jax.Array:
     n = jnp.tanh(n + sigmoid(r) * n_h)
-    return ((h - n) * sigmoid(z) + n,)
+    return (h - n) * sigmoid(z) + n
 
 
 RNN_TANH = Cell("RNN_TANH", gates=("h",), states=("h",), step=_rnn_tanh)

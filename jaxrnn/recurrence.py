@@ -1,18 +1,17 @@
 """One layer in one direction over time: `lax.scan`, and the one derivative rule that every transform shares.
 
-The rule. The scan is linearised around its own trajectory. A step is pointwise, so its partial derivatives are arrays
-like the gates, computed for all steps at once from what the forward scan saved. The tangents then obey a second scan,
-linear in the tangents, whose only products are those with the recurrent weights. What a change of the weights adds,
-`h dW_hh`, is known for all steps beforehand and is one product outside that scan; JAX transposes it into one product
-for the gradient of the weights, where autodiff of the scan would add up a product a step.
-
-A step that is not pointwise, as one with layer normalisation, has autodiff of the scan.
+The rule. The scan is linearised around its own trajectory: `jax.linearize` gives the linear map of every step, all at
+once, from what the forward scan saved. The tangents then obey a second scan, linear in the tangents, whose only
+products are those with the recurrent weights. What a change of the weights adds, `h dW_hh`, is known for all steps
+beforehand and is one product outside that scan; JAX transposes it into one product for the gradient of the weights,
+where autodiff of the scan would add up a product a step.
 """
 
+import dataclasses
 import functools
 import operator
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,10 +21,9 @@ from jax.custom_derivatives import SymbolicZero
 from jax.sharding import PartitionSpec
 
 from jaxrnn.cells import Arrays, Cell
-from jaxrnn.pointwise import is_pointwise, stages
+from jaxrnn.rules import with_rule
 
 Weights = dict[str, jax.Array]
-Tree = TypeVar("Tree")
 _STATES = "jaxrnn states"  # the name by which `jax.checkpoint` knows them
 _CHUNK = 128  # steps whose gates are computed again at a time
 
@@ -122,10 +120,11 @@ def _run(
 ) -> tuple[jax.Array, Arrays]:
     rounded = weights.astype(x.dtype)
     gates = _input_gates(settings, rounded, x)
-    if is_pointwise(settings.cell, gates[0].shape[1:], tuple(a.shape for a in state), gates[0].dtype):
-        return _scan(settings, rounded.recurrent, gates, state, marks, reset_state)
-    recurrent = weights.recurrent.astype(_accumulator(x.dtype))  # in which the steps' gradients add up
-    return _loop(settings, x.dtype, recurrent, gates, state, marks, reset_state)
+    cell, like = settings.cell, gates[0][0]
+    # A custom_jvp ignores the derivative by an array that a function closes over, unless it is an argument.
+    step, captured = jax.closure_convert(cell.step, (like,) * len(cell.gates), (like,) * len(cell.apart), state)
+    settings = settings._replace(cell=dataclasses.replace(cell, step=step))
+    return _scan(settings, rounded.recurrent, gates, state, marks, reset_state, tuple(captured))
 
 
 def _run_in_chunks(
@@ -161,7 +160,7 @@ def step(settings: Settings, weights: Weights, x: jax.Array, state: Arrays) -> A
     """Make one step: as `layer`, on x of shape (batch, features), without a time axis."""
     laid_out = _laid_out(settings, weights)
     gates = _input_gates(settings, laid_out, x)
-    state, *_ = _step(settings, laid_out.recurrent, gates, _cast(state, _accumulator(x.dtype)))
+    state, _ = _step(settings, laid_out.recurrent, gates, _cast(state, _accumulator(x.dtype)))
     return _cast(state, x.dtype)
 
 
@@ -245,33 +244,6 @@ def _input_gates(settings: Settings, weights: LaidOut, x: jax.Array) -> Arrays:
     return tuple(gate + b if name in settings.cell.apart else gate for name, gate, b in inputs)
 
 
-def _with_rule(rule: Callable, symbolic_zeros: bool = False) -> Callable[[Callable], Callable]:
-    """Give `function(settings, *arrays)` a derivative rule: `jax.custom_jvp`, made safe under `jax.vmap`.
-
-    Under vmap, JAX finds out separately where the function and its rule have the batch axis of each output, but a jit
-    around them remembers the function's answer alone: where the two differ, axes are silently confused. So both have it
-    in one place.
-    """
-
-    def decorate(function: Callable) -> Callable:
-        def run(settings: Settings, *arrays: Any) -> Any:
-            return _batch_axis_first(function(settings, *arrays))
-
-        def derive(settings: Settings, primals: tuple, tangents: tuple) -> Any:
-            return _batch_axis_first(rule(settings, primals, tangents))
-
-        with_rule = jax.custom_jvp(functools.wraps(function)(run), nondiff_argnums=(0,))
-        with_rule.defjvp(derive, symbolic_zeros=symbolic_zeros)
-        return with_rule
-
-    return decorate
-
-
-def _batch_axis_first(tree: Tree) -> Tree:
-    """The same arrays. Under `jax.vmap`, reshapes move the batch axis to the front; compiled, they cost nothing."""
-    return jax.tree.map(lambda a: lax.squeeze(lax.expand_dims(a, (0,)), (0,)), tree)
-
-
 def _input_products_jvp(settings: Settings, primals: tuple, tangents: tuple) -> tuple[Arrays, Arrays]:
     """In the derivative one large product it is: the gates' tangents come together in the loop as they are."""
     x, weight = primals
@@ -287,7 +259,7 @@ def _input_products_jvp(settings: Settings, primals: tuple, tangents: tuple) -> 
     return gates, _split(settings, functools.reduce(operator.add, products))
 
 
-@_with_rule(_input_products_jvp, symbolic_zeros=True)
+@with_rule(_input_products_jvp, nondiff_argnums=(0,), symbolic_zeros=True)
 def _input_products(settings: Settings, x: jax.Array, weight: jax.Array) -> Arrays:
     """A product for each gate, for parting one large product would copy it. The weight is torch's, or `_by_gate`."""
     if settings.hidden_axis is None:
@@ -295,8 +267,12 @@ def _input_products(settings: Settings, x: jax.Array, weight: jax.Array) -> Arra
     return tuple(_product(settings, x, part) for part in _split(settings, weight))
 
 
-def _sums(cell: Cell, gates: Arrays, recurrent: Arrays) -> Arrays:
-    """Add the recurrent product, with the bias, to each gate that is not apart. Linear in both."""
+def _sums(settings: Settings, recurrent: Recurrent, gates: Arrays, h: jax.Array) -> Arrays:
+    """The recurrent product, with the bias, added to the input's part of each gate that is not apart."""
+    return _added(settings.cell, gates, _split(settings, _product(settings, h, recurrent.weight_hh) + recurrent.bias))
+
+
+def _added(cell: Cell, gates: Arrays, recurrent: Arrays) -> Arrays:
     return tuple(
         a if name in cell.apart else gate + a for name, gate, a in zip(cell.gates, gates, recurrent, strict=True)
     )
@@ -311,23 +287,28 @@ def _arguments(cell: Cell, gates: Sequence, sums: Arrays) -> tuple[Arrays, Array
 
 
 def _step(
-    settings: Settings, recurrent: Recurrent, gates: Arrays, state: Arrays
-) -> tuple[Arrays, Arrays, jax.Array | None]:
-    """One step: the state after it, and what its derivative needs, the sums and the output before projection."""
-    cell = settings.cell
-    sums = _sums(cell, gates, _split(settings, _product(settings, state[0], recurrent.weight_hh) + recurrent.bias))
-    state = _checked(cell, cell.step(*_arguments(cell, gates, sums), state), sums[0])
-    if recurrent.weight_hr is None:
-        return state, sums, None
-    return (_product(settings, state[0], recurrent.weight_hr), *state[1:]), sums, state[0]
+    settings: Settings, recurrent: Recurrent, gates: Arrays, state: Arrays, captured: Arrays = ()
+) -> tuple[Arrays, Arrays]:
+    """One step: the state after it, and the sums, from which the derivative finds what else it needs."""
+    cell, sums = settings.cell, _sums(settings, recurrent, gates, state[0])
+    state = _checked(cell, cell.step(*_arguments(cell, gates, sums), state, *captured), sums[0])
+    if recurrent.weight_hr is not None:
+        state = (_product(settings, state[0], recurrent.weight_hr), *state[1:])
+    return state, sums
 
 
 def _advance(
-    settings: Settings, recurrent: Recurrent, gates: Arrays, state: Arrays, marks: Marks, reset_state: Arrays | None
-) -> tuple[Arrays, Arrays, jax.Array | None]:
+    settings: Settings,
+    recurrent: Recurrent,
+    gates: Arrays,
+    state: Arrays,
+    marks: Marks,
+    reset_state: Arrays | None,
+    captured: Arrays,
+) -> tuple[Arrays, Arrays]:
     """A step of a sequence: as `_step`, with the marks."""
-    after, sums, unprojected = _step(settings, recurrent, gates, _select(marks.reset, reset_state, state))
-    return _select(marks.ended, state, after), sums, unprojected
+    after, sums = _step(settings, recurrent, gates, _select(marks.reset, reset_state, state), captured)
+    return _select(marks.ended, state, after), sums
 
 
 def _checked(cell: Cell, state: object, like: jax.Array) -> Arrays:
@@ -342,29 +323,9 @@ def _checked(cell: Cell, state: object, like: jax.Array) -> Arrays:
     return tuple(state)
 
 
-def _loop(
-    settings: Settings,
-    dtype: jnp.dtype,
-    recurrent: Recurrent,
-    gates: Arrays,
-    state: Arrays,
-    marks: Marks,
-    reset_state: Arrays | None,
-) -> tuple[jax.Array, Arrays]:
-    """Run the recurrence over `gates`, (time, batch, hidden_size) each; return the outputs and the last state."""
-
-    def body(state: Arrays, step: tuple[Arrays, Marks]) -> tuple[Arrays, jax.Array]:
-        gates, marks = step
-        state, *_ = _advance(settings, recurrent.astype(dtype), gates, state, marks, reset_state)
-        return state, _output(marks, state, dtype)
-
-    state, outputs = lax.scan(body, state, (gates, marks), reverse=settings.reverse)
-    return outputs, state
-
-
 def _scan_jvp(settings: Settings, primals: tuple, tangents: tuple) -> tuple[tuple, tuple]:
-    recurrent, gates, state, marks, reset_state = primals
-    d_recurrent, d_gates, d_state, _, d_reset_state = tangents
+    recurrent, gates, state, marks, reset_state, captured = primals
+    d_recurrent, d_gates, d_state, _, d_reset_state, d_captured = tangents
     cell = settings.cell
     dtype = recurrent.weight_hh.dtype
 
@@ -372,27 +333,23 @@ def _scan_jvp(settings: Settings, primals: tuple, tangents: tuple) -> tuple[tupl
 
     def forward(state: Arrays, step: tuple[Arrays, Marks]) -> tuple[Arrays, tuple]:
         gates, marks = step
-        state, *rest = _advance(settings, recurrent, gates, state, marks, reset_state)
-        return state, (state, None if again else rest)
+        state, sums = _advance(settings, recurrent, gates, state, marks, reset_state, captured)
+        return state, (state, None if again else sums)
 
-    last, (states, rest) = lax.scan(forward, state, (gates, marks), reverse=settings.reverse)
+    last, (states, sums) = lax.scan(forward, state, (gates, marks), reverse=settings.reverse)
     states = checkpoint_name(states, _STATES)
     before = _select(marks.reset, reset_state, _before(settings, state, states))
     if again:
-        _, *rest = _step(settings, recurrent, gates, before)
-    sums, unprojected = rest
-    after = states if unprojected is None else (unprojected, *states[1:])
-    if marks.ended is not None:  # a state that is held is not the step's: a derivative by it might be infinite
-        after = _select(marks.ended, tuple(cell.step(*_arguments(cell, gates, sums), before)), after)
-    order, partials = _partials(cell, *_arguments(cell, gates, sums), before, after)
+        sums = _sums(settings, recurrent, gates, before[0])
+    after, push = jax.vmap(lambda *a: jax.linearize(cell.step, *a, *captured))(*_arguments(cell, gates, sums), before)
 
     # What is known of the tangents before the loop: all but what comes through the state's own tangent.
     d_sums = _product(settings, before[0], d_recurrent.weight_hh) + d_recurrent.bias
-    d_sums = _join(settings, _sums(cell, d_gates, _split(settings, d_sums)))
+    d_sums = _join(settings, _added(cell, d_gates, _split(settings, d_sums)))
     d_inputs = tuple(d_gate if name in cell.apart else None for name, d_gate in zip(cell.gates, d_gates, strict=True))
     d_projected = None
-    if unprojected is not None and d_recurrent.weight_hr is not None:
-        d_projected = _product(settings, unprojected, d_recurrent.weight_hr)
+    if d_recurrent.weight_hr is not None:
+        d_projected = _product(settings, after[0], d_recurrent.weight_hr)
 
     # Turned back, so that the transposed loop reads them along their rows as well.
     turned = settings.hidden_axis is None
@@ -400,31 +357,39 @@ def _scan_jvp(settings: Settings, primals: tuple, tangents: tuple) -> tuple[tupl
     weight_hr = None if recurrent.weight_hr is None else recurrent.weight_hr.T
 
     def linear(d_state: Arrays, step: tuple) -> tuple[Arrays, jax.Array]:
-        partials, d_sums, d_inputs, d_projected, marks = step
+        push, d_sums, d_inputs, d_projected, marks = step
         d_before = _select(marks.reset, d_reset_state, d_state)
         d_sums = _split(settings, d_sums + _product(settings, d_before[0], weight_hh, contract=int(turned)))
-        d_gates, d_hidden = _arguments(cell, d_inputs, d_sums)
-        slots = [*d_gates, *d_hidden, *d_before, *d_before]
-        for index in order:
-            terms = [a * slots[slot] for slot, a in partials[index].items()] or [jnp.zeros_like(d_before[index])]
-            slots[index - len(d_before)] = functools.reduce(operator.add, terms)
-        d_after = tuple(slots[-len(d_before) :])
+        d_after = tuple(push(*_arguments(cell, d_inputs, d_sums), d_before, *d_captured))
         if weight_hr is not None:
             d_after = (_product(settings, d_after[0], weight_hr, contract=1) + d_projected, *d_after[1:])
         d_state = _select(marks.ended, d_state, d_after)
         return d_state, _output(marks, d_state, dtype)
 
-    known = (partials, d_sums, d_inputs, d_projected, marks)
+    known = (push, d_sums, d_inputs, d_projected, marks)
     d_last, d_outputs = lax.scan(linear, d_state, known, reverse=settings.reverse)
     return (_output(marks, states, dtype), last), (d_outputs, d_last)
 
 
-@_with_rule(_scan_jvp)
+@with_rule(_scan_jvp, nondiff_argnums=(0,))
 def _scan(
-    settings: Settings, recurrent: Recurrent, gates: Arrays, state: Arrays, marks: Marks, reset_state: Arrays | None
+    settings: Settings,
+    recurrent: Recurrent,
+    gates: Arrays,
+    state: Arrays,
+    marks: Marks,
+    reset_state: Arrays | None,
+    captured: Arrays,
 ) -> tuple[jax.Array, Arrays]:
-    """As `_loop`, of pointwise steps, with the derivative rule."""
-    return _loop(settings, recurrent.weight_hh.dtype, recurrent, gates, state, marks, reset_state)
+    """Run the recurrence over `gates`, (time, batch, hidden_size) each; return the outputs and the last state."""
+
+    def body(state: Arrays, step: tuple[Arrays, Marks]) -> tuple[Arrays, jax.Array]:
+        gates, marks = step
+        state, _ = _advance(settings, recurrent, gates, state, marks, reset_state, captured)
+        return state, _output(marks, state, recurrent.weight_hh.dtype)
+
+    state, outputs = lax.scan(body, state, (gates, marks), reverse=settings.reverse)
+    return outputs, state
 
 
 def _before(settings: Settings, first: Arrays, after: Arrays) -> Arrays:
@@ -432,37 +397,3 @@ def _before(settings: Settings, first: Arrays, after: Arrays) -> Arrays:
     if settings.reverse:
         return tuple(jnp.concatenate([a[1:], a_0[None]]) for a_0, a in zip(first, after, strict=True))
     return tuple(jnp.concatenate([a_0[None], a[:-1]]) for a_0, a in zip(first, after, strict=True))
-
-
-def _partials(
-    cell: Cell, gates: Arrays, hidden: Arrays, state: Arrays, after: Arrays
-) -> tuple[list[int], dict[int, dict[int, jax.Array]]]:
-    """The partial derivatives of each state after the step, by each argument that it is computed from.
-
-    Arguments count through gates, hidden, state and the states after the step: of an LSTM h depends on o and the new c,
-    which is less to keep than the derivatives by all that c depends on. The step is pointwise: a derivative is as large
-    as its argument.
-
-    Returns:
-        The numbers of the states in an order in which each comes after those that it is computed from; and for each its
-        derivatives.
-    """
-    arguments = (*gates, *hidden, *state)
-
-    def flat(*arguments: jax.Array) -> Arrays:
-        rest = arguments[len(gates) :]
-        return tuple(cell.step(arguments[: len(gates)], rest[: len(hidden)], rest[len(hidden) :]))
-
-    order, each = stages(jax.make_jaxpr(flat)(*arguments))
-    values = (*arguments, *after)
-    rows: dict[int, dict[int, jax.Array]] = {}
-    for index in order:
-        function, slots = each[index]
-        rows[index] = {}
-        for slot in slots:
-            _, (rows[index][slot],) = jax.jvp(
-                lambda a, slot=slot, function=function: function(*values[:slot], a, *values[slot + 1 :]),
-                (values[slot],),
-                (jnp.ones_like(values[slot]),),
-            )
-    return order, rows

@@ -20,7 +20,7 @@ import jaxrnn
 
 F, H = 3, 4
 PLATFORMS = ("cpu", "cuda", "tpu")
-TOLERANCE = 1e-6  # of the largest number, in float32: another program than here, which may sum in another order
+TOLERANCE = 2e-6  # of the largest number, in float32: another program than here, which may sum in another order
 # What the other process runs. It sees the file of the export and arrays, and leaves arrays.
 PROGRAM = """
 import sys

@@ -13,11 +13,11 @@ REPOSITORY = Path(__file__).parents[1]
 PACKAGE = REPOSITORY / "jaxrnn"
 FLOORS = {
     "_compat": -1,  # imports nothing of jaxrnn
+    "rules": -1,
     "_version": 0,
     "cells": 0,
     "spec": 1,
     "packed": 1,
-    "pointwise": 1,
     "recurrence": 2,
     "stack": 3,
     "flax_cell": 3,

@@ -200,7 +200,7 @@ def _rolled_cotangent(a: jax.Array) -> jax.Array:
 _rolled_cotangent.defvjp(lambda a: (jnp.sin(a), None), lambda _, d_a: (jnp.roll(d_a, 1, -1),))
 
 
-# What a step may do to a gate of 3 features. The derivative rule is for steps that are pointwise, as these are not:
+# What a step may do to a gate of 3 features. These are not pointwise:
 PLACES = np.array([2, 0, 1])
 NOT_POINTWISE: dict[str, Callable] = {
     "normalised": _layer_norm,
@@ -271,7 +271,7 @@ def test_a_step_of_any_kind(name: str, marks: str) -> None:
         for function in (ours, plain):
             gradient = jax.grad(_loss(function), (0, 1))
             results = {"values": function(params, hx), "grad": gradient(params, hx)}
-            if marks == "none" and name != "with a rule in reverse":
+            if marks == "none" and "rule" not in name:  # JAX has no second derivative for rules that are not true
                 tangents = jax.tree.map(jnp.cos, (params, hx))
                 results["jvp of grad"] = jax.jvp(gradient, (params, hx), tangents)[1]
             found.append(results)
