@@ -19,6 +19,14 @@ def is_traced(value: object) -> bool:
     return isinstance(value, jax.core.Tracer)
 
 
+def manual_axes(value: jax.Array) -> frozenset[Any]:
+    """The mesh axes over which a value varies inside `jax.shard_map`.
+
+    `jax.typeof` is public, but the attribute of its result has been renamed once, and is in no API reference.
+    """
+    return jax.typeof(value).manual_axis_type.varying
+
+
 def tpu_devices(topology: str) -> list[jax.Device]:
     """The devices of a TPU that need not be there, such as "v5e:2x2", to compile for. Needs libtpu.
 

@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import AxisType
 from jax.typing import ArrayLike, DTypeLike
 
-from jaxrnn import recurrence
+from jaxrnn import meshes, recurrence
 from jaxrnn._compat import is_traced
 from jaxrnn.cells import Arrays
 from jaxrnn.packed import PackedSequence, layout, pack, pad
@@ -346,9 +346,13 @@ def _apply(
         state, reset_state, masks = jax.tree.map(lambda a: a[:, None], (state, reset_state, masks))
     elif spec.batch_first:
         x, reset = jax.tree.map(lambda a: a.swapaxes(0, 1), (x, reset))
+    params, x, state, reset_state, lengths, reset, masks = meshes.aligned(
+        (params, None), (x, 1), (state, 1), (reset_state, 1), (lengths, 0), (reset, 1), (masks, 1)
+    )
     if state is None:
         rows = spec.num_layers * spec.num_directions
         state = tuple(jnp.broadcast_to(_zeros(x), (rows, x.shape[1], size)) for size in spec.state_sizes())
+    x, state = meshes.varying_with((x, state), (params, x, state, reset_state, lengths, reset, masks))
     marks = recurrence.Marks(reset=None if reset is None else reset[..., None])
     if lengths is not None:
         steps = jnp.arange(x.shape[0], dtype=jnp.int32)
@@ -373,7 +377,8 @@ def _apply(
             if masks is not None:
                 x = _dropout(spec, x, masks[index])
             elif keys is not None:
-                x = _dropout(spec, x, jax.random.bernoulli(keys[index], 1 - spec.dropout, x.shape))
+                keep = jax.random.bernoulli(keys[index], 1 - spec.dropout, x.shape)
+                x = _dropout(spec, x, meshes.sharded_like(keep, x))
     h_n = tuple(jnp.stack(rows) for rows in zip(*last, strict=True))
     if not batched:
         x, h_n = jax.tree.map(lambda a: a[:, 0], (x, h_n))
@@ -415,6 +420,9 @@ def _dropout(spec: Spec, x: jax.Array, keep: jax.Array) -> jax.Array:
 @functools.partial(jax.jit, static_argnames=("spec", "dtype", "precision"))
 def _apply_cell(spec: CellSpec, arrays: _Arrays, dtype: jnp.dtype | None, precision: jax.lax.PrecisionLike) -> Arrays:
     params, x, state, _ = arrays.promote(dtype)
+    params, x, state = meshes.aligned(
+        (params, None), (x, 0 if x.ndim == 2 else None), (state, 0 if x.ndim == 2 else None)
+    )
     if state is None:
         state = tuple(jnp.zeros((*x.shape[:-1], spec.hidden_size), x.dtype) for _ in spec.cell.states)
     return recurrence.step(recurrence.Settings(spec.cell, precision), params, x, state)

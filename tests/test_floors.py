@@ -14,6 +14,7 @@ PACKAGE = REPOSITORY / "jaxrnn"
 FLOORS = {
     "_compat": -1,  # imports nothing of jaxrnn
     "rules": -1,
+    "meshes": 0,
     "_version": 0,
     "cells": 0,
     "spec": 1,

@@ -1,0 +1,54 @@
+"""Where types say how arrays are sharded: meshes with axes of type Explicit, and inside `jax.shard_map`.
+
+There what flows together must agree, and a scan's first carry must have the type that its body returns.
+"""
+
+from typing import Any, TypeVar
+
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxrnn._compat import manual_axes
+
+Tree = TypeVar("Tree")
+
+
+def aligned(*arrays: tuple[Any, int | None]) -> list[Any]:
+    """Shard arrays over the same mesh axes along the batch, and over none along other axes.
+
+    Args:
+        arrays: pytrees of arrays, each with the number of its arrays' batch axis, or None for arrays without one. The
+            first whose batch is sharded decides.
+
+    Returns:
+        The pytrees. Only axes of type Explicit count.
+    """
+    shardings = [(jax.typeof(a).sharding, axis) for tree, axis in arrays for a in jax.tree.leaves(tree)]
+    if not any(any(sharding.spec) for sharding, _ in shardings):
+        return [tree for tree, _ in arrays]
+    batches = [sharding.spec[axis] for sharding, axis in shardings if axis is not None]
+    batch = next((names for names in batches if names is not None), None)
+    mesh = next(sharding.mesh for sharding, _ in shardings if any(sharding.spec))
+
+    def sharded(a: jax.Array, axis: int | None) -> jax.Array:
+        spec = PartitionSpec(*(batch if k == axis else None for k in range(a.ndim)))
+        return jax.sharding.reshard(a, NamedSharding(mesh, spec))
+
+    return [jax.tree.map(lambda a, axis=axis: sharded(a, axis), tree) for tree, axis in arrays]
+
+
+def sharded_like(a: jax.Array, like: jax.Array) -> jax.Array:
+    """Shard an array as another of its shape is, over axes of type Explicit."""
+    wanted, given = jax.typeof(like).sharding, jax.typeof(a).sharding
+    return a if wanted.spec == given.spec else jax.sharding.reshard(a, wanted)
+
+
+def varying_with(tree: Tree, others: Any) -> Tree:
+    """Inside `jax.shard_map`, let arrays vary over the mesh axes over which any of the others does."""
+    axes = frozenset().union(*map(manual_axes, jax.tree.leaves(others)))
+
+    def cast(a: jax.Array) -> jax.Array:
+        missing = tuple(sorted(axes - manual_axes(a)))
+        return jax.lax.pcast(a, missing, to="varying") if missing else a
+
+    return jax.tree.map(cast, tree)
