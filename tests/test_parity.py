@@ -292,6 +292,13 @@ VALUES = {"live": "", "filter": "GRUCell-hx", "dtype": "float64", "side": "linen
 VALUES |= {"platform": "tpu", "precision": "default", "json": "out.json", "report": "out.html"}
 
 
+@pytest.fixture
+def _nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    for place, name in ((runner, "_judge"), (runner, "_compile"), (runner, "_model"), (runner.reference, "record")):
+        monkeypatch.delattr(place, name)
+
+
+@pytest.mark.usefixtures("_nothing_runs")
 @pytest.mark.parametrize("task", runner.TASKS)
 def test_options_that_a_task_does_not_read(task: str, capsys: pytest.CaptureFixture[str]) -> None:
     model = ["no such.pt"] if task == "--model" else []
@@ -303,6 +310,7 @@ def test_options_that_a_task_does_not_read(task: str, capsys: pytest.CaptureFixt
         assert f"{task} takes no --{name}, which is for " in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("_nothing_runs")
 def test_options_are_those_that_some_task_reads(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -321,6 +329,7 @@ def test_options_are_those_that_some_task_reads(
     assert options == set(VALUES)
 
 
+@pytest.mark.usefixtures("_nothing_runs")
 @pytest.mark.parametrize(
     "tasks", [["record", "--model", "a.pt"], ["record", "--compile-only"], ["--model", "a.pt", "--compile-only"]]
 )
