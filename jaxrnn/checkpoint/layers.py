@@ -15,14 +15,14 @@ class Entry(NamedTuple):
     Attributes:
         attribute: its name in Flax.
         name: its name in torch.
-        sizes: which attributes of an NNX layer make up its shape in Flax; none if that is not known.
+        shape: its shape in Flax, by the settings of an NNX layer; None if they do not say it.
         to_torch: from Flax's array and the layer to torch's array.
         to_flax: the inverse.
     """
 
     attribute: str
     name: str
-    sizes: tuple[str, ...] = ()
+    shape: Callable[[Any], tuple[int, ...]] | None = None
     to_torch: Callable[[np.ndarray, Any], np.ndarray] = lambda array, layer: array
     to_flax: Callable[[np.ndarray, Any], np.ndarray] = lambda array, layer: array
 
@@ -172,14 +172,18 @@ class Kind(NamedTuple):
     ignored: tuple[str, ...] = ()
 
 
-_BIAS = Entry("bias", "bias", ("out_features",))
-_KERNEL = Entry("kernel", "weight", ("kernel_shape",), _to_channels_first, _to_channels_last)
-_LINEAR = Kind((Entry("kernel", "weight", ("in_features", "out_features"), _transpose, _transpose), _BIAS))
-_EMBED = Kind((Entry("embedding", "weight", ("num_embeddings", "features")),))
-_FEATURES = ("num_features",)
-_SCALE = Entry("scale", "weight", _FEATURES)
-_AFFINE = (_SCALE, Entry("bias", "bias", _FEATURES))
-_STATISTICS = (Entry("mean", "running_mean", _FEATURES), Entry("var", "running_var", _FEATURES))
+def _features(layer: Any) -> tuple[int, ...]:
+    return (layer.num_groups * layer.group_size if isinstance(layer, nnx.GroupNorm) else layer.num_features,)
+
+
+_BIAS = Entry("bias", "bias", lambda layer: (layer.out_features,))
+_KERNEL = Entry("kernel", "weight", lambda layer: layer.kernel_shape, _to_channels_first, _to_channels_last)
+_MATRIX = Entry("kernel", "weight", lambda layer: (layer.in_features, layer.out_features), _transpose, _transpose)
+_LINEAR = Kind((_MATRIX, _BIAS))
+_EMBED = Kind((Entry("embedding", "weight", lambda layer: (layer.num_embeddings, layer.features)),))
+_SCALE = Entry("scale", "weight", _features)
+_AFFINE = (_SCALE, Entry("bias", "bias", _features))
+_STATISTICS = (Entry("mean", "running_mean", _features), Entry("var", "running_var", _features))
 _EPSILON = Setting("epsilon", "eps", 1e-5)
 _MOMENTUM = Setting("momentum", "momentum", 0.1, lambda value: 1 - value)
 _NORM = Kind(_AFFINE, _compared(_EPSILON))

@@ -208,8 +208,10 @@ def _own_shape(layer: object, entry: Entry) -> tuple[int, ...] | None:
     """The shape of a layer's parameter, by the settings of the layer."""
     if isinstance(spec := getattr(layer, "spec", None), Spec | CellSpec):
         return spec.shapes().get(entry.name)
-    sizes = [getattr(layer, name, None) for name in entry.sizes]
-    return None if None in sizes or not sizes else sum((s if isinstance(s, tuple) else (s,) for s in sizes), ())
+    try:
+        return None if entry.shape is None else entry.shape(layer)
+    except AttributeError:  # of a subclass that has another constructor
+        return None
 
 
 def order_in_doubt(node: object, above: tuple[int, ...] = ()) -> list[str]:
