@@ -207,6 +207,24 @@ def test_linens_scan_and_vmap() -> None:
     assert_close(tensors["Dense_0.weight"], own["params"]["Dense_0"]["kernel"].value[0].T, atol=0)
 
 
+class Scaled(linen.Dense):
+    """With a parameter that has no axis of its own."""
+
+    @linen.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return super().__call__(x) * self.param("factor", linen.initializers.ones, (), jnp.float32)
+
+
+@pytest.mark.parametrize("axis", [0, -1])
+def test_a_scalar(axis: int) -> None:
+    model, tools = _vmapped(Scaled, axis)(4), jaxrnn.checkpoint.linen
+    variables = filled_variables(model, X)
+    _, problems, remedy = _refusal(tools.state_dict, model, variables, X)
+    assert "factor is (5,), should be ()" in problems
+    member = eval(remedy, {"jax": jax, "variables": variables})
+    assert tools.state_dict(Scaled(4), member, X)["factor"] == variables["params"]["factor"][0]
+
+
 @pytest.mark.parametrize(("axis", "index"), [(0, "array[0]"), (1, "array[:, 0]"), (-1, "array[..., 0]")])
 def test_linens_layer_itself(axis: int, index: str) -> None:
     model, tools = _vmapped(linen.Dense, axis)(4), jaxrnn.checkpoint.linen

@@ -73,14 +73,15 @@ class Contents(NamedTuple):
         shapes = {
             name.removesuffix(param.entry.name) + param.entry.attribute: (jnp.shape(param.value), param.own_shape)
             for name, param in self.params.items()
-            if param.own_shape is not None and len(param.own_shape) != jnp.ndim(param.value)
+            if param.own_shape is not None and len(param.own_shape) < jnp.ndim(param.value)
         }
         if not shapes:
             return
-        for axis, index in ((0, "[0]"), (1, "[:, 0]"), (-1, "[..., 0]")):
-            if all(tuple(np.delete(shape, axis)) == own for shape, own in shapes.values()):
-                remedy = remedy.replace("[0]", index)
-                break
+        if any(shape[1:] != own for shape, own in shapes.values()):  # not along the first axis
+            if all(shape[:1] + shape[2:] == own for shape, own in shapes.values()):
+                remedy = remedy.replace("[0]", "[:, 0]")
+            elif all(shape[:-1] == own for shape, own in shapes.values()):
+                remedy = remedy.replace("[0]", "[..., 0]")
         problems = [f"{name} is {shape}, should be {own}" for name, (shape, own) in shapes.items()]
         cause = f"{owner}: torch has no names for several modules in one:"
         raise CheckpointError("\n  ".join([cause, *problems]) + f"\n{remedy}")

@@ -191,7 +191,7 @@ def _layers(module: linen.Module, variables: Mapping[str, Any], args: tuple, kwa
         for collection, below in layer.variables.items():
             for name, value in below.items():
                 if not isinstance(value, Mapping) and (leaves := jax.tree.leaves(value)):
-                    noted.shapes[collection, name] = jnp.shape(leaves[0])  # under linen.vmap that of one module
+                    noted.shapes[collection, name] = jnp.shape(leaves[0])  # in linen.vmap, one module
         result = call(*call_args, **call_kwargs)
         # Now, because what `setup` sets is there after it ran, and not after the whole call.
         for name, value in vars(layer).items():

@@ -33,6 +33,9 @@ def load_state_dict(
     Each value is cast to its parameter's dtype, as torch does; the `nnx.Param` objects, their metadata and their
     sharding stay. When an error is raised, nothing has changed.
 
+    A module of `nnx.vmap` is refused: load each of its members, which are made without, and put them into it by
+    `nnx.update(module, jax.tree.map(lambda *arrays: jnp.stack(arrays), *map(nnx.state, members)))`.
+
     Args:
         module: any flax.nnx module. Beside the modules of jaxrnn, these layers are known: Linear, Embed, Conv,
             ConvTranspose, LayerNorm, GroupNorm, InstanceNorm, RMSNorm, and BatchNorm with its running statistics.
@@ -94,6 +97,8 @@ def state_dict(module: nnx.Module) -> dict[str, np.ndarray]:
     whose default differs between Flax and torch, or that torch lacks, and that is not torch's default, with what to
     write. Where torch's model has the same setting, silence it by
     `warnings.filterwarnings("ignore", "Model: encoder.norm.epsilon=1e-12")`, or for all layers by ".*epsilon=1e-12".
+    What no setting changes: a BatchNorm's running variance is biased in Flax, and unbiased in torch; and Flax's Embed
+    has no `padding_idx`, whose row torch does not train.
 
     Args:
         module: any flax.nnx module.
@@ -180,7 +185,7 @@ def contents_of(module: nnx.Module) -> Contents:
     return contents
 
 
-_TAKE_ONE = """take one of them, here the first, and stack what is loaded by nnx.update and jnp.stack:
+_TAKE_ONE = """take one of them, such as the first:
   graph, state = nnx.split(module)
   member = nnx.merge(graph, jax.tree.map(lambda array: array[0], state))"""
 
