@@ -203,7 +203,7 @@ UNLIKE_TORCH: list[tuple[tuple, dict[str, Any], dict[str, Any]]] = [
     (((3,),), {"padding": "CAUSAL", "kernel_dilation": 2}, {"padding": "same"}),
     (((4,),), {"padding": "SAME_LOWER"}, {"padding": "same"}),
     (((3,), 2), {}, {"padding": 1}),
-    (((7, 3), (2, 1)), {}, {"padding": (3, 1)}),
+    (((7, 3), (2, 1)), {"padding": "same"}, {"padding": (3, 1)}),
     (((3,), 2), {"kernel_dilation": 2}, {"padding": 2}),
 ]
 LIKE_TORCH: list[tuple[tuple, dict[str, Any], dict[str, Any]]] = [

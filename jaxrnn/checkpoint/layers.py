@@ -100,9 +100,8 @@ def _compared(*settings: Setting) -> Callable[[Any], Iterator[str]]:
     return differences
 
 
-# A convolution's padding is a setting as well, but torch has not all of Flax's: where a convolution in torch may have
-# another one, and an output of the same size.
 def _padding(layer: _Conv) -> Iterator[str]:
+    """What is to be said of a padding that torch lacks, where another gives an output of the same size."""
     sizes, strides = _sizes_and_strides(layer)
     strided = max(strides) > 1
     where, mode = "torch pads both sides alike", ""
@@ -112,14 +111,14 @@ def _padding(layer: _Conv) -> Iterator[str]:
         pads = [((size - 1) // 2, size // 2) for size in sizes]
     elif layer.padding == "CAUSAL":
         pads = [(sizes[0] - 1, 0)]
-    elif layer.padding == ("SAME" if strided else "SAME_LOWER"):  # the other is what torch has
+    elif str(layer.padding).upper() == ("SAME" if strided else "SAME_LOWER"):  # the other is what torch has
         for size, stride in zip(sizes, strides, strict=True):
             total = max(size - stride, 0)
             low = total // 2 if strided else (total + 1) // 2
             pads.append((low, total - low))
     if any(low != high for low, high in pads) or (mode and any(map(any, pads))):
         here = tuple((size - 1) // 2 for size in sizes) if strided else "SAME"
-        when = " if strides divide the size" if layer.padding == "SAME" else ""
+        when = " if strides divide the size" if str(layer.padding).upper() == "SAME" else ""
         yield (
             f"padding={layer.padding!r} pads {pads}{when}, where {where}\n"
             f"write padding={here!r} in Flax, or in torch padding=0 after {_pad('x', pads)[:-1]}{mode})"
@@ -127,6 +126,7 @@ def _padding(layer: _Conv) -> Iterator[str]:
 
 
 def _transposed_padding(layer: _ConvTranspose) -> Iterator[str]:
+    """As `_padding`, for a transposed convolution."""
     sizes, strides = _sizes_and_strides(layer)
     if layer.padding == "CIRCULAR":
         yield "padding='CIRCULAR', where torch only has padding_mode='zeros'\nwrite padding='SAME' in Flax"
