@@ -36,7 +36,7 @@ def _setting(name: str) -> property:
     return property(lambda self: getattr(self.spec, name))
 
 
-_NONLINEARITY = property(lambda self: "relu" if self.spec.cell is RNN_RELU else "tanh")
+_NONLINEARITY = property(lambda self: "relu" if self.spec.cell == RNN_RELU else "tanh")
 
 
 class _Module(nnx.Module):
@@ -70,7 +70,7 @@ class _Module(nnx.Module):
     def __repr__(self) -> str:
         """As torch prints it: the sizes, then what differs from the defaults."""
         parts = [f"{self.input_size}, {self.hidden_size}"]
-        if self.spec.cell is RNN_RELU:
+        if self.spec.cell == RNN_RELU:
             parts.append("nonlinearity='relu'")
         for field in dataclasses.fields(self.spec):
             value = getattr(self.spec, field.name)

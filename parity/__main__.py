@@ -30,6 +30,13 @@ from .report import Report, line
 MOST_PLACES = 3
 # JAX's names of the platforms.
 PLATFORMS = {"cpu": "cpu", "gpu": "cuda,rocm", "tpu": "tpu"}
+# The options that each task reads; it refuses the others.
+TASKS = {
+    "compare": {"live", "filter", "dtype", "side", "platform", "precision", "json", "report"},
+    "record": set[str](),
+    "--model": {"key", "inputs", "live", "side", "platform", "precision", "json", "report"},
+    "--compile-only": {"filter", "dtype", "platform", "precision", "json"},
+}
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = f"python -m {__package__}") -> int:
@@ -85,6 +92,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = f"python -m {__pack
     parser.add_argument("--report", type=Path, metavar="OUT", help="also write a report to this file, as HTML")
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parser.parse_args(arguments)
+    _refuse_unused(parser, options)
     options.command_line = f"{prog} {shlex.join(arguments)}".strip()
     if options.report and not (importlib.util.find_spec("matplotlib") and importlib.util.find_spec("jinja2")):
         parser.error("--report draws with matplotlib and fills in with jinja2: pip install 'jaxrnn[report]'")
@@ -93,10 +101,8 @@ def main(arguments: Sequence[str] | None = None, prog: str = f"python -m {__pack
         parser.error("--live compares with PyTorch: pip install 'jaxrnn[torch]'; without --live with recorded results")
     if options.live == "cuda" and torch and not torch.cuda.is_available():
         parser.error("--live cuda: this PyTorch sees no GPU")
-    if options.compile_only and (options.platform != "tpu" or options.side != "jaxrnn" or options.report):
-        parser.error(
-            "--compile-only is for --platform tpu and jaxrnn's NNX modules, and writes --json, but no --report"
-        )
+    if options.compile_only and options.platform != "tpu":
+        parser.error("--compile-only is for --platform tpu")
     for path in (options.json, options.report):
         if path and not path.parent.is_dir():
             parser.error(f"there is no folder {path.parent} to write {path.name} to")
@@ -117,8 +123,6 @@ def main(arguments: Sequence[str] | None = None, prog: str = f"python -m {__pack
     if options.compile_only:
         return _compile(cases, dtypes, console, options.json)
     if options.command == "record":
-        if len(cases) + len(runs) < len(CASES) + len(training.RUNS):
-            parser.error("record takes no --filter: it records every case")
         if not (Path(__file__).parents[1] / "pyproject.toml").is_file():
             parser.error("record writes into a clone of the repository: run `python -m parity record` in its root")
         if installed_torch() is None:
@@ -127,6 +131,18 @@ def main(arguments: Sequence[str] | None = None, prog: str = f"python -m {__pack
             console.print(f"{path.name}: {path.stat().st_size:,} bytes", highlight=False)
         return 0
     return _judge(cases, runs, dtypes, options)
+
+
+def _refuse_unused(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """End with an error where an option, or one of two tasks, would be ignored."""
+    chosen = {"record": options.command == "record", "--model": options.model, "--compile-only": options.compile_only}
+    tasks = [task for task in chosen if chosen[task]] or ["compare"]
+    if len(tasks) > 1:
+        parser.error(f"{' and '.join(tasks)} cannot be combined: give one of them")
+    given = {name for name, value in vars(options).items() if value != parser.get_default(name)}
+    for name in sorted(given & set.union(*TASKS.values()) - TASKS[tasks[0]]):
+        users = [task for task, names in TASKS.items() if name in names]
+        parser.error(f"{tasks[0]} takes no --{name}, which is for {' and '.join(users)}")
 
 
 def _model(options: argparse.Namespace) -> int:

@@ -278,7 +278,7 @@ def _second() -> Iterator[Case]:
 def _half() -> Iterator[Case]:
     """One case of each kind in the dtypes of 16 bits. Those of relu are tiny, so that none comes near its kink."""
     for dtype, (name, kind) in itertools.product(("bfloat16", "float16"), KINDS.items()):
-        relu = kind.cell is RNN_RELU
+        relu = kind.cell == RNN_RELU
         arguments: dict[str, Any] = SIZES if relu else {"input_size": 24, "hidden_size": 32}
         if name in LAYERS and not relu:
             arguments = {**arguments, "num_layers": 2, "bidirectional": True}
@@ -312,7 +312,7 @@ def _accuracy() -> Iterator[Case]:
 def _long() -> Iterator[Case]:
     """A long sequence of each kind, where errors could add up. Not of relu: some argument would come near its kink."""
     for name, kind in LAYERS.items():
-        if kind.cell is not RNN_RELU:
+        if kind.cell != RNN_RELU:
             arguments = {"input_size": 8, "hidden_size": 16, "num_layers": 1, "bidirectional": True}
             if kind.projects:
                 arguments["proj_size"] = 8

@@ -36,7 +36,7 @@ def largest(case: Case, dtype: str) -> float:
     """The largest error that counts as right, scaled by max(1, largest of the truth)."""
     if dtype != "float32" or products_are_float32():
         return LARGEST[dtype]
-    return LARGEST_ACROSS_A_KINK if KINDS[case.kind].cell is RNN_RELU else LARGEST_ROUNDED
+    return LARGEST_ACROSS_A_KINK if KINDS[case.kind].cell == RNN_RELU else LARGEST_ROUNDED
 
 
 @dataclasses.dataclass(frozen=True)

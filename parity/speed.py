@@ -334,7 +334,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = f"python -m {__pack
     absent |= {"cudnn"} if jax.default_backend() != "gpu" else set()
     left_out = [side for side in SIDES if side in asked & absent]
     asked -= absent
-    seconds = options.seconds or (5 if options.quick else 20)
+    seconds = (5 if options.quick else 20) if options.seconds is None else options.seconds
 
     rates = product_rates([side for side in SIDES if side in asked])
     results = Results([])

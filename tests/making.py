@@ -29,7 +29,7 @@ def _numbers(tree: Any, seed: int) -> Any:
 
     def numbers(array: Any) -> jax.Array:
         if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
-            return jax.random.key(seed)
+            return jnp.broadcast_to(jax.random.key(seed), array.shape)
         if not jnp.issubdtype(array.dtype, jnp.floating):
             return jnp.zeros(array.shape, array.dtype)
         return jnp.asarray(random.uniform(0.05, 0.5, array.shape).astype(array.dtype))

@@ -1,5 +1,6 @@
 import dataclasses
 import math
+import pickle
 
 import jax
 import jax.numpy as jnp
@@ -96,7 +97,9 @@ def test_order_is_that_of_first_keys():
     ],
 )
 def test_what_is_assumed(spec, assumed):
-    assert find_rnns(tensors_of(spec))[0].assumed == assumed
+    [found] = find_rnns(tensors_of(spec))
+    assert found.assumed == assumed
+    assert pickle.loads(pickle.dumps(found)).assumed == assumed
 
 
 @pytest.mark.torch

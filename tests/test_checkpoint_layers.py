@@ -22,7 +22,7 @@ class Model(nnx.Module):
     def __init__(self, rngs: nnx.Rngs) -> None:
         self.embedding = nnx.Embed(11, 6, param_dtype=F, rngs=rngs)
         self.conv = nnx.Conv(6, 8, (3,), padding="VALID", feature_group_count=2, param_dtype=F, rngs=rngs)
-        self.norm = nnx.BatchNorm(8, use_running_average=True, epsilon=1e-5, param_dtype=F, rngs=rngs)
+        self.norm = nnx.BatchNorm(8, use_running_average=True, momentum=0.9, param_dtype=F, rngs=rngs)
         self.upsample = nnx.ConvTranspose(8, 6, (4,), 2, padding="VALID", param_dtype=F, rngs=rngs)
         self.group = nnx.GroupNorm(6, 3, epsilon=1e-5, use_fast_variance=False, param_dtype=F, rngs=rngs)
         self.encoder = jaxrnn.LSTM(6, 5, 2, batch_first=True, bidirectional=True, proj_size=3, param_dtype=F, rngs=rngs)
@@ -45,7 +45,7 @@ class LinenModel(linen.Module):
     def setup(self) -> None:
         self.embedding = linen.Embed(11, 6, param_dtype=F)
         self.conv = linen.Conv(8, (3,), padding="VALID", feature_group_count=2, param_dtype=F)
-        self.norm = linen.BatchNorm(use_running_average=True, epsilon=1e-5, param_dtype=F)
+        self.norm = linen.BatchNorm(use_running_average=True, momentum=0.9, param_dtype=F)
         self.upsample = linen.ConvTranspose(6, (4,), (2,), padding="VALID", param_dtype=F)
         self.group = linen.GroupNorm(3, epsilon=1e-5, use_fast_variance=False, param_dtype=F)
         self.encoder = jaxrnn.linen.LSTM(6, 5, 2, batch_first=True, bidirectional=True, proj_size=3, param_dtype=F)
@@ -199,6 +199,7 @@ def test_layers_on_images(torch: types.ModuleType, name: str, api: str) -> None:
 
 
 @pytest.mark.torch
+@pytest.mark.filterwarnings("ignore:RMSNorm. epsilon=1e-06")  # torch's has it, too
 def test_rms_norm(torch: types.ModuleType) -> None:
     x = np.random.RandomState(0).randn(3, 5)
     theirs = torch.nn.RMSNorm(5, eps=1e-6).double()
@@ -210,7 +211,7 @@ def test_rms_norm(torch: types.ModuleType) -> None:
 
 
 def test_misfits_are_said_in_torchs_layout() -> None:
-    model = nnx.Sequential(nnx.Linear(3, 4, rngs=nnx.Rngs(0)), nnx.BatchNorm(4, rngs=nnx.Rngs(0)))
+    model = nnx.Sequential(nnx.Linear(3, 4, rngs=nnx.Rngs(0)), nnx.BatchNorm(4, momentum=0.9, rngs=nnx.Rngs(0)))
     tensors = jaxrnn.state_dict(model)
     names = ["0.weight", "0.bias", "1.weight", "1.bias", "1.running_mean", "1.running_var"]
     assert list(tensors) == names

@@ -37,7 +37,7 @@ class Model(nnx.Module):
     def __init__(self, seed: int = 0) -> None:
         rngs = nnx.Rngs(seed)
         self.rnn = jaxrnn.LSTM(2, 4, param_dtype=jnp.float64, rngs=rngs)
-        self.norm = nnx.BatchNorm(4, param_dtype=jnp.float64, use_running_average=True, rngs=rngs)
+        self.norm = nnx.BatchNorm(4, momentum=0.9, param_dtype=jnp.float64, use_running_average=True, rngs=rngs)
         self.head = nnx.Sequential(nnx.Linear(4, 1, param_dtype=jnp.float64, rngs=rngs))
 
     def __call__(self, x: Any) -> Any:
@@ -142,7 +142,7 @@ def test_an_order_that_shapes_tell_is_no_matter_of_doubt() -> None:
         def __init__(self) -> None:
             self.cell = jaxrnn.GRUCell(3, 4, rngs=nnx.Rngs(0))
             self.head = nnx.Linear(4, 2, rngs=nnx.Rngs(0))
-            self.norm = nnx.BatchNorm(2, rngs=nnx.Rngs(0))
+            self.norm = nnx.BatchNorm(2, momentum=0.9, rngs=nnx.Rngs(0))
 
     _, state = _numbered(nnx.Dict(cell=Different().cell, head=Different().head))
     weights = jaxrnn.state_dict(Different())

@@ -1,8 +1,11 @@
 """The modules: torch's signatures, attributes and repr; Flax's train/eval, rngs, dtypes and transforms; training."""
 
+import copy
 import functools
 import inspect
+import pickle
 import types
+from collections.abc import Callable
 from typing import Any
 
 import chex
@@ -51,6 +54,30 @@ def test_a_module_looks_like_torchs(torch: types.ModuleType, name: str, settings
     for key, value in theirs.state_dict().items():
         assert isinstance(getattr(ours, key), nnx.Param)
         assert getattr(ours, key).shape == tuple(value.shape)
+
+
+def _pickled(value: Any) -> Any:
+    return pickle.loads(pickle.dumps(value))
+
+
+def _merged(module: Any) -> Any:
+    """As another process would have it that was sent the two halves."""
+    return nnx.merge(*_pickled(nnx.split(module)))
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, _pickled])
+@pytest.mark.parametrize(("name", "settings"), LAYERS + CELLS)
+def test_a_copy_says_what_it_is(name: str, settings: dict, copied: Callable[[Any], Any]) -> None:
+    ours = _make(name, **settings)
+    for other in (copied(ours), nnx.clone(ours), _merged(ours), jax.tree.map(lambda array: array, ours)):
+        assert other.spec == ours.spec
+        assert repr(other) == repr(ours)
+        assert getattr(other, "nonlinearity", "") == settings.get("nonlinearity", "")
+    linen = getattr(jaxrnn.linen, name)(3, 4, **settings)
+    for other in (copied(linen), linen.clone()):
+        assert other == linen
+        assert other.spec == linen.spec
+        assert repr(other) == repr(linen)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The parity suite: every case against the recorded results, those against a live torch, and faults turn it red."""
 
+import argparse
 import dataclasses
 import itertools
 import json
@@ -241,10 +242,9 @@ def test_the_runner(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pyt
     assert "GRUCell-hx" in red
     assert "weight_hh.grad" in red
     assert green != red
-    for arguments in (["--filter", "no such case"], ["record", "--filter", "GRUCell-hx"]):
-        with pytest.raises(SystemExit) as stopped:
-            runner.main(arguments)
-        assert stopped.value.code == 2
+    with pytest.raises(SystemExit) as stopped:
+        runner.main(["--filter", "no such case"])
+    assert stopped.value.code == 2
 
 
 def test_the_runner_sees_float32_errors_that_only_many_numbers_show(
@@ -285,6 +285,59 @@ def test_live_wants_a_torch_that_can(monkeypatch: pytest.MonkeyPatch, capsys: py
     with pytest.raises(SystemExit):
         runner.main(["--live", "cuda", "--filter", "GRUCell-hx"])
     assert "sees no GPU" in capsys.readouterr().err
+
+
+# What each option is given.
+VALUES = {"live": "", "filter": "GRUCell-hx", "dtype": "float64", "side": "linen", "key": "net", "inputs": "x.npy"}
+VALUES |= {"platform": "tpu", "precision": "default", "json": "out.json", "report": "out.html"}
+
+
+@pytest.fixture
+def _nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    for place, name in ((runner, "_judge"), (runner, "_compile"), (runner, "_model"), (runner.reference, "record")):
+        monkeypatch.delattr(place, name)
+
+
+@pytest.mark.usefixtures("_nothing_runs")
+@pytest.mark.parametrize("task", runner.TASKS)
+def test_options_that_a_task_does_not_read(task: str, capsys: pytest.CaptureFixture[str]) -> None:
+    model = ["no such.pt"] if task == "--model" else []
+    assert set.union(*runner.TASKS.values()) == set(VALUES)
+    for name in VALUES.keys() - runner.TASKS[task]:
+        with pytest.raises(SystemExit) as stopped:
+            runner.main([task, *model, f"--{name}", *filter(None, [VALUES[name]])])
+        assert stopped.value.code == 2
+        assert f"{task} takes no --{name}, which is for " in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("_nothing_runs")
+def test_options_are_those_that_some_task_reads(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    added: list[str] = []
+    add = argparse.ArgumentParser.add_argument
+
+    def noting(self: argparse.ArgumentParser, *names: Any, **settings: Any) -> argparse.Action:
+        added.append(names[0])
+        return add(self, *names, **settings)
+
+    monkeypatch.setattr(argparse.ArgumentParser, "add_argument", noting)
+    with pytest.raises(SystemExit):
+        runner.main(["--inputs", "no such.npy"])
+    assert "compare takes no --inputs, which is for --model" in capsys.readouterr().err
+    options = {name.removeprefix("--") for name in added if name.startswith("--")} - {"model", "compile-only"}
+    assert options == set(VALUES)
+
+
+@pytest.mark.usefixtures("_nothing_runs")
+@pytest.mark.parametrize(
+    "tasks", [["record", "--model", "a.pt"], ["record", "--compile-only"], ["--model", "a.pt", "--compile-only"]]
+)
+def test_two_tasks(tasks: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        runner.main(tasks)
+    assert stopped.value.code == 2
+    assert "cannot be combined: give one of them" in capsys.readouterr().err
 
 
 @pytest.mark.torch

@@ -87,7 +87,7 @@ class FoundRNN:
     def assumed(self) -> dict[str, object]:
         """The settings that matter here and that no state dict says, with the value that `spec` therefore assumes."""
         assumed: dict[str, object] = {}
-        if self.spec.cell is RNN_TANH:
+        if self.spec.cell == RNN_TANH:
             assumed["nonlinearity"] = "tanh"
         if isinstance(self.spec, Spec):
             assumed["batch_first"] = self.spec.batch_first

@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxrnn.checkpoint.arrays import NO_NUMBERS, dtype_of, to_numpy
 from jaxrnn.checkpoint.errors import CheckpointError, listed
-from jaxrnn.checkpoint.layers import Entry
+from jaxrnn.checkpoint.layers import Entry, kind_of
 from jaxrnn.checkpoint.names import as_named, fold, misfits, under
 
 # Kinds of dtype: within one a value is cast, as torch does; an integer or complex weight is a mistake.
@@ -27,12 +27,14 @@ class Parameter(NamedTuple):
         value: its present array.
         layer: the module that it belongs to.
         entry: how it is named and laid out in torch.
+        own_shape: the shape in Flax by which the layer computes; None if it is not known.
     """
 
     place: Any
     value: Any
     layer: Any
     entry: Entry
+    own_shape: tuple[int, ...] | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -45,6 +47,54 @@ class Parameter(NamedTuple):
         return np.array(self.entry.to_torch(to_numpy(name, self.value), self.layer), order="C")
 
 
+class Contents(NamedTuple):
+    """What a module of either API holds.
+
+    Attributes:
+        params: by their names in torch.
+        layers: the layers that are known, by the prefix of their names.
+    """
+
+    params: dict[str, Parameter]
+    layers: dict[str, Any]
+
+    @property
+    def ignored(self) -> set[str]:
+        """Names that torch has and that mean nothing here."""
+        return {prefix + name for prefix, layer in self.layers.items() for name in kind_of(layer).ignored}
+
+    def refuse_stacked(self, owner: str, remedy: str) -> None:
+        """Raise a CheckpointError where parameters have axes that their layers have not, as `vmap` makes them.
+
+        Args:
+            owner: whose parameters they are, for the message.
+            remedy: what to do instead, with "[0]" for the first along the new axis.
+        """
+        shapes = {
+            name.removesuffix(param.entry.name) + param.entry.attribute: (jnp.shape(param.value), param.own_shape)
+            for name, param in self.params.items()
+            if param.own_shape is not None and len(param.own_shape) < jnp.ndim(param.value)
+        }
+        if not shapes:
+            return
+        if any(shape[1:] != own for shape, own in shapes.values()):  # not along the first axis
+            if all(shape[:1] + shape[2:] == own for shape, own in shapes.values()):
+                remedy = remedy.replace("[0]", "[:, 0]")
+            elif all(shape[:-1] == own for shape, own in shapes.values()):
+                remedy = remedy.replace("[0]", "[..., 0]")
+        problems = [f"{name} is {shape}, should be {own}" for name, (shape, own) in shapes.items()]
+        cause = f"{owner}: torch has no names for several modules in one:"
+        raise CheckpointError("\n  ".join([cause, *problems]) + f"\n{remedy}")
+
+    def differences(self, owner: str, names: Container[str]) -> Iterator[str]:
+        """What is to be said of settings that are not torch's, of the layers whose parameters are in `names`."""
+        for prefix, layer in self.layers.items():
+            own = [prefix + entry.name for entry in kind_of(layer).entries if prefix + entry.name in self.params]
+            if not own or any(name in names for name in own):
+                for text in kind_of(layer).differences(layer):
+                    yield f"{owner}: {prefix}{text}"
+
+
 class Fit(NamedTuple):
     """Tensors for parameters.
 
@@ -52,39 +102,27 @@ class Fit(NamedTuple):
         arrays: by the parameters' names, each as the parameter is laid out.
         missing: the names of parameters for which there is no tensor.
         unexpected: the tensors' names that no parameter has.
-        odd: names whose numbers are not all finite.
+        warnings: what is to be warned of.
     """
 
     arrays: dict[str, jax.Array]
     missing: list[str]
     unexpected: list[str]
-    odd: list[str]
-
-    @property
-    def warning(self) -> str:
-        """What is to be warned of, if anything."""
-        return f"NaN or infinite numbers in {listed(self.odd)}" if self.odd else ""
+    warnings: list[str]
 
 
-def fit(
-    owner: str,
-    params: Mapping[str, Parameter],
-    ignored: set[str],
-    tensors: Mapping[str, Any],
-    prefix: str,
-    strict: bool,
-) -> Fit:
+def fit(owner: str, contents: Contents, tensors: Mapping[str, Any], prefix: str, strict: bool) -> Fit:
     """Find and convert a tensor for each parameter.
 
     Args:
-        owner: whose parameters they are, for the message.
-        params: by their names in torch.
-        ignored: names that torch has and that mean nothing here.
+        owner: whose contents they are, for messages.
+        contents: what is to be filled.
         tensors, prefix, strict: as for `jaxrnn.load_state_dict`.
 
     Raises:
         CheckpointError: as `jaxrnn.load_state_dict`.
     """
+    params, ignored = contents.params, contents.ignored
     if not isinstance(tensors, Mapping):
         got = f"{type(tensors).__name__}\njaxrnn.checkpoint.load reads a file"
         raise TypeError(f"tensors should be a dict from name to array, got {got}")
@@ -127,7 +165,8 @@ def fit(
         if missing or unexpected:
             remedy += "; strict=False allows missing and unexpected keys"
         raise CheckpointError("\n  ".join([f"{owner}: the tensors{where} do not fit:", *problems]) + f"\n{remedy}")
-    return Fit(arrays, missing, unexpected, odd)
+    warnings = [f"{owner}: NaN or infinite numbers in {listed(odd)}"] if odd else []
+    return Fit(arrays, missing, unexpected, [*warnings, *contents.differences(owner, arrays)])
 
 
 def _identity(value: Any) -> tuple:

@@ -5,12 +5,13 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import linen
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jaxrnn import _compat
-from jaxrnn.checkpoint.fit import Parameter, fit
-from jaxrnn.checkpoint.layers import Entry, entries, ignored
+from jaxrnn.checkpoint.fit import Contents, Parameter, fit
+from jaxrnn.checkpoint.layers import Entry, kind_of
 from jaxrnn.spec import CellSpec, Spec
 
 Path = tuple[str, ...]
@@ -63,6 +64,9 @@ def load_state_dict(
     Raises:
         CheckpointError: as `jaxrnn.load_state_dict`.
 
+    Warns:
+        UserWarning: as `jaxrnn.load_state_dict`.
+
     >>> import jax, jax.numpy as jnp, jaxrnn
     >>> from flax import linen
     >>> model = linen.Sequential([linen.Dense(4), jaxrnn.linen.GRU(4, 5, batch_first=True)])
@@ -75,13 +79,13 @@ def load_state_dict(
     >>> variables = model.init(jax.random.key(1), x)
     >>> variables = jaxrnn.checkpoint.linen.load_state_dict(model, variables, tensors, x).variables
     """
-    params, names = _params(module, variables, args, kwargs)
-    found = fit(type(module).__name__, params, names, tensors, prefix, strict)
-    if found.warning:
-        warnings.warn(f"{type(module).__name__}: {found.warning}", stacklevel=2)
+    contents = _contents(module, variables, args, kwargs)
+    found = fit(type(module).__name__, contents, tensors, prefix, strict)
+    for text in found.warnings:
+        warnings.warn(text, stacklevel=2)
     flat = _flat(variables)
     for name, array in found.arrays.items():
-        place = params[name].place
+        place = contents.params[name].place
         box = jax.tree.structure(flat[place])  # the array alone, or with metadata such as `linen.Partitioned`
         flat[place] = jax.tree.unflatten(box, [array])
     tree = unflatten_dict(flat)
@@ -100,6 +104,12 @@ def state_dict(module: linen.Module, variables: Mapping[str, Any], *args: Any, *
     Returns:
         A dict from name to a NumPy copy, of the parameter's dtype, and its shape in torch.
 
+    Raises:
+        CheckpointError: several modules in one, as `linen.vmap` and `linen.scan` make them.
+
+    Warns:
+        UserWarning: as `jaxrnn.state_dict`.
+
     >>> import jax, jax.numpy as jnp, jaxrnn
     >>> from flax import linen
     >>> model, x = linen.Sequential([jaxrnn.linen.GRUCell(3, 4), linen.Dense(5)]), jnp.ones((2, 3))
@@ -107,7 +117,10 @@ def state_dict(module: linen.Module, variables: Mapping[str, Any], *args: Any, *
     >>> {name: array.shape for name, array in tensors.items() if name.startswith("1.")}
     {'1.weight': (5, 4), '1.bias': (5,)}
     """
-    return {name: param.to_torch(name) for name, param in _params(module, variables, args, kwargs)[0].items()}
+    contents = _contents(module, variables, args, kwargs)
+    for text in contents.differences(type(module).__name__, contents.params):
+        warnings.warn(text, stacklevel=2)
+    return {name: param.to_torch(name) for name, param in contents.params.items()}
 
 
 def _flat(variables: Mapping[str, Any]) -> dict[Path, Any]:
@@ -115,42 +128,57 @@ def _flat(variables: Mapping[str, Any]) -> dict[Path, Any]:
     return flatten_dict(tree, keep_empty_nodes=True)
 
 
-def _params(
-    module: linen.Module, variables: Mapping[str, Any], args: tuple, kwargs: dict
-) -> tuple[dict[str, Parameter], set[str]]:
-    """Every parameter by its name in torch; and the names there that mean nothing here."""
+_TAKE_ONE = """give the module that linen.vmap or linen.scan was given, and one of its variables, such as the first:
+  jax.tree.map(lambda array: array[0], variables)"""
+
+
+def _contents(module: linen.Module, variables: Mapping[str, Any], args: tuple, kwargs: dict) -> Contents:
+    """Every parameter and every layer by their names in torch.
+
+    Raises:
+        CheckpointError: there are several modules in one, as `linen.vmap` makes them.
+    """
     layers = _layers(module, variables, args, kwargs)
     prefixes = {path: "".join(f"{name}." for name in _renamed(path, layers)) for path in layers}
-    names = {prefixes[path] + name for path, layer in layers.items() for name in ignored(layer.module)}
     found: dict[Path, dict[str, Parameter]] = {path: {} for path in layers}
     for place, value in _flat(variables).items():
         collection, path, attribute = place[0], place[1:-1], place[-1]
-        layer = layers[path].module if path in layers else None
-        entry = next((entry for entry in entries(layer) if entry.attribute == attribute), None)
+        layer, shapes = (layers[path].module, layers[path].shapes) if path in layers else (None, {})
+        entry = next((entry for entry in kind_of(layer).entries if entry.attribute == attribute), None)
         if collection == "params" or entry:
             entry = entry or Entry(attribute, attribute)
-            found.setdefault(path, {})[attribute] = Parameter(place, linen.unbox(value), layer, entry)
+            own_shape = shapes.get((collection, attribute))
+            found.setdefault(path, {})[attribute] = Parameter(place, linen.unbox(value), layer, entry, own_shape)
     params = {}
     for path, group in found.items():
         prefix = prefixes[path] if path in prefixes else "".join(f"{name}." for name in path)
         first = _order(layers[path].module) if path in layers else ()
         for attribute in [*(name for name in first if name in group), *(name for name in group if name not in first)]:
             params[prefix + group[attribute].entry.name] = group[attribute]
-    return params, names
+    contents = Contents(params, {prefixes[path]: layer.module for path, layer in layers.items()})
+    contents.refuse_stacked(type(module).__name__, _TAKE_ONE)
+    return contents
 
 
 def _order(layer: linen.Module) -> list[str]:
     """The attributes of a layer that is known, in torch's order."""
     spec = getattr(layer, "spec", None)
     own = list(spec.shapes()) if isinstance(spec, Spec | CellSpec) else []
-    return own + [entry.attribute for entry in entries(layer)]
+    return own + [entry.attribute for entry in kind_of(layer).entries]
 
 
 class _Layer(NamedTuple):
-    """A submodule, and what torch calls those of its own whose names Linen makes: from name to name."""
+    """A submodule.
+
+    Attributes:
+        module: itself.
+        names: what torch calls its submodules whose names Linen makes: from name to name.
+        shapes: those of its variables as it sees them itself, by collection and name.
+    """
 
     module: linen.Module
     names: dict[str, str]
+    shapes: dict[Path, tuple[int, ...]]
 
 
 def _layers(module: linen.Module, variables: Mapping[str, Any], args: tuple, kwargs: dict) -> dict[Path, _Layer]:
@@ -159,7 +187,11 @@ def _layers(module: linen.Module, variables: Mapping[str, Any], args: tuple, kwa
 
     def note(call: Any, call_args: tuple, call_kwargs: dict, context: Any) -> Any:
         layer = _compat.called_module(context)
-        layers.setdefault(layer.path, _Layer(layer, {}))  # before those that it calls
+        noted = layers.setdefault(layer.path, _Layer(layer, {}, {}))  # before those that it calls
+        for collection, below in layer.variables.items():
+            for name, value in below.items():
+                if not isinstance(value, Mapping) and (leaves := jax.tree.leaves(value)):
+                    noted.shapes[collection, name] = jnp.shape(leaves[0])  # in linen.vmap, one module
         result = call(*call_args, **call_kwargs)
         # Now, because what `setup` sets is there after it ran, and not after the whole call.
         for name, value in vars(layer).items():

@@ -14,8 +14,8 @@ from flax import linen, nnx
 import jaxrnn.nnx
 from jaxrnn import _compat, flax_sharding
 from jaxrnn.checkpoint.arrays import dtype_of
-from jaxrnn.checkpoint.fit import Parameter, fit
-from jaxrnn.checkpoint.layers import Entry, entries, ignored
+from jaxrnn.checkpoint.fit import Contents, Parameter, fit
+from jaxrnn.checkpoint.layers import Entry, kind_of
 from jaxrnn.spec import CellSpec, Spec
 
 _CLASSES = ("RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell")
@@ -33,6 +33,9 @@ def load_state_dict(
     Each value is cast to its parameter's dtype, as torch does; the `nnx.Param` objects, their metadata and their
     sharding stay. When an error is raised, nothing has changed.
 
+    A module of `nnx.vmap` is refused: load each of its members, which are made without, and put them into it by
+    `nnx.update(module, jax.tree.map(lambda *arrays: jnp.stack(arrays), *map(nnx.state, members)))`.
+
     Args:
         module: any flax.nnx module. Beside the modules of jaxrnn, these layers are known: Linear, Embed, Conv,
             ConvTranspose, LayerNorm, GroupNorm, InstanceNorm, RMSNorm, and BatchNorm with its running statistics.
@@ -47,12 +50,13 @@ def load_state_dict(
 
     Raises:
         CheckpointError: a shape or a kind of dtype that does not fit, or with `strict` a missing or unexpected key;
-            the message names every one.
+            the message names every one. Or several modules in one, as for `state_dict`.
         TypeError: `module` is a Linen module, for which there is `jaxrnn.checkpoint.linen.load_state_dict`; or
             `tensors` are no dict.
 
     Warns:
-        UserWarning: a tensor with NaN or infinite numbers, which is loaded all the same.
+        UserWarning: a tensor with NaN or infinite numbers, which is loaded all the same; or a setting of a layer that
+            is loaded and that is not torch's default, as for `state_dict`.
 
     >>> import jaxrnn
     >>> from flax import nnx
@@ -63,15 +67,15 @@ def load_state_dict(
     >>> jaxrnn.load_state_dict(jaxrnn.LSTM(10, 20, bias=False, rngs=nnx.Rngs(1)), tensors, "encoder.", strict=False)
     ([], ['bias_ih_l0', 'bias_hh_l0'])
     """
-    _check_api(module)
-    params, names = params_of(module)
-    found = fit(type(module).__name__, params, names, tensors, prefix, strict)
-    if found.warning:
-        warnings.warn(f"{type(module).__name__}: {found.warning}", stacklevel=2)
+    contents = contents_of(module)
+    found = fit(type(module).__name__, contents, tensors, prefix, strict)
+    for text in found.warnings:
+        warnings.warn(text, stacklevel=2)
     for name, array in found.arrays.items():
-        variable = params[name].place
+        param = contents.params[name]
+        variable = param.place
         axes = variable.get_metadata().get("out_sharding")
-        if axes and not isinstance(params[name].value, jax.Array):  # an abstract module's: nothing lies anywhere yet
+        if axes and not isinstance(param.value, jax.Array):  # an abstract module's: nothing lies anywhere yet
             array = flax_sharding.lay(array, axes)
         variable.set_value(array)
     return found.missing, found.unexpected
@@ -89,14 +93,28 @@ def state_dict(module: nnx.Module) -> dict[str, np.ndarray]:
     attributes were defined: there they are sorted. The parameters of one layer, or RNN, LSTM, GRU or cell, are in
     torch's order even so.) A parameter that is shared has each of its names.
 
+    Settings such as a norm's epsilon are in no state dict, and have to be written in both models. A warning names each
+    whose default differs between Flax and torch, or that torch lacks, and that is not torch's default, with what to
+    write. Where torch's model has the same setting, silence it by
+    `warnings.filterwarnings("ignore", "Model: encoder.norm.epsilon=1e-12")`, or for all layers by ".*epsilon=1e-12".
+    What no setting changes: a BatchNorm's running variance is biased in Flax, and unbiased in torch; and Flax's Embed
+    has no `padding_idx`, whose row torch does not train.
+
     Args:
         module: any flax.nnx module.
 
     Returns:
-        A dict from name to a NumPy copy, of the parameter's dtype, and its shape in torch.
+        A dict from name to a NumPy copy, of the parameter's dtype, and its shape in torch. A convolution's `mask` is
+        multiplied into its kernel.
 
     Raises:
+        CheckpointError: a layer's parameters have more axes than it has use for, because `nnx.vmap` made several
+            modules in one; the message says how to take one of them.
         TypeError: `module` is a Linen module, for which there is `jaxrnn.checkpoint.linen.state_dict`.
+
+    Warns:
+        UserWarning: a setting is not torch's default: the epsilon of a norm, a BatchNorm's momentum (torch's is 1 minus
+            Flax's), a LayerNorm's or RMSNorm's `reduction_axes`, or a padding of a convolution that torch lacks.
 
     >>> import jaxrnn
     >>> from flax import nnx
@@ -104,14 +122,10 @@ def state_dict(module: nnx.Module) -> dict[str, np.ndarray]:
     >>> list(jaxrnn.state_dict(model))
     ['0.weight_ih', '0.weight_hh', '0.bias_ih', '0.bias_hh', '1.weight', '1.bias']
     """
-    _check_api(module)
-    return {name: param.to_torch(name) for name, param in params_of(module)[0].items()}
-
-
-def _check_api(module: object) -> None:
-    if isinstance(module, linen.Module):
-        name = type(module).__name__
-        raise TypeError(f"module should be an nnx.Module, got Linen's {name}: see jaxrnn.checkpoint.linen")
+    contents = contents_of(module)
+    for text in contents.differences(type(module).__name__, contents.params):
+        warnings.warn(text, stacklevel=2)
+    return {name: param.to_torch(name) for name, param in contents.params.items()}
 
 
 def from_torch(torch_module: Any, rngs: nnx.Rngs | None = None) -> nnx.Module:
@@ -156,24 +170,53 @@ def from_torch(torch_module: Any, rngs: nnx.Rngs | None = None) -> nnx.Module:
     return module
 
 
-def params_of(node: object, prefix: str = "", above: tuple[int, ...] = ()) -> tuple[dict[str, Parameter], set[str]]:
-    """Every parameter under a node by its dotted name, in torch's order; and the names there that mean nothing here."""
+def contents_of(module: nnx.Module) -> Contents:
+    """Every parameter of a module and every module in it, in torch's order.
+
+    Raises:
+        TypeError: `module` is a Linen module.
+        CheckpointError: it is several modules in one, as `nnx.vmap` makes them.
+    """
+    owner = type(module).__name__
+    if isinstance(module, linen.Module):
+        raise TypeError(f"module should be an nnx.Module, got Linen's {owner}: see jaxrnn.checkpoint.linen")
+    contents = _under(module)
+    contents.refuse_stacked(owner, _TAKE_ONE)
+    return contents
+
+
+_TAKE_ONE = """take one of them, such as the first:
+  graph, state = nnx.split(module)
+  member = nnx.merge(graph, jax.tree.map(lambda array: array[0], state))"""
+
+
+def _under(node: object, prefix: str = "", above: tuple[int, ...] = ()) -> Contents:
     params: dict[str, Parameter] = {}
     below: dict[str, Parameter] = {}
-    names = {prefix + name for name in ignored(node)}
     children = dict(_children(node)) if id(node) not in above else {}
-    known = {entry.attribute: entry for entry in entries(node)}
+    known = {entry.attribute: entry for entry in kind_of(node).entries}
+    layers = {prefix: node} if known else {}
     for name in [*(name for name in known if name in children), *(name for name in children if name not in known)]:
         child = children[name]
         if isinstance(child, nnx.Param) or (name in known and isinstance(child, nnx.Variable)):
             if child.get_raw_value() is not None:
                 entry = known.get(name, Entry(name, name))
-                params[prefix + entry.name] = Parameter(child, child.get_value(), node, entry)
+                params[prefix + entry.name] = Parameter(child, child.get_value(), node, entry, _own_shape(node, entry))
         else:
-            deeper, more = params_of(child, f"{prefix}{name}.", (*above, id(node)))
-            below |= deeper
-            names |= more
-    return params | below, names
+            contents = _under(child, f"{prefix}{name}.", (*above, id(node)))
+            below |= contents.params
+            layers |= contents.layers
+    return Contents(params | below, layers)
+
+
+def _own_shape(layer: object, entry: Entry) -> tuple[int, ...] | None:
+    """The shape of a layer's parameter, by the settings of the layer."""
+    if isinstance(spec := getattr(layer, "spec", None), Spec | CellSpec):
+        return spec.shapes().get(entry.name)
+    try:
+        return None if entry.shape is None else entry.shape(layer)
+    except AttributeError:  # of a subclass that has another constructor
+        return None
 
 
 def order_in_doubt(node: object, above: tuple[int, ...] = ()) -> list[str]:
@@ -185,12 +228,12 @@ def order_in_doubt(node: object, above: tuple[int, ...] = ()) -> list[str]:
     numbered = isinstance(node, nnx.Sequential | nnx.List)
     if numbered or not isinstance(node, nnx.Pytree) or isinstance(children.get("spec"), Spec | CellSpec):
         return []
-    known = {entry.attribute for entry in entries(node)}
+    known = {entry.attribute for entry in kind_of(node).entries}
     for own in (True, False):  # a module's own parameters come before its submodules'
         parts: dict[str, tuple] = {}
         for name in [name for name in children if name not in known]:
             if isinstance(children[name], nnx.Param) == own:
-                shapes = tuple(param.shape for param in params_of({name: children[name]})[0].values())
+                shapes = tuple(param.shape for param in _under({name: children[name]}).params.values())
                 parts |= {name: shapes} if shapes else {}
         if len(parts) > 1 and _compat.may_be_sorted(list(parts)):
             orders = itertools.islice(itertools.permutations(parts.values()), 1, 5040)

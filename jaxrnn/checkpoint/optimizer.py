@@ -13,7 +13,7 @@ from jaxrnn.checkpoint.arrays import to_numpy
 from jaxrnn.checkpoint.errors import CheckpointError, listed
 from jaxrnn.checkpoint.fit import Parameter
 from jaxrnn.checkpoint.layers import Entry
-from jaxrnn.checkpoint.modules import order_in_doubt, params_of
+from jaxrnn.checkpoint.modules import contents_of, order_in_doubt
 
 # Where optax keeps what torch calls otherwise, in the states of its transformations.
 _FIELDS = {"mu": "exp_avg", "nu": "exp_avg_sq", "trace": "momentum_buffer"}
@@ -90,8 +90,9 @@ def optimizer_from_torch(
         The optimizer, with the state laid out as the module's parameters are.
 
     Raises:
-        CheckpointError: as `optax_from_torch`; or names are needed, because the order of attributes may have been
-            lost, which Flax sorts in `nnx.jit`, `nnx.clone` and the like, and shapes would not show it.
+        CheckpointError: as `optax_from_torch`; several modules in one, as for `jaxrnn.state_dict`; or names are
+            needed, because the order of attributes may have been lost, which Flax sorts in `nnx.jit`, `nnx.clone` and
+            the like, and shapes would not show it.
 
     >>> import jaxrnn, numpy as np
     >>> from flax import nnx
@@ -103,14 +104,15 @@ def optimizer_from_torch(
     places = {id(variable): path for path, variable in nnx.iter_graph(module) if isinstance(variable, nnx.Param)}
     described: dict[str, Parameter] = {}
     seen: set[int] = set()
-    every, without_meaning = params_of(module)
-    for name, param in every.items():
+    contents = contents_of(module)
+    for name, param in contents.params.items():
         # Of a tied weight the first name counts, as in torch's parameters(); and running statistics are not trained.
         if id(param.place) in places and id(param.place) not in seen:
             seen.add(id(param.place))
             described[name] = param._replace(place=places[id(param.place)])
     if names is not None:
-        names = [name for name in names if name in described or (name not in every and name not in without_meaning)]
+        buffers = (contents.params.keys() | contents.ignored) - described.keys()
+        names = [name for name in names if name not in buffers]
     elif doubtful := order_in_doubt(module):
         cause = (
             f"the order of {listed(doubtful)} may not be torch's, for Flax sorts attributes in nnx.jit and in copies"
