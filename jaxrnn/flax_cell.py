@@ -19,21 +19,24 @@ def check(cell: Any, kind: type) -> None:
 
 def initialize_carry(cell: Any, input_shape: tuple[int, ...], make: Callable[..., jax.Array] = jnp.zeros) -> Any:
     """The first carry, in the dtype that the cell computes in, or without one in its parameters'."""
-    shape = (*input_shape[:-1], cell.hidden_size)
-    return _carry(tuple(make(shape, cell.dtype or cell.param_dtype) for _ in cell.spec.cell.states))
+    dtype = cell.dtype or cell.param_dtype
+    return _carry(tuple(make(shape, dtype) for shape in cell.spec.state_shapes(*input_shape[:-1])))
 
 
 def step(cell: Any, carry: Any, inputs: jax.Array) -> tuple[Any, jax.Array]:
-    """Call a cell with the batch axes as one. The carry keeps its dtype, for a scan wants it fixed."""
+    """Call a cell with the batch axes as one. The carry keeps its dtype; the output has the cell's."""
     state = carry[::-1] if isinstance(carry, tuple) else (carry,)
     batch = inputs.shape[:-1]
     for array in state:  # once flattened, rows of another shape but as many would pass
         if array.shape != (wanted := (*batch, cell.hidden_size)):
             raise RuntimeError(f"carry should have arrays of shape {wanted} for these inputs, got {array.shape}")
+    dtype = cell.dtype or jnp.result_type(inputs, *state, cell.param_dtype)
     x, *flat = (a.reshape(math.prod(batch), a.shape[-1]) for a in (inputs, *state))
+    flat = [a.astype(max(a.dtype, dtype, key=lambda d: jnp.finfo(d).bits)) for a in flat]  # the cell keeps that, too
     after = cell(x, tuple(flat) if len(flat) > 1 else flat[0])
     after = [a.reshape(*batch, a.shape[-1]) for a in (after if isinstance(after, tuple) else (after,))]
-    return _carry(tuple(a.astype(old.dtype) for a, old in zip(after, state, strict=True))), after[0]
+    carry = _carry(tuple(a.astype(old.dtype) for a, old in zip(after, state, strict=True)))
+    return carry, after[0].astype(dtype)
 
 
 def _carry(state: tuple[jax.Array, ...]) -> Any:

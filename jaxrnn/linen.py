@@ -18,7 +18,7 @@ from jaxrnn.cells import GRU_CELL, LSTM_CELL, Cell, rnn_cell
 from jaxrnn.packed import PackedSequence
 from jaxrnn.recurrence import MeshAxis, Remat
 from jaxrnn.spec import CellSpec, Spec
-from jaxrnn.stack import HX, Output, Pair, StateT, apply, apply_cell, check_remat
+from jaxrnn.stack import HX, Output, Pair, State, StateT, apply, apply_cell, check_remat
 
 
 class _Module(linen.Module):
@@ -40,6 +40,11 @@ class _Module(linen.Module):
     def _params(self) -> dict[str, jax.Array]:
         shapes = self.spec.shapes()
         return {name: self.param(name, self._draw(name), shape, self.param_dtype) for name, shape in shapes.items()}
+
+    @linen.nowrap
+    def initial_state(self, batch: int | None = None) -> State:
+        """The state of zeros from which a call without hx starts: as the modules of `jaxrnn`."""
+        return self.spec.initial_state(batch, self.dtype or self.param_dtype)
 
 
 class _Layers(_Module, Generic[StateT]):

@@ -17,7 +17,7 @@ from jaxrnn.cells import GRU_CELL, LSTM_CELL, RNN_RELU, rnn_cell
 from jaxrnn.packed import PackedSequence
 from jaxrnn.recurrence import MeshAxis, Remat
 from jaxrnn.spec import CellSpec, Spec
-from jaxrnn.stack import HX, Output, Pair, StateT, apply, apply_cell, check_remat
+from jaxrnn.stack import HX, Output, Pair, State, StateT, apply, apply_cell, check_remat
 
 Randomness = nnx.Rngs | nnx.RngStream | jax.Array
 
@@ -66,6 +66,17 @@ class _Module(nnx.Module):
 
     def _params(self) -> dict[str, jax.Array]:
         return {name: getattr(self, name)[...] for name in self.spec.shapes()}
+
+    def initial_state(self, batch: int | None = None) -> State:
+        """The state of zeros from which a call without hx starts, for instance as the first carry of a scan.
+
+        Args:
+            batch: how many rows; None for unbatched input.
+
+        Returns:
+            What is given as hx, in the module's dtype, or without one in its parameters'.
+        """
+        return self.spec.initial_state(batch, self.dtype or self.param_dtype)
 
     def __repr__(self) -> str:
         """As torch prints it: the sizes, then what differs from the defaults."""
@@ -136,7 +147,8 @@ class _Layers(_Module, Generic[StateT]):
         Args:
             x: the input, (time, batch, input_size), or (batch, time, input_size) with `batch_first`, or unbatched
                 (time, input_size); floating. Or a PackedSequence of such steps.
-            hx: the initial state h_0, for an LSTM (h_0, c_0), of the shapes that are returned; zeros if None.
+            hx: the initial state h_0, for an LSTM (h_0, c_0), of the shapes that are returned; zeros if None. Its
+                batch may be 1 or missing: such a state is for all rows, as a learned one is.
             lengths: how many steps each row has, integers from 0 to time, (batch,), or for unbatched x (); all of
                 them if None. What x holds past a row's end reaches nothing. Data under jit, where their values cannot
                 be checked: there a length below 0 counts as 0, and one above time as time.
@@ -151,7 +163,7 @@ class _Layers(_Module, Generic[StateT]):
             `(output, h_n)`, for an LSTM `(output, (h_n, c_n))`. output: the last layer's outputs at every step, laid
             out as x, with directions * (proj_size or hidden_size) features, 0 past a row's end. h_n and c_n: the
             states after each row's last step, (num_layers * directions, batch, features), without batch for unbatched
-            x; the backward direction starts at that step, and a row of length 0 keeps its hx. For a PackedSequence
+            x, in hx's dtype if that is given; the backward direction starts at that step, and a row of length 0 keeps its hx. For a PackedSequence
             the output is one, and the rows of hx and of the states are in their original order.
 
         Raises:
@@ -206,8 +218,8 @@ class RNN(_Layers[jax.Array]):
         dropout: the probability with which an output of each layer but the last is zeroed in training.
         bidirectional: whether each layer also runs backward in time.
         proj_size: 0; only an LSTM projects.
-        dtype: the floating dtype to compute in and to return; by default that to which the inputs and parameters
-            promote.
+        dtype: the floating dtype to compute in, and of the output; by default that to which the inputs and parameters
+            promote. A state that is given keeps its dtype: a float32 one is carried on unrounded.
         param_dtype: the parameters' floating dtype.
         precision: the precision of the products, as for `jax.lax.dot_general`.
         remat: what is kept for the gradient: "none" of it computed again, the "gates" computed again from the states,
@@ -374,15 +386,15 @@ class _OneStep(_Module, Generic[StateT]):
 
         Args:
             x: the input, (batch, input_size) or unbatched (input_size,); floating.
-            hx: the state h, for an LSTMCell (h, c), each (batch, hidden_size), or (hidden_size,) for unbatched x;
-                zeros if None.
+            hx: the state h, for an LSTMCell (h, c), each (batch, hidden_size), or (hidden_size,) for unbatched x or
+                for all rows; zeros if None.
 
         Returns:
-            The next state, laid out as hx.
+            The next state, of the shape of x's rows, in hx's dtype if that is given.
 
         Raises:
             TypeError: x or hx is not floating, or hx is not one array, or for an LSTMCell not two.
-            ValueError: x is neither 1-D nor 2-D.
+            ValueError: x or hx is neither 1-D nor 2-D.
             RuntimeError: the size of x or hx does not fit.
         """
         return apply_cell(self.spec, self._params(), x, hx, dtype=self.dtype, precision=self.precision)

@@ -29,6 +29,12 @@ def _array(value: Any) -> Array:
     return value if isinstance(value, np.ndarray) else jnp.asarray(value)
 
 
+def _one_array(name: str, value: Any) -> Array:
+    if isinstance(value, Sequence):  # whose axes could be told from those of an array by nobody
+        raise TypeError(f"{name} should be one array, got {type(value).__name__}: give rows to pack_sequence")
+    return _array(value)
+
+
 class _Fields(NamedTuple):
     data: jax.Array
     batch_sizes: np.ndarray
@@ -212,7 +218,7 @@ def pack_padded_sequence(
     >>> packed.data.tolist(), packed.batch_sizes.tolist(), packed.sorted_indices.tolist()
     ([4, 1, 5, 2, 6], [2, 2, 1], [1, 0])
     """
-    padded = _array(input)
+    padded = _one_array("input", input)
     if padded.ndim < 2:
         raise RuntimeError(f"input should have two axes at least, time and batch, got shape {padded.shape}")
     batch, steps = padded.shape[:2] if batch_first else padded.shape[1::-1]
@@ -353,7 +359,7 @@ def unpad_sequence(padded_sequences: ArrayLike, lengths: Lengths, batch_first: b
     >>> [row.tolist() for row in jaxrnn.unpad_sequence(jnp.array([[1, 4], [2, 5], [3, 0]]), [3, 2])]
     [[1, 2, 3], [4, 5]]
     """
-    padded = _array(padded_sequences)
+    padded = _one_array("padded_sequences", padded_sequences)
     if padded.ndim < 2:
         raise RuntimeError(f"padded_sequences should have two axes at least, time and batch, got shape {padded.shape}")
     if not batch_first:

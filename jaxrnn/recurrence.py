@@ -104,15 +104,15 @@ def layer(
         reset_state: what the state is put back to, like `state`; zeros if None.
 
     Returns:
-        The outputs, (time, batch, output size) in x's dtype, and the state after the last step run.
+        The outputs, (time, batch, output size) in x's dtype, and the state after the last step run, as it is carried:
+        in float32 at least.
     """
     state = _cast(state, _accumulator(x.dtype))
     if marks.reset is not None:
         reset_state = jax.tree.map(jnp.zeros_like, state) if reset_state is None else _cast(reset_state, state[0].dtype)
     # A time that is a symbol, in an export, cannot be parted: there the gradient keeps everything.
     run = _run_in_chunks if settings.remat != "none" and isinstance(x.shape[0], int) else _run
-    outputs, state = run(settings, _laid_out(settings, weights), x, state, marks, reset_state)
-    return outputs, _cast(state, x.dtype)
+    return run(settings, _laid_out(settings, weights), x, state, marks, reset_state)
 
 
 def _run(
@@ -161,7 +161,7 @@ def step(settings: Settings, weights: Weights, x: jax.Array, state: Arrays) -> A
     laid_out = _laid_out(settings, weights)
     gates = _input_gates(settings, laid_out, x)
     state, _ = _step(settings, laid_out.recurrent, gates, _cast(state, _accumulator(x.dtype)))
-    return _cast(state, x.dtype)
+    return state
 
 
 def _accumulator(dtype: jnp.dtype) -> jnp.dtype:

@@ -9,6 +9,7 @@ import inspect
 import math
 import numbers
 import warnings
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,14 +21,38 @@ Shape = tuple[int, ...]
 ROLES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
 
 
-class _Parameters(abc.ABC):
-    """What `Spec` and `CellSpec` share: initial parameters from names and shapes."""
+class _Shapes(abc.ABC):
+    """What `Spec` and `CellSpec` share: initial parameters and states from names and shapes."""
 
+    cell: Cell
     hidden_size: int
 
     @abc.abstractmethod
     def shapes(self) -> dict[str, Shape]:
         """The parameters' names and shapes, in the order of torch's `state_dict()`."""
+
+    @abc.abstractmethod
+    def state_shapes(self, *batch: int) -> tuple[Shape, ...]:
+        """The shape of each of the cell's states, with any number of batch axes."""
+
+    def initial_state(self, batch: int | None = None, dtype: jax.typing.DTypeLike = jnp.float32) -> Any:
+        """The state of zeros from which a call without hx starts, for instance as the first carry of `jax.lax.scan`.
+
+        Args:
+            batch: how many rows; None for unbatched input.
+            dtype: the state's floating dtype, which a call keeps.
+
+        Returns:
+            What is given as hx: one array, or for a cell of several states a tuple, (h_0, c_0) for an LSTM.
+
+        >>> import jaxrnn
+        >>> h_0, c_0 = jaxrnn.Spec(jaxrnn.LSTM_CELL, 10, 20, num_layers=2, proj_size=5).initial_state(3)
+        >>> h_0.shape, c_0.shape
+        ((2, 3, 5), (2, 3, 20))
+        """
+        shapes = self.state_shapes() if batch is None else self.state_shapes(batch)
+        state = tuple(jnp.zeros(shape, dtype) for shape in shapes)
+        return state if len(state) > 1 else state[0]
 
     def init(self, key: jax.Array, dtype: jax.typing.DTypeLike = jnp.float32) -> dict[str, jax.Array]:
         """Initial parameters, drawn as torch draws them: uniform in `[-1/sqrt(hidden_size), 1/sqrt(hidden_size))`.
@@ -83,7 +108,7 @@ def _level_outside() -> int:
 
 
 @dataclasses.dataclass(frozen=True)
-class Spec(_Parameters):
+class Spec(_Shapes):
     """A recurrent network's settings: torch's constructor arguments after the kind of cell.
 
     Args:
@@ -161,6 +186,16 @@ class Spec(_Parameters):
         """Features of each of the cell's states: only the first, which is handed on, is projected."""
         return (self.output_size,) + (self.hidden_size,) * (len(self.cell.states) - 1)
 
+    def state_shapes(self, *batch: int) -> tuple[Shape, ...]:
+        """The shape of each of the cell's states, with any number of batch axes.
+
+        >>> import jaxrnn
+        >>> jaxrnn.Spec(jaxrnn.LSTM_CELL, 10, 20, bidirectional=True, proj_size=5).state_shapes(3)
+        ((2, 3, 5), (2, 3, 20))
+        """
+        rows = self.num_layers * self.num_directions
+        return tuple((rows, *batch, size) for size in self.state_sizes())
+
     def names(self, layer: int, direction: int) -> dict[str, str]:
         """One layer and direction: from what a parameter is (`weight_ih`) to its name (`weight_ih_l0_reverse`).
 
@@ -208,7 +243,7 @@ class Spec(_Parameters):
 
 
 @dataclasses.dataclass(frozen=True)
-class CellSpec(_Parameters):
+class CellSpec(_Shapes):
     """The settings of one cell that makes one step at a call: torch's `RNNCell`, `LSTMCell` and `GRUCell`.
 
     Args:
@@ -241,3 +276,7 @@ class CellSpec(_Parameters):
     def shapes(self) -> dict[str, Shape]:
         """The parameters' names and shapes, in the order of torch's `state_dict()`."""
         return {role: _shape(role, self.cell, self.input_size, self.hidden_size) for role in _roles(self.bias)}
+
+    def state_shapes(self, *batch: int) -> tuple[Shape, ...]:
+        """The shape of each of the cell's states, with any number of batch axes."""
+        return ((*batch, self.hidden_size),) * len(self.cell.states)

@@ -50,7 +50,8 @@ def apply(
             (time, input_size); floating. Or a PackedSequence of such steps.
         hx: the initial state h_0, (num_layers * directions, batch, output size), or (num_layers * directions, output
             size) for unbatched x; zeros if None. For a cell of several states a tuple or list: (h_0, c_0) for an LSTM,
-            where c_0 has hidden_size features and h_0 has proj_size, if that is set.
+            where c_0 has hidden_size features and h_0 has proj_size, if that is set. Unlike in torch, the batch may be
+            1 or missing, and so may all axes but the last: such a state is for all rows, as a learned one is.
         lengths: how many steps each row has, integers from 0 to time, (batch,), or for unbatched x (); all of them if
             None. What x holds past a row's end reaches nothing. Data under jit, where their values cannot be checked:
             there a length below 0 counts as 0, and one above time as time.
@@ -62,7 +63,8 @@ def apply(
         dropout_masks: instead of a key, what dropout keeps: for each layer but the last an array of 0 or 1,
             (time, batch, directions * output size) also with `batch_first`, without batch for unbatched x, and in
             the layout of its data for a PackedSequence.
-        dtype: the floating dtype to compute in and to return; by default that to which x, params and hx promote.
+        dtype: the floating dtype to compute in; by default that to which x, params and hx promote. The output has it;
+            states have that of hx, if given: with a float32 hx a state is carried on unrounded, whatever the dtype.
         precision: the precision of the products, as for `jax.lax.dot_general`.
         remat: what a derivative in reverse finds kept: all that it needs, "none" of it computed again; the states, from
             which the "gates" are computed again; or, for an integer k, the states before every k-th step, from where
@@ -113,7 +115,7 @@ def apply(
     if x.shape[time_axis] == 0:
         raise RuntimeError(f"x should have at least one time step on axis {time_axis}, got shape {x.shape}")
     batch = x.shape[1 - time_axis : 2 - time_axis] if x.ndim == 3 else ()
-    shapes = [(spec.num_layers * spec.num_directions, *batch, size) for size in spec.state_sizes()]
+    shapes = spec.state_shapes(*batch)
     state = _states(spec, "hx", hx, shapes)
     lengths = _lengths(lengths, batch, x.shape[time_axis])
     if reset is None and reset_state is not None:
@@ -176,8 +178,9 @@ def apply_cell(
         params: the parameters by name, of the shapes in `spec.shapes()`.
         x: the input, (batch, input_size) or unbatched (input_size,); floating.
         hx: the state, (batch, hidden_size) or for unbatched x (hidden_size,); zeros if None. For a cell of several
-            states a tuple or list, (h, c) for an LSTM.
-        dtype: the floating dtype to compute in and to return; by default that to which x, params and hx promote.
+            states a tuple or list, (h, c) for an LSTM. A state (hidden_size,) or (1, hidden_size) is for all rows.
+        dtype: the floating dtype to compute in; by default that to which x, params and hx promote. The next state has
+            that of hx, if given.
         precision: the precision of the products, as for `jax.lax.dot_general`.
 
     Returns:
@@ -185,7 +188,7 @@ def apply_cell(
 
     Raises:
         TypeError: x, hx or a parameter is not floating, or hx has not the form that the cell's states need.
-        ValueError: x is neither 1-D nor 2-D, or params has not the names and shapes of `spec.shapes()`.
+        ValueError: x or hx is neither 1-D nor 2-D, or params has not the names and shapes of `spec.shapes()`.
         RuntimeError: the size of x or hx does not fit.
 
     >>> import jax, jaxrnn
@@ -198,7 +201,7 @@ def apply_cell(
         raise ValueError(f"x should be 1-D (unbatched) or 2-D (batched), got shape {x.shape}")
     if x.shape[-1] != spec.input_size:
         raise RuntimeError(f"x should have input_size={spec.input_size} features on its last axis, got shape {x.shape}")
-    state = _states(spec, "hx", hx, [(*x.shape[:-1], spec.hidden_size)] * len(spec.cell.states))
+    state = _states(spec, "hx", hx, spec.state_shapes(*x.shape[:-1]))
     return _unwrap(_apply_cell(spec, _Arrays(_parameters(spec, params), x, state), _dtype(dtype), precision))
 
 
@@ -229,6 +232,8 @@ def check_hidden_axis(spec: Spec, axis: Any) -> None:
 
 
 def _floating(name: str, value: Any) -> jax.Array:
+    if isinstance(value, Sequence):  # which jnp.asarray would stack, along an axis that may be another's
+        raise TypeError(f"{name} should be one array, got {type(value).__name__} of length {len(value)}")
     array = value if isinstance(value, jax.Array) else jnp.asarray(value)  # which takes its time in eager calls
     if not jnp.issubdtype(array.dtype, jnp.floating):
         raise TypeError(f"{name} should be floating, got {array.dtype}")
@@ -253,29 +258,51 @@ def _parameters(spec: Spec | CellSpec, params: Mapping[str, ArrayLike]) -> dict[
     return arrays
 
 
-def _states(spec: Spec | CellSpec, argument: str, hx: Any, shapes: list[tuple[int, ...]]) -> Arrays | None:
+def _states(spec: Spec | CellSpec, argument: str, hx: Any, shapes: tuple[tuple[int, ...], ...]) -> Arrays | None:
     """Check hx against one shape a state; None stays None, for zeros are made where the dtype is known."""
     if hx is None:
         return None
     names = [f"{name}_0" for name in spec.cell.states]
     several = len(names) > 1
-    if several != isinstance(hx, tuple | list):
-        wanted = f"a tuple ({', '.join(names)})" if several else f"one array {names[0]}"
+    wanted = f"a tuple ({', '.join(names)})" if several else f"one array {names[0]}"
+    if several != isinstance(hx, Sequence):
         raise TypeError(f"{argument} should be {wanted}, got {type(hx).__name__}")
     values = tuple(hx) if several else (hx,)
+    if any(isinstance(value, Sequence) for value in values):
+        raise TypeError(
+            f"{argument} should be {wanted} of shapes {', '.join(map(str, shapes))}, got {type(hx).__name__} of "
+            f"{type(values[0]).__name__}: of a pair (h, c) for each layer and direction make "
+            f"`h, c = map(jnp.stack, zip(*pairs))`, and of Flax's pairs (c, h) likewise `c, h`"
+        )
     if len(values) != len(names):
-        raise TypeError(f"{argument} should be a tuple ({', '.join(names)}), got {len(values)} values")
+        raise TypeError(f"{argument} should be {wanted}, got {len(values)} values")
     state = tuple(_floating(f"{name} of {argument}", value) for name, value in zip(names, values, strict=True))
-    for name, array, shape in zip(names, state, shapes, strict=True):
-        if array.shape != shape:
-            raise RuntimeError(f"{name} of {argument} should have shape {shape}, got {array.shape}")
-    return state
+    one_step = isinstance(spec, CellSpec)
+    batched = len(shapes[0]) == (2 if one_step else 3)
+    return tuple(
+        _for_all_rows(f"{name} of {argument}", array, shape, batched, one_step)
+        for name, array, shape in zip(names, state, shapes, strict=True)
+    )
+
+
+def _for_all_rows(name: str, array: jax.Array, shape: tuple[int, ...], batched: bool, one_step: bool) -> jax.Array:
+    """The array if it has this shape, or repeated for all rows if it has no batch, or a batch of one."""
+    if array.shape == shape:
+        return array
+    *layers, _, size = shape if batched else (None, *shape)
+    if batched and array.shape == (*layers, size):
+        array = array[..., None, :]
+    if array.shape == (size,) or (batched and array.shape == (*layers, 1, size)):
+        return jnp.broadcast_to(array, shape)
+    # As in torch, whose cells tell axes from sizes.
+    error = ValueError if one_step and array.ndim not in (1, 2) else RuntimeError
+    raise error(f"{name} should have shape {shape}, got {array.shape}")
 
 
 def _lengths(lengths: Any, shape: tuple[int, ...], steps: int) -> jax.Array | None:
     if lengths is None:
         return None
-    array = lengths if isinstance(lengths, jax.Array) else np.asarray(lengths)
+    array = lengths if isinstance(lengths, jax.Array) else np.asarray(lengths, None if np.size(lengths) else np.int32)
     if not jnp.issubdtype(array.dtype, jnp.integer):
         raise TypeError(f"lengths should be integers, got {array.dtype}")
     if array.shape != shape:
@@ -293,7 +320,7 @@ def _reset(spec: Spec, reset: ArrayLike | None, shape: tuple[int, ...]) -> jax.A
         return None
     if spec.bidirectional:
         raise ValueError("reset is for unidirectional networks: a backward direction would start an episode at its end")
-    array = jnp.asarray(reset)
+    array = jnp.asarray(reset, None if np.size(reset) else bool)
     if array.dtype != bool:
         raise TypeError(f"reset should be boolean, got {array.dtype}")
     if array.shape != shape:
@@ -313,7 +340,7 @@ def _unwrap(state: Arrays) -> State:
 
 
 class _Arrays(NamedTuple):
-    """What is computed with, all of it in one dtype."""
+    """What is computed with, all of it floating."""
 
     params: dict[str, jax.Array]
     x: jax.Array
@@ -321,8 +348,10 @@ class _Arrays(NamedTuple):
     reset_state: Arrays | None = None
 
     def promote(self, dtype: jnp.dtype | None) -> "_Arrays":
+        """All but the states, which `recurrence` carries in float32 at least, and which are returned as they came."""
         dtype = jnp.result_type(*jax.tree.leaves(self)) if dtype is None else dtype
-        return jax.tree.map(lambda a: a.astype(dtype), self)
+        params, x = jax.tree.map(lambda a: a.astype(dtype), (self.params, self.x))
+        return self._replace(params=params, x=x)
 
 
 # Jitted on the frozen settings, so that a module called eagerly in a loop compiles once.
@@ -340,6 +369,7 @@ def _apply(
     hidden_axis: MeshAxis | None,
 ) -> tuple[jax.Array, Arrays]:
     params, x, state, reset_state = arrays.promote(dtype)
+    dtypes = [x.dtype for _ in spec.cell.states] if state is None else [a.dtype for a in state]
     batched = x.ndim == 3
     if not batched:  # unbatched is a batch of one
         x, reset, lengths = jax.tree.map(lambda a: jnp.expand_dims(a, min(a.ndim, 1)), (x, reset, lengths))
@@ -350,8 +380,7 @@ def _apply(
         (params, None), (x, 1), (state, 1), (reset_state, 1), (lengths, 0), (reset, 1), (masks, 1)
     )
     if state is None:
-        rows = spec.num_layers * spec.num_directions
-        state = tuple(jnp.broadcast_to(_zeros(x), (rows, x.shape[1], size)) for size in spec.state_sizes())
+        state = tuple(jnp.broadcast_to(_zeros(x), shape) for shape in spec.state_shapes(x.shape[1]))
     x, state = meshes.varying_with((x, state), (params, x, state, reset_state, lengths, reset, masks))
     marks = recurrence.Marks(reset=None if reset is None else reset[..., None])
     if lengths is not None:
@@ -379,7 +408,7 @@ def _apply(
             elif keys is not None:
                 keep = jax.random.bernoulli(keys[index], 1 - spec.dropout, x.shape)
                 x = _dropout(spec, x, meshes.sharded_like(keep, x))
-    h_n = tuple(jnp.stack(rows) for rows in zip(*last, strict=True))
+    h_n = tuple(jnp.stack(rows).astype(dtype) for rows, dtype in zip(zip(*last, strict=True), dtypes, strict=True))
     if not batched:
         x, h_n = jax.tree.map(lambda a: a[:, 0], (x, h_n))
     elif spec.batch_first:
@@ -424,5 +453,6 @@ def _apply_cell(spec: CellSpec, arrays: _Arrays, dtype: jnp.dtype | None, precis
         (params, None), (x, 0 if x.ndim == 2 else None), (state, 0 if x.ndim == 2 else None)
     )
     if state is None:
-        state = tuple(jnp.zeros((*x.shape[:-1], spec.hidden_size), x.dtype) for _ in spec.cell.states)
-    return recurrence.step(recurrence.Settings(spec.cell, precision), params, x, state)
+        state = tuple(jnp.zeros(shape, x.dtype) for shape in spec.state_shapes(*x.shape[:-1]))
+    after = recurrence.step(recurrence.Settings(spec.cell, precision), params, x, state)
+    return tuple(a.astype(first.dtype) for a, first in zip(after, state, strict=True))

@@ -1,7 +1,9 @@
 """One call of the pure functions: layout, order, dtypes, what traces when, and what bad arguments get."""
 
 import dataclasses
+import re
 import types
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +11,7 @@ import numpy as np
 import pytest
 from arrays import named, normal, parameters
 from comparing import assert_close
+from flax import nnx
 
 import jaxrnn
 
@@ -106,7 +109,7 @@ def test_an_equal_spec_traces_once() -> None:
     assert once
     jaxrnn.apply(spec, parameters(spec), normal(T, N, F))
     assert len(traces) == once
-    jaxrnn.apply(spec, parameters(spec), normal(T + 1, N, F))
+    jaxrnn.apply(spec, parameters(spec), normal(T, N + 1, F))
     assert len(traces) > once
 
 
@@ -129,17 +132,20 @@ BAD_CALLS = [
     (GRU, (ONES.astype(bool),), TypeError, "x should be floating, got bool"),
     (GRU, (ONES.astype(np.complex64),), TypeError, "x should be floating, got complex64"),
     (GRU, (ONES, np.zeros((1, N, H + 1))), RuntimeError, r"shape \(1, 3, 4\), got \(1, 3, 5\)"),
-    (GRU, (ONES, np.zeros((1, H))), RuntimeError, r"h_0 of hx should have shape \(1, 3, 4\), got"),
+    (GRU, (ONES, np.zeros((2, H))), RuntimeError, r"h_0 of hx should have shape \(1, 3, 4\), got"),
     (GRU, (np.ones((T, F)), np.zeros((1, 1, H))), RuntimeError, r"h_0 of hx should have shape \(1, 4\), got"),
     (GRU, (ONES, np.zeros((1, N, H), int)), TypeError, "h_0 of hx should be floating, got int"),
     (GRU, (ONES, (np.zeros((1, N, H)),)), TypeError, "hx should be one array h_0, got tuple"),
     (LSTM, (ONES, np.zeros((4, N, H))), TypeError, r"hx should be a tuple \(h_0, c_0\), got"),
+    (LSTM, (ONES, [(np.zeros((N, H)),) * 2] * 2), TypeError, r"got list of tuple: .* `h, c = map\(jnp.stack, zip"),
+    (LSTM, (ONES, ([np.zeros((N, H))] * 4,) * 2), TypeError, r"\(4, 3, 4\), \(4, 3, 4\), got tuple of list"),
+    (LSTM, ([np.ones((N, F))] * T,), TypeError, "x should be one array, got list of length 5"),
     (LSTM, (ONES, (np.zeros((4, N, H)),)), TypeError, r"\(h_0, c_0\), got 1 values"),
     (
         LSTM,
-        (ONES, (np.zeros((4, N, H)), np.zeros((4, 1, H)))),
+        (ONES, (np.zeros((4, N, H)), np.zeros((4, 2, H)))),
         RuntimeError,
-        r"c_0 of hx should have shape \(4, 3, 4\), got \(4, 1, 4\)",
+        r"c_0 of hx should have shape \(4, 3, 4\), got \(4, 2, 4\)",
     ),
 ]
 
@@ -167,12 +173,71 @@ def test_torch_raises_the_same_for_bad_calls(
         module(*jax.tree.map(torch.tensor, arguments))
 
 
+def test_how_to_come_from_states_in_pairs() -> None:
+    """What the message says."""
+    pairs = [(normal(N, H, seed=k), normal(N, H, seed=k + 9)) for k in range(4)]
+    with pytest.raises(TypeError, match="of a pair") as caught:
+        jaxrnn.apply(LSTM, PARAMS[LSTM], normal(T, N, F), pairs)
+    (advice, _) = re.findall("`(.+?)`", str(caught.value))
+    names = {"pairs": pairs, "jnp": jnp}
+    exec(advice, names)
+    _, state = jaxrnn.apply(LSTM, PARAMS[LSTM], normal(T, N, F), (names["h"], names["c"]), lengths=[0] * N)
+    assert_close(state, [np.stack([pair[k] for pair in pairs]) for k in range(2)], atol=0)
+
+
+@pytest.mark.parametrize("shape", [(2, 1, H), (2, H), (H,)], ids=str)
+@pytest.mark.parametrize("argument", ["hx", "reset_state"])
+def test_one_state_for_all_rows(argument: str, shape: tuple[int, ...]) -> None:
+    """As for a learned first state, whose gradient adds up over the rows."""
+    spec = jaxrnn.Spec(jaxrnn.GRU_CELL, F, H, num_layers=2)
+    params, x, reset = parameters(spec), normal(T, N, F), normal(T, N) > 0
+    marks = {"reset": reset} if argument == "reset_state" else {}
+
+    def outputs(state: Any) -> Any:
+        return jaxrnn.apply(spec, params, x, **marks, **{argument: state})
+
+    def loss(state: Any) -> jax.Array:
+        return jnp.sum(jnp.sin(outputs(state)[0]))
+
+    one = normal(*shape)
+    whole = np.broadcast_to(one[:, None] if shape == (2, H) else one, (2, N, H))
+    found, expected = jax.jit(lambda: [(outputs(a), jax.grad(loss)(a)) for a in (one, whole)])()
+    total = np.asarray(expected[1]).sum(1, keepdims=True)
+    total = total.reshape(shape) if len(shape) > 1 else total.sum((0, 1))
+    assert_close(found, (expected[0], total))
+
+
+def test_one_state_for_all_rows_of_a_cell() -> None:
+    params, x, one = parameters(CELL), normal(N, F), (normal(H), normal(1, H))
+    whole = tuple(np.broadcast_to(a, (N, H)) for a in one)
+    assert_close(jaxrnn.apply_cell(CELL, params, x, one), jaxrnn.apply_cell(CELL, params, x, whole), atol=0)
+    with pytest.raises(RuntimeError, match=r"should have shape \(4,\), got \(1, 4\)"):  # no rows, no batch of one
+        jaxrnn.apply_cell(CELL, params, x[0], (one[0], one[1]))
+
+
+@pytest.mark.parametrize("kind", [tuple, list, nnx.List], ids=lambda kind: kind.__name__)
+def test_a_state_of_several_arrays_is_any_sequence(kind: Any) -> None:
+    state = [jnp.asarray(normal(4, N, H, seed=k)) for k in range(2)]
+    found = jaxrnn.apply(LSTM, PARAMS[LSTM], normal(T, N, F), kind(state))
+    assert_close(found, jaxrnn.apply(LSTM, PARAMS[LSTM], normal(T, N, F), tuple(state)), atol=0)
+
+
+def test_no_rows() -> None:
+    """An empty list has no dtype: it is as good as integers, or as booleans."""
+    reset: list = [[] for _ in range(T)]
+    output, h_n = jaxrnn.apply(GRU, PARAMS[GRU], np.zeros((T, 0, F)), lengths=[], reset=reset)
+    assert output.shape == (T, 0, H)
+    assert h_n.shape == (1, 0, H)
+
+
 def test_bad_params() -> None:
     x, params = normal(T, N, F), PARAMS[GRU]
     with pytest.raises(ValueError, match=r"missing \['bias_hh_l0'\], unexpected \['bias'\]"):
         jaxrnn.apply(GRU, {"bias": params["bias_hh_l0"], **{k: v for k, v in params.items() if k != "bias_hh_l0"}}, x)
     with pytest.raises(ValueError, match=r"params\['weight_hh_l0'\] should have shape \(12, 4\), got \(4, 12\)"):
         jaxrnn.apply(GRU, {**params, "weight_hh_l0": params["weight_hh_l0"].T}, x)
+    with pytest.raises(TypeError, match=r"params\['bias_hh_l0'\] should be one array, got list of length 12"):
+        jaxrnn.apply(GRU, {**params, "bias_hh_l0": [0.0] * 12}, x)
     with pytest.raises(TypeError, match=r"params\['bias_ih_l0'\] should be floating, got int32"):
         jaxrnn.apply(GRU, {**params, "bias_ih_l0": np.zeros(12, np.int32)}, x)
 
@@ -201,7 +266,8 @@ def test_a_cell_is_one_step_of_a_layer() -> None:
         ((np.zeros((N, F + 1)),), RuntimeError, "input_size=2"),
         ((np.zeros((N, F), np.int8),), TypeError, "x should be floating, got int8"),
         ((np.zeros((N, F)), np.zeros((N, H))), TypeError, r"hx should be a tuple \(h_0, c_0\)"),
-        ((np.zeros((N, F)), (np.zeros((1, H)),) * 2), RuntimeError, r"should have shape \(3, 4\), got \(1, 4\)"),
+        ((np.zeros((N, F)), (np.zeros((2, H)),) * 2), RuntimeError, r"should have shape \(3, 4\), got \(2, 4\)"),
+        ((np.zeros((N, F)), (np.zeros((1, N, H)),) * 2), ValueError, r"should have shape \(3, 4\), got \(1, 3, 4\)"),
         ((np.zeros(F), (np.zeros((1, H)),) * 2), RuntimeError, r"should have shape \(4,\), got \(1, 4\)"),
     ],
 )

@@ -1,5 +1,6 @@
 """bfloat16 and float16: products accumulate, and the state is carried, in float32."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -65,3 +66,41 @@ def test_a_chunk_boundary_costs_one_rounding(dtype: str) -> None:
         _, state = jaxrnn.apply(ONE, params, x[t : t + 1], state, dtype=dtype)
     error = [np.sqrt(np.mean((np.asarray(a, np.float64) - truth) ** 2)) for a in (whole, state)]
     assert error[0] < error[1]
+
+
+@pytest.mark.parametrize("kind", SPECS)
+def test_a_float32_state_goes_from_chunk_to_chunk_unrounded(kind: str) -> None:
+    """A returned state has the dtype of the one that was given, so that chunks in bfloat16 equal the whole exactly."""
+    spec = dataclasses.replace(SPECS[kind], bidirectional=False)
+    params, x = _params(spec), normal(20, 4, 32).astype(np.float32)
+
+    @jax.jit
+    def run(params: Any, x: jax.Array) -> Any:
+        def chunk(state: Any, x: jax.Array) -> Any:
+            return jaxrnn.apply(spec, params, x, state, dtype=jnp.bfloat16)[::-1]
+
+        state = spec.initial_state(4)
+        return chunk(state, x), jax.lax.scan(chunk, state, x.reshape(5, 4, 4, 32))
+
+    (state, output), (last, outputs) = run(params, x)
+    assert {a.dtype for a in jax.tree.leaves((state, last))} == {jnp.dtype(np.float32)}
+    assert output.dtype == outputs.dtype == jnp.bfloat16
+    assert_close((last, outputs.reshape(output.shape)), (state, output), atol=0)
+
+
+@pytest.mark.parametrize("dtypes", [("float32", "bfloat16"), ("bfloat16", "float64")], ids=str)
+def test_each_state_keeps_its_own_dtype(dtypes: tuple[str, str]) -> None:
+    spec, cell = SPECS["LSTM"], jaxrnn.CellSpec(jaxrnn.LSTM_CELL, 32, 64)
+    state = tuple(np.ones(shape, dtype) for shape, dtype in zip(spec.state_shapes(4), dtypes, strict=True))
+    x = normal(4, 4, 32).astype(np.float32)
+    _, found = jaxrnn.apply(spec, _params(spec), x, state, dtype=jnp.bfloat16)
+    assert tuple(a.dtype for a in found) == dtypes
+    packed = jaxrnn.pack_padded_sequence(x, [4, 3, 2, 1])
+    _, found = jaxrnn.apply(spec, _params(spec), packed, state, dtype=jnp.bfloat16)
+    assert tuple(a.dtype for a in found) == dtypes
+    state = tuple(np.ones(shape, dtype) for shape, dtype in zip(cell.state_shapes(4), dtypes, strict=True))
+    found = jaxrnn.apply_cell(cell, _params(cell), x[0], state, dtype=jnp.bfloat16)
+    assert tuple(a.dtype for a in found) == dtypes
+    reset = {"reset": np.ones((4, 4), bool), "reset_state": np.ones((1, 4, 64))}
+    _, h_n = jaxrnn.apply(ONE, _params(ONE), x, dtype=jnp.bfloat16, **reset)
+    assert h_n.dtype == jnp.bfloat16  # whatever it is put back to

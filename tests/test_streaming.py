@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 from arrays import named, normal, parameters
 from comparing import assert_close
+from flax import nnx
+from making import filled
 
 import jaxrnn
 from jaxrnn import GRU_CELL, LSTM_CELL, RNN_TANH
@@ -79,9 +81,9 @@ RESET = np.zeros((T, N), bool)
         ({"reset": RESET.astype(float)}, TypeError, "reset should be boolean, got float64"),
         ({"reset_state": np.zeros((1, N, H))}, ValueError, "reset_state needs reset"),
         (
-            {"reset": RESET, "reset_state": np.zeros((1, 1, H))},
+            {"reset": RESET, "reset_state": np.zeros((1, 2, H))},
             RuntimeError,
-            r"h_0 of reset_state should have shape \(1, 3, 4\), got \(1, 1, 4\)",
+            r"h_0 of reset_state should have shape \(1, 3, 4\), got \(1, 2, 4\)",
         ),
     ],
 )
@@ -94,3 +96,43 @@ def test_a_bidirectional_network_takes_no_reset() -> None:
     spec = jaxrnn.Spec(GRU_CELL, F, H, bidirectional=True)
     with pytest.raises(ValueError, match="reset is for unidirectional networks"):
         jaxrnn.apply(spec, parameters(spec), normal(T, N, F), reset=RESET)
+
+
+MODULES = {
+    "RNN": {"num_layers": 2},
+    "LSTM": {"bidirectional": True, "proj_size": 2},
+    "GRU": {},
+    "RNNCell": {},
+    "LSTMCell": {},
+    "GRUCell": {},
+}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_state_to_start_from(name: str) -> None:
+    """Zeros, as a call without hx has them, of the shapes and dtypes that it returns."""
+    module = filled(lambda: getattr(jaxrnn, name)(F, H, **MODULES[name], rngs=nnx.Rngs(0)))
+    linen = getattr(jaxrnn.linen, name)(F, H, **MODULES[name], dtype=jax.numpy.bfloat16)
+    for shape in ((N, F), (F,)):
+        x = normal(*shape if "Cell" in name else (T, *shape)).astype(np.float32)
+        batch = N if len(shape) == 2 else None
+        state = module.initial_state(batch)
+        assert not any(np.any(a) for a in jax.tree.leaves(state))
+        called = module(x) if "Cell" in name else module(x)[1]
+        assert jax.tree.map(lambda a: (a.shape, a.dtype), state) == jax.tree.map(lambda a: (a.shape, a.dtype), called)
+        other = linen.initial_state(batch)  # without being bound
+        assert jax.tree.map(lambda a: (a.shape, jax.numpy.bfloat16), state) == jax.tree.map(
+            lambda a: (a.shape, a.dtype), other
+        )
+
+
+def test_a_scan_over_chunks_starts_from_it() -> None:
+    module = filled(lambda: jaxrnn.LSTM(F, H, 2, rngs=nnx.Rngs(0)))
+    x = normal(4 * T, N, F).astype(np.float32)
+
+    @jax.jit
+    def run(x: jax.Array) -> Any:
+        return jax.lax.scan(lambda state, x: module(x, state)[::-1], module.initial_state(N), x.reshape(4, T, N, F))
+
+    state, output = run(x)
+    assert_close(named(LSTM, (output.reshape(4 * T, N, H), state)), named(LSTM, module(x)), atol=1e-6)
