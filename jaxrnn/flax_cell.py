@@ -24,13 +24,13 @@ def initialize_carry(cell: Any, input_shape: tuple[int, ...], make: Callable[...
 
 
 def step(cell: Any, carry: Any, inputs: jax.Array) -> tuple[Any, jax.Array]:
-    """Call a cell with the batch axes as one. The carry keeps its dtype; the output has the cell's."""
+    """Call a cell with the batch axes as one. The carry keeps its dtype; the output has the cell's dtype, if any."""
     state = carry[::-1] if isinstance(carry, tuple) else (carry,)
     batch = inputs.shape[:-1]
     for array in state:  # once flattened, rows of another shape but as many would pass
         if array.shape != (wanted := (*batch, cell.hidden_size)):
             raise RuntimeError(f"carry should have arrays of shape {wanted} for these inputs, got {array.shape}")
-    dtype = cell.dtype or jnp.result_type(inputs, *state, cell.param_dtype)
+    dtype = cell.dtype or jnp.result_type(inputs, *state)
     x, *flat = (a.reshape(math.prod(batch), a.shape[-1]) for a in (inputs, *state))
     flat = [a.astype(max(a.dtype, dtype, key=lambda d: jnp.finfo(d).bits)) for a in flat]  # the cell keeps that, too
     after = cell(x, tuple(flat) if len(flat) > 1 else flat[0])

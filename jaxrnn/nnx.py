@@ -163,8 +163,9 @@ class _Layers(_Module, Generic[StateT]):
             `(output, h_n)`, for an LSTM `(output, (h_n, c_n))`. output: the last layer's outputs at every step, laid
             out as x, with directions * (proj_size or hidden_size) features, 0 past a row's end. h_n and c_n: the
             states after each row's last step, (num_layers * directions, batch, features), without batch for unbatched
-            x, in hx's dtype if that is given; the backward direction starts at that step, and a row of length 0 keeps its hx. For a PackedSequence
-            the output is one, and the rows of hx and of the states are in their original order.
+            x, in hx's dtype if that is given. The backward direction starts at that step, and a row of length 0 keeps
+            its hx. For a PackedSequence the output is one, and the rows of hx and of the states are in their original
+            order.
 
         Raises:
             TypeError: x, hx or reset_state is not floating; hx or reset_state is not one array, or for an LSTM not

@@ -75,8 +75,8 @@ def apply(
     Returns:
         `(output, h_n)`, or for a cell of several states `(output, (h_n, c_n))`: the last layer's outputs, laid out
         as x with directions * output size features, 0 past a row's end; and the states after each row's last step,
-        laid out as hx. The backward direction starts at each row's own last step. A row of length 0 keeps its hx.
-        For a PackedSequence the output is one, and the rows of hx and of the states are in their original order.
+        of the full shape of hx. The backward direction starts at each row's own last step. A row of length 0 keeps its
+        hx. For a PackedSequence the output is one, and the rows of hx and of the states are in their original order.
 
     Raises:
         TypeError: x, hx, reset_state or a parameter is not floating, hx or reset_state has not the form that the
@@ -184,7 +184,7 @@ def apply_cell(
         precision: the precision of the products, as for `jax.lax.dot_general`.
 
     Returns:
-        The next state, laid out as hx.
+        The next state, one row for each row of x.
 
     Raises:
         TypeError: x, hx or a parameter is not floating, or hx has not the form that the cell's states need.

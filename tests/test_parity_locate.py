@@ -136,10 +136,10 @@ def _transposed(lay_out: Callable) -> Callable:
 
 def _unmarked(reverse: bool) -> Callable:
     def wrap(advance: Callable) -> Callable:
-        def advanced(settings: Any, recurrent: Any, gates: Any, state: Any, marks: Any, reset_state: Any) -> Any:
+        def advanced(settings: Any, recurrent: Any, gates: Any, state: Any, marks: Any, *rest: Any) -> Any:
             if settings.reverse == reverse:
                 marks = marks._replace(ended=None)
-            return advance(settings, recurrent, gates, state, marks, reset_state)
+            return advance(settings, recurrent, gates, state, marks, *rest)
 
         return advanced
 
