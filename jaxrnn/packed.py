@@ -20,13 +20,18 @@ Lengths = ArrayLike | Sequence[int]
 Array = jax.Array | np.ndarray
 
 
-def _in_jax(value: Any) -> jax.Array:
-    # jnp.asarray would compile a copy of NumPy's arrays for each shape.
-    return jax.device_put(value) if isinstance(value, np.ndarray) else jnp.asarray(value)
+def in_jax(value: Any, dtype: Any = None) -> jax.Array:
+    """As `jnp.asarray`, with a transfer that is explicit: whoever gives a list or NumPy's array wants it."""
+    if isinstance(value, jax.Array):
+        return value
+    if isinstance(value, np.ndarray) and dtype is None:  # jnp.asarray would compile a copy for each shape
+        return jax.device_put(value)
+    with jax.transfer_guard_host_to_device("allow"):
+        return jnp.asarray(value, dtype)
 
 
 def _array(value: Any) -> Array:
-    return value if isinstance(value, np.ndarray) else jnp.asarray(value)
+    return value if isinstance(value, np.ndarray) else in_jax(value)
 
 
 def _one_array(name: str, value: Any) -> Array:
@@ -77,7 +82,7 @@ class PackedSequence(_Fields):
         sorted_indices: ArrayLike | None = None,
         unsorted_indices: ArrayLike | None = None,
     ) -> "PackedSequence":
-        data, sizes = _in_jax(data), _static("batch_sizes", batch_sizes)
+        data, sizes = in_jax(data), _static("batch_sizes", batch_sizes)
         if not len(sizes) or sizes[-1] < 1 or np.any(np.diff(sizes) > 0):
             raise ValueError(f"batch_sizes should go down, to at least 1, got {sizes.tolist()}")
         if data.shape[:1] != (sizes.sum(),):
@@ -146,7 +151,7 @@ def pad(data: Array, places: np.ndarray, padding_value: Any = 0) -> Array:
     fill = np.asarray(padding_value).astype(data.dtype)
     if isinstance(data, np.ndarray):
         return np.concatenate([data, np.full((1, *data.shape[1:]), fill)])[places]
-    return _unsharded(data).at[places].get(mode="fill", fill_value=fill.item())
+    return _unsharded(data).at[in_jax(places)].get(mode="fill", fill_value=fill.item())
 
 
 def pack(padded: Array, rows: np.ndarray) -> Array:
@@ -154,7 +159,7 @@ def pack(padded: Array, rows: np.ndarray) -> Array:
     flat = padded.reshape(-1, *padded.shape[2:])
     if isinstance(flat, np.ndarray):
         return flat[rows]
-    return _unsharded(flat).at[rows].get(mode="promise_in_bounds", unique_indices=True)
+    return _unsharded(flat).at[in_jax(rows)].get(mode="promise_in_bounds", unique_indices=True)
 
 
 def _unsharded(a: jax.Array) -> jax.Array:
@@ -236,7 +241,7 @@ def pack_padded_sequence(
     sizes = np.sum(known > np.arange(known.max())[:, None], axis=1)
     # Without data first: where they come from depends on the integers only.
     empty = PackedSequence(np.zeros((known.sum(), 0)), sizes, order)
-    return empty._replace(data=_in_jax(pack(padded, layout(empty, batch_first, steps).rows)))
+    return empty._replace(data=in_jax(pack(padded, layout(empty, batch_first, steps).rows)))
 
 
 def pad_packed_sequence(
@@ -267,7 +272,7 @@ def pad_packed_sequence(
     if total_length is not None and total_length < longest:
         raise ValueError(f"total_length should be at least {longest}, the longest row's length, got {total_length}")
     where = layout(sequence, batch_first, total_length)
-    return _in_jax(pad(sequence.data, where.places, padding_value)), where.lengths
+    return in_jax(pad(sequence.data, where.places, padding_value)), where.lengths
 
 
 def pad_sequence(
@@ -294,7 +299,7 @@ def pad_sequence(
     >>> jaxrnn.pad_sequence([jnp.array([1, 2, 3]), jnp.array([4])], batch_first=True, padding_side="left").tolist()
     [[1, 2, 3], [0, 0, 4]]
     """
-    return _in_jax(_padded(sequences, batch_first, padding_value, padding_side))
+    return in_jax(_padded(sequences, batch_first, padding_value, padding_side))
 
 
 def _padded(sequences: Rows, batch_first: bool, padding_value: float, padding_side: str) -> Array:
@@ -370,7 +375,7 @@ def unpad_sequence(padded_sequences: ArrayLike, lengths: Lengths, batch_first: b
     if np.any(known < 0):
         raise ValueError(f"lengths should not be negative, got {known.tolist()}")
     _check_within(known, padded.shape[1])
-    return [_in_jax(padded[row, :length]) for row, length in enumerate(known)]
+    return [in_jax(padded[row, :length]) for row, length in enumerate(known)]
 
 
 def unpack_sequence(packed_sequences: PackedSequence) -> list[jax.Array]:

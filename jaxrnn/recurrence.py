@@ -195,6 +195,11 @@ def _product(settings: Settings, a: jax.Array, weight: jax.Array, contract: int 
     )
 
 
+def _plus(a: jax.Array, bias: jax.Array) -> jax.Array:
+    """Ranks may have to be equal: see `jax.numpy_rank_promotion`."""
+    return a + jnp.expand_dims(bias, tuple(range(a.ndim - bias.ndim)))
+
+
 def _split(settings: Settings, a: jax.Array) -> Arrays:
     """One array a gate. As slices of one array inside the loop, gate kernels would not be vectorised on a CPU."""
     count = len(settings.cell.gates)
@@ -241,7 +246,7 @@ def _input_gates(settings: Settings, weights: LaidOut, x: jax.Array) -> Arrays:
     if weights.bias_ih is None:
         return gates
     inputs = zip(settings.cell.gates, gates, _split(settings, weights.bias_ih), strict=True)
-    return tuple(gate + b if name in settings.cell.apart else gate for name, gate, b in inputs)
+    return tuple(_plus(gate, b) if name in settings.cell.apart else gate for name, gate, b in inputs)
 
 
 def _input_products_jvp(settings: Settings, primals: tuple, tangents: tuple) -> tuple[Arrays, Arrays]:
@@ -269,7 +274,8 @@ def _input_products(settings: Settings, x: jax.Array, weight: jax.Array) -> Arra
 
 def _sums(settings: Settings, recurrent: Recurrent, gates: Arrays, h: jax.Array) -> Arrays:
     """The recurrent product, with the bias, added to the input's part of each gate that is not apart."""
-    return _added(settings.cell, gates, _split(settings, _product(settings, h, recurrent.weight_hh) + recurrent.bias))
+    hidden = _plus(_product(settings, h, recurrent.weight_hh), recurrent.bias)
+    return _added(settings.cell, gates, _split(settings, hidden))
 
 
 def _added(cell: Cell, gates: Arrays, recurrent: Arrays) -> Arrays:
@@ -344,7 +350,7 @@ def _scan_jvp(settings: Settings, primals: tuple, tangents: tuple) -> tuple[tupl
     after, push = jax.vmap(lambda *a: jax.linearize(cell.step, *a, *captured))(*_arguments(cell, gates, sums), before)
 
     # What is known of the tangents before the loop: all but what comes through the state's own tangent.
-    d_sums = _product(settings, before[0], d_recurrent.weight_hh) + d_recurrent.bias
+    d_sums = _plus(_product(settings, before[0], d_recurrent.weight_hh), d_recurrent.bias)
     d_sums = _join(settings, _added(cell, d_gates, _split(settings, d_sums)))
     d_inputs = tuple(d_gate if name in cell.apart else None for name, d_gate in zip(cell.gates, d_gates, strict=True))
     d_projected = None

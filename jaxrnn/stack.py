@@ -14,7 +14,7 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxrnn import meshes, recurrence
 from jaxrnn._compat import is_traced
 from jaxrnn.cells import Arrays
-from jaxrnn.packed import PackedSequence, layout, pack, pad
+from jaxrnn.packed import PackedSequence, in_jax, layout, pack, pad
 from jaxrnn.recurrence import MeshAxis, Remat
 from jaxrnn.spec import CellSpec, Spec
 
@@ -159,7 +159,7 @@ def _apply_packed(
         dropout_masks=dropout_masks,
         **rest,
     )
-    return x._replace(data=jnp.asarray(pack(output, where.rows))), state
+    return x._replace(data=in_jax(pack(output, where.rows))), state
 
 
 def apply_cell(
@@ -234,7 +234,7 @@ def check_hidden_axis(spec: Spec, axis: Any) -> None:
 def _floating(name: str, value: Any) -> jax.Array:
     if isinstance(value, Sequence):  # which jnp.asarray would stack, along an axis that may be another's
         raise TypeError(f"{name} should be one array, got {type(value).__name__} of length {len(value)}")
-    array = value if isinstance(value, jax.Array) else jnp.asarray(value)  # which takes its time in eager calls
+    array = in_jax(value)
     if not jnp.issubdtype(array.dtype, jnp.floating):
         raise TypeError(f"{name} should be floating, got {array.dtype}")
     return array
@@ -309,10 +309,10 @@ def _lengths(lengths: Any, shape: tuple[int, ...], steps: int) -> jax.Array | No
         raise RuntimeError(f"lengths should have shape {shape}, one for each row of x, got {array.shape}")
     # The values are not to be seen while a function is traced, nor on the devices of other processes.
     if not is_traced(array) and getattr(array, "is_fully_addressable", True):
-        values = np.asarray(array)
+        values = jax.device_get(array)
         if np.any((values < 0) | (values > steps)):
             raise ValueError(f"lengths should be from 0 to the {steps} time steps of x, got {values.tolist()}")
-    return jnp.asarray(array)
+    return in_jax(array)
 
 
 def _reset(spec: Spec, reset: ArrayLike | None, shape: tuple[int, ...]) -> jax.Array | None:
@@ -320,7 +320,7 @@ def _reset(spec: Spec, reset: ArrayLike | None, shape: tuple[int, ...]) -> jax.A
         return None
     if spec.bidirectional:
         raise ValueError("reset is for unidirectional networks: a backward direction would start an episode at its end")
-    array = jnp.asarray(reset, None if np.size(reset) else bool)
+    array = in_jax(reset, None if np.size(reset) else bool)
     if array.dtype != bool:
         raise TypeError(f"reset should be boolean, got {array.dtype}")
     if array.shape != shape:
@@ -329,7 +329,7 @@ def _reset(spec: Spec, reset: ArrayLike | None, shape: tuple[int, ...]) -> jax.A
 
 
 def _masks(masks: Sequence[ArrayLike], count: int, shape: tuple[int, ...]) -> Arrays:
-    arrays = tuple(jnp.asarray(mask) for mask in masks)
+    arrays = tuple(map(in_jax, masks))
     if [a.shape for a in arrays] != [shape] * count:
         raise ValueError(f"dropout_masks should be {count} arrays of shape {shape}, got {[a.shape for a in arrays]}")
     return arrays
@@ -385,7 +385,7 @@ def _apply(
     marks = recurrence.Marks(reset=None if reset is None else reset[..., None])
     if lengths is not None:
         steps = jnp.arange(x.shape[0], dtype=jnp.int32)
-        ended = (steps[:, None] >= lengths.astype(jnp.int32))[..., None]
+        ended = (steps[:, None] >= lengths.astype(jnp.int32)[None])[..., None]
         x = jnp.where(ended, jnp.zeros_like(x), x)  # NaN there would reach the gradients through the products
         marks = marks._replace(ended=ended)
     keys = None if key is None else jax.random.split(key, spec.num_layers)
@@ -406,7 +406,7 @@ def _apply(
             if masks is not None:
                 x = _dropout(spec, x, masks[index])
             elif keys is not None:
-                keep = jax.random.bernoulli(keys[index], 1 - spec.dropout, x.shape)
+                keep = jax.random.bernoulli(keys[index], np.float32(1 - spec.dropout), x.shape)
                 x = _dropout(spec, x, meshes.sharded_like(keep, x))
     h_n = tuple(jnp.stack(rows).astype(dtype) for rows, dtype in zip(zip(*last, strict=True), dtypes, strict=True))
     if not batched:
