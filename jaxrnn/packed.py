@@ -151,7 +151,7 @@ def pad(data: Array, places: np.ndarray, padding_value: Any = 0) -> Array:
     fill = np.asarray(padding_value).astype(data.dtype)
     if isinstance(data, np.ndarray):
         return np.concatenate([data, np.full((1, *data.shape[1:]), fill)])[places]
-    return _unsharded(data).at[in_jax(places)].get(mode="fill", fill_value=fill.item())
+    return _gather(data, places, mode="fill", fill_value=fill.item())
 
 
 def pack(padded: Array, rows: np.ndarray) -> Array:
@@ -159,17 +159,18 @@ def pack(padded: Array, rows: np.ndarray) -> Array:
     flat = padded.reshape(-1, *padded.shape[2:])
     if isinstance(flat, np.ndarray):
         return flat[rows]
-    return _unsharded(flat).at[in_jax(rows)].get(mode="promise_in_bounds", unique_indices=True)
+    return _gather(flat, rows, mode="promise_in_bounds", unique_indices=True)
 
 
-def _unsharded(a: jax.Array) -> jax.Array:
+def _gather(a: jax.Array, places: np.ndarray, **settings: Any) -> jax.Array:
     # JAX raises an error as well, but gives advice that only we could follow.
     if any(spec := jax.typeof(a).sharding.spec):
         raise ValueError(
             f"rows to pack or pad should not be sharded over mesh axes of type Explicit, got {spec}: give padded rows "
             "and lengths= to the layer, which can be sharded along the batch"
         )
-    return a
+    with jax.transfer_guard_host_to_device("allow"):  # of places, which the host works out
+        return a.at[places].get(**settings)
 
 
 def _static(name: str, value: Any) -> np.ndarray:
