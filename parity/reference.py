@@ -9,6 +9,7 @@ and, if the case has a less exact dtype, how far torch's own results in it are o
 """
 
 import math
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -133,12 +134,14 @@ class Recorded:
 
     def __init__(self) -> None:
         self._files = {kind: np.load(RECORDED / f"{kind}.npz") for kind in (*KINDS, "training")}
+        self._lock = threading.Lock()  # NumPy's archives are not to be read by two threads at a time
         self.versions = sorted({str(file["torch_version"]) for file in self._files.values()})
 
     def __call__(self, case: Case) -> Arrays:
         file = self._files[case.kind]
         names = [f"{case.name}/{name}" for name in ("truth", "digest", "errors", "ulps", "over_time")]
-        found = {name.rpartition("/")[2]: file[name] for name in names if name in file}
+        with self._lock:
+            found = {name.rpartition("/")[2]: file[name] for name in names if name in file}
         if not found:
             raise KeyError(f"no recorded results of {case.name}: run `python -m parity record`")
         return found
@@ -149,4 +152,5 @@ class Recorded:
         names = ["losses", "masks", *run.shapes()]
         if any(f"{run.name}/{name}" not in file for name in names):
             raise KeyError(f"no recorded results of {run.name}: run `python -m parity record`")
-        return {name: file[f"{run.name}/{name}"] for name in names}
+        with self._lock:
+            return {name: file[f"{run.name}/{name}"] for name in names}
