@@ -1,7 +1,14 @@
-"""PyTorch's RNN, LSTM and GRU in JAX and Flax: the same arguments, parameters and numbers."""
+"""PyTorch's RNN, LSTM and GRU in JAX and Flax: the same arguments, parameters and numbers.
+
+To read the package, begin with what one step computes, `cells`, and what there is to set, `spec` and `options`. Then
+`recurrence` runs one layer in one direction over time (`layouts` says where its gates lie, `rules` keeps derivative
+rules right under vmap), `stack` runs all layers, and `calls` turns what a user gives into what `stack` takes. `nnx` and
+`linen` add parameters and randomness. `packed` and `checkpoint` can be read on their own.
+"""
 
 from jaxrnn import checkpoint, linen
 from jaxrnn._version import __version__
+from jaxrnn.calls import apply, apply_cell
 from jaxrnn.cells import GRU_CELL, LSTM_CELL, RNN_RELU, RNN_TANH, Cell
 from jaxrnn.checkpoint import CheckpointError, from_torch, load_state_dict, state_dict
 from jaxrnn.nnx import GRU, LSTM, RNN, FlaxCell, GRUCell, LSTMCell, RNNCell
@@ -15,7 +22,6 @@ from jaxrnn.packed import (
     unpad_sequence,
 )
 from jaxrnn.spec import CellSpec, Spec
-from jaxrnn.stack import apply, apply_cell
 
 __all__ = [
     "GRU",

@@ -2,7 +2,7 @@
 
 A kind of cell is a value, a `Cell`. Its `step` sees the gates after the matrix products and touches no weight.
 Products, biases, projection, time, layers and derivatives are written once, for every cell, in `jaxrnn.recurrence` and
-`jaxrnn.stack`.
+above.
 """
 
 import dataclasses

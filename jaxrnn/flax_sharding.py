@@ -1,18 +1,25 @@
 """Where parameters lie on a mesh, as both of Flax's APIs write it down."""
 
+import dataclasses
 from typing import Any
 
 import jax
 from flax import linen
 
-from jaxrnn.recurrence import MeshAxis
+from jaxrnn.options import MeshAxis, Options
 from jaxrnn.spec import Spec
-from jaxrnn.stack import check_hidden_axis
 
 
 def mesh_axis(axis: MeshAxis | None) -> MeshAxis | None:
     """The axis of the mesh that stands for a logical one in Flax's rules, which both APIs share; else itself."""
     return dict(linen.get_logical_axis_rules()).get(axis, axis) if isinstance(axis, str) else axis
+
+
+def on_the_mesh(options: Options) -> Options:
+    """The options with the axis of the mesh for a logical one."""
+    if options.hidden_axis is None:
+        return options
+    return dataclasses.replace(options, hidden_axis=mesh_axis(options.hidden_axis))
 
 
 def names(spec: Spec, axis: MeshAxis | None) -> dict[str, tuple[Any, ...]]:
@@ -26,9 +33,9 @@ def on_mesh() -> bool:
 
 
 def check(spec: Spec, axis: MeshAxis | None) -> None:
-    """Raise ValueError if a mesh is in effect, and hidden units cannot be shared out over this axis of it."""
+    """Raise ValueError if a mesh is in effect, and hidden units cannot be sharded over this axis of it."""
     if on_mesh():
-        check_hidden_axis(spec, mesh_axis(axis))
+        Options(hidden_axis=mesh_axis(axis)).check_mesh(spec.hidden_size)
 
 
 def lay(value: jax.Array, axes: tuple[MeshAxis | None, ...]) -> jax.Array:

@@ -1,6 +1,6 @@
 """RNN, LSTM, GRU, RNNCell, LSTMCell and GRUCell as flax.linen modules with torch's arguments and parameters.
 
-They are the modules of `jaxrnn.nnx` once more, for Flax's other API: what they compute is in `jaxrnn.stack`, and a
+They are the modules of `jaxrnn.nnx` once more, for Flax's other API: what they compute is in `jaxrnn.calls`, and a
 module adds the parameters and the randomness. `params` has the keys of torch's `state_dict()`.
 """
 
@@ -14,11 +14,11 @@ from flax import linen
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxrnn import flax_cell, flax_sharding
+from jaxrnn.calls import HX, Output, Pair, State, StateT, call, call_cell
 from jaxrnn.cells import GRU_CELL, LSTM_CELL, Cell, rnn_cell
+from jaxrnn.options import CellKeywords, Keywords, MeshAxis, Options, Remat
 from jaxrnn.packed import PackedSequence
-from jaxrnn.recurrence import MeshAxis, Remat
 from jaxrnn.spec import CellSpec, Spec
-from jaxrnn.stack import HX, Output, Pair, State, StateT, apply, apply_cell, check_remat
 
 
 class _Module(linen.Module):
@@ -32,6 +32,7 @@ class _Module(linen.Module):
     def __post_init__(self) -> None:
         settings = {f.name: getattr(self, f.name) for f in dataclasses.fields(self._Spec) if f.name != "cell"}
         self.spec = self._Spec(self._cell, **settings)
+        self.options = Options(**{name: getattr(self, name) for name in self._Keywords.__annotations__})
         super().__post_init__()
 
     def _draw(self, name: str) -> Callable[..., Any]:
@@ -50,15 +51,15 @@ class _Module(linen.Module):
 class _Layers(_Module, Generic[StateT]):
     """What RNN, LSTM and GRU share: the call, and dropout as linen.Dropout has it."""
 
-    _Spec = Spec
+    _Spec, _Keywords = Spec, Keywords
     _: dataclasses.KW_ONLY
     remat: Remat = "none"
     hidden_axis: MeshAxis | None = None
+    unroll: int = 1
     deterministic: bool | None = None
     rng_collection: str = "dropout"
 
     def __post_init__(self) -> None:
-        check_remat(self.remat)
         super().__post_init__()
         flax_sharding.check(self.spec, self.hidden_axis)
 
@@ -96,8 +97,11 @@ class _Layers(_Module, Generic[StateT]):
         if self.dropout > 0 and self.num_layers > 1:
             off = linen.merge_param("deterministic", self.deterministic, deterministic)
             rng = None if off else self.make_rng(self.rng_collection) if rng is None else rng
-        axis = flax_sharding.mesh_axis(self.hidden_axis)
-        return apply(
+        options = flax_sharding.on_the_mesh(self.options)
+        if self.is_initializing() and not flax_sharding.on_mesh():  # names and shapes can be had without a mesh
+            options = dataclasses.replace(options, hidden_axis=None)
+        return call(
+            options,
             self.spec,
             self._params(),
             x,
@@ -106,19 +110,14 @@ class _Layers(_Module, Generic[StateT]):
             reset=reset,
             reset_state=reset_state,
             dropout_key=rng,
-            dtype=self.dtype,
-            precision=self.precision,
-            remat=self.remat,
-            # Names and shapes can be had without a mesh.
-            hidden_axis=axis if flax_sharding.on_mesh() or not self.is_initializing() else None,
         )
 
 
 class RNN(_Layers[jax.Array]):
     """A stack of Elman RNN layers: torch.nn.RNN. Equations and arguments as in `jaxrnn.RNN`.
 
-    Beside torch's arguments, all of them fields in torch's order, there are, keyword-only, dtype, param_dtype,
-    precision, remat and hidden_axis as in `jaxrnn.RNN` (with hidden_axis the parameters are `linen.Partitioned`, as
+    Torch's arguments are fields in torch's order. The other fields are keyword-only: dtype, param_dtype, precision,
+    remat, hidden_axis and unroll as in `jaxrnn.RNN` (with hidden_axis the parameters are `linen.Partitioned`, as
     `linen.with_partitioning` makes them), deterministic and rng_collection as in `flax.linen.Dropout`, and Linen's
     name.
 
@@ -213,12 +212,12 @@ class GRU(_Layers[jax.Array]):
 class _OneStep(_Module, Generic[StateT]):
     """What RNNCell, LSTMCell and GRUCell share: the call."""
 
-    _Spec = CellSpec
+    _Spec, _Keywords = CellSpec, CellKeywords
 
     @linen.compact
     def __call__(self, x: ArrayLike, hx: HX = None) -> StateT:
         """Make one step: arguments, what is returned and what is raised as for `jaxrnn.apply_cell`."""
-        return apply_cell(self.spec, self._params(), x, hx, dtype=self.dtype, precision=self.precision)
+        return call_cell(self.options, self.spec, self._params(), x, hx)
 
 
 class RNNCell(_OneStep[jax.Array]):

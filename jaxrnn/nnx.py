@@ -1,11 +1,12 @@
 """RNN, LSTM, GRU, RNNCell, LSTMCell and GRUCell as flax.nnx modules with torch's arguments and parameters.
 
-What a module computes is in `jaxrnn.stack`; a module adds the parameters and the randomness.
+What a module computes is in `jaxrnn.calls`; a module adds the parameters and the randomness.
 """
 
 import dataclasses
 import functools
-from typing import Any, Generic
+import inspect
+from typing import Any, ClassVar, Generic, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +14,11 @@ from flax import nnx
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxrnn import _compat, flax_cell, flax_sharding
+from jaxrnn.calls import HX, Output, Pair, State, StateT, call, call_cell
 from jaxrnn.cells import GRU_CELL, LSTM_CELL, RNN_RELU, rnn_cell
+from jaxrnn.options import CellKeywords, Keywords, Options, spelled_out
 from jaxrnn.packed import PackedSequence
-from jaxrnn.recurrence import MeshAxis, Remat
 from jaxrnn.spec import CellSpec, Spec
-from jaxrnn.stack import HX, Output, Pair, State, StateT, apply, apply_cell, check_remat
 
 Randomness = nnx.Rngs | nnx.RngStream | jax.Array
 
@@ -39,26 +40,43 @@ def _setting(name: str) -> property:
 _NONLINEARITY = property(lambda self: "relu" if self.spec.cell == RNN_RELU else "tanh")
 
 
+def _option(name: str) -> property:
+    """An option as an attribute that can be set, as Flax's modules have them."""
+
+    def change(self: Any, value: Any) -> None:
+        self.options = dataclasses.replace(self.options, **{name: value})
+
+    return property(lambda self: getattr(self.options, name), change)
+
+
 class _Module(nnx.Module):
     """What layers and cells share: the settings, and an nnx.Param for each parameter under torch's name."""
 
+    _Keywords: ClassVar[type]
+    __signature__: ClassVar[inspect.Signature]
     input_size = _setting("input_size")
     hidden_size = _setting("hidden_size")
     bias = _setting("bias")
+    dtype = _option("dtype")
+    precision = _option("precision")
 
     def __init__(
         self,
         spec: Spec | CellSpec,
-        dtype: DTypeLike | None,
+        options: Keywords | CellKeywords,
         param_dtype: DTypeLike,
-        precision: jax.lax.PrecisionLike,
         rngs: nnx.Rngs,
     ) -> None:
         self.spec = spec
-        self.dtype = dtype
+        self.options = Options.of(type(self).__name__, options, self._Keywords)
         self.param_dtype = param_dtype
-        self.precision = precision
         self._add_params(spec.init(rngs.params(), param_dtype))
+
+    def __init_subclass__(cls, **settings: Any) -> None:
+        super().__init_subclass__(**settings)
+        # For help(), which Flax's metaclass would give (*args, **kwargs).
+        _, *parameters = inspect.signature(cls.__init__).parameters.values()
+        cls.__signature__ = inspect.Signature(parameters)
 
     def _add_params(self, values: dict[str, jax.Array]) -> None:
         for name, value in values.items():
@@ -94,27 +112,25 @@ class _Layers(_Module, Generic[StateT]):
     """What RNN, LSTM and GRU share: the call, and dropout as nnx.Dropout has it."""
 
     spec: Spec
+    _Keywords = Keywords
     num_layers = _setting("num_layers")
     batch_first = _setting("batch_first")
     dropout = _setting("dropout")
     bidirectional = _setting("bidirectional")
     proj_size = _setting("proj_size")
+    remat = _option("remat")
+    hidden_axis = _option("hidden_axis")
+    unroll = _option("unroll")
 
     def __init__(
         self,
         spec: Spec,
-        dtype: DTypeLike | None,
+        options: Keywords,
         param_dtype: DTypeLike,
-        precision: jax.lax.PrecisionLike,
-        remat: Remat,
-        hidden_axis: MeshAxis | None,
         rngs: nnx.Rngs,
     ) -> None:
-        check_remat(remat)
-        flax_sharding.check(spec, hidden_axis)
-        self.hidden_axis = hidden_axis
-        super().__init__(spec, dtype, param_dtype, precision, rngs)
-        self.remat = remat
+        flax_sharding.check(spec, options.get("hidden_axis"))
+        super().__init__(spec, options, param_dtype, rngs)
         self.deterministic = False
         # Kept only where it is used: a stream adds leaves that have no gradient.
         self.rngs = rngs["dropout"].fork() if self._drops() else nnx.data(None)
@@ -178,7 +194,8 @@ class _Layers(_Module, Generic[StateT]):
         deterministic = self.deterministic if deterministic is None else deterministic
         if self._drops() and not deterministic:
             key = _key(self.rngs if rngs is None else rngs, "dropout")
-        return apply(
+        return call(
+            flax_sharding.on_the_mesh(self.options),
             self.spec,
             self._params(),
             x,
@@ -187,10 +204,6 @@ class _Layers(_Module, Generic[StateT]):
             reset=reset,
             reset_state=reset_state,
             dropout_key=key,
-            dtype=self.dtype,
-            precision=self.precision,
-            remat=self.remat,
-            hidden_axis=flax_sharding.mesh_axis(self.hidden_axis),
         )
 
     def set_view(self, deterministic: bool | None = None) -> None:
@@ -223,10 +236,11 @@ class RNN(_Layers[jax.Array]):
             promote. A state that is given keeps its dtype: a float32 one is carried on unrounded.
         param_dtype: the parameters' floating dtype.
         precision: the precision of the products, as for `jax.lax.dot_general`.
-        remat: what is kept for the gradient: "none" of it computed again, the "gates" computed again from the states,
-            or every k-th step an integer k: as for `jaxrnn.apply`.
-        hidden_axis: the axis of the mesh of `jax.set_mesh`, or the logical axis for which Flax's rules have one, over
-            which hidden units are shared out. The parameters' metadata has it, and with a mesh they are created there.
+        remat: what the forward pass saves for the backward pass: everything, "none" of it recomputed; only the states,
+            from which "gates" are recomputed; or, for an integer k, the state before every k-th step.
+        hidden_axis: mesh axis, or Flax logical axis, over which hidden units are sharded; stored in the parameters'
+            metadata. Where a mesh is set, parameters are created on it.
+        unroll: how many steps the loop makes at a time, as for `jax.lax.scan`.
         rngs: nnx.Rngs for the initial parameters (uniform within 1/sqrt(hidden_size) of 0, as torch's) and, where it
             is used, for dropout.
 
@@ -247,6 +261,7 @@ class RNN(_Layers[jax.Array]):
 
     nonlinearity = _NONLINEARITY
 
+    @spelled_out
     def __init__(
         self,
         input_size: int,
@@ -259,16 +274,13 @@ class RNN(_Layers[jax.Array]):
         bidirectional: bool = False,
         *,
         proj_size: int = 0,
-        dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
-        precision: jax.lax.PrecisionLike = None,
-        remat: Remat = "none",
-        hidden_axis: MeshAxis | None = None,
         rngs: nnx.Rngs,
+        **options: Unpack[Keywords],
     ) -> None:
         cell = rnn_cell(nonlinearity)
         spec = Spec(cell, input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size)
-        super().__init__(spec, dtype, param_dtype, precision, remat, hidden_axis, rngs)
+        super().__init__(spec, options, param_dtype, rngs)
 
 
 class LSTM(_Layers[Pair]):
@@ -302,6 +314,7 @@ class LSTM(_Layers[Pair]):
     ((7, 3, 10), (2, 3, 5), (2, 3, 20))
     """
 
+    @spelled_out
     def __init__(
         self,
         input_size: int,
@@ -313,17 +326,14 @@ class LSTM(_Layers[Pair]):
         bidirectional: bool = False,
         proj_size: int = 0,
         *,
-        dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
-        precision: jax.lax.PrecisionLike = None,
-        remat: Remat = "none",
-        hidden_axis: MeshAxis | None = None,
         rngs: nnx.Rngs,
+        **options: Unpack[Keywords],
     ) -> None:
         spec = Spec(
             LSTM_CELL, input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size
         )
-        super().__init__(spec, dtype, param_dtype, precision, remat, hidden_axis, rngs)
+        super().__init__(spec, options, param_dtype, rngs)
 
 
 class GRU(_Layers[jax.Array]):
@@ -352,6 +362,7 @@ class GRU(_Layers[jax.Array]):
     ((3, 7, 20), (1, 3, 20))
     """
 
+    @spelled_out
     def __init__(
         self,
         input_size: int,
@@ -363,21 +374,19 @@ class GRU(_Layers[jax.Array]):
         bidirectional: bool = False,
         *,
         proj_size: int = 0,
-        dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
-        precision: jax.lax.PrecisionLike = None,
-        remat: Remat = "none",
-        hidden_axis: MeshAxis | None = None,
         rngs: nnx.Rngs,
+        **options: Unpack[Keywords],
     ) -> None:
         spec = Spec(GRU_CELL, input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size)
-        super().__init__(spec, dtype, param_dtype, precision, remat, hidden_axis, rngs)
+        super().__init__(spec, options, param_dtype, rngs)
 
 
 class _OneStep(_Module, Generic[StateT]):
     """What RNNCell, LSTMCell and GRUCell share: the call."""
 
     spec: CellSpec
+    _Keywords = CellKeywords
     # What torch's cells have in place of biases that are not there.
     bias_ih: nnx.Param | None = None
     bias_hh: nnx.Param | None = None
@@ -398,7 +407,7 @@ class _OneStep(_Module, Generic[StateT]):
             ValueError: x or hx is neither 1-D nor 2-D.
             RuntimeError: the size of x or hx does not fit.
         """
-        return apply_cell(self.spec, self._params(), x, hx, dtype=self.dtype, precision=self.precision)
+        return call_cell(self.options, self.spec, self._params(), x, hx)
 
 
 class RNNCell(_OneStep[jax.Array]):
@@ -426,6 +435,7 @@ class RNNCell(_OneStep[jax.Array]):
 
     nonlinearity = _NONLINEARITY
 
+    @spelled_out
     def __init__(
         self,
         input_size: int,
@@ -433,13 +443,12 @@ class RNNCell(_OneStep[jax.Array]):
         bias: bool | int = True,
         nonlinearity: str = "tanh",
         *,
-        dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
-        precision: jax.lax.PrecisionLike = None,
         rngs: nnx.Rngs,
+        **options: Unpack[CellKeywords],
     ) -> None:
         spec = CellSpec(rnn_cell(nonlinearity), input_size, hidden_size, bias)
-        super().__init__(spec, dtype, param_dtype, precision, rngs)
+        super().__init__(spec, options, param_dtype, rngs)
 
 
 class LSTMCell(_OneStep[Pair]):
@@ -454,18 +463,18 @@ class LSTMCell(_OneStep[Pair]):
     ((3, 20), (3, 20))
     """
 
+    @spelled_out
     def __init__(
         self,
         input_size: int,
         hidden_size: int,
         bias: bool | int = True,
         *,
-        dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
-        precision: jax.lax.PrecisionLike = None,
         rngs: nnx.Rngs,
+        **options: Unpack[CellKeywords],
     ) -> None:
-        super().__init__(CellSpec(LSTM_CELL, input_size, hidden_size, bias), dtype, param_dtype, precision, rngs)
+        super().__init__(CellSpec(LSTM_CELL, input_size, hidden_size, bias), options, param_dtype, rngs)
 
 
 class GRUCell(_OneStep[jax.Array]):
@@ -478,18 +487,18 @@ class GRUCell(_OneStep[jax.Array]):
     (20,)
     """
 
+    @spelled_out
     def __init__(
         self,
         input_size: int,
         hidden_size: int,
         bias: bool | int = True,
         *,
-        dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
-        precision: jax.lax.PrecisionLike = None,
         rngs: nnx.Rngs,
+        **options: Unpack[CellKeywords],
     ) -> None:
-        super().__init__(CellSpec(GRU_CELL, input_size, hidden_size, bias), dtype, param_dtype, precision, rngs)
+        super().__init__(CellSpec(GRU_CELL, input_size, hidden_size, bias), options, param_dtype, rngs)
 
 
 class FlaxCell(nnx.RNNCellBase):

@@ -18,30 +18,27 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
-from jax.sharding import PartitionSpec
 
 from jaxrnn.cells import Arrays, Cell
+from jaxrnn.layouts import Layout, layout
+from jaxrnn.options import Options
 from jaxrnn.rules import with_rule
 
 Weights = dict[str, jax.Array]
 _STATES = "jaxrnn states"  # the name by which `jax.checkpoint` knows them
-_CHUNK = 128  # steps whose gates are computed again at a time
-
-
-# What to keep for the derivative: see `layer`.
-Remat = str | int
-# An axis of a mesh of devices, or several that are taken as one.
-MeshAxis = str | tuple[str, ...]
+_CHUNK = 128  # chunk length for remat="gates", in steps
 
 
 class Settings(NamedTuple):
     """What is fixed while a layer runs."""
 
     cell: Cell
-    precision: lax.PrecisionLike = None
+    options: Options = Options()
     reverse: bool = False
-    remat: Remat = "none"
-    hidden_axis: MeshAxis | None = None  # of the mesh, over which hidden units are shared out
+
+    @property
+    def layout(self) -> Layout:
+        return layout(len(self.cell.gates), self.options.hidden_axis)
 
 
 class Marks(NamedTuple):
@@ -55,9 +52,9 @@ UNMARKED = Marks()
 
 
 class Recurrent(NamedTuple):
-    """The weights inside the loop, turned once outside it so that products read them along their rows."""
+    """The weights inside the loop, transposed once outside it so that products read them along their rows."""
 
-    weight_hh: jax.Array  # (output size, gates * hidden_size), or (output size, gates, hidden_size)
+    weight_hh: jax.Array  # (output size, gates * hidden_size), or as the layout has it
     bias: jax.Array  # what joins the recurrent product: b_hh, and b_ih but for the gates in cell.apart
     weight_hr: jax.Array | None  # (hidden_size, proj_size)
 
@@ -67,12 +64,9 @@ class Recurrent(NamedTuple):
 
 
 class LaidOut(NamedTuple):
-    """A layer's weights as the products read them.
+    """A layer's weights in its layout."""
 
-    Where hidden units are shared out, so are those of every gate: the gates have an axis of their own, here and above.
-    """
-
-    weight_ih: jax.Array  # (gates * hidden_size, features) as in torch, or (features, gates, hidden_size)
+    weight_ih: jax.Array
     bias_ih: jax.Array | None  # added for the gates in cell.apart; None without biases
     recurrent: Recurrent
 
@@ -91,14 +85,11 @@ def layer(
 ) -> tuple[jax.Array, Arrays]:
     """Run one layer in one direction.
 
-    For the derivative a layer keeps all that it needs ("none"), or the states alone, from which the gates come again in
-    one product ("gates"), or the state before every k-th step (k), from where the steps are made again.
-
     Args:
-        settings: the cell, the precision of products, the direction in time, what to keep, and the mesh's axis.
+        settings: the cell, the options, and the direction in time.
         weights: torch's parameters of this layer and direction by role: `weight_ih` (gates * hidden_size, features),
             `weight_hh`, and where there are any `bias_ih`, `bias_hh`, `weight_hr`; all in x's dtype.
-        x: the input, (time, batch, features); finite past a row's end, too.
+        x: the input, (time, batch, features); finite in the padding, too.
         state: the initial state, one array (batch, size) a state.
         marks: where rows have ended, and where the state is put back.
         reset_state: what the state is put back to, like `state`; zeros if None.
@@ -110,8 +101,8 @@ def layer(
     state = _cast(state, _accumulator(x.dtype))
     if marks.reset is not None:
         reset_state = jax.tree.map(jnp.zeros_like, state) if reset_state is None else _cast(reset_state, state[0].dtype)
-    # A time that is a symbol, in an export, cannot be parted: there the gradient keeps everything.
-    run = _run_in_chunks if settings.remat != "none" and isinstance(x.shape[0], int) else _run
+    # A symbolic time axis, in an export, cannot be split into chunks, so remat is ignored there.
+    run = _run_in_chunks if settings.options.remat != "none" and isinstance(x.shape[0], int) else _run
     return run(settings, _laid_out(settings, weights), x, state, marks, reset_state)
 
 
@@ -130,9 +121,9 @@ def _run(
 def _run_in_chunks(
     settings: Settings, weights: LaidOut, x: jax.Array, state: Arrays, marks: Marks, reset_state: Arrays | None
 ) -> tuple[jax.Array, Arrays]:
-    """As `_run`, in chunks, so that no more than one is computed again at a time; the last steps make a shorter one."""
-    gates = settings.remat == "gates"
-    size = min(_CHUNK if gates else int(settings.remat), len(x))
+    """Like `_run`, chunk by chunk, so that at most one chunk is recomputed at a time. The last may be shorter."""
+    gates = settings.options.remat == "gates"
+    size = min(_CHUNK if gates else int(settings.options.remat), len(x))
     whole = len(x) - len(x) % size
     policy = jax.checkpoint_policies.save_only_these_names(_STATES) if gates else None
     weights = weights.astype(_accumulator(x.dtype))  # in which the chunks' gradients add up
@@ -190,7 +181,7 @@ def _product(settings: Settings, a: jax.Array, weight: jax.Array, contract: int 
         a.astype(weight.dtype),
         weight,
         (((a.ndim - 1,), (contract,)), ((), ())),
-        precision=settings.precision,
+        precision=settings.options.precision,
         preferred_element_type=_accumulator(weight.dtype),
     )
 
@@ -200,44 +191,15 @@ def _plus(a: jax.Array, bias: jax.Array) -> jax.Array:
     return a + jnp.expand_dims(bias, tuple(range(a.ndim - bias.ndim)))
 
 
-def _split(settings: Settings, a: jax.Array) -> Arrays:
-    """One array a gate. As slices of one array inside the loop, gate kernels would not be vectorised on a CPU."""
-    count = len(settings.cell.gates)
-    if settings.hidden_axis is None:
-        return tuple(jnp.split(a, count, axis=-1))
-    return tuple(gate[..., 0, :] for gate in jnp.split(a, count, axis=-2))
-
-
-def _join(settings: Settings, gates: Arrays) -> jax.Array:
-    return jnp.concatenate(gates, axis=-1) if settings.hidden_axis is None else jnp.stack(gates, axis=-2)
-
-
-def shared_out(hidden_axis: MeshAxis, a: jax.Array) -> jax.Array:
-    """Share out the last axis, of hidden units, over the mesh; the others lie as they come."""
-    rest = [PartitionSpec.UNCONSTRAINED] * (a.ndim - 1)
-    return lax.with_sharding_constraint(a, PartitionSpec(*rest, hidden_axis))
-
-
-def _by_gate(settings: Settings, a: jax.Array) -> jax.Array:
-    """Where hidden units are shared out, give the gates of turned weights an axis: each device has its units' of each.
-
-    In torch's rows, gate after gate, devices would have gates, and exchange them at every step.
-    """
-    if settings.hidden_axis is None:
-        return a
-    return shared_out(settings.hidden_axis, a.reshape(*a.shape[:-1], len(settings.cell.gates), -1))
-
-
 def _laid_out(settings: Settings, weights: Weights) -> LaidOut:
-    cell, weight_ih, weight_hh = settings.cell, weights["weight_ih"], weights["weight_hh"]
-    bias_ih, bias = None, _by_gate(settings, jnp.zeros(len(weight_hh), _accumulator(weight_hh.dtype)))
+    cell, lay, weight_hh = settings.cell, settings.layout, weights["weight_hh"]
+    bias_ih, bias = None, lay.by_gate(jnp.zeros(len(weight_hh), _accumulator(weight_hh.dtype)))
     if "bias_ih" in weights:
-        bias_ih, bias = (_by_gate(settings, weights[name].astype(bias.dtype)) for name in ("bias_ih", "bias_hh"))
-        inputs = zip(cell.gates, _split(settings, bias_ih), strict=True)
-        bias = bias + _join(settings, tuple(jnp.zeros_like(b) if name in cell.apart else b for name, b in inputs))
+        bias_ih, bias = (lay.by_gate(weights[name].astype(bias.dtype)) for name in ("bias_ih", "bias_hh"))
+        inputs = zip(cell.gates, lay.split(bias_ih), strict=True)
+        bias = bias + lay.join(tuple(jnp.zeros_like(b) if name in cell.apart else b for name, b in inputs))
     weight_hr = weights["weight_hr"].T if "weight_hr" in weights else None
-    recurrent = Recurrent(_by_gate(settings, weight_hh.T), bias, weight_hr)
-    return LaidOut(weight_ih if settings.hidden_axis is None else _by_gate(settings, weight_ih.T), bias_ih, recurrent)
+    return LaidOut(lay.weight_ih(weights["weight_ih"]), bias_ih, Recurrent(lay.by_gate(weight_hh.T), bias, weight_hr))
 
 
 def _input_gates(settings: Settings, weights: LaidOut, x: jax.Array) -> Arrays:
@@ -245,37 +207,35 @@ def _input_gates(settings: Settings, weights: LaidOut, x: jax.Array) -> Arrays:
     gates = _input_products(settings, x, weights.weight_ih)
     if weights.bias_ih is None:
         return gates
-    inputs = zip(settings.cell.gates, gates, _split(settings, weights.bias_ih), strict=True)
+    inputs = zip(settings.cell.gates, gates, settings.layout.split(weights.bias_ih), strict=True)
     return tuple(_plus(gate, b) if name in settings.cell.apart else gate for name, gate, b in inputs)
 
 
 def _input_products_jvp(settings: Settings, primals: tuple, tangents: tuple) -> tuple[Arrays, Arrays]:
-    """In the derivative one large product it is: the gates' tangents come together in the loop as they are."""
+    """The tangent uses one large product, because the loop needs all gates together."""
     x, weight = primals
     d_x, d_weight = tangents
     gates = _input_products(settings, x, weight)
     products = [
-        _product(settings, a, b.T if settings.hidden_axis is None else b)
+        _product(settings, a, settings.layout.for_all_gates(b))
         for a, b in ((d_x, weight), (x, d_weight))
         if not isinstance(a, SymbolicZero) and not isinstance(b, SymbolicZero)
     ]
     if not products:
         return gates, jax.tree.map(jnp.zeros_like, gates)
-    return gates, _split(settings, functools.reduce(operator.add, products))
+    return gates, settings.layout.split(functools.reduce(operator.add, products))
 
 
 @with_rule(_input_products_jvp, nondiff_argnums=(0,), symbolic_zeros=True)
 def _input_products(settings: Settings, x: jax.Array, weight: jax.Array) -> Arrays:
-    """A product for each gate, for parting one large product would copy it. The weight is torch's, or `_by_gate`."""
-    if settings.hidden_axis is None:
-        return tuple(_product(settings, x, part.T) for part in jnp.split(weight, len(settings.cell.gates)))
-    return tuple(_product(settings, x, part) for part in _split(settings, weight))
+    """One product per gate: splitting one large product would copy it."""
+    return tuple(_product(settings, x, part) for part in settings.layout.for_each_gate(weight))
 
 
 def _sums(settings: Settings, recurrent: Recurrent, gates: Arrays, h: jax.Array) -> Arrays:
     """The recurrent product, with the bias, added to the input's part of each gate that is not apart."""
     hidden = _plus(_product(settings, h, recurrent.weight_hh), recurrent.bias)
-    return _added(settings.cell, gates, _split(settings, hidden))
+    return _added(settings.cell, gates, settings.layout.split(hidden))
 
 
 def _added(cell: Cell, gates: Arrays, recurrent: Arrays) -> Arrays:
@@ -335,37 +295,38 @@ def _scan_jvp(settings: Settings, primals: tuple, tangents: tuple) -> tuple[tupl
     cell = settings.cell
     dtype = recurrent.weight_hh.dtype
 
-    again = settings.remat == "gates"
+    recompute, lay = settings.options.remat == "gates", settings.layout
+    scan = functools.partial(lax.scan, reverse=settings.reverse, unroll=settings.options.unroll)
 
     def forward(state: Arrays, step: tuple[Arrays, Marks]) -> tuple[Arrays, tuple]:
         gates, marks = step
         state, sums = _advance(settings, recurrent, gates, state, marks, reset_state, captured)
-        return state, (state, None if again else sums)
+        return state, (state, None if recompute else sums)
 
-    last, (states, sums) = lax.scan(forward, state, (gates, marks), reverse=settings.reverse)
+    last, (states, sums) = lax.scan(
+        forward, state, (gates, marks), reverse=settings.reverse, unroll=settings.options.unroll
+    )
     states = checkpoint_name(states, _STATES)
     before = _select(marks.reset, reset_state, _before(settings, state, states))
-    if again:
+    if recompute:
         sums = _sums(settings, recurrent, gates, before[0])
     after, push = jax.vmap(lambda *a: jax.linearize(cell.step, *a, *captured))(*_arguments(cell, gates, sums), before)
 
     # What is known of the tangents before the loop: all but what comes through the state's own tangent.
     d_sums = _plus(_product(settings, before[0], d_recurrent.weight_hh), d_recurrent.bias)
-    d_sums = _join(settings, _added(cell, d_gates, _split(settings, d_sums)))
+    d_sums = lay.join(_added(cell, d_gates, lay.split(d_sums)))
     d_inputs = tuple(d_gate if name in cell.apart else None for name, d_gate in zip(cell.gates, d_gates, strict=True))
     d_projected = None
     if d_recurrent.weight_hr is not None:
         d_projected = _product(settings, after[0], d_recurrent.weight_hr)
 
-    # Turned back, so that the transposed loop reads them along their rows as well.
-    turned = settings.hidden_axis is None
-    weight_hh = recurrent.weight_hh.T if turned else recurrent.weight_hh
+    weight_hh, contract = lay.transposed(recurrent.weight_hh)
     weight_hr = None if recurrent.weight_hr is None else recurrent.weight_hr.T
 
     def linear(d_state: Arrays, step: tuple) -> tuple[Arrays, jax.Array]:
         push, d_sums, d_inputs, d_projected, marks = step
         d_before = _select(marks.reset, d_reset_state, d_state)
-        d_sums = _split(settings, d_sums + _product(settings, d_before[0], weight_hh, contract=int(turned)))
+        d_sums = lay.split(d_sums + _product(settings, d_before[0], weight_hh, contract))
         d_after = tuple(push(*_arguments(cell, d_inputs, d_sums), d_before, *d_captured))
         if weight_hr is not None:
             d_after = (_product(settings, d_after[0], weight_hr, contract=1) + d_projected, *d_after[1:])
@@ -373,7 +334,7 @@ def _scan_jvp(settings: Settings, primals: tuple, tangents: tuple) -> tuple[tupl
         return d_state, _output(marks, d_state, dtype)
 
     known = (push, d_sums, d_inputs, d_projected, marks)
-    d_last, d_outputs = lax.scan(linear, d_state, known, reverse=settings.reverse)
+    d_last, d_outputs = scan(linear, d_state, known)
     return (_output(marks, states, dtype), last), (d_outputs, d_last)
 
 
@@ -394,7 +355,7 @@ def _scan(
         state, _ = _advance(settings, recurrent, gates, state, marks, reset_state, captured)
         return state, _output(marks, state, recurrent.weight_hh.dtype)
 
-    state, outputs = lax.scan(body, state, (gates, marks), reverse=settings.reverse)
+    state, outputs = lax.scan(body, state, (gates, marks), reverse=settings.reverse, unroll=settings.options.unroll)
     return outputs, state
 
 

@@ -19,9 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jaxrnn.calls import apply
 from jaxrnn.checkpoint import clip_grad_norm, optax_from_torch
 from jaxrnn.spec import Spec
-from jaxrnn.stack import apply
 
 from .cases import LAYERS, Arrays
 

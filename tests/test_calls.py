@@ -113,6 +113,31 @@ def test_an_equal_spec_traces_once() -> None:
     assert len(traces) > once
 
 
+@pytest.mark.parametrize("unroll", [2, 99])
+def test_unrolled_steps_are_the_same_steps(unroll: int) -> None:
+    def run(unroll: int) -> Any:
+        return jax.value_and_grad(lambda p: jnp.sum(jnp.sin(jaxrnn.apply(GRU, p, normal(T, N, F), unroll=unroll)[0])))(
+            PARAMS[GRU]
+        )
+
+    assert_close(run(unroll), run(1), atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"unroll": 0}, ValueError, "unroll should be an integer above 0, got 0"),
+        ({"remat": "all"}, ValueError, "remat should be 'none', 'gates' or an integer above 0, got 'all'"),
+        ({"remat": True}, ValueError, "remat should be .* got True"),
+        ({"dtype": int}, TypeError, "dtype should be floating, got int64"),
+        ({"rematerialise": 2}, TypeError, r"apply\(\) got an unexpected keyword argument 'rematerialise'"),
+    ],
+)
+def test_bad_options(options: dict, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        jaxrnn.apply(GRU, PARAMS[GRU], ONES, **options)
+
+
 # Bad arguments: torch's exception type where it raises one on purpose, and a message that names the argument, what it
 # was and what it should be.
 

@@ -15,19 +15,22 @@ FLOORS = {
     "_compat": -1,  # imports nothing of jaxrnn
     "rules": -1,
     "meshes": 0,
+    "options": 0,
+    "layouts": 1,
     "_version": 0,
     "cells": 0,
     "spec": 1,
     "packed": 1,
     "recurrence": 2,
     "stack": 3,
+    "calls": 4,
     "flax_cell": 3,
     "flax_sharding": 3,
-    "nnx": 4,
-    "linen": 4,
-    "checkpoint": 5,
-    "__main__": 6,
-    "__init__": 6,
+    "nnx": 5,
+    "linen": 5,
+    "checkpoint": 6,
+    "__main__": 7,
+    "__init__": 7,
 }
 
 

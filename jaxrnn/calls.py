@@ -1,0 +1,429 @@
+"""Calls of the pure functions: their checks, and from what was given to time-major padded rows and back."""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar, Unpack
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from jaxrnn import meshes, recurrence, stack
+from jaxrnn._compat import is_traced
+from jaxrnn.cells import Arrays
+from jaxrnn.options import CellKeywords, Keywords, Options, spelled_out
+from jaxrnn.packed import PackedSequence, in_jax, layout, pack, pad
+from jaxrnn.spec import CellSpec, Spec
+
+HX = ArrayLike | Sequence[ArrayLike] | None
+State = Any  # a jax.Array, or for a cell of several states a tuple of them
+Pair = tuple[jax.Array, jax.Array]  # an LSTM's
+StateT = TypeVar("StateT", jax.Array, Pair)  # of a module
+Output = Any  # a jax.Array, or a PackedSequence for one
+
+
+@spelled_out
+def apply(
+    spec: Spec,
+    params: Mapping[str, ArrayLike],
+    x: ArrayLike | PackedSequence,
+    hx: HX = None,
+    *,
+    lengths: ArrayLike | None = None,
+    reset: ArrayLike | None = None,
+    reset_state: HX = None,
+    dropout_key: jax.Array | None = None,
+    dropout_masks: Sequence[ArrayLike] | None = None,
+    **options: Unpack[Keywords],
+) -> tuple[Output, State]:
+    """Run a recurrent network over a sequence, as torch's RNN, LSTM and GRU modules do.
+
+    Args:
+        spec: the settings.
+        params: the parameters by name, of the shapes in `spec.shapes()`.
+        x: the input, (time, batch, input_size), or (batch, time, input_size) with `batch_first`, or unbatched
+            (time, input_size); floating. Or a PackedSequence of such steps.
+        hx: the initial state h_0, (num_layers * directions, batch, output size), or (num_layers * directions, output
+            size) for unbatched x; zeros if None. For a cell of several states a tuple or list: (h_0, c_0) for an LSTM,
+            where c_0 has hidden_size features and h_0 has proj_size, if that is set. Unlike in torch, the batch may be
+            1 or missing, and so may all axes but the last: such a state is for all rows, as a learned one is.
+        lengths: how many steps each row has, integers from 0 to time, (batch,), or for unbatched x (); all of them if
+            None. What x holds past a row's end reaches nothing. Data under jit, where their values cannot be checked:
+            there a length below 0 counts as 0, and one above time as time.
+        reset: True before which steps the state is put back, as between the episodes of an environment; boolean, in
+            the layout of x, or its data, without the features. Past a row's end nothing is put back. Not for a
+            bidirectional network.
+        reset_state: what `reset` puts the state back to, like hx; zeros if None.
+        dropout_key: a jax random key, for dropout in training; without it or `dropout_masks` there is none.
+        dropout_masks: instead of a key, what dropout keeps: for each layer but the last an array of 0 or 1,
+            (time, batch, directions * output size) also with `batch_first`, without batch for unbatched x, and in
+            the layout of its data for a PackedSequence.
+        dtype: the floating dtype to compute in; by default that to which x, params and hx promote. The output has it;
+            states have that of hx, if given: with a float32 hx a state is carried on unrounded, whatever the dtype.
+        precision: the precision of the products, as for `jax.lax.dot_general`.
+        remat: what the forward pass saves for the backward pass. "none": everything, nothing is recomputed. "gates":
+            only the states; gates are recomputed. An integer k: the state before every k-th step; the rest is
+            recomputed. Values and gradients are the same, up to rounding.
+        hidden_axis: the axis, or axes, of the mesh in `jax.set_mesh`, of type Auto, over which the hidden units, and
+            with them the gates and states, are sharded; None leaves that to XLA.
+        unroll: how many steps the loop makes at a time, as for `jax.lax.scan`: longer to compile, seldom faster.
+
+    Returns:
+        `(output, h_n)`, or for a cell of several states `(output, (h_n, c_n))`: the last layer's outputs, laid out
+        as x with directions * output size features, 0 past a row's end; and the states after each row's last step,
+        of the full shape of hx. The backward direction starts at each row's own last step. A row of length 0 keeps its
+        hx. For a PackedSequence the output is one, and the rows of hx and of the states are in their original order.
+
+    Raises:
+        TypeError: x, hx, reset_state or a parameter is not floating, hx or reset_state has not the form that the
+            cell's states need, lengths are not integers, or reset is not boolean.
+        ValueError: x is neither 2-D nor 3-D, params has not the names and shapes of `spec.shapes()`, a length is
+            out of range, lengths come with a PackedSequence, reset with a bidirectional network, remat is neither
+            "none" nor "gates" nor an integer above 0, or hidden_axis is not of the mesh, not of type Auto, or has
+            devices in a number that does not divide hidden_size.
+        RuntimeError: the size of x, hx, lengths, reset or reset_state does not fit, or the sequence is empty.
+
+    >>> import jax, jaxrnn
+    >>> spec = jaxrnn.Spec(jaxrnn.LSTM_CELL, 10, 20, num_layers=2)
+    >>> params = spec.init(jax.random.key(0))
+    >>> output, (h_n, c_n) = jaxrnn.apply(spec, params, jax.numpy.ones((5, 3, 10)))
+    >>> output.shape, h_n.shape, c_n.shape
+    ((5, 3, 20), (2, 3, 20), (2, 3, 20))
+    """
+    return call(
+        Options.of("apply", options, Keywords),
+        spec,
+        params,
+        x,
+        hx,
+        lengths=lengths,
+        reset=reset,
+        reset_state=reset_state,
+        dropout_key=dropout_key,
+        dropout_masks=dropout_masks,
+    )
+
+
+def call(
+    options: Options,
+    spec: Spec,
+    params: Mapping[str, ArrayLike],
+    x: ArrayLike | PackedSequence,
+    hx: HX = None,
+    *,
+    dropout_key: jax.Array | None = None,
+    **marks: Any,
+) -> tuple[Output, State]:
+    """As `apply`, with the options as one value."""
+    options.check_mesh(spec.hidden_size)
+    form, given, restore = _given(spec, params, x, hx, **marks)
+    key = dropout_key if spec.dropout and given.masks is None else None
+    output, state = _run(spec, options, form, given, key)
+    return restore(output), _unwrap(state)
+
+
+@spelled_out
+def apply_cell(
+    spec: CellSpec,
+    params: Mapping[str, ArrayLike],
+    x: ArrayLike,
+    hx: HX = None,
+    **options: Unpack[CellKeywords],
+) -> State:
+    """Make one step, as torch's RNNCell, LSTMCell and GRUCell modules do.
+
+    Args:
+        spec: the settings.
+        params: the parameters by name, of the shapes in `spec.shapes()`.
+        x: the input, (batch, input_size) or unbatched (input_size,); floating.
+        hx: the state, (batch, hidden_size) or for unbatched x (hidden_size,); zeros if None. For a cell of several
+            states a tuple or list, (h, c) for an LSTM. A state (hidden_size,) or (1, hidden_size) is for all rows.
+        dtype: the floating dtype to compute in; by default that to which x, params and hx promote. The next state has
+            that of hx, if given.
+        precision: the precision of the products, as for `jax.lax.dot_general`.
+
+    Returns:
+        The next state, one row for each row of x.
+
+    Raises:
+        TypeError: x, hx or a parameter is not floating, or hx has not the form that the cell's states need.
+        ValueError: x or hx is neither 1-D nor 2-D, or params has not the names and shapes of `spec.shapes()`.
+        RuntimeError: the size of x or hx does not fit.
+
+    >>> import jax, jaxrnn
+    >>> spec = jaxrnn.CellSpec(jaxrnn.GRU_CELL, 10, 20)
+    >>> jaxrnn.apply_cell(spec, spec.init(jax.random.key(0)), jax.numpy.ones((3, 10))).shape
+    (3, 20)
+    """
+    return call_cell(Options.of("apply_cell", options, CellKeywords), spec, params, x, hx)
+
+
+def call_cell(options: Options, spec: CellSpec, params: Mapping[str, ArrayLike], x: ArrayLike, hx: HX = None) -> State:
+    """As `apply_cell`, with the options as one value."""
+    x = _floating("x", x)
+    if x.ndim not in (1, 2):
+        raise ValueError(f"x should be 1-D (unbatched) or 2-D (batched), got shape {x.shape}")
+    _check_features("x", spec, x)
+    state = _states(spec, "hx", hx, spec.state_shapes(*x.shape[:-1]))
+    return _unwrap(_run_cell(spec, options, _Given(_parameters(spec, params), x, state)))
+
+
+class _Form(NamedTuple):
+    """How the arrays of a call are laid out."""
+
+    batched: bool
+    batch_first: bool = False
+
+    def time_major(self, given: "_Given") -> "_Given":
+        """Unbatched is a batch of one."""
+        x, reset, lengths = given.x, given.reset, given.lengths
+        if self.batched:
+            if self.batch_first:
+                x, reset = jax.tree.map(lambda a: a.swapaxes(0, 1), (x, reset))
+            return given._replace(x=x, reset=reset)
+        x, reset, lengths = jax.tree.map(lambda a: jnp.expand_dims(a, min(a.ndim, 1)), (x, reset, lengths))
+        states = given.state, given.reset_state, given.masks
+        state, reset_state, masks = jax.tree.map(lambda a: a[:, None], states)
+        return _Given(given.params, x, state, reset_state, lengths, reset, masks)
+
+    def restore(self, x: jax.Array, state: Arrays) -> tuple[jax.Array, Arrays]:
+        """The way back, for what is returned."""
+        if not self.batched:
+            return jax.tree.map(lambda a: a[:, 0], (x, state))
+        return (x.swapaxes(0, 1) if self.batch_first else x), state
+
+
+class _Given(NamedTuple):
+    """The arrays of a call, checked."""
+
+    params: dict[str, jax.Array]
+    x: jax.Array
+    state: Arrays | None
+    reset_state: Arrays | None = None
+    lengths: jax.Array | None = None
+    reset: jax.Array | None = None
+    masks: Arrays | None = None
+
+    def promote(self, dtype: Any) -> "_Given":
+        """All but the states, which `recurrence` carries in float32 at least, and which are returned as they came."""
+        if dtype is None:
+            dtype = jnp.result_type(*jax.tree.leaves((self.params, self.x, self.state, self.reset_state)))
+        params, x = jax.tree.map(lambda a: a.astype(dtype), (self.params, self.x))
+        return self._replace(params=params, x=x)
+
+
+_BATCH_AXES = (None, 1, 1, 1, 0, 1, 1)  # of what is given, once it is time-major
+
+
+def _given(
+    spec: Spec,
+    params: Mapping[str, ArrayLike],
+    x: ArrayLike | PackedSequence,
+    hx: HX,
+    *,
+    lengths: ArrayLike | None = None,
+    reset: ArrayLike | None = None,
+    reset_state: HX = None,
+    dropout_masks: Sequence[ArrayLike] | None = None,
+) -> tuple[_Form, _Given, Callable[[jax.Array], Output]]:
+    """Check what was given; a PackedSequence becomes padded rows. The function returned restores the output's form."""
+    packed = x if isinstance(x, PackedSequence) else None
+    if packed is not None and lengths is not None:
+        raise ValueError("lengths should be None for a PackedSequence, which has its own")
+    array, form, (steps, *batch) = _input(spec, x) if packed is None else _packed_input(spec, packed)
+    shapes = spec.state_shapes(*batch)
+    state = _states(spec, "hx", hx, shapes)
+    if reset is None and reset_state is not None:
+        raise ValueError("reset_state needs reset, which says before which steps the state is put back to it")
+    marks = _reset(spec, reset, array.shape[:-1])
+    restart = _states(spec, "reset_state", reset_state, shapes)
+    masks = None
+    if spec.dropout and dropout_masks is not None:
+        rows = (steps, *batch) if packed is None else array.shape[:1]
+        masks = _masks(dropout_masks, spec.num_layers - 1, (*rows, spec.num_directions * spec.output_size))
+    if packed is None:
+        ends = _lengths(lengths, tuple(batch), steps)
+        given = _Given(_parameters(spec, params), array, state, restart, ends, marks, masks)
+        return form, given, lambda output: output
+    where = layout(packed)
+    array, marks, masks = jax.tree.map(lambda a: pad(a, where.places), (array, marks, masks))
+    # As many steps as the longest row has, and one trace for all such rows.
+    ends = None if where.lengths.min() == where.lengths.max() else in_jax(where.lengths)
+    given = _Given(_parameters(spec, params), array, state, restart, ends, marks, masks)
+    return form, given, lambda output: packed._replace(data=in_jax(pack(output, where.rows)))
+
+
+def _input(spec: Spec, x: Any) -> tuple[jax.Array, _Form, tuple[int, ...]]:
+    """An input array, its form, and how many steps and rows it has; no number of rows if it is unbatched."""
+    if hasattr(x, "batch_sizes"):
+        raise TypeError(
+            f"x should be an array or a jaxrnn.PackedSequence, got a PackedSequence of {type(x).__module__}"
+        )
+    x = _floating("x", x)
+    if x.ndim not in (2, 3):
+        raise ValueError(f"x should be 2-D (unbatched) or 3-D (batched), got shape {x.shape}")
+    _check_features("x", spec, x)
+    form = _Form(x.ndim == 3, x.ndim == 3 and spec.batch_first)
+    sizes = x.shape[1::-1] if form.batch_first else x.shape[:-1]
+    if sizes[0] == 0:
+        raise RuntimeError(f"x should have at least one time step on axis {int(form.batch_first)}, got shape {x.shape}")
+    return x, form, sizes
+
+
+def _packed_input(spec: Spec, x: PackedSequence) -> tuple[jax.Array, _Form, tuple[int, ...]]:
+    data = _floating("x.data", x.data)
+    if data.ndim != 2:
+        raise RuntimeError(f"x.data should have shape (rows, input_size={spec.input_size}), got {data.shape}")
+    _check_features("x.data", spec, data)
+    return data, _Form(batched=True), (len(x.batch_sizes), int(x.batch_sizes[0]))
+
+
+# Jitted on the frozen settings, so that a module called eagerly in a loop compiles once.
+@functools.partial(jax.jit, static_argnames=("spec", "options", "form"))
+def _run(spec: Spec, options: Options, form: _Form, given: _Given, key: jax.Array | None) -> tuple[jax.Array, Arrays]:
+    given = form.time_major(given.promote(options.dtype))
+    dtypes = [given.x.dtype for _ in spec.cell.states] if given.state is None else [a.dtype for a in given.state]
+    given = _Given(*meshes.aligned(*zip(given, _BATCH_AXES, strict=True)))
+    params, x, state, reset_state, lengths, reset, masks = given
+    if state is None:
+        state = tuple(jnp.broadcast_to(_zeros(x), shape) for shape in spec.state_shapes(x.shape[1]))
+    x, state = meshes.varying_with((x, state), given._replace(state=state))
+    marks = recurrence.Marks(reset=None if reset is None else reset[..., None])
+    if lengths is not None:
+        steps = jnp.arange(x.shape[0], dtype=jnp.int32)
+        ended = (steps[:, None] >= lengths.astype(jnp.int32)[None])[..., None]
+        x = jnp.where(ended, jnp.zeros_like(x), x)  # NaN there would reach the gradients through the products
+        marks = marks._replace(ended=ended)
+    x, state = stack.run(spec, options, params, x, state, marks, reset_state, key if masks is None else masks)
+    return form.restore(x, tuple(a.astype(dtype) for a, dtype in zip(state, dtypes, strict=True)))
+
+
+def _zeros(x: jax.Array) -> jax.Array:
+    """A zero for each row of x, (batch, 1), sharded like x.
+
+    XLA may replicate a constant, and then gather the batch at every step. It simplifies `where(c, 0, 0)` to a constant,
+    but not 0 times a float, which might be NaN.
+    """
+    first = jax.lax.stop_gradient(x[0, :, :1])
+    return 0 * jnp.abs(jnp.where(jnp.isfinite(first), first, jnp.zeros((), x.dtype)))
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "options"))
+def _run_cell(spec: CellSpec, options: Options, given: _Given) -> Arrays:
+    params, x, state, *_ = given.promote(options.dtype)
+    batch = 0 if x.ndim == 2 else None
+    params, x, state = meshes.aligned((params, None), (x, batch), (state, batch))
+    if state is None:
+        state = tuple(jnp.zeros(shape, x.dtype) for shape in spec.state_shapes(*x.shape[:-1]))
+    after = recurrence.step(recurrence.Settings(spec.cell, options), params, x, state)
+    return tuple(a.astype(first.dtype) for a, first in zip(after, state, strict=True))
+
+
+def _check_features(name: str, spec: Spec | CellSpec, x: jax.Array) -> None:
+    if x.shape[-1] != spec.input_size:
+        raise RuntimeError(
+            f"{name} should have input_size={spec.input_size} features on its last axis, got shape {x.shape}"
+        )
+
+
+def _floating(name: str, value: Any) -> jax.Array:
+    if isinstance(value, Sequence):  # which jnp.asarray would stack, along an axis that may be another's
+        raise TypeError(f"{name} should be one array, got {type(value).__name__} of length {len(value)}")
+    array = in_jax(value)
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise TypeError(f"{name} should be floating, got {array.dtype}")
+    return array
+
+
+def _parameters(spec: Spec | CellSpec, params: Mapping[str, ArrayLike]) -> dict[str, jax.Array]:
+    shapes = spec.shapes()
+    if params.keys() != shapes.keys():
+        missing, unexpected = [n for n in shapes if n not in params], [n for n in params if n not in shapes]
+        raise ValueError(f"params should have the names of spec.shapes(): missing {missing}, unexpected {unexpected}")
+    arrays = {name: _floating(f"params[{name!r}]", params[name]) for name in shapes}
+    for name, shape in shapes.items():
+        if arrays[name].shape != shape:
+            raise ValueError(f"params[{name!r}] should have shape {shape}, got {arrays[name].shape}")
+    return arrays
+
+
+def _states(spec: Spec | CellSpec, argument: str, hx: Any, shapes: tuple[tuple[int, ...], ...]) -> Arrays | None:
+    """Check hx against one shape a state; None stays None, for zeros are made where the dtype is known."""
+    if hx is None:
+        return None
+    names = [f"{name}_0" for name in spec.cell.states]
+    several = len(names) > 1
+    wanted = f"a tuple ({', '.join(names)})" if several else f"one array {names[0]}"
+    if several != isinstance(hx, Sequence):
+        raise TypeError(f"{argument} should be {wanted}, got {type(hx).__name__}")
+    values = tuple(hx) if several else (hx,)
+    if any(isinstance(value, Sequence) for value in values):
+        raise TypeError(
+            f"{argument} should be {wanted} of shapes {', '.join(map(str, shapes))}, got {type(hx).__name__} of "
+            f"{type(values[0]).__name__}: of a pair (h, c) for each layer and direction make "
+            f"`h, c = map(jnp.stack, zip(*pairs))`, and of Flax's pairs (c, h) likewise `c, h`"
+        )
+    if len(values) != len(names):
+        raise TypeError(f"{argument} should be {wanted}, got {len(values)} values")
+    state = tuple(_floating(f"{name} of {argument}", value) for name, value in zip(names, values, strict=True))
+    one_step = isinstance(spec, CellSpec)
+    batched = len(shapes[0]) == (2 if one_step else 3)
+    return tuple(
+        _for_all_rows(f"{name} of {argument}", array, shape, batched, one_step)
+        for name, array, shape in zip(names, state, shapes, strict=True)
+    )
+
+
+def _for_all_rows(name: str, array: jax.Array, shape: tuple[int, ...], batched: bool, one_step: bool) -> jax.Array:
+    """The array if it has this shape, or repeated for all rows if it has no batch, or a batch of one."""
+    if array.shape == shape:
+        return array
+    *layers, _, size = shape if batched else (None, *shape)
+    if batched and array.shape == (*layers, size):
+        array = array[..., None, :]
+    if array.shape == (size,) or (batched and array.shape == (*layers, 1, size)):
+        return jnp.broadcast_to(array, shape)
+    # As in torch, whose cells tell axes from sizes.
+    error = ValueError if one_step and array.ndim not in (1, 2) else RuntimeError
+    raise error(f"{name} should have shape {shape}, got {array.shape}")
+
+
+def _lengths(lengths: Any, shape: tuple[int, ...], steps: int) -> jax.Array | None:
+    if lengths is None:
+        return None
+    array = lengths if isinstance(lengths, jax.Array) else np.asarray(lengths, None if np.size(lengths) else np.int32)
+    if not jnp.issubdtype(array.dtype, jnp.integer):
+        raise TypeError(f"lengths should be integers, got {array.dtype}")
+    if array.shape != shape:
+        raise RuntimeError(f"lengths should have shape {shape}, one for each row of x, got {array.shape}")
+    # The values are not to be seen while a function is traced, nor on the devices of other processes.
+    if not is_traced(array) and getattr(array, "is_fully_addressable", True):
+        values = jax.device_get(array)
+        if np.any((values < 0) | (values > steps)):
+            raise ValueError(f"lengths should be from 0 to the {steps} time steps of x, got {values.tolist()}")
+    return in_jax(array)
+
+
+def _reset(spec: Spec, reset: ArrayLike | None, shape: tuple[int, ...]) -> jax.Array | None:
+    if reset is None:
+        return None
+    if spec.bidirectional:
+        raise ValueError("reset is for unidirectional networks: a backward direction would start an episode at its end")
+    array = in_jax(reset, None if np.size(reset) else bool)
+    if array.dtype != bool:
+        raise TypeError(f"reset should be boolean, got {array.dtype}")
+    if array.shape != shape:
+        raise RuntimeError(f"reset should have the shape of x without its features, {shape}, got {array.shape}")
+    return array
+
+
+def _masks(masks: Sequence[ArrayLike], count: int, shape: tuple[int, ...]) -> Arrays:
+    arrays = tuple(map(in_jax, masks))
+    if [a.shape for a in arrays] != [shape] * count:
+        raise ValueError(f"dropout_masks should be {count} arrays of shape {shape}, got {[a.shape for a in arrays]}")
+    return arrays
+
+
+def _unwrap(state: Arrays) -> State:
+    return state if len(state) > 1 else state[0]

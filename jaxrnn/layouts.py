@@ -1,0 +1,119 @@
+"""How the gates of a layer lie in its arrays: side by side, or with an axis of their own where units are sharded."""
+
+from typing import NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec
+
+from jaxrnn.cells import Arrays
+from jaxrnn.options import MeshAxis
+
+
+class Layout(Protocol):
+    """What a layer needs to know of where its gates are."""
+
+    def split(self, a: jax.Array) -> Arrays:
+        """One array for each gate."""
+
+    def join(self, gates: Arrays) -> jax.Array:
+        """The inverse of `split`."""
+
+    def by_gate(self, a: jax.Array) -> jax.Array:
+        """Lay out an array whose last axis has torch's rows, gate after gate."""
+
+    def weight_ih(self, weight: jax.Array) -> jax.Array:
+        """Lay out torch's input weights, (gates * hidden_size, features)."""
+
+    def for_each_gate(self, weight_ih: jax.Array) -> Arrays:
+        """The input weights, one array (features, hidden_size) for each gate."""
+
+    def for_all_gates(self, weight_ih: jax.Array) -> jax.Array:
+        """The input weights with the features first."""
+
+    def transposed(self, weight_hh: jax.Array) -> tuple[jax.Array, int]:
+        """The recurrent weights for a loop that JAX transposes, and the axis over which its product sums."""
+
+    def directions(self, outputs: list[jax.Array], returned: bool) -> jax.Array:
+        """The features of all directions on one axis, for the next layer, or to be returned."""
+
+
+class SideBySide(NamedTuple):
+    """Gate after gate on one axis, as torch's rows: (..., gates * hidden_size)."""
+
+    gates: int
+
+    def split(self, a: jax.Array) -> Arrays:
+        # Separate arrays, because XLA's CPU backend does not vectorise gates sliced from one array inside a loop.
+        return tuple(jnp.split(a, self.gates, axis=-1))
+
+    def join(self, gates: Arrays) -> jax.Array:
+        return jnp.concatenate(gates, axis=-1)
+
+    def by_gate(self, a: jax.Array) -> jax.Array:
+        return a
+
+    def weight_ih(self, weight: jax.Array) -> jax.Array:
+        return weight
+
+    def for_each_gate(self, weight_ih: jax.Array) -> Arrays:
+        return tuple(part.T for part in jnp.split(weight_ih, self.gates))
+
+    def for_all_gates(self, weight_ih: jax.Array) -> jax.Array:
+        return weight_ih.T
+
+    def transposed(self, weight_hh: jax.Array) -> tuple[jax.Array, int]:
+        return weight_hh.T, 1  # so that the transposed loop, too, reads it along its rows
+
+    def directions(self, outputs: list[jax.Array], returned: bool) -> jax.Array:
+        return outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=-1)
+
+
+class Sharded(NamedTuple):
+    """Hidden units sharded, each device with every gate of its units: (..., gates, hidden_size).
+
+    Sharding torch's rows would give each device different gates and force an exchange at every step.
+    """
+
+    gates: int
+    axis: MeshAxis
+
+    def split(self, a: jax.Array) -> Arrays:
+        return tuple(gate[..., 0, :] for gate in jnp.split(a, self.gates, axis=-2))
+
+    def join(self, gates: Arrays) -> jax.Array:
+        return jnp.stack(gates, axis=-2)
+
+    def by_gate(self, a: jax.Array) -> jax.Array:
+        return self._sharded(a.reshape(*a.shape[:-1], self.gates, -1))
+
+    def weight_ih(self, weight: jax.Array) -> jax.Array:
+        return self.by_gate(weight.T)
+
+    def for_each_gate(self, weight_ih: jax.Array) -> Arrays:
+        return self.split(weight_ih)
+
+    def for_all_gates(self, weight_ih: jax.Array) -> jax.Array:
+        return weight_ih
+
+    def transposed(self, weight_hh: jax.Array) -> tuple[jax.Array, int]:
+        return weight_hh, 0
+
+    def directions(self, outputs: list[jax.Array], returned: bool) -> jax.Array:
+        # The next layer's products need all units. Sharding the result again needs a temporary axis of directions.
+        if len(outputs) == 1:
+            return outputs[0]
+        x = self._sharded(jnp.stack(outputs, axis=-2))
+        x = x.reshape(*x.shape[:-2], -1)
+        return self._sharded(x) if returned else x
+
+    def _sharded(self, a: jax.Array) -> jax.Array:
+        """Shard the last axis, of hidden units; the others stay as they are."""
+        rest = [PartitionSpec.UNCONSTRAINED] * (a.ndim - 1)
+        return lax.with_sharding_constraint(a, PartitionSpec(*rest, self.axis))
+
+
+def layout(gates: int, hidden_axis: MeshAxis | None) -> Layout:
+    """How gates lie where hidden units are sharded over this axis, or are not, None."""
+    return SideBySide(gates) if hidden_axis is None else Sharded(gates, hidden_axis)

@@ -1,0 +1,112 @@
+"""How to run, as one value that is checked in one place and handed on whole."""
+
+import dataclasses
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, TypedDict, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType
+from jax.typing import DTypeLike
+
+# What to save for the derivative, an axis of a mesh, or several as one: see `Options`.
+Remat = str | int
+MeshAxis = str | tuple[str, ...]
+
+
+Function = TypeVar("Function", bound=Callable)
+
+
+class CellKeywords(TypedDict, total=False):
+    """The options of a cell, as keywords."""
+
+    dtype: DTypeLike | None
+    precision: jax.lax.PrecisionLike
+
+
+class Keywords(CellKeywords, total=False):
+    """The options of a layer, as keywords."""
+
+    remat: Remat
+    hidden_axis: MeshAxis | None
+    unroll: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How a call computes. None of it changes the results by more than rounding.
+
+    Attributes:
+        dtype: the floating dtype to compute in; None for that to which the arrays promote.
+        precision: the precision of the products, as for `jax.lax.dot_general`.
+        remat: what the forward pass saves for the backward pass. "none": everything, nothing is recomputed. "gates":
+            only the states; gates are recomputed. An integer k: the state before every k-th step; the rest is
+            recomputed.
+        hidden_axis: the axis, or axes, of the mesh in effect, of type Auto, over which hidden units are sharded.
+        unroll: how many steps the loop makes at a time, as for `jax.lax.scan`.
+
+    Raises:
+        TypeError: dtype is not floating.
+        ValueError: remat is neither "none" nor "gates" nor an integer above 0, or unroll is no integer above 0.
+    """
+
+    dtype: DTypeLike | None = None
+    precision: jax.lax.PrecisionLike = None
+    remat: Remat = "none"
+    hidden_axis: MeshAxis | None = None
+    unroll: int = 1
+
+    def __post_init__(self) -> None:
+        if self.dtype is not None:
+            if not jnp.issubdtype(self.dtype, jnp.floating):
+                raise TypeError(f"dtype should be floating, got {jnp.dtype(self.dtype)}")
+            object.__setattr__(self, "dtype", jnp.dtype(self.dtype))  # equal however it was spelled
+        if self.remat not in ("none", "gates") and not _is_count(self.remat):
+            raise ValueError(f"remat should be 'none', 'gates' or an integer above 0, got {self.remat!r}")
+        if not _is_count(self.unroll):
+            raise ValueError(f"unroll should be an integer above 0, got {self.unroll!r}")
+
+    @classmethod
+    def of(cls, caller: str, keywords: Mapping[str, Any], known: type) -> "Options":
+        """The options that a caller was given as keywords, which are those of a TypedDict."""
+        for name in keywords:
+            if name not in known.__annotations__:
+                raise TypeError(f"{caller}() got an unexpected keyword argument {name!r}")
+        return cls(**keywords)
+
+    def check_mesh(self, hidden_size: int) -> None:
+        """Raise ValueError unless hidden units can be sharded over `hidden_axis` of the mesh in effect."""
+        axis, mesh = self.hidden_axis, jax.sharding.get_abstract_mesh()
+        if axis is None:
+            return
+        wanted = (axis,) if isinstance(axis, str) else axis
+        if not isinstance(wanted, tuple) or not set(wanted) <= set(mesh.axis_names) or len(set(wanted)) < len(wanted):
+            raise ValueError(
+                f"hidden_axis should be of the mesh in jax.set_mesh, which has {mesh.axis_names}, or be a logical name "
+                f"for one in Flax's rules, got {axis!r}"
+            )
+        kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+        if any(kinds[name] != AxisType.Auto for name in wanted):
+            raise ValueError(f"hidden_axis should be of type jax.sharding.AxisType.Auto, got {axis!r} of {mesh}")
+        count = math.prod(mesh.shape[name] for name in wanted)
+        if hidden_size % count:
+            raise ValueError(f"hidden_size={hidden_size} cannot be sharded over {count} devices of axis {axis!r}")
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def spelled_out(function: Function) -> Function:
+    """Show each keyword of `**options: Unpack[...]` in the signature of a function."""
+    signature = inspect.signature(function)
+    *others, options = signature.parameters.values()
+    defaults = {field.name: field.default for field in dataclasses.fields(Options)}
+    keywords = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=defaults[name], annotation=annotation)
+        for name, annotation in options.annotation.__args__[0].__annotations__.items()
+    ]
+    vars(function)["__signature__"] = signature.replace(parameters=[*others, *keywords])
+    return function
