@@ -43,9 +43,9 @@ class _Module(linen.Module):
         return {name: self.param(name, self._draw(name), shape, self.param_dtype) for name, shape in shapes.items()}
 
     @linen.nowrap
-    def initial_state(self, batch: int | None = None) -> State:
+    def initial_state(self, batch: int | None = None, dtype: DTypeLike | None = None) -> State:
         """The state of zeros from which a call without hx starts: as the modules of `jaxrnn`."""
-        return self.spec.initial_state(batch, self.dtype or self.param_dtype)
+        return self.spec.initial_state(batch, dtype or self.dtype or self.param_dtype)
 
 
 class _Layers(_Module, Generic[StateT]):

@@ -85,16 +85,17 @@ class _Module(nnx.Module):
     def _params(self) -> dict[str, jax.Array]:
         return {name: getattr(self, name)[...] for name in self.spec.shapes()}
 
-    def initial_state(self, batch: int | None = None) -> State:
+    def initial_state(self, batch: int | None = None, dtype: DTypeLike | None = None) -> State:
         """The state of zeros from which a call without hx starts, for instance as the first carry of a scan.
 
         Args:
             batch: how many rows; None for unbatched input.
+            dtype: the state's floating dtype, which calls keep; by default the module's, or else its parameters'.
 
         Returns:
-            What is given as hx, in the module's dtype, or without one in its parameters'.
+            What is given as hx.
         """
-        return self.spec.initial_state(batch, self.dtype or self.param_dtype)
+        return self.spec.initial_state(batch, dtype or self.dtype or self.param_dtype)
 
     def __repr__(self) -> str:
         """As torch prints it: the sizes, then what differs from the defaults."""

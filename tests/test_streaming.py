@@ -120,6 +120,7 @@ def test_a_state_to_start_from(name: str) -> None:
         assert not any(np.any(a) for a in jax.tree.leaves(state))
         called = module(x) if "Cell" in name else module(x)[1]
         assert jax.tree.map(lambda a: (a.shape, a.dtype), state) == jax.tree.map(lambda a: (a.shape, a.dtype), called)
+        assert {a.dtype for a in jax.tree.leaves(module.initial_state(batch, "float16"))} == {np.dtype("float16")}
         other = linen.initial_state(batch)  # without being bound
         assert jax.tree.map(lambda a: (a.shape, jax.numpy.bfloat16), state) == jax.tree.map(
             lambda a: (a.shape, a.dtype), other
