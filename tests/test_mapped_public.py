@@ -183,7 +183,11 @@ def test_all_that_is_public_is_mapped_or_says_why_not() -> None:
     assert sorted([*MAPPED, *NOT_MAPPED]) == sorted(public)
 
 
-@pytest.mark.parametrize("name", MAPPED)
+# One of each kind, in either API.
+QUICK = ("apply", "linen.GRU", "GRUCell", "linen.FlaxCell", "PackedSequence", "pack_padded_sequence", "unpad_sequence")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in MAPPED])
 def test_grad_of_vmap(name: str) -> None:
     function, floats, marks = MAPPED[name]()
 

@@ -33,8 +33,8 @@ def _rows(transforms: list[str], keys: list[str], **fixed: Any) -> list[Row]:
 
 
 def _parametrize(rows: list[Row], name: Callable[[Row], str]) -> pytest.MarkDecorator:
-    """Most rows are slow."""
-    marks = [() if k % 4 == 0 else pytest.mark.slow for k in range(len(rows))]
+    """Every third row; --thorough takes all."""
+    marks = [() if k % 3 == 0 else pytest.mark.thorough for k in range(len(rows))]
     return pytest.mark.parametrize(
         "row", [pytest.param(row, id=name(row), marks=mark) for row, mark in zip(rows, marks, strict=True)]
     )

@@ -225,7 +225,7 @@ FAULTS: dict[str, tuple[Plant, Case, dict[str, Any], str]] = {
         "TF32",
     ),
     "off-by-one length": (
-        _function(jaxrnn.nnx, "apply", _shorter),
+        _function(jaxrnn.nnx, "call", _shorter),
         RAGGED,
         {"layer": 0, "gates": ()},
         "lengths are one too short",
