@@ -288,7 +288,7 @@ def _run(spec: Spec, options: Options, form: _Form, given: _Given, key: jax.Arra
     params, x, state, reset_state, lengths, reset, masks = given
     if state is None:
         state = tuple(jnp.broadcast_to(_zeros(x), shape) for shape in spec.state_shapes(x.shape[1]))
-    x, state = meshes.varying_with((x, state), given._replace(state=state))
+    x, state = meshes.varying_with((x, state), (given._replace(state=state), key))
     marks = recurrence.Marks(reset=None if reset is None else reset[..., None])
     if lengths is not None:
         steps = jnp.arange(x.shape[0], dtype=jnp.int32)

@@ -122,6 +122,19 @@ def test_dropout_on_an_explicit_mesh(mesh: Mesh) -> None:
     assert_close(found, expected)
 
 
+def test_a_dropout_key_for_each_device() -> None:
+    """Inside shard_map, where nothing else varies."""
+    spec = jaxrnn.Spec(jaxrnn.GRU_CELL, 2, 3, num_layers=2, dropout=0.5)
+    params, x, keys = parameters(spec), normal(5, 2, 2), jax.random.split(jax.random.key(0), 2)
+
+    def run(key: jax.Array) -> jax.Array:
+        return jaxrnn.apply(spec, params, x, dropout_key=key[0])[0][None]
+
+    mesh = Mesh(np.array(jax.devices()[:2]), ("rows",))
+    found = jax.jit(jax.shard_map(run, mesh=mesh, in_specs=P("rows"), out_specs=P("rows")))(keys)
+    assert_close(found, np.concatenate([jax.jit(run)(keys[k : k + 1]) for k in range(2)]))
+
+
 def test_cells_on_an_explicit_mesh(mesh: Mesh) -> None:
     spec = jaxrnn.CellSpec(jaxrnn.LSTM_CELL, 2, 4)
     params, x, hx = parameters(spec), normal(4, 2), (normal(4, 4), normal(4, 4, seed=1))
