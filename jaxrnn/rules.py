@@ -51,7 +51,10 @@ def pointwise(function: Function) -> Function:
     def rule(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
         terms = []
         for k, (primal, tangent) in enumerate(zip(primals, tangents, strict=True)):
-            of_one = lambda a, k=k: function(*primals[:k], a, *primals[k + 1 :])  # noqa: E731
+
+            def of_one(a: jax.Array, k: int = k) -> jax.Array:
+                return function(*primals[:k], a, *primals[k + 1 :])
+
             _, partial = jax.jvp(of_one, (primal,), (jnp.ones_like(primal),))
             terms.append(partial * tangent)
         return function(*primals), functools.reduce(jnp.add, terms)
