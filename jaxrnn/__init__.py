@@ -8,10 +8,11 @@ rules right under vmap), `stack` runs all layers, and `calls` turns what a user 
 
 from jaxrnn import checkpoint, linen
 from jaxrnn._version import __version__
-from jaxrnn.calls import apply, apply_cell
-from jaxrnn.cells import GRU_CELL, LSTM_CELL, RNN_RELU, RNN_TANH, Cell
+from jaxrnn.calls import Trajectory, apply, apply_cell, trajectory
+from jaxrnn.cells import GRU_CELL, LSTM_CELL, RNN_RELU, RNN_TANH, Cell, Parameter
 from jaxrnn.checkpoint import CheckpointError, from_torch, load_state_dict, state_dict
-from jaxrnn.nnx import GRU, LSTM, RNN, FlaxCell, GRUCell, LSTMCell, RNNCell
+from jaxrnn.more_cells import IND_RNN_CELL, LAYER_NORM_LSTM_CELL, MIN_GRU_CELL, PEEPHOLE_LSTM_CELL
+from jaxrnn.nnx import GRU, LSTM, RNN, FlaxCell, GRUCell, LSTMCell, Recurrent, RNNCell
 from jaxrnn.packed import (
     PackedSequence,
     pack_padded_sequence,
@@ -26,8 +27,12 @@ from jaxrnn.spec import CellSpec, Spec
 __all__ = [
     "GRU",
     "GRU_CELL",
+    "IND_RNN_CELL",
+    "LAYER_NORM_LSTM_CELL",
     "LSTM",
     "LSTM_CELL",
+    "MIN_GRU_CELL",
+    "PEEPHOLE_LSTM_CELL",
     "RNN",
     "RNN_RELU",
     "RNN_TANH",
@@ -38,8 +43,11 @@ __all__ = [
     "GRUCell",
     "LSTMCell",
     "PackedSequence",
+    "Parameter",
     "RNNCell",
+    "Recurrent",
     "Spec",
+    "Trajectory",
     "__version__",
     "apply",
     "apply_cell",
@@ -52,6 +60,7 @@ __all__ = [
     "pad_packed_sequence",
     "pad_sequence",
     "state_dict",
+    "trajectory",
     "unpack_sequence",
     "unpad_sequence",
 ]

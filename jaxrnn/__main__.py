@@ -336,7 +336,13 @@ def _check(arguments: argparse.Namespace) -> int:
         "not compared" if result.difference is None else "equal" if result.equal else "DIFFERENT" for result in checked
     ]
     table = [
-        (rnn.prefix, _kind(rnn), "yes" if result.finite else "no", *_shown(result.difference), verdict)
+        (
+            rnn.prefix,
+            _kind(rnn),
+            "yes" if result.finite else "no",
+            *([] if torch is None else [_shown(result.difference)]),
+            verdict,
+        )
         for rnn, result, verdict in zip(found, checked, verdicts, strict=True)
     ]
     difference = [] if torch is None else [f"from torch {torch.__version__}"]
@@ -350,8 +356,8 @@ def _check(arguments: argparse.Namespace) -> int:
     return 0 if equal else 1
 
 
-def _shown(difference: float | None) -> list[str]:
-    return [] if difference is None else [f"{difference:.1e}"]
+def _shown(difference: float | None) -> str:
+    return "-" if difference is None else f"{difference:.1e}"
 
 
 def _print(text: str, file: TextIO | None = None) -> None:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from jaxrnn import meshes, recurrence, stack
+from jaxrnn import meshes, recurrence, stack, steps
 from jaxrnn._compat import is_traced
 from jaxrnn.cells import Arrays
 from jaxrnn.options import CellKeywords, Keywords, Options, spelled_out
@@ -68,6 +68,7 @@ def apply(
         hidden_axis: the axis, or axes, of the mesh in `jax.set_mesh`, of type Auto, over which the hidden units, and
             with them the gates and states, are sharded; None leaves that to XLA.
         unroll: how many steps the loop makes at a time, as for `jax.lax.scan`: longer to compile, seldom faster.
+        engine: what runs the loop over time: "auto" for the fastest that can, or a name in `jaxrnn.engines.ENGINES`.
 
     Returns:
         `(output, h_n)`, or for a cell of several states `(output, (h_n, c_n))`: the last layer's outputs, laid out
@@ -119,8 +120,80 @@ def call(
     options.check_mesh(spec.hidden_size)
     form, given, restore = _given(spec, params, x, hx, **marks)
     key = dropout_key if spec.dropout and given.masks is None else None
-    output, state = _run(spec, options, form, given, key)
+    output, state, _ = _run(spec, options, form, given, key)
     return restore(output), _unwrap(state)
+
+
+class Trajectory(NamedTuple):
+    """What `trajectory` returns.
+
+    Attributes:
+        states: each of the cell's states after every step, by its name.
+        gates: each gate of every step, by its name.
+
+    >>> import jax, jaxrnn
+    >>> spec = jaxrnn.Spec(jaxrnn.GRU_CELL, 10, 20)
+    >>> inside = jaxrnn.trajectory(spec, spec.init(jax.random.key(0)), jax.numpy.ones((5, 3, 10)))
+    >>> inside.gates["z"].shape, inside.states["h"].shape
+    ((1, 5, 3, 20), (1, 5, 3, 20))
+    """
+
+    states: dict[str, jax.Array]
+    gates: dict[str, jax.Array]
+
+
+@spelled_out
+def trajectory(
+    spec: Spec,
+    params: Mapping[str, ArrayLike],
+    x: ArrayLike | PackedSequence,
+    hx: HX = None,
+    *,
+    lengths: ArrayLike | None = None,
+    reset: ArrayLike | None = None,
+    reset_state: HX = None,
+    dropout_key: jax.Array | None = None,
+    dropout_masks: Sequence[ArrayLike] | None = None,
+    **options: Unpack[Keywords],
+) -> Trajectory:
+    """Look inside: run as `jaxrnn.apply`, and return every state and every gate of every layer at every step.
+
+    Use it to study saturated gates, what a forget gate keeps, or how a cell's state grows. It can be differentiated.
+
+    Args:
+        spec, params, x, hx: as for `jaxrnn.apply`. The parameters of an NNX module `m` of spec `m.spec` are
+            `nnx.to_pure_dict(nnx.state(m, nnx.Param))`, those of a Linen module `variables["params"]`.
+        lengths, reset, reset_state, dropout_key, dropout_masks: as for `jaxrnn.apply`.
+        dtype, precision, remat, hidden_axis, unroll, engine: as for `jaxrnn.apply`.
+
+    Returns:
+        A `Trajectory`, whose arrays have the axis of h_n in front: (num_layers * directions, time, batch, features),
+        or (num_layers * directions, batch, time, features) with `batch_first`, without batch for unbatched x. The rows
+        of a PackedSequence are padded, and in their original order. Past a row's end, states are held, and gates are 0.
+        Gates are what the cell's `gate_values` says, for torch's cells the values after sigmoid or tanh.
+
+    Raises:
+        As `jaxrnn.apply`.
+
+    >>> import jax, jaxrnn
+    >>> spec = jaxrnn.Spec(jaxrnn.LSTM_CELL, 10, 20, num_layers=2)
+    >>> params = spec.init(jax.random.key(0))
+    >>> inside = jaxrnn.trajectory(spec, params, jax.numpy.ones((5, 3, 10)))
+    >>> inside.states["c"].shape, list(inside.gates)
+    ((2, 5, 3, 20), ['i', 'f', 'g', 'o'])
+    >>> bool((inside.gates["f"] < 1).all())
+    True
+    """
+    checked = Options.of("trajectory", options, Keywords)
+    checked.check_mesh(spec.hidden_size)
+    form, given, _ = _given(
+        spec, params, x, hx, lengths=lengths, reset=reset, reset_state=reset_state, dropout_masks=dropout_masks
+    )
+    key = dropout_key if spec.dropout and given.masks is None else None
+    *_, every = _run(spec, checked, form, given, key, every=True)
+    states, gates = every
+    names = spec.cell.states, spec.cell.gates
+    return Trajectory(dict(zip(names[0], states, strict=True)), dict(zip(names[1], gates, strict=True)))
 
 
 @spelled_out
@@ -192,6 +265,10 @@ class _Form(NamedTuple):
         if not self.batched:
             return jax.tree.map(lambda a: a[:, 0], (x, state))
         return (x.swapaxes(0, 1) if self.batch_first else x), state
+
+    def restore_every(self, a: jax.Array) -> jax.Array:
+        """The same for what is known of every step, (layers, time, batch, features)."""
+        return a.swapaxes(1, 2) if self.batch_first else a if self.batched else a[:, :, 0]
 
 
 class _Given(NamedTuple):
@@ -280,8 +357,11 @@ def _packed_input(spec: Spec, x: PackedSequence) -> tuple[jax.Array, _Form, tupl
 
 
 # Jitted on the frozen settings, so that a module called eagerly in a loop compiles once.
-@functools.partial(jax.jit, static_argnames=("spec", "options", "form"))
-def _run(spec: Spec, options: Options, form: _Form, given: _Given, key: jax.Array | None) -> tuple[jax.Array, Arrays]:
+@functools.partial(jax.jit, static_argnames=("spec", "options", "form", "every"))
+def _run(
+    spec: Spec, options: Options, form: _Form, given: _Given, key: jax.Array | None, every: bool = False
+) -> tuple[jax.Array, Arrays, tuple[Arrays, ...]]:
+    """The output, the states, and if asked for the states and the gates of every step."""
     given = form.time_major(given.promote(options.dtype))
     dtypes = [given.x.dtype for _ in spec.cell.states] if given.state is None else [a.dtype for a in given.state]
     given = _Given(*meshes.aligned(*zip(given, _BATCH_AXES, strict=True)))
@@ -289,14 +369,23 @@ def _run(spec: Spec, options: Options, form: _Form, given: _Given, key: jax.Arra
     if state is None:
         state = tuple(jnp.broadcast_to(_zeros(x), shape) for shape in spec.state_shapes(x.shape[1]))
     x, state = meshes.varying_with((x, state), (given._replace(state=state), key))
-    marks = recurrence.Marks(reset=None if reset is None else reset[..., None])
+    marks = steps.Marks(reset=None if reset is None else reset[..., None])
     if lengths is not None:
-        steps = jnp.arange(x.shape[0], dtype=jnp.int32)
-        ended = (steps[:, None] >= lengths.astype(jnp.int32)[None])[..., None]
+        times = jnp.arange(x.shape[0], dtype=jnp.int32)
+        ended = (times[:, None] >= lengths.astype(jnp.int32)[None])[..., None]
         x = jnp.where(ended, jnp.zeros_like(x), x)  # NaN there would reach the gradients through the products
         marks = marks._replace(ended=ended)
-    x, state = stack.run(spec, options, params, x, state, marks, reset_state, key if masks is None else masks)
-    return form.restore(x, tuple(a.astype(dtype) for a, dtype in zip(state, dtypes, strict=True)))
+    dropout = key if masks is None else masks
+    x, state, runs = stack.run(spec, options, params, x, state, marks, reset_state, dropout, every)
+    x, state = form.restore(x, _cast(state, dtypes))
+    if not every:
+        return x, state, ()
+    stacked = jax.tree.map(lambda *a: form.restore_every(jnp.stack(a)), *((run.state, run.gates) for run in runs))
+    return x, state, (_cast(stacked[0], dtypes), stacked[1])
+
+
+def _cast(arrays: Arrays, dtypes: Sequence[jnp.dtype]) -> Arrays:
+    return tuple(a.astype(dtype) for a, dtype in zip(arrays, dtypes, strict=True))
 
 
 def _zeros(x: jax.Array) -> jax.Array:
@@ -316,7 +405,7 @@ def _run_cell(spec: CellSpec, options: Options, given: _Given) -> Arrays:
     params, x, state = meshes.aligned((params, None), (x, batch), (state, batch))
     if state is None:
         state = tuple(jnp.zeros(shape, x.dtype) for shape in spec.state_shapes(*x.shape[:-1]))
-    after = recurrence.step(recurrence.Settings(spec.cell, options), params, x, state)
+    after = recurrence.step(steps.Settings(spec.cell, options), params, x, state)
     return tuple(a.astype(first.dtype) for a, first in zip(after, state, strict=True))
 
 

@@ -6,7 +6,8 @@ above.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,40 @@ from jax.nn import relu, sigmoid
 from jaxrnn.rules import pointwise
 
 Arrays = tuple[jax.Array, ...]
+# The weights of one layer in one direction, in torch's order.
+ROLES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
+
+
+class Parameter(NamedTuple):
+    """A parameter of a cell's own, beside the weights and biases that every cell has.
+
+    Attributes:
+        axes: ("hidden",) for a number for each hidden unit, ("gates", "hidden") for one for each unit of each gate,
+            ("gates",) for one for each gate, () for a single number.
+        init: `init(key, shape, dtype)` draws the initial value, as the functions of `jax.nn.initializers` do; None to
+            draw it like the weights.
+
+    An LSTM whose forget gate has a bias of its own for each unit, at first 1:
+
+    >>> import jax, jaxrnn
+    >>> def step(gates, hidden, state, params):
+    ...     i, f, g, o = gates
+    ...     return jaxrnn.LSTM_CELL.step((i, f + params["keep"], g, o), hidden, state)
+    >>> keep = jaxrnn.Parameter(("hidden",), jax.nn.initializers.ones)
+    >>> cell = jaxrnn.Cell("keeping", ("i", "f", "g", "o"), ("h", "c"), step, params={"keep": keep})
+    >>> jaxrnn.Spec(cell, 10, 20).init(jax.random.key(0))["keep_l0"].shape
+    (20,)
+    """
+
+    axes: tuple[str, ...]
+    init: Callable[..., jax.Array] | None = None
+
+
+class _Parameters(dict[str, Parameter]):
+    """A dict that can be hashed, because a cell is hashed."""
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(tuple(self.items()))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,12 +66,20 @@ class Cell:
         step: `step(gates, hidden, state) -> state`, any function of arrays of shape `(..., hidden_size)`.
             `gates` has one array a gate: the whole sum, but only `W_ih x + b_ih` for a gate named in `apart`;
             `hidden` has `W_hh h + b_hh` for each gate named in `apart`; `state` has one array a state.
-            Arrays that it closes over are differentiated as well, and saved once for each time step.
+            With `params`, `step(gates, hidden, state, params)`. Arrays that it closes over are differentiated as
+            well.
         apart: the names of the gates that come in two halves.
         projects: whether `proj_size` is allowed: the step must not read the first state, whose size then differs.
+        params: the cell's own parameters by name, each a `Parameter` or its axes. The step gets a dict of arrays. One
+            with an axis "hidden" broadcasts against the gates: it is `(..., hidden_size)`, or with an axis "gates"
+            `(gates, ..., hidden_size)`, where `...` stands for axes of size one.
+        recurrent: whether there are `weight_hh` and `bias_hh`. Without them, the gates are `W_ih x + b_ih`, and only
+            the step connects a state with the next.
+        gate_values: `gate_values(gates, hidden, state)`, or with `params` also of these: what each gate is after its
+            nonlinearity, for `jaxrnn.trajectory`, one array a gate. Without it, that shows the step's `gates`.
 
     Raises:
-        ValueError: a name is missing, doubled or unknown.
+        ValueError: a name is missing, doubled or unknown, or settings exclude each other.
 
     A cell of one's own, an LSTM whose input gate is one minus its forget gate:
 
@@ -57,9 +100,12 @@ class Cell:
     name: str
     gates: tuple[str, ...]
     states: tuple[str, ...]
-    step: Callable[[Arrays, Arrays, Arrays], Arrays]
-    apart: tuple[str, ...] = ()
-    projects: bool = False
+    step: Callable[..., Arrays] = dataclasses.field(repr=False)
+    apart: tuple[str, ...] = dataclasses.field(default=(), repr=False)
+    projects: bool = dataclasses.field(default=False, repr=False)
+    params: Mapping[str, Parameter | Sequence[str]] = dataclasses.field(default_factory=dict, repr=False)
+    recurrent: bool = dataclasses.field(default=True, repr=False)
+    gate_values: Callable[..., Arrays] | None = dataclasses.field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         for field in ("gates", "states", "apart"):
@@ -71,6 +117,26 @@ class Cell:
             raise ValueError(
                 f"apart of Cell {self.name!r} should name some of the gates {self.gates}, got {self.apart}"
             )
+        if not self.recurrent and (self.apart or self.projects):
+            raise ValueError(f"Cell {self.name!r} has nothing recurrent, so apart should be () and projects False")
+        object.__setattr__(self, "params", _Parameters({n: self._parameter(n, p) for n, p in self.params.items()}))
+
+    def _parameter(self, name: str, given: Any) -> Parameter:
+        if not name.isidentifier() or name in ROLES:
+            raise ValueError(f"params of Cell {self.name!r} should have names that are new, got {name!r}")
+        parameter = given if isinstance(given, Parameter) else Parameter(given)
+        axes = parameter.axes
+        if isinstance(axes, str) or tuple(axes) not in ((), ("gates",), ("hidden",), ("gates", "hidden")):
+            raise ValueError(
+                f"axes of {name!r} of Cell {self.name!r} should be ('hidden',), ('gates', 'hidden'), ('gates',) or (), "
+                f"got {axes!r}"
+            )
+        return parameter._replace(axes=tuple(axes))
+
+    @property
+    def own(self) -> dict[str, Parameter]:
+        """`params`, each as a `Parameter`."""
+        return {name: given for name, given in self.params.items() if isinstance(given, Parameter)}
 
 
 def _rnn_tanh(gates: Arrays, hidden: Arrays, state: Arrays) -> Arrays:
@@ -100,6 +166,11 @@ def _lstm_h(o: jax.Array, c: jax.Array) -> jax.Array:
     return sigmoid(o) * jnp.tanh(c)
 
 
+def lstm_values(gates: Arrays, *_: Any) -> Arrays:
+    i, f, g, o = gates
+    return sigmoid(i), sigmoid(f), jnp.tanh(g), sigmoid(o)
+
+
 def _gru(gates: Arrays, hidden: Arrays, state: Arrays) -> Arrays:
     return (_gru_h(*gates, *hidden, *state),)
 
@@ -110,10 +181,17 @@ def _gru_h(r: jax.Array, z: jax.Array, n: jax.Array, n_h: jax.Array, h: jax.Arra
     return (h - n) * sigmoid(z) + n
 
 
-RNN_TANH = Cell("RNN_TANH", gates=("h",), states=("h",), step=_rnn_tanh)
-RNN_RELU = Cell("RNN_RELU", gates=("h",), states=("h",), step=_rnn_relu)
-LSTM_CELL = Cell("LSTM", gates=("i", "f", "g", "o"), states=("h", "c"), step=_lstm, projects=True)
-GRU_CELL = Cell("GRU", gates=("r", "z", "n"), states=("h",), step=_gru, apart=("n",))
+def _gru_values(gates: Arrays, hidden: Arrays, state: Arrays) -> Arrays:
+    (r, z, n), (n_h,) = gates, hidden
+    return sigmoid(r), sigmoid(z), jnp.tanh(n + sigmoid(r) * n_h)
+
+
+RNN_TANH = Cell("RNN_TANH", gates=("h",), states=("h",), step=_rnn_tanh, gate_values=_rnn_tanh)
+RNN_RELU = Cell("RNN_RELU", gates=("h",), states=("h",), step=_rnn_relu, gate_values=_rnn_relu)
+LSTM_CELL = Cell(
+    "LSTM", gates=("i", "f", "g", "o"), states=("h", "c"), step=_lstm, projects=True, gate_values=lstm_values
+)
+GRU_CELL = Cell("GRU", gates=("r", "z", "n"), states=("h",), step=_gru, apart=("n",), gate_values=_gru_values)
 
 
 def rnn_cell(nonlinearity: str) -> Cell:

@@ -1,4 +1,4 @@
-"""RNN, LSTM, GRU, RNNCell, LSTMCell and GRUCell as flax.linen modules with torch's arguments and parameters.
+"""RNN, LSTM, GRU, their cells, and Recurrent as flax.linen modules with torch's arguments and parameters.
 
 They are the modules of `jaxrnn.nnx` once more, for Flax's other API: what they compute is in `jaxrnn.calls`, and a
 module adds the parameters and the randomness. `params` has the keys of torch's `state_dict()`.
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import linen
 from jax.typing import ArrayLike, DTypeLike
 
-from jaxrnn import flax_cell, flax_sharding
+from jaxrnn import engines, flax_cell, flax_sharding
 from jaxrnn.calls import HX, Output, Pair, State, StateT, call, call_cell
 from jaxrnn.cells import GRU_CELL, LSTM_CELL, Cell, rnn_cell
 from jaxrnn.options import CellKeywords, Keywords, MeshAxis, Options, Remat
@@ -33,14 +33,15 @@ class _Module(linen.Module):
         settings = {f.name: getattr(self, f.name) for f in dataclasses.fields(self._Spec) if f.name != "cell"}
         self.spec = self._Spec(self._cell, **settings)
         self.options = Options(**{name: getattr(self, name) for name in self._Keywords.__annotations__})
+        engines.engine(self.options)
         super().__post_init__()
 
-    def _draw(self, name: str) -> Callable[..., Any]:
-        return self.spec.draw
+    def _initializers(self) -> dict[str, Callable[..., Any]]:
+        return self.spec.initializers()
 
     def _params(self) -> dict[str, jax.Array]:
-        shapes = self.spec.shapes()
-        return {name: self.param(name, self._draw(name), shape, self.param_dtype) for name, shape in shapes.items()}
+        shapes, draws = self.spec.shapes(), self._initializers()
+        return {name: self.param(name, draws[name], shape, self.param_dtype) for name, shape in shapes.items()}
 
     @linen.nowrap
     def initial_state(self, batch: int | None = None, dtype: DTypeLike | None = None) -> State:
@@ -56,6 +57,7 @@ class _Layers(_Module, Generic[StateT]):
     remat: Remat = "none"
     hidden_axis: MeshAxis | None = None
     unroll: int = 1
+    engine: str = "auto"
     deterministic: bool | None = None
     rng_collection: str = "dropout"
 
@@ -63,11 +65,12 @@ class _Layers(_Module, Generic[StateT]):
         super().__post_init__()
         flax_sharding.check(self.spec, self.hidden_axis)
 
-    def _draw(self, name: str) -> Callable[..., Any]:
+    def _initializers(self) -> dict[str, Callable[..., Any]]:
+        draws = self.spec.initializers()
         if self.hidden_axis is None:
-            return self.spec.draw
-        axis = flax_sharding.mesh_axis(self.hidden_axis)
-        return linen.with_partitioning(self.spec.draw, flax_sharding.names(self.spec, axis)[name])
+            return draws
+        names = flax_sharding.names(self.spec, flax_sharding.mesh_axis(self.hidden_axis))
+        return {name: linen.with_partitioning(draw, names[name]) for name, draw in draws.items()}
 
     @linen.compact
     def __call__(
@@ -117,8 +120,8 @@ class RNN(_Layers[jax.Array]):
     """A stack of Elman RNN layers: torch.nn.RNN. Equations and arguments as in `jaxrnn.RNN`.
 
     Torch's arguments are fields in torch's order. The other fields are keyword-only: dtype, param_dtype, precision,
-    remat, hidden_axis and unroll as in `jaxrnn.RNN` (with hidden_axis the parameters are `linen.Partitioned`, as
-    `linen.with_partitioning` makes them), deterministic and rng_collection as in `flax.linen.Dropout`, and Linen's
+    remat, hidden_axis, unroll and engine as in `jaxrnn.RNN` (with hidden_axis the parameters are `linen.Partitioned`,
+    as `linen.with_partitioning` makes them), deterministic and rng_collection as in `flax.linen.Dropout`, and Linen's
     name.
 
     Raises:
@@ -207,6 +210,37 @@ class GRU(_Layers[jax.Array]):
     bidirectional: bool = False
     _: dataclasses.KW_ONLY
     proj_size: int = 0
+
+
+class Recurrent(_Layers[Any]):
+    """A stack of layers of any cell, `jaxrnn`'s or your own. Arguments and parameters as in `jaxrnn.Recurrent`.
+
+    The other fields are those of `jaxrnn.linen.RNN`.
+
+    Raises:
+        TypeError: cell is no `jaxrnn.Cell`, a size is no int, or `bias` or `batch_first` no bool.
+        ValueError: a size or a probability out of range, or a `proj_size` with a cell that does not project.
+
+    >>> import jax, jax.numpy as jnp, jaxrnn
+    >>> rnn = jaxrnn.linen.Recurrent(jaxrnn.IND_RNN_CELL, 10, 20)
+    >>> (output, h_n), variables = rnn.init_with_output(jax.random.key(0), jnp.ones((5, 3, 10)))
+    >>> output.shape, list(variables["params"])
+    ((5, 3, 20), ['weight_ih_l0', 'bias_ih_l0', 'weight_u_l0'])
+    """
+
+    cell: Cell
+    input_size: int
+    hidden_size: int
+    num_layers: int = 1
+    bias: bool = True
+    batch_first: bool = False
+    dropout: float = 0.0
+    bidirectional: bool = False
+    proj_size: int = 0
+
+    @property
+    def _cell(self) -> Cell:
+        return self.cell
 
 
 class _OneStep(_Module, Generic[StateT]):

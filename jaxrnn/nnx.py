@@ -1,4 +1,4 @@
-"""RNN, LSTM, GRU, RNNCell, LSTMCell and GRUCell as flax.nnx modules with torch's arguments and parameters.
+"""RNN, LSTM, GRU, their cells, and Recurrent as flax.nnx modules with torch's arguments and parameters.
 
 What a module computes is in `jaxrnn.calls`; a module adds the parameters and the randomness.
 """
@@ -13,9 +13,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import ArrayLike, DTypeLike
 
-from jaxrnn import _compat, flax_cell, flax_sharding
+from jaxrnn import _compat, engines, flax_cell, flax_sharding
 from jaxrnn.calls import HX, Output, Pair, State, StateT, call, call_cell
-from jaxrnn.cells import GRU_CELL, LSTM_CELL, RNN_RELU, rnn_cell
+from jaxrnn.cells import GRU_CELL, LSTM_CELL, RNN_RELU, Cell, rnn_cell
 from jaxrnn.options import CellKeywords, Keywords, Options, spelled_out
 from jaxrnn.packed import PackedSequence
 from jaxrnn.spec import CellSpec, Spec
@@ -69,6 +69,7 @@ class _Module(nnx.Module):
     ) -> None:
         self.spec = spec
         self.options = Options.of(type(self).__name__, options, self._Keywords)
+        engines.engine(self.options)
         self.param_dtype = param_dtype
         self._add_params(spec.init(rngs.params(), param_dtype))
 
@@ -122,6 +123,7 @@ class _Layers(_Module, Generic[StateT]):
     remat = _option("remat")
     hidden_axis = _option("hidden_axis")
     unroll = _option("unroll")
+    engine = _option("engine")
 
     def __init__(
         self,
@@ -242,6 +244,7 @@ class RNN(_Layers[jax.Array]):
         hidden_axis: mesh axis, or Flax logical axis, over which hidden units are sharded; stored in the parameters'
             metadata. Where a mesh is set, parameters are created on it.
         unroll: how many steps the loop makes at a time, as for `jax.lax.scan`.
+        engine: what runs the loop over time: "auto" for the fastest that can, or a name in `jaxrnn.engines.ENGINES`.
         rngs: nnx.Rngs for the initial parameters (uniform within 1/sqrt(hidden_size) of 0, as torch's) and, where it
             is used, for dropout.
 
@@ -381,6 +384,54 @@ class GRU(_Layers[jax.Array]):
     ) -> None:
         spec = Spec(GRU_CELL, input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size)
         super().__init__(spec, options, param_dtype, rngs)
+
+
+class Recurrent(_Layers[Any]):
+    r"""A stack of layers of any cell: one of `jaxrnn`'s, such as `jaxrnn.LAYER_NORM_LSTM_CELL`, or one of your own.
+
+    Args:
+        cell: the kind of cell, a `jaxrnn.Cell`.
+
+    The other arguments are those of `jaxrnn.RNN`, less nonlinearity. The parameters are named as torch's, and the
+    cell's own likewise: its name, then `_l0`, or `_l0_reverse`, and so on. For a cell of several states, hx and h_n
+    are tuples.
+
+    Raises:
+        TypeError: cell is no `jaxrnn.Cell`, a size is no int, or `bias` or `batch_first` no bool.
+        ValueError: a size or a probability out of range, or a `proj_size` with a cell that does not project.
+
+    >>> import jax.numpy as jnp, jaxrnn
+    >>> from flax import nnx
+    >>> lstm = jaxrnn.Recurrent(jaxrnn.PEEPHOLE_LSTM_CELL, 10, 20, bidirectional=True, rngs=nnx.Rngs(0))
+    >>> output, (h_n, c_n) = lstm(jnp.ones((5, 3, 10)))
+    >>> output.shape, c_n.shape, lstm.weight_ci_l0_reverse.shape
+    ((5, 3, 40), (2, 3, 20), (20,))
+    """
+
+    @spelled_out
+    def __init__(
+        self,
+        cell: Cell,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        proj_size: int = 0,
+        *,
+        param_dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+        **options: Unpack[Keywords],
+    ) -> None:
+        spec = Spec(cell, input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size)
+        super().__init__(spec, options, param_dtype, rngs)
+
+    cell = _setting("cell")
+
+    def __repr__(self) -> str:
+        return super().__repr__().replace("(", f"({self.cell.name}, ", 1)
 
 
 class _OneStep(_Module, Generic[StateT]):

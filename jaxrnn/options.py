@@ -32,6 +32,7 @@ class Keywords(CellKeywords, total=False):
     remat: Remat
     hidden_axis: MeshAxis | None
     unroll: int
+    engine: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +47,7 @@ class Options:
             recomputed.
         hidden_axis: the axis, or axes, of the mesh in effect, of type Auto, over which hidden units are sharded.
         unroll: how many steps the loop makes at a time, as for `jax.lax.scan`.
+        engine: what runs the loop: "auto" for the fastest that can, or a name in `jaxrnn.engines.ENGINES`.
 
     Raises:
         TypeError: dtype is not floating.
@@ -57,6 +59,7 @@ class Options:
     remat: Remat = "none"
     hidden_axis: MeshAxis | None = None
     unroll: int = 1
+    engine: str = "auto"
 
     def __post_init__(self) -> None:
         if self.dtype is not None:

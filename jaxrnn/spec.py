@@ -9,16 +9,15 @@ import inspect
 import math
 import numbers
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxrnn.cells import Cell
+from jaxrnn.cells import ROLES, Cell
 
 Shape = tuple[int, ...]
-# The weights of one layer in one direction, in torch's order.
-ROLES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
 
 
 class _Shapes(abc.ABC):
@@ -57,6 +56,8 @@ class _Shapes(abc.ABC):
     def init(self, key: jax.Array, dtype: jax.typing.DTypeLike = jnp.float32) -> dict[str, jax.Array]:
         """Initial parameters, drawn as torch draws them: uniform in `[-1/sqrt(hidden_size), 1/sqrt(hidden_size))`.
 
+        A cell's own parameters are drawn by their own `init`, where they have one.
+
         Args:
             key: a jax random key.
             dtype: the parameters' floating dtype.
@@ -71,15 +72,26 @@ class _Shapes(abc.ABC):
         """
         shapes = self.shapes()
         keys = jax.random.split(key, len(shapes))
-        return {name: self.draw(keys[i], shape, dtype) for i, (name, shape) in enumerate(shapes.items())}
+        draws = self.initializers()
+        return {name: draws[name](keys[i], shape, dtype) for i, (name, shape) in enumerate(shapes.items())}
 
-    def draw(self, key: jax.Array, shape: Shape, dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
-        """The initial value of one parameter; see `init`."""
+    @abc.abstractmethod
+    def initializers(self) -> dict[str, Callable[..., jax.Array]]:
+        """What draws each parameter's initial value from (key, shape, dtype); see `init`."""
+
+    def _initializer(self, role: str) -> Callable[..., jax.Array]:
+        own = self.cell.own.get(role)
+        return self._uniform if own is None or own.init is None else own.init
+
+    def _uniform(self, key: jax.Array, shape: Shape, dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
         bound = 1 / math.sqrt(self.hidden_size) if self.hidden_size else 0.0
         return jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
 def _shape(role: str, cell: Cell, input_size: int, hidden_size: int, proj_size: int = 0) -> Shape:
+    if role in cell.own:
+        sizes = {"gates": len(cell.gates), "hidden": hidden_size}
+        return tuple(sizes[axis] for axis in cell.own[role].axes)
     rows = len(cell.gates) * hidden_size
     return {
         "weight_ih": (rows, input_size),
@@ -90,8 +102,16 @@ def _shape(role: str, cell: Cell, input_size: int, hidden_size: int, proj_size: 
     }[role]
 
 
-def _roles(bias: bool | int, proj_size: int = 0) -> tuple[str, ...]:
-    return tuple(role for role in ROLES if (bias or not role.startswith("bias")) and (proj_size or role != "weight_hr"))
+def _roles(cell: Cell, bias: bool | int, proj_size: int = 0) -> tuple[str, ...]:
+    """What one layer in one direction has: torch's weights and biases, then the cell's own parameters."""
+    has = {
+        "weight_ih": True,
+        "weight_hh": cell.recurrent,
+        "bias_ih": bool(bias),
+        "bias_hh": bool(bias) and cell.recurrent,
+        "weight_hr": bool(proj_size),
+    }
+    return (*(role for role in ROLES if has[role]), *cell.own)
 
 
 def _check_type(name: str, value: object, kind: type) -> None:
@@ -204,42 +224,45 @@ class Spec(_Shapes):
         {'weight_ih': 'weight_ih_l0_reverse', 'weight_hh': 'weight_hh_l0_reverse'}
         """
         suffix = f"_l{layer}" + ("_reverse" if direction else "")
-        return {role: role + suffix for role in _roles(self.bias, self.proj_size)}
+        return {role: role + suffix for role in _roles(self.cell, self.bias, self.proj_size)}
 
-    def shapes(self) -> dict[str, Shape]:
-        """The parameters' names and shapes, in the order of torch's `state_dict()`."""
+    def _parameters(self) -> dict[str, tuple[int, str]]:
+        """Each parameter's layer and role."""
         return {
-            name: _shape(
-                role,
-                self.cell,
-                self.output_size * self.num_directions if layer else self.input_size,
-                self.hidden_size,
-                self.proj_size,
-            )
+            name: (layer, role)
             for layer in range(self.num_layers)
             for direction in range(self.num_directions)
             for role, name in self.names(layer, direction).items()
         }
 
+    def shapes(self) -> dict[str, Shape]:
+        """The parameters' names and shapes, in the order of torch's `state_dict()`."""
+        inputs = (self.input_size, self.output_size * self.num_directions)
+        return {
+            name: _shape(role, self.cell, inputs[layer > 0], self.hidden_size, self.proj_size)
+            for name, (layer, role) in self._parameters().items()
+        }
+
+    def initializers(self) -> dict[str, Callable[..., jax.Array]]:
+        """What draws each parameter's initial value from (key, shape, dtype); see `init`."""
+        return {name: self._initializer(role) for name, (_, role) in self._parameters().items()}
+
     def hidden_axes(self) -> dict[str, tuple[bool, ...]]:
-        """Which axes of each parameter count hidden units, and so can be shared out; rows count gates, one by one.
+        """For each parameter axis, whether it counts hidden units and can be sharded. Axes of rows cannot.
 
         >>> import jaxrnn
         >>> jaxrnn.Spec(jaxrnn.GRU_CELL, 10, 20, bias=False).hidden_axes()
         {'weight_ih_l0': (False, False), 'weight_hh_l0': (False, True)}
         """
 
-        def columns(layer: int, role: str) -> tuple[bool, ...]:
+        def axes(layer: int, role: str) -> tuple[bool, ...]:
+            if role in self.cell.own:
+                return tuple(axis == "hidden" for axis in self.cell.own[role].axes)
             if role.startswith("bias"):
-                return ()
-            return (role == "weight_hr" or (not self.proj_size and (role == "weight_hh" or layer > 0)),)
+                return (False,)
+            return False, role == "weight_hr" or (not self.proj_size and (role == "weight_hh" or layer > 0))
 
-        return {
-            name: (False, *columns(layer, role))
-            for layer in range(self.num_layers)
-            for direction in range(self.num_directions)
-            for role, name in self.names(layer, direction).items()
-        }
+        return {name: axes(layer, role) for name, (layer, role) in self._parameters().items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -275,7 +298,12 @@ class CellSpec(_Shapes):
 
     def shapes(self) -> dict[str, Shape]:
         """The parameters' names and shapes, in the order of torch's `state_dict()`."""
-        return {role: _shape(role, self.cell, self.input_size, self.hidden_size) for role in _roles(self.bias)}
+        roles = _roles(self.cell, self.bias)
+        return {role: _shape(role, self.cell, self.input_size, self.hidden_size) for role in roles}
+
+    def initializers(self) -> dict[str, Callable[..., jax.Array]]:
+        """What draws each parameter's initial value from (key, shape, dtype); see `init`."""
+        return {role: self._initializer(role) for role in _roles(self.cell, self.bias)}
 
     def state_shapes(self, *batch: int) -> tuple[Shape, ...]:
         """The shape of each of the cell's states, with any number of batch axes."""

@@ -36,7 +36,7 @@ def cases(path: str, key: str | None, inputs: str | None) -> list[Case]:
         ValueError: there is no recurrent module, or none takes the inputs.
     """
     tensors = load(path, key)
-    found = find_rnns(tensors)
+    found = [rnn for rnn in find_rnns(tensors) if rnn.in_torch]
     if not found:
         raise ValueError(f"{path}: no recurrent weights\n`jaxrnn inspect` says what is there")
     given = None if inputs is None else np.load(inputs, allow_pickle=False)

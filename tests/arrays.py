@@ -10,7 +10,7 @@ import jaxrnn
 
 def normal(*shape: int, seed: int = 0) -> np.ndarray:
     """Normally distributed float64 numbers; the same ones for the same shape and seed."""
-    return np.random.RandomState(seed + sum(shape)).randn(*shape)
+    return np.asarray(np.random.RandomState(seed + sum(shape)).randn(*shape))
 
 
 def parameters(spec: jaxrnn.Spec | jaxrnn.CellSpec, dtype: Any = np.float64) -> dict[str, np.ndarray]:

@@ -18,9 +18,14 @@ Row = dict[str, Any]
 Function = Callable[[Row, Row], list[jax.Array]]
 
 
-def _softmax(gates: tuple, hidden: tuple, state: tuple) -> tuple:
-    return (jnp.tanh(jax.nn.softmax(gates[0]) + state[0]),)
+def _softmax(gates: tuple, hidden: tuple, state: tuple, params: dict) -> tuple:
+    """Not pointwise, and with parameters of its own."""
+    return (jnp.tanh(jax.nn.softmax(gates[0]) * params["gain"][0] + params["u"] * state[0]),)
 
+
+SOFTMAX = jaxrnn.Cell(
+    "softmax", ("h",), ("h",), _softmax, params={"gain": ("gates", "hidden"), "u": ("hidden",)}, recurrent=False
+)
 
 CELLS = {
     "RNN": (jaxrnn.RNN_TANH, 0),
@@ -28,7 +33,7 @@ CELLS = {
     "LSTM": (jaxrnn.LSTM_CELL, 0),
     "projected LSTM": (jaxrnn.LSTM_CELL, 2),
     "GRU": (jaxrnn.GRU_CELL, 0),
-    "softmax": (jaxrnn.Cell("softmax", ("h",), ("h",), _softmax), 0),  # not pointwise
+    "softmax": (SOFTMAX, 0),
 }
 
 

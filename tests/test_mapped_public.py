@@ -1,5 +1,6 @@
 """Everything public under grad(vmap) with all its optional arguments mapped: as a Python loop over the rows."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -48,6 +49,12 @@ def _apply() -> Mapped:
     return lambda floats, marks: jaxrnn.apply(spec, **floats, **marks), floats, marks
 
 
+def _trajectory() -> Mapped:
+    _, floats, marks = _apply()
+    spec = jaxrnn.Spec(jaxrnn.LSTM_CELL, F, H, num_layers=2, dropout=0.5, proj_size=2)
+    return lambda floats, marks: jaxrnn.trajectory(spec, **floats, **marks), floats, marks
+
+
 def _apply_cell() -> Mapped:
     spec = jaxrnn.CellSpec(jaxrnn.LSTM_CELL, F, H)
     floats = {"params": _rows(parameters(spec)), "x": normal(ROWS, N, F), "hx": _state(spec.cell, N)}
@@ -56,7 +63,8 @@ def _apply_cell() -> Mapped:
 
 def _layer(kind: str, **settings: Any) -> Mapped:
     """An nnx layer, with dropout from a key for each row."""
-    module = filled(lambda: getattr(jaxrnn, kind)(F, H, 2, dropout=0.5, **settings, rngs=nnx.Rngs(0)))
+    make = functools.partial(getattr(jaxrnn, kind), **settings)
+    module = filled(lambda: make(input_size=F, hidden_size=H, num_layers=2, dropout=0.5, rngs=nnx.Rngs(0)))
     graph, params, rest = nnx.split(module, nnx.Param, ...)
     state = _state(module.spec.cell, 2, N)
     floats = {
@@ -73,8 +81,9 @@ def _layer(kind: str, **settings: Any) -> Mapped:
     return run, floats, MARKS | {"rngs": jax.random.split(jax.random.key(0), ROWS)}
 
 
-def _linen_layer(kind: str) -> Mapped:
-    module = getattr(jaxrnn.linen, kind)(F, H, 2, dropout=0.5, deterministic=False)
+def _linen_layer(kind: str, **settings: Any) -> Mapped:
+    make = functools.partial(getattr(jaxrnn.linen, kind), **settings)
+    module = make(input_size=F, hidden_size=H, num_layers=2, dropout=0.5, deterministic=False)
     state = _state(module.spec.cell, 2, N)
     params = _rows(parameters(module.spec))
     floats = {"params": params, "x": normal(ROWS, T, N, F), "hx": state, "reset_state": jax.tree.map(np.cos, state)}
@@ -145,10 +154,13 @@ def _packed_layer() -> Mapped:
 
 MAPPED: dict[str, Callable[[], Mapped]] = {
     "apply": _apply,
+    "trajectory": _trajectory,
     "apply_cell": _apply_cell,
     "RNN": lambda: _layer("RNN", nonlinearity="relu"),
     "LSTM": lambda: _layer("LSTM", remat=2),
     "GRU": lambda: _layer("GRU", remat="gates"),
+    "Recurrent": lambda: _layer("Recurrent", cell=jaxrnn.PEEPHOLE_LSTM_CELL),
+    "linen.Recurrent": lambda: _linen_layer("Recurrent", cell=jaxrnn.IND_RNN_CELL),
     **{name: lambda name=name: _cell(name) for name in ("RNNCell", "LSTMCell", "GRUCell")},
     "FlaxCell": _flax_cell,
     **{f"linen.{name}": lambda name=name: _linen_layer(name) for name in ("RNN", "LSTM", "GRU")},
@@ -168,7 +180,9 @@ MAPPED: dict[str, Callable[[], Mapped]] = {
 }
 NOT_MAPPED = {
     **dict.fromkeys(("Cell", "Spec", "CellSpec"), "a value that tells what to compute, with no arrays in it"),
-    **dict.fromkeys(("RNN_TANH", "RNN_RELU", "LSTM_CELL", "GRU_CELL"), "a Cell"),
+    **dict.fromkeys([name for name, value in vars(jaxrnn).items() if isinstance(value, jaxrnn.Cell)], "a Cell"),
+    "Parameter": "axes and a function, with no arrays in it",
+    "Trajectory": "what trajectory returns",
     **dict.fromkeys(("load_state_dict", "state_dict", "from_torch"), "moves arrays between host and module"),
     "checkpoint": "reads and writes files",
     "CheckpointError": "an error",

@@ -12,7 +12,7 @@ import pytest
 from comparing import assert_close
 
 import jaxrnn
-from jaxrnn import recurrence
+from jaxrnn import recurrence, steps
 from jaxrnn.cells import sigmoid
 from parity import __main__ as runner
 from parity import oracle, sides
@@ -136,10 +136,10 @@ def _transposed(lay_out: Callable) -> Callable:
 
 def _unmarked(reverse: bool) -> Callable:
     def wrap(advance: Callable) -> Callable:
-        def advanced(settings: Any, recurrent: Any, gates: Any, state: Any, marks: Any, *rest: Any) -> Any:
-            if settings.reverse == reverse:
+        def advanced(run: steps.Run, gates: Any, marks: steps.Marks, state: Any) -> Any:
+            if run.settings.reverse == reverse:
                 marks = marks._replace(ended=None)
-            return advance(settings, recurrent, gates, state, marks, *rest)
+            return advance(run, gates, marks, state)
 
         return advanced
 
@@ -189,13 +189,13 @@ FAULTS: dict[str, tuple[Plant, Case, dict[str, Any], str]] = {
         "the biases are folded",
     ),
     "forget the reverse start": (
-        _function(recurrence, "_advance", _unmarked(True)),
+        _function(steps, "advance", _unmarked(True)),
         RAGGED_1,
         {"layer": 0, "directions": ("backward",), "gates": ()},
         "the backward direction does not start",
     ),
     "leak padding": (
-        _function(recurrence, "_advance", _unmarked(False)),
+        _function(steps, "advance", _unmarked(False)),
         RAGGED,
         {"layer": None, "arrays": ("h_n", "c_n")},  # the outputs past the end are zeros all the same
         "padding leaks",
@@ -219,7 +219,7 @@ FAULTS: dict[str, tuple[Plant, Case, dict[str, Any], str]] = {
         "the last layer's output goes through dropout",
     ),
     "TF32-like products": (
-        _function(recurrence, "_product", _tf32),
+        _function(steps, "product", _tf32),
         LSTM_1,
         {"layer": 0, "directions": BOTH, "step": 0},
         "TF32",

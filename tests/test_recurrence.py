@@ -45,12 +45,51 @@ def _gru(x: jax.Array, state: tuple, weights: Tree) -> tuple:
     return ((1 - z) * jnp.tanh(x_n + r * h_n) + z * h,)
 
 
+def _standardised(a: jax.Array) -> jax.Array:
+    return (a - jnp.mean(a)) / jnp.sqrt(jnp.var(a) + 1e-5)
+
+
+def _layer_norm_lstm(x: jax.Array, state: tuple, weights: Tree) -> tuple:
+    h, c = state
+    parts = zip(_sums(x, h, weights), ("ih", "hh"), strict=True)
+    normalised = [
+        _standardised(a) * weights[f"weight_ln_{name}"].ravel() + weights[f"bias_ln_{name}"].ravel()
+        for a, name in parts
+    ]
+    i, f, g, o = jnp.split(sum(normalised), 4)
+    c = jax.nn.sigmoid(f) * c + jax.nn.sigmoid(i) * jnp.tanh(g)
+    c = _standardised(c) * weights["weight_ln_c"] + weights["bias_ln_c"]
+    return jax.nn.sigmoid(o) * jnp.tanh(c), c
+
+
+def _peephole_lstm(x: jax.Array, state: tuple, weights: Tree) -> tuple:
+    h, c = state
+    i, f, g, o = jnp.split(sum(_sums(x, h, weights)), 4)
+    i, f = i + weights["weight_ci"] * c, f + weights["weight_cf"] * c
+    c = jax.nn.sigmoid(f) * c + jax.nn.sigmoid(i) * jnp.tanh(g)
+    return jax.nn.sigmoid(o + weights["weight_co"] * c) * jnp.tanh(c), c
+
+
+def _ind_rnn(x: jax.Array, state: tuple, weights: Tree) -> tuple:
+    (h,) = state
+    return (jax.nn.relu(weights["weight_ih"] @ x + weights["bias_ih"] + weights["weight_u"] * h),)
+
+
+def _min_gru(x: jax.Array, state: tuple, weights: Tree) -> tuple:
+    z, n = jnp.split(weights["weight_ih"] @ x + weights["bias_ih"], 2)
+    return (state[0] + jax.nn.sigmoid(z) * (n - state[0]),)
+
+
 KINDS = {
     "rnn_tanh": (jaxrnn.RNN_TANH, 0, _rnn(jnp.tanh)),
     "rnn_relu": (jaxrnn.RNN_RELU, 0, _rnn(jax.nn.relu)),
     "lstm": (jaxrnn.LSTM_CELL, 0, _lstm),
     "lstm_projected": (jaxrnn.LSTM_CELL, 2, _lstm),
     "gru": (jaxrnn.GRU_CELL, 0, _gru),
+    "layer_norm_lstm": (jaxrnn.LAYER_NORM_LSTM_CELL, 0, _layer_norm_lstm),
+    "peephole_lstm": (jaxrnn.PEEPHOLE_LSTM_CELL, 0, _peephole_lstm),
+    "ind_rnn": (jaxrnn.IND_RNN_CELL, 0, _ind_rnn),
+    "min_gru": (jaxrnn.MIN_GRU_CELL, 0, _min_gru),
 }
 TIME, INPUT, HIDDEN = 4, 2, 3
 
@@ -133,9 +172,10 @@ def _transforms(function: Callable) -> Callable:
 
 
 MARKED = [f"{kind} {mark}" for kind in ("lstm_projected", "gru") for mark in ("ends", "reset")]
+MARKED += ["peephole_lstm ends", "ind_rnn reset"]
 # Between them the quick ones have both directions, a projection and every mark; the slow ones every kind.
-QUICK = ("rnn_relu", "lstm_projected ends", "gru reset")
-SLOW = ("lstm", "gru", "lstm_projected reset")
+QUICK = ("rnn_relu", "lstm_projected ends", "gru reset", "ind_rnn reset")
+SLOW = ("lstm", "gru", "lstm_projected reset", "peephole_lstm ends", "min_gru")
 
 
 def _mark(name: str) -> Any:
@@ -202,6 +242,7 @@ _rolled_cotangent.defvjp(lambda a: (jnp.sin(a), None), lambda _, d_a: (jnp.roll(
 
 # What a step may do to a gate of 3 features. These are not pointwise:
 PLACES = np.array([2, 0, 1])
+TRIANGLE = np.array([[2.0, 0.0, 0.0], [1.0, -1.0, 0.0], [0.5, 3.0, 1.5]])
 NOT_POINTWISE: dict[str, Callable] = {
     "normalised": _layer_norm,
     "cumulative": lambda a: jnp.cumsum(a, -1),
@@ -214,6 +255,10 @@ NOT_POINTWISE: dict[str, Callable] = {
     "in a loop": lambda a: jax.lax.fori_loop(0, 2, lambda _, a: jnp.roll(a, 1, -1), a),
     "of the rows": lambda a: a + a.mean(0, keepdims=True),
     "factored": lambda a: jnp.linalg.qr(a)[0],  # a batch of 3, too, so that a gate is square
+    "of the spectrum": lambda a: jnp.fft.irfft(jnp.fft.rfft(a) * jnp.array([1 + 0j, 0.5]), 3),
+    "convolved": lambda a: jax.vmap(lambda row: jnp.convolve(row, jnp.array([0.5, -1.0, 2.0]), mode="same"))(a),
+    "solved for": lambda a: jax.scipy.linalg.solve_triangular(TRIANGLE, a.T, lower=True).T,
+    "of the softmax": lambda a: jax.nn.softmax(a, -1),
     "with a rule": _rolled_derivative,
     "with a rule in reverse": _rolled_cotangent,
 }

@@ -26,8 +26,7 @@ class Checked(NamedTuple):
 
     Attributes:
         finite: whether all that it computed is finite.
-        difference: how far torch's results are from it, relative to their largest number or to 1; None if torch was
-            not asked.
+        difference: max |ours - torch's| / max(1, max |torch's|); None without torch, or if torch has no such module.
     """
 
     finite: bool
@@ -48,7 +47,7 @@ def installed_torch() -> ModuleType | None:
 
 
 def check(rnn: FoundRNN, tensors: Mapping[str, Any], torch: ModuleType | None) -> Checked:
-    """Build a module that `find_rnns` found, run it on random numbers in float64, and compare with torch if given.
+    """Build a module that `find_rnns` found, run it on random numbers in float64, and compare with torch if it has one.
 
     Settings that no state dict says are as `find_rnns` assumes them.
 
@@ -68,14 +67,15 @@ def check(rnn: FoundRNN, tensors: Mapping[str, Any], torch: ModuleType | None) -
     x = random.standard_normal((_BATCH, rnn.input_size) if rnn.is_cell else (_STEPS, _BATCH, rnn.input_size))
     with jax.enable_x64(True), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # such as those of load_state_dict, which the caller gives
-        make = functools.partial(getattr(jaxrnn.nnx, name), **settings, param_dtype=np.float64)
+        kind = getattr(jaxrnn.nnx, name) if rnn.in_torch else functools.partial(jaxrnn.nnx.Recurrent, rnn.spec.cell)
+        make = functools.partial(kind, **settings, param_dtype=np.float64)
         module = nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0)))  # whose random numbers would take compiling
         load_state_dict(module, params)
         states = jax.tree.map(lambda shape: random.standard_normal(shape.shape), jax.eval_shape(module, x))
         hx = states if rnn.is_cell else states[1]
         ours = [np.asarray(array) for array in jax.tree.leaves(module(x, hx))]
         finite = all(np.isfinite(array).all() for array in ours)
-        if torch is None:
+        if torch is None or not rnn.in_torch:
             return Checked(finite, None)
         theirs = getattr(torch.nn, name)(**settings, dtype=torch.float64).eval()
         theirs.load_state_dict({key: torch.tensor(value) for key, value in params.items()}, strict=True)

@@ -12,20 +12,22 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrnn.cells import GRU_CELL, LSTM_CELL, RNN_TANH, Cell
+from jaxrnn import more_cells
+from jaxrnn.cells import GRU_CELL, LSTM_CELL, RNN_RELU, RNN_TANH, ROLES, Cell
 from jaxrnn.checkpoint.arrays import dtype_of
 from jaxrnn.checkpoint.errors import CheckpointError
 from jaxrnn.checkpoint.names import fold, misfits
-from jaxrnn.spec import ROLES, CellSpec, Shape, Spec
+from jaxrnn.spec import CellSpec, Shape, Spec
 
-_CELLS = {len(cell.gates): cell for cell in (LSTM_CELL, GRU_CELL, RNN_TANH)}
+_TORCH_CELLS = (LSTM_CELL, GRU_CELL, RNN_TANH)
+_MORE_CELLS = tuple(cell for cell in vars(more_cells).values() if isinstance(cell, Cell) and cell.own)
 _CELL_NAMES = CellSpec(LSTM_CELL, 1, 1).shapes().keys()
-_LAYER_NAME = re.compile(rf"(?P<role>{'|'.join(ROLES)})_l(?P<layer>0|[1-9]\d{{0,8}})(?P<reverse>_reverse)?", re.ASCII)
+_LAYER_NAME = re.compile(r"(?P<role>[A-Za-z_]\w*)_l(?P<layer>0|[1-9]\d{0,8})(?P<reverse>_reverse)?", re.ASCII)
 
 
 @dataclasses.dataclass(frozen=True)
 class FoundRNN:
-    """A torch.nn recurrent module that `find_rnns` found.
+    """A recurrent module that `find_rnns` found.
 
     Attributes:
         prefix: what its keys start with, such as "encoder.lstm.", or "".
@@ -51,8 +53,13 @@ class FoundRNN:
 
     @property
     def kind(self) -> str:
-        """The class in torch.nn, less Cell: "RNN", "LSTM" or "GRU"."""
-        return self.spec.cell.name.partition("_")[0]
+        """The class in torch.nn, less Cell: "RNN", "LSTM" or "GRU"; for other cells their name."""
+        return self.spec.cell.name.partition("_")[0] if self.in_torch else self.spec.cell.name
+
+    @property
+    def in_torch(self) -> bool:
+        """Whether torch.nn has it."""
+        return self.spec.cell in (*_TORCH_CELLS, RNN_RELU)
 
     @property
     def input_size(self) -> int:
@@ -96,8 +103,10 @@ class FoundRNN:
         return assumed
 
 
-def find_rnns(tensors: Mapping[str, Any]) -> list[FoundRNN]:
+def find_rnns(tensors: Mapping[str, Any], cells: Sequence[Cell] = ()) -> list[FoundRNN]:
     """Find every torch.nn.RNN, LSTM, GRU, RNNCell, LSTMCell and GRUCell in a flat dict of tensors.
+
+    Layers of `jaxrnn.Recurrent` are found as well, if their cell has parameters of its own, whose names tell it.
 
     A key that ends in torch's name for a layer's weight, such as `weight_hh_l0`, belongs to layers, which have to be
     whole. The names of a cell's weights, such as `weight_hh`, are not torch's alone: a set of them counts where its
@@ -106,6 +115,7 @@ def find_rnns(tensors: Mapping[str, Any]) -> list[FoundRNN]:
     Args:
         tensors: from name to array of numpy, jax or torch, as from `jaxrnn.checkpoint.load` or `state_dict()`; weights
             in parts are folded, see `jaxrnn.checkpoint.fold`.
+        cells: cells of your own to look for, beside those that jaxrnn has.
 
     Returns:
         A `FoundRNN` for each, in the order of their first keys; an empty list if there is none.
@@ -123,13 +133,16 @@ def find_rnns(tensors: Mapping[str, Any]) -> list[FoundRNN]:
     >>> found.assumed
     {'batch_first': False, 'dropout': 0.0}
     """
+    cells = (*cells, *_MORE_CELLS)
+    roles = {*ROLES, *(name for cell in cells for name in cell.own)}
     tensors = fold(tensors)
     groups: dict[tuple[str, bool], dict[str, Any]] = {}
     keys = [key for key in tensors if isinstance(key, str)]
     for key in keys:
         prefix, dot, leaf = key.rpartition(".")
         is_cell = leaf in _CELL_NAMES
-        if is_cell or _LAYER_NAME.fullmatch(leaf):
+        match = _LAYER_NAME.fullmatch(leaf)
+        if is_cell or (match and match["role"] in roles):
             groups.setdefault((prefix + dot, is_cell), {})[leaf] = tensors[key]
     keys.sort()
     problems: list[str] = []
@@ -140,8 +153,8 @@ def find_rnns(tensors: Mapping[str, Any]) -> list[FoundRNN]:
             under = bisect.bisect(keys, prefix + chr(sys.maxunicode)) - bisect.bisect_left(keys, prefix)
             if under == len(group):
                 spec = _cell_spec(prefix, group, problems)
-        else:
-            spec = _layers_spec(prefix, group, problems)
+        elif any(match["role"] in ROLES for name in group if (match := _LAYER_NAME.fullmatch(name))):
+            spec = _layers_spec(prefix, group, cells, problems)
         if spec is not None:
             problems += _misfits(prefix, group, spec.shapes())
             found.append(FoundRNN(prefix, spec, dtype_of(next(iter(group.values())))))
@@ -154,10 +167,13 @@ def find_rnns(tensors: Mapping[str, Any]) -> list[FoundRNN]:
     return found
 
 
-def _layers_spec(prefix: str, group: dict[str, Any], problems: list[str]) -> Spec | None:
+def _layers_spec(prefix: str, group: dict[str, Any], cells: Sequence[Cell], problems: list[str]) -> Spec | None:
     """The settings of the layers whose weights are in `group`, or None and what is wrong added to `problems`."""
     parsed = [match for name in group if (match := _LAYER_NAME.fullmatch(name))]
     roles = {match["role"] for match in parsed}
+    own = roles - {*ROLES}
+    likely = [cell for cell in cells if own & cell.own.keys()] if own else [*_TORCH_CELLS]
+    likely.sort(key=lambda cell: len(own ^ cell.own.keys()))  # the one whose names are most like these first
     present = {int(match["layer"]) for match in parsed}
     settings: dict[str, Any] = {
         "num_layers": max(present) + 1,
@@ -170,8 +186,9 @@ def _layers_spec(prefix: str, group: dict[str, Any], problems: list[str]) -> Spe
     if gap:
         problems.append(f"{prefix}: layers up to {max(present)} are named, but only {len(present)} of them are there")
         layers = sorted(present)
-    # The names do not depend on the sizes, nor on the kind of cell but for the projection.
-    names = Spec(LSTM_CELL, 1, 2, **settings, proj_size=int(projected)).names
+    # The names do not depend on the sizes; torch's cells have the same, but for the projection.
+    one = likely[0]
+    names = Spec(one, 1, 2, **settings, proj_size=int(projected and one.projects)).names
     missing = [
         f"{prefix}{name} is missing"
         for layer in layers
@@ -183,21 +200,25 @@ def _layers_spec(prefix: str, group: dict[str, Any], problems: list[str]) -> Spe
     if missing or gap:
         return None
     first = names(0, 0)
-    shapes = {role: _shape_of(group[first[role]]) for role in first if role.startswith("weight")}
+    shapes = {role: _shape_of(group[first[role]]) for role in first if role in ROLES and role.startswith("weight")}
     if bad := [role for role, shape in shapes.items() if len(shape) != 2]:
         problems += [f"{prefix}{first[role]} is {shapes[role]}, should be 2-D" for role in bad]
         return None
-    hidden_size = shapes["weight_hr" if projected else "weight_hh"][1]
-    rows, features = shapes["weight_hh"]
-    cell = _cell(rows, hidden_size)
-    if cell is None or (projected and not cell.projects):
-        wanted = f"4 * {hidden_size} rows (LSTM)"
-        if not projected:
-            wanted += f", 3 * {hidden_size} (GRU) or {hidden_size} (RNN)"
-        problems.append(f"{prefix}{first['weight_hh']} is {(rows, features)}, should have {wanted}")
-        return None
+    if own:  # the cell is known; whether the shapes fit is left to `_misfits`
+        hidden_size = shapes["weight_ih"][0] // len(one.gates)
+        cell, proj_size = one, shapes["weight_hr"][0] if projected and one.projects else 0
+    else:
+        hidden_size = shapes["weight_hr" if projected else "weight_hh"][1]
+        rows, features = shapes["weight_hh"]
+        found = _cell(rows, hidden_size)
+        if found is None or (projected and not found.projects):
+            wanted = f"4 * {hidden_size} rows (LSTM)"
+            if not projected:
+                wanted += f", 3 * {hidden_size} (GRU) or {hidden_size} (RNN)"
+            problems.append(f"{prefix}{first['weight_hh']} is {(rows, features)}, should have {wanted}")
+            return None
+        cell, proj_size = found, features if projected else 0
     try:
-        proj_size = features if projected else 0
         return Spec(cell, shapes["weight_ih"][1], hidden_size, **settings, proj_size=proj_size)
     except ValueError as error:
         problems.append(f"{prefix}{first['weight_ih']} and the weights beside it: {error}")
@@ -223,7 +244,7 @@ def _cell_spec(prefix: str, group: dict[str, Any], problems: list[str]) -> CellS
 
 
 def _cell(rows: int, hidden_size: int) -> Cell | None:
-    return next((cell for gates, cell in _CELLS.items() if hidden_size > 0 and rows == gates * hidden_size), None)
+    return next((cell for cell in _TORCH_CELLS if hidden_size > 0 and rows == len(cell.gates) * hidden_size), None)
 
 
 def _misfits(prefix: str, group: dict[str, Any], wanted: dict[str, Shape]) -> list[str]:

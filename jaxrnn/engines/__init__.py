@@ -1,0 +1,76 @@
+"""What runs a layer's loop over time: `Scan`, and a file for each kernel. An engine is a line in `ENGINES`.
+
+To add one, write a file with a class that has the methods of `Engine`, and add it to `ENGINES`. An engine sees a
+`jaxrnn.steps.Run`, one layer in one direction; products with the input, chunks and layers are done outside.
+"""
+
+from typing import Protocol
+
+import jax
+
+from jaxrnn.cells import Arrays
+from jaxrnn.engines.scan import Scan
+from jaxrnn.options import Options
+from jaxrnn.steps import Run, Steps
+
+
+class Engine(Protocol):
+    """How to run a layer's loop over time, and its derivative."""
+
+    def refuses(self, run: Run) -> str | None:
+        """Why this engine cannot run it, such as its cell, its shapes or its dtype; None if it can."""
+
+    def forward(self, run: Run) -> tuple[Steps, Arrays]:
+        """What `steps.returned` takes of every step, with time in front, and the state after the last step run."""
+
+    def trajectory(self, run: Run) -> tuple[Arrays, Arrays | None, Arrays]:
+        """What the derivative needs: the states after every step, the sums of every step, and the last state.
+
+        With `remat="gates"` the sums may be None.
+        """
+
+    def tangents(self, run: Run, before: Arrays, sums: Arrays, tangent: Run, d_sums: jax.Array) -> tuple[Steps, Arrays]:
+        """The tangent of `forward`.
+
+        It must be linear in the tangents. JAX transposes it into the backward pass, and maps and differentiates it. An
+        engine with a backward pass of its own solves the recurrence by `jax.lax.custom_linear_solve`, whose
+        `transpose_solve` is that backward pass.
+
+        Args:
+            run: what was run.
+            before: the states before every step.
+            sums: the sums of every step.
+            tangent: the tangents of the arrays of `run`; its marks have none.
+            d_sums: the tangents of the sums, but for what comes through the tangent of the state: joined as the layout
+                has it, (time, batch, gates * hidden_size).
+        """
+
+
+ENGINES: dict[str, Engine] = {"scan": Scan()}
+
+
+def engine(options: Options) -> Engine | None:
+    """The engine that was asked for; None for "auto".
+
+    Raises:
+        ValueError: there is no such engine.
+    """
+    if options.engine == "auto":
+        return None
+    if options.engine not in ENGINES:
+        raise ValueError(f"engine should be 'auto' or one of {list(ENGINES)}, got {options.engine!r}")
+    return ENGINES[options.engine]
+
+
+def engine_for(run: Run) -> Engine:
+    """The engine that was asked for, or else the last of `ENGINES` that does not refuse.
+
+    Raises:
+        ValueError: the engine that was asked for refuses.
+    """
+    asked = engine(run.settings.options)
+    if asked is None:
+        return next(each for each in reversed(ENGINES.values()) if each.refuses(run) is None)
+    if reason := asked.refuses(run):
+        raise ValueError(f"engine={run.settings.options.engine!r} cannot run this: {reason}. Use engine='auto'")
+    return asked

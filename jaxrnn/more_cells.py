@@ -1,0 +1,113 @@
+"""Cells that torch.nn does not have, for `jaxrnn.Recurrent` and `jaxrnn.apply`.
+
+They show how a cell has parameters of its own, mixes hidden units, or does without recurrent weights.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.nn import initializers, relu, sigmoid
+
+from jaxrnn.cells import Arrays, Cell, Parameter, lstm_values
+
+Params = dict[str, jax.Array]
+
+
+def _normalised(arrays: Arrays, gain: Any, bias: Any) -> Arrays:
+    """Layer normalisation over the units of all arrays together, with a gain and a bias for each array."""
+    mean = sum(jnp.mean(a, axis=-1, keepdims=True) for a in arrays) / len(arrays)
+    centred = [a - mean for a in arrays]
+    variance = sum(jnp.mean(a * a, axis=-1, keepdims=True) for a in centred) / len(arrays)
+    scale = jax.lax.rsqrt(variance + 1e-5)
+    return tuple(a * scale * g + b for a, g, b in zip(centred, gain, bias, strict=True))
+
+
+def _layer_norm_gates(gates: Arrays, hidden: Arrays, state: Arrays, params: Params) -> Arrays:
+    inputs = _normalised(gates, params["weight_ln_ih"], params["bias_ln_ih"])
+    hidden = _normalised(hidden, params["weight_ln_hh"], params["bias_ln_hh"])
+    return lstm_values(tuple(a + b for a, b in zip(inputs, hidden, strict=True)))
+
+
+def _layer_norm_lstm(gates: Arrays, hidden: Arrays, state: Arrays, params: Params) -> Arrays:
+    i, f, g, o = _layer_norm_gates(gates, hidden, state, params)
+    _, c = state
+    (c,) = _normalised((f * c + i * g,), [params["weight_ln_c"]], [params["bias_ln_c"]])
+    return o * jnp.tanh(c), c
+
+
+def _peephole_gates(gates: Arrays, hidden: Arrays, state: Arrays, params: Params) -> Arrays:
+    i, f, g, o = gates
+    _, c = state
+    i, f, g = sigmoid(i + params["weight_ci"] * c), sigmoid(f + params["weight_cf"] * c), jnp.tanh(g)
+    return i, f, g, sigmoid(o + params["weight_co"] * (f * c + i * g))
+
+
+def _peephole_lstm(gates: Arrays, hidden: Arrays, state: Arrays, params: Params) -> Arrays:
+    i, f, g, o = _peephole_gates(gates, hidden, state, params)
+    _, c = state
+    c = f * c + i * g
+    return o * jnp.tanh(c), c
+
+
+def _ind_rnn(gates: Arrays, hidden: Arrays, state: Arrays, params: Params) -> Arrays:
+    (a,), (h,) = gates, state
+    return (relu(a + params["weight_u"] * h),)
+
+
+def _min_gru_gates(gates: Arrays, hidden: Arrays, state: Arrays) -> Arrays:
+    z, n = gates
+    return sigmoid(z), n
+
+
+def _min_gru(gates: Arrays, hidden: Arrays, state: Arrays) -> Arrays:
+    (z, n), (h,) = _min_gru_gates(gates, hidden, state), state
+    return ((1 - z) * h + z * n,)
+
+
+_GATES = ("i", "f", "g", "o")
+_ONES, _ZEROS = initializers.ones, initializers.zeros
+
+# Ba et al. 2016 (arXiv:1607.06450), as in PyTorch's benchmarks/fastrnns/custom_lstms.py: the input's and the recurrent
+# part of the gates are normalised separately, each over all gates, and c, which is carried normalised. There without
+# biases: bias=False.
+LAYER_NORM_LSTM_CELL = Cell(
+    "LayerNormLSTM",
+    gates=_GATES,
+    states=("h", "c"),
+    step=_layer_norm_lstm,
+    apart=_GATES,
+    params={
+        "weight_ln_ih": Parameter(("gates", "hidden"), _ONES),
+        "bias_ln_ih": Parameter(("gates", "hidden"), _ZEROS),
+        "weight_ln_hh": Parameter(("gates", "hidden"), _ONES),
+        "bias_ln_hh": Parameter(("gates", "hidden"), _ZEROS),
+        "weight_ln_c": Parameter(("hidden",), _ONES),
+        "bias_ln_c": Parameter(("hidden",), _ZEROS),
+    },
+    gate_values=_layer_norm_gates,
+)
+# Gers and Schmidhuber 2000: the gates see c, too; the output gate sees the new one.
+PEEPHOLE_LSTM_CELL = Cell(
+    "PeepholeLSTM",
+    gates=_GATES,
+    states=("h", "c"),
+    step=_peephole_lstm,
+    projects=True,
+    params={"weight_ci": ("hidden",), "weight_cf": ("hidden",), "weight_co": ("hidden",)},
+    gate_values=_peephole_gates,
+)
+# Li et al. 2018 (arXiv:1803.04831): each hidden unit sees itself alone.
+IND_RNN_CELL = Cell(
+    "IndRNN",
+    gates=("h",),
+    states=("h",),
+    step=_ind_rnn,
+    params={"weight_u": ("hidden",)},
+    recurrent=False,
+    gate_values=_ind_rnn,
+)
+# Feng et al. 2024 (arXiv:2410.01201): gates of the input alone.
+MIN_GRU_CELL = Cell(
+    "minGRU", gates=("z", "n"), states=("h",), step=_min_gru, recurrent=False, gate_values=_min_gru_gates
+)

@@ -1,0 +1,166 @@
+"""One step of a layer: the recurrent product, the cell, the projection, and the marks. Engines run it over time."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxrnn.cells import Arrays, Cell
+from jaxrnn.layouts import Layout, layout
+from jaxrnn.options import Options
+
+
+class Settings(NamedTuple):
+    """What is fixed while a layer runs."""
+
+    cell: Cell
+    options: Options = Options()
+    reverse: bool = False
+    every: bool = False  # whether the states and sums of every step are returned, beside the outputs
+
+    @property
+    def layout(self) -> Layout:
+        return layout(len(self.cell.gates), self.options.hidden_axis)
+
+
+class Marks(NamedTuple):
+    """Steps that are not like the others: boolean arrays (time, batch, 1), True where marked; None marks no step."""
+
+    ended: jax.Array | None = None  # past the row's end: the state is held, and the output is 0
+    reset: jax.Array | None = None  # the state is put back before the step
+
+
+class Recurrent(NamedTuple):
+    """The weights inside the loop, transposed once outside it so that products read them along their rows."""
+
+    weight_hh: jax.Array | None  # (output size, gates * hidden_size), or as the layout has it
+    bias: jax.Array  # what joins the recurrent product: b_hh, and b_ih but for the gates in cell.apart
+    weight_hr: jax.Array | None  # (hidden_size, proj_size)
+    own: dict[str, jax.Array]  # the cell's own parameters, which broadcast against the gates
+
+    def astype(self, dtype: jnp.dtype) -> "Recurrent":
+        """Matrices in another dtype; what is added or handed to the step stays in the accumulator's."""
+        weight_hh, weight_hr = jax.tree.map(lambda a: a.astype(dtype), (self.weight_hh, self.weight_hr))
+        return self._replace(weight_hh=weight_hh, weight_hr=weight_hr)
+
+
+class Run(NamedTuple):
+    """One layer in one direction: all that its loop needs. With tangents in place of arrays, its tangent."""
+
+    settings: Settings
+    dtype: jnp.dtype  # of the outputs
+    recurrent: Recurrent
+    gates: Arrays  # the input's part of every gate, (time, batch, hidden_size)
+    state: Arrays  # the first, (batch, size)
+    marks: Marks
+    reset_state: Arrays | None
+    captured: Arrays = ()  # what the cell's step closes over, its last arguments
+
+
+class Steps(NamedTuple):
+    """What a run returns for each step, or for all steps with time in front."""
+
+    output: jax.Array
+    state: Arrays | None = None  # after the step
+    sums: Arrays | None = None
+    gates: Arrays | None = None  # after their nonlinearities
+
+
+def accumulator(dtype: jnp.dtype) -> jnp.dtype:
+    """Products accumulate, and the state is carried, in float32 at least."""
+    return dtype if jnp.finfo(dtype).bits >= 32 else jnp.dtype(jnp.float32)
+
+
+def product(settings: Settings, a: jax.Array, weight: jax.Array, contract: int = 0) -> jax.Array:
+    """Multiply, and sum over the last axis of `a` and the axis `contract` of the weight."""
+    return lax.dot_general(
+        a.astype(weight.dtype),
+        weight,
+        (((a.ndim - 1,), (contract,)), ((), ())),
+        precision=settings.options.precision,
+        preferred_element_type=accumulator(weight.dtype),
+    )
+
+
+def plus(a: jax.Array, bias: jax.Array) -> jax.Array:
+    """Ranks may have to be equal: see `jax.numpy_rank_promotion`."""
+    return a + jnp.expand_dims(bias, tuple(range(a.ndim - bias.ndim)))
+
+
+def select(mark: jax.Array | None, marked: Arrays | None, others: Arrays) -> Arrays:
+    """`marked` in the rows that have the mark, `others` in those that have not."""
+    if mark is None or marked is None:
+        return others
+    return tuple(jnp.where(mark, a, b) for a, b in zip(marked, others, strict=True))
+
+
+def recurrent_sums(settings: Settings, recurrent: Recurrent, gates: Arrays, h: jax.Array) -> Arrays:
+    """The recurrent product, with the bias, added to the input's part of each gate that is not apart."""
+    hidden = recurrent.bias
+    if recurrent.weight_hh is not None:
+        hidden = plus(product(settings, h, recurrent.weight_hh), hidden)
+    return added(settings.cell, gates, settings.layout.split(hidden))
+
+
+def added(cell: Cell, gates: Arrays, recurrent: Arrays) -> Arrays:
+    """Both parts of each gate added, or the recurrent part alone if it is apart."""
+    return tuple(
+        a if name in cell.apart else plus(gate, a) for name, gate, a in zip(cell.gates, gates, recurrent, strict=True)
+    )
+
+
+def arguments(cell: Cell, gates: Sequence, sums: Arrays) -> tuple[Arrays, Arrays]:
+    """The step's `gates` and `hidden`, from the input's parts and the sums. Linear in both."""
+    whole = tuple(
+        gate if name in cell.apart else total for name, gate, total in zip(cell.gates, gates, sums, strict=True)
+    )
+    return whole, tuple(total for name, total in zip(cell.gates, sums, strict=True) if name in cell.apart)
+
+
+def own(cell: Cell, params: dict[str, jax.Array]) -> tuple[dict[str, jax.Array], ...]:
+    """The step's last argument, if the cell has parameters of its own."""
+    return (params,) if cell.params else ()
+
+
+def one_step(
+    settings: Settings, recurrent: Recurrent, gates: Arrays, state: Arrays, captured: Arrays = ()
+) -> tuple[Arrays, Arrays]:
+    """One step: the state after it, and the sums, from which the derivative finds what else it needs."""
+    cell, sums = settings.cell, recurrent_sums(settings, recurrent, gates, state[0])
+    after = cell.step(*arguments(cell, gates, sums), state, *own(cell, recurrent.own), *captured)
+    after = _checked(cell, after, sums[0])
+    if recurrent.weight_hr is not None:
+        after = (product(settings, after[0], recurrent.weight_hr), *after[1:])
+    return after, sums
+
+
+def _checked(cell: Cell, state: object, like: jax.Array) -> Arrays:
+    """What a step returned, if it is as it should be."""
+    if not isinstance(state, tuple | list) or len(state) != len(cell.states):
+        got = f"{len(state)}" if isinstance(state, tuple | list) else f"no tuple but {type(state).__name__}"
+        raise ValueError(f"step of Cell {cell.name!r} should return a tuple of {len(cell.states)} arrays, got {got}")
+    for name, a in zip(cell.states, state, strict=True):
+        if (jnp.shape(a), jnp.result_type(a)) != (like.shape, like.dtype):
+            wanted, got = f"{like.dtype} of shape {like.shape}", f"{jnp.result_type(a)} of shape {jnp.shape(a)}"
+            raise ValueError(f"step of Cell {cell.name!r} should return {name} as {wanted}, got {got}")
+    return tuple(state)
+
+
+def advance(run: Run, gates: Arrays, marks: Marks, state: Arrays) -> tuple[Arrays, Arrays]:
+    """A step of a run, with its marks: the state after it, and the sums."""
+    before = select(marks.reset, run.reset_state, state)
+    after, sums = one_step(run.settings, run.recurrent, gates, before, run.captured)
+    return select(marks.ended, state, after), sums
+
+
+def returned(run: Run, marks: Marks, state: Arrays, sums: Arrays | None) -> Steps:
+    """What a run returns of the state after a step, and of the sums, or of those of all steps."""
+    (output,) = without_padding(marks, (state[0].astype(run.dtype),))
+    return Steps(output, state, sums) if run.settings.every else Steps(output)
+
+
+def without_padding(marks: Marks, arrays: Arrays) -> Arrays:
+    """Zeros past the rows' ends."""
+    return select(marks.ended, tuple(jnp.zeros_like(a) for a in arrays), arrays)

@@ -1,0 +1,125 @@
+"""The door for engines: the table, what is chosen, and an engine whose backward pass is its own."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from arrays import normal, parameters
+from comparing import assert_close
+from flax import nnx
+from jax import lax
+
+import jaxrnn
+from jaxrnn import engines, steps
+from jaxrnn.engines.scan import Scan
+
+F, H, T, N = 2, 3, 4, 2
+
+
+class Handwritten(Scan):
+    """Runs a tanh RNN alone. Its backward pass is written by hand, as a kernel's is."""
+
+    def refuses(self, run: steps.Run) -> str | None:
+        plain = run.settings.cell.name == "RNN_TANH" and run.marks == steps.Marks() and not run.settings.reverse
+        return None if plain else "it runs RNN_TANH forward, without marks"
+
+    def tangents(
+        self, run: steps.Run, before: Any, sums: Any, tangent: steps.Run, d_sums: Any
+    ) -> tuple[steps.Steps, Any]:
+        slope, weight = 1 - jnp.tanh(sums[0]) ** 2, run.recurrent.weight_hh
+        assert weight is not None
+
+        def shifted(a: jax.Array) -> jax.Array:
+            return jnp.concatenate([jnp.zeros_like(a[:1]), a[:-1]])
+
+        def solve(_: Any, b: jax.Array) -> jax.Array:
+            def body(d_h: jax.Array, step: Any) -> Any:
+                d_h = step[1] + step[0] * (d_h @ weight)
+                return d_h, d_h
+
+            return lax.scan(body, jnp.zeros_like(b[0]), (slope, b))[1]
+
+        def backward(_: Any, d_outputs: jax.Array) -> jax.Array:
+            CALLED.append("backward")
+
+            def body(d_h: jax.Array, step: Any) -> Any:
+                d_total = d_h + step[1]
+                return (d_total * step[0]) @ weight.T, d_total
+
+            return lax.scan(body, jnp.zeros_like(d_outputs[0]), (slope, d_outputs), reverse=True)[1]
+
+        known = slope * d_sums
+        known = known.at[0].add(slope[0] * (tangent.state[0] @ weight))
+        d_h = lax.custom_linear_solve(
+            lambda d_h: d_h - slope * (shifted(d_h) @ weight), known, solve, transpose_solve=backward
+        )
+        return steps.Steps(d_h), (d_h[-1],)
+
+
+CALLED: list[str] = []
+
+
+@pytest.fixture(autouse=True)
+def handwritten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(engines.ENGINES, "handwritten", Handwritten())
+    jax.clear_caches()  # of what ran before with another choice
+    CALLED.clear()
+
+
+def test_an_engines_own_backward_pass_serves_every_transform() -> None:
+    spec = jaxrnn.Spec(jaxrnn.RNN_TANH, F, H, num_layers=2)
+    arguments = parameters(spec), normal(T, N, F), normal(2, N, H)
+
+    def transforms(engine: str) -> Any:
+        def loss(*arguments: Any) -> jax.Array:
+            output, h_n = jaxrnn.apply(spec, *arguments, engine=engine)
+            return jnp.sum(jnp.sin(output)) + jnp.sum(h_n**2)
+
+        gradient, every = jax.grad(loss, (0, 1, 2)), jax.tree.map(jnp.cos, arguments)
+
+        def rows(x: jax.Array) -> Any:
+            return gradient(arguments[0], x, arguments[2])
+
+        return {
+            "grad": gradient(*arguments),
+            "jvp": jax.jvp(loss, arguments, every)[1],
+            "jvp of grad": jax.jvp(gradient, arguments, every)[1],
+            "grad of grad": jax.grad(lambda x: sum(jnp.sum(a**2) for a in jax.tree.leaves(rows(x))))(arguments[1]),
+            "vmap of grad": jax.vmap(rows)(jnp.stack([arguments[1], -arguments[1]])),
+        }
+
+    found = jax.jit(lambda: transforms("handwritten"))()
+    assert CALLED
+    assert_close(found, jax.jit(lambda: transforms("scan"))())
+
+
+def test_auto_takes_the_last_engine_that_does_not_refuse() -> None:
+    spec = jaxrnn.Spec(jaxrnn.RNN_TANH, F, H)
+
+    def gradient(spec: jaxrnn.Spec, **marks: Any) -> Any:
+        return jax.grad(lambda p: jnp.sum(jaxrnn.apply(spec, p, normal(T, N, F), **marks)[0]))(parameters(spec))
+
+    gradient(spec)
+    assert CALLED
+    CALLED.clear()
+    gradient(spec, lengths=[2, 3])
+    gradient(jaxrnn.Spec(jaxrnn.LSTM_CELL, F, H))
+    assert not CALLED
+
+
+def test_an_engine_says_why_it_refuses() -> None:
+    spec = jaxrnn.Spec(jaxrnn.GRU_CELL, F, H)
+    with pytest.raises(ValueError, match=r"'handwritten' cannot run this: it runs RNN_TANH .* Use engine='auto'"):
+        jaxrnn.apply(spec, parameters(spec), normal(T, N, F), engine="handwritten")
+
+
+def test_an_unknown_engine_is_an_error_where_it_is_given() -> None:
+    message = r"engine should be 'auto' or one of \['scan', 'handwritten'\], got 'fast'"
+    spec = jaxrnn.Spec(jaxrnn.GRU_CELL, F, H)
+    with pytest.raises(ValueError, match=message):
+        jaxrnn.GRU(F, H, engine="fast", rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=message):
+        jaxrnn.linen.GRU(F, H, engine="fast")
+    with pytest.raises(ValueError, match=message):
+        jaxrnn.apply(spec, parameters(spec), normal(T, N, F), engine="fast")
