@@ -152,17 +152,17 @@ def _rnn_relu(gates: Arrays, hidden: Arrays, state: Arrays) -> Arrays:
 def _lstm(gates: Arrays, hidden: Arrays, state: Arrays) -> Arrays:
     i, f, g, o = gates
     _, c = state
-    c = _lstm_c(i, f, g, c)
-    return _lstm_h(o, c), c
+    c = lstm_c(i, f, g, c)
+    return lstm_h(o, c), c
 
 
 @pointwise
-def _lstm_c(i: jax.Array, f: jax.Array, g: jax.Array, c: jax.Array) -> jax.Array:
+def lstm_c(i: jax.Array, f: jax.Array, g: jax.Array, c: jax.Array) -> jax.Array:
     return sigmoid(f) * c + sigmoid(i) * jnp.tanh(g)
 
 
 @pointwise
-def _lstm_h(o: jax.Array, c: jax.Array) -> jax.Array:
+def lstm_h(o: jax.Array, c: jax.Array) -> jax.Array:
     return sigmoid(o) * jnp.tanh(c)
 
 

@@ -3,51 +3,80 @@
 They show how a cell has parameters of its own, mixes hidden units, or does without recurrent weights.
 """
 
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.nn import initializers, relu, sigmoid
 
-from jaxrnn.cells import Arrays, Cell, Parameter, lstm_values
+from jaxrnn.cells import Arrays, Cell, Parameter, lstm_c, lstm_h, lstm_values
+from jaxrnn.rules import with_rule
 
 Params = dict[str, jax.Array]
 
 
 def _normalised(arrays: Arrays, gain: Any, bias: Any) -> Arrays:
     """Layer normalisation over the units of all arrays together, with a gain and a bias for each array."""
-    mean = sum(jnp.mean(a, axis=-1, keepdims=True) for a in arrays) / len(arrays)
+    normalised, _ = _standardised(arrays)
+    return tuple(a * g + b for a, g, b in zip(normalised, gain, bias, strict=True))
+
+
+def _standardised_jvp(primals: tuple[Arrays], tangents: tuple[Arrays]) -> tuple:
+    """Saves what is returned, and no more."""
+    normalised, scale = _standardised(*primals)
+    (d_arrays,) = tangents
+    mean, along = _mean(d_arrays), _mean([a * d for a, d in zip(normalised, d_arrays, strict=True)])
+    d_normalised = tuple((d - mean - a * along) * scale for a, d in zip(normalised, d_arrays, strict=True))
+    return (normalised, scale), (d_normalised, -scale * scale * along)
+
+
+@with_rule(_standardised_jvp)
+def _standardised(arrays: Arrays) -> tuple[Arrays, jax.Array]:
+    """The arrays with mean zero and variance one over the units of all, and one over the standard deviation."""
+    mean = _mean(arrays)
     centred = [a - mean for a in arrays]
-    variance = sum(jnp.mean(a * a, axis=-1, keepdims=True) for a in centred) / len(arrays)
-    scale = jax.lax.rsqrt(variance + 1e-5)
-    return tuple(a * scale * g + b for a, g, b in zip(centred, gain, bias, strict=True))
+    scale = jax.lax.rsqrt(_mean([a * a for a in centred]) + 1e-5)
+    return tuple(a * scale for a in centred), scale
 
 
-def _layer_norm_gates(gates: Arrays, hidden: Arrays, state: Arrays, params: Params) -> Arrays:
+def _mean(arrays: Sequence[jax.Array]) -> jax.Array:
+    return functools.reduce(jnp.add, [jnp.mean(a, axis=-1, keepdims=True) for a in arrays]) / len(arrays)
+
+
+def _layer_norm_sums(gates: Arrays, hidden: Arrays, params: Params) -> Arrays:
     inputs = _normalised(gates, params["weight_ln_ih"], params["bias_ln_ih"])
     hidden = _normalised(hidden, params["weight_ln_hh"], params["bias_ln_hh"])
-    return lstm_values(tuple(a + b for a, b in zip(inputs, hidden, strict=True)))
+    return tuple(a + b for a, b in zip(inputs, hidden, strict=True))
 
 
 def _layer_norm_lstm(gates: Arrays, hidden: Arrays, state: Arrays, params: Params) -> Arrays:
-    i, f, g, o = _layer_norm_gates(gates, hidden, state, params)
+    i, f, g, o = _layer_norm_sums(gates, hidden, params)
     _, c = state
-    (c,) = _normalised((f * c + i * g,), [params["weight_ln_c"]], [params["bias_ln_c"]])
-    return o * jnp.tanh(c), c
+    (c,) = _normalised((lstm_c(i, f, g, c),), [params["weight_ln_c"]], [params["bias_ln_c"]])
+    return lstm_h(o, c), c
 
 
-def _peephole_gates(gates: Arrays, hidden: Arrays, state: Arrays, params: Params) -> Arrays:
+def _layer_norm_values(gates: Arrays, hidden: Arrays, state: Arrays, params: Params) -> Arrays:
+    return lstm_values(_layer_norm_sums(gates, hidden, params))
+
+
+def _peephole_sums(gates: Arrays, state: Arrays, params: Params) -> tuple[Arrays, jax.Array]:
     i, f, g, o = gates
     _, c = state
-    i, f, g = sigmoid(i + params["weight_ci"] * c), sigmoid(f + params["weight_cf"] * c), jnp.tanh(g)
-    return i, f, g, sigmoid(o + params["weight_co"] * (f * c + i * g))
+    i, f = i + params["weight_ci"] * c, f + params["weight_cf"] * c
+    c = lstm_c(i, f, g, c)
+    return (i, f, g, o + params["weight_co"] * c), c
 
 
 def _peephole_lstm(gates: Arrays, hidden: Arrays, state: Arrays, params: Params) -> Arrays:
-    i, f, g, o = _peephole_gates(gates, hidden, state, params)
-    _, c = state
-    c = f * c + i * g
-    return o * jnp.tanh(c), c
+    (*_, o), c = _peephole_sums(gates, state, params)
+    return lstm_h(o, c), c
+
+
+def _peephole_values(gates: Arrays, hidden: Arrays, state: Arrays, params: Params) -> Arrays:
+    return lstm_values(_peephole_sums(gates, state, params)[0])
 
 
 def _ind_rnn(gates: Arrays, hidden: Arrays, state: Arrays, params: Params) -> Arrays:
@@ -85,7 +114,7 @@ LAYER_NORM_LSTM_CELL = Cell(
         "weight_ln_c": Parameter(("hidden",), _ONES),
         "bias_ln_c": Parameter(("hidden",), _ZEROS),
     },
-    gate_values=_layer_norm_gates,
+    gate_values=_layer_norm_values,
 )
 # Gers and Schmidhuber 2000: the gates see c, too; the output gate sees the new one.
 PEEPHOLE_LSTM_CELL = Cell(
@@ -95,7 +124,7 @@ PEEPHOLE_LSTM_CELL = Cell(
     step=_peephole_lstm,
     projects=True,
     params={"weight_ci": ("hidden",), "weight_cf": ("hidden",), "weight_co": ("hidden",)},
-    gate_values=_peephole_gates,
+    gate_values=_peephole_values,
 )
 # Li et al. 2018 (arXiv:1803.04831): each hidden unit sees itself alone.
 IND_RNN_CELL = Cell(
