@@ -1,9 +1,20 @@
 """PyTorch's RNN, LSTM and GRU in JAX and Flax: the same arguments, parameters and numbers.
 
-To read the package, begin with what one step computes, `cells`, and what there is to set, `spec` and `options`. Then
-`recurrence` runs one layer in one direction over time (`layouts` says where its gates lie, `rules` keeps derivative
-rules right under vmap), `stack` runs all layers, and `calls` turns what a user gives into what `stack` takes. `nnx` and
-`linen` add parameters and randomness. `packed` and `checkpoint` can be read on their own.
+The order in which to read the package:
+
+1. `cells`: what one step computes. `more_cells`: cells that torch does not have.
+2. `spec` and `options`: what to compute, and how to run it.
+3. `steps`: one step of a layer, with its weights. `layouts`: the layout of its gates.
+4. `engines`: the loop over time.
+5. `recurrence`: one layer in one direction, and its derivative. `rules`: derivative rules that are right under vmap.
+6. `stack`: all layers and directions.
+7. `calls`: `apply` and its relatives: checks, and conversion to what `stack` takes.
+8. `nnx` and `linen`: parameters and randomness.
+
+`packed` and `checkpoint` can be read on their own.
+
+To add a cell, write it in `more_cells`; a format of files, see `checkpoint/files`; an engine, `engines/__init__`; an
+option, add a field to `options.Options`, a keyword to its TypedDict and to the modules, and use it where it acts.
 """
 
 from jaxrnn import checkpoint, linen

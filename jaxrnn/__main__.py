@@ -27,9 +27,9 @@ from jaxrnn.checkpoint.names import under
 from jaxrnn.checkpoint.stored import UnreadableError, Value, equal, not_finite, read
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
-# Bytes from which on there is a progress bar: what takes a second or so.
+# Show a progress bar above this many bytes, which take about a second.
 LARGE = 256 << 20
-# Commands that are modules of the parity suite, which read their own arguments.
+# Commands that are modules of the parity suite, and parse their own arguments.
 SUITE = {
     "parity": ("jaxrnn.parity.__main__", "compare every kind of module with PyTorch's recorded results, or live"),
     "speed": ("jaxrnn.parity.speed", "time jaxrnn beside Flax, Keras and PyTorch"),
@@ -44,8 +44,8 @@ def main(argv: Sequence[str] | None = None, prog: str = "jaxrnn") -> int:
         prog: the command that was used, for messages.
 
     Returns:
-        The exit code: 0, 1 from diff, check or parity where something differs or where the output is no longer read, or
-        2 with a message on stderr for a file that cannot be used.
+        The exit code: 0; 1 if diff, check or parity found a difference, or the output is no longer read; 2 for a file
+        that cannot be used, with a message on stderr.
 
     Raises:
         SystemExit: for arguments that argparse refuses, for --help and for --version.
@@ -62,14 +62,14 @@ def main(argv: Sequence[str] | None = None, prog: str = "jaxrnn") -> int:
 
 
 def quietly(command: Callable[[], int]) -> int:
-    """Run a command; where its output is no longer read, as by `head`, end without a traceback and return 1."""
+    """Run a command. If its output is no longer read, as by `head`, return 1 without a traceback."""
     try:
         try:
             return command()
         finally:
             sys.stdout.flush()
     except BrokenPipeError:
-        # Python flushes stdout once more when it exits.
+        # Python flushes stdout when it exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
 
@@ -125,13 +125,13 @@ def _main(argv: Sequence[str], prog: str) -> int:
 def _suite(name: str) -> Callable[[Sequence[str], str], int]:
     """The main function of a module of the parity suite."""
     if importlib.util.find_spec("jaxrnn.parity") is None:
-        # The package was taken from a clone where it is not installed: there the suite is a folder of its own.
+        # In a clone that is not installed, the suite is a folder of its own.
         raise SystemExit("jaxrnn.parity is not installed: pip install -e . in the clone, or python -m parity there")
     return importlib.import_module(SUITE[name][0]).main
 
 
 def _load(path: str, key: str | None, raw: bool) -> Tensors:
-    """The file's tensors, those in parts put together, after all of it was read once."""
+    """Read all tensors of a file, and fold weights that are in parts."""
     tensors = opened(path, key)
     with _said_of(path):
         tensors = fold(tensors, raw)
@@ -144,7 +144,7 @@ def _load(path: str, key: str | None, raw: bool) -> Tensors:
 
 @contextlib.contextmanager
 def _progress(what: str, tensors: Tensors, times: int = 1) -> Iterator[Callable[[int], None]]:
-    """A progress bar over the tensors' bytes, on a terminal and for many bytes; gives what to call with a number."""
+    """Show a progress bar over the tensors' bytes, if many and on a terminal; yields what to call with a number."""
     total = times * sum(value.nbytes for value in tensors.values())
     console = Console(stderr=True, markup=False, emoji=False, highlight=False)
     columns = (TextColumn(_printable(what), markup=False), BarColumn(), DownloadColumn(), TimeRemainingColumn())
@@ -208,14 +208,14 @@ def _kind(rnn: FoundRNN) -> str:
 
 
 def _print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table whose first column is a prefix, which may hold anything."""
+    """Print a table whose first column is a prefix, which may hold any text."""
     table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False, show_edge=False)
     table.add_column(columns[0], overflow="fold")
     for name in columns[1:]:
         table.add_column(name, justify="left" if name in ("kind", "dtype", "verdict") else "right", no_wrap=True)
     for prefix, *row in rows:
         table.add_row(_printable(prefix) or '""', *row)
-    # A prefix may hold what would otherwise be markup.
+    # A prefix may look like markup.
     Console(markup=False, emoji=False, highlight=False).print(table)
 
 
@@ -291,7 +291,7 @@ def _diff(arguments: argparse.Namespace) -> int:
 
 
 def _difference(one: Value | None, other: Value | None) -> str:
-    """What is different, empty if nothing is: NaN is equal to NaN."""
+    """Describe how two values differ; empty if they are equal. NaN equals NaN."""
     if one is None or other is None:
         return "only in B" if one is None else "only in A"
     for name in ("shape", "dtype"):
@@ -299,7 +299,7 @@ def _difference(one: Value | None, other: Value | None) -> str:
             return f"{name} {a} in A, {b} in B"
     if equal(one, other):
         return ""
-    # Wide enough for integers of 64 bits, where the machine has it.
+    # Holds 64-bit integers exactly, if the machine has it.
     wide: Any = np.complex128 if one.dtype.kind == "c" else np.float64 if one.dtype.kind in "fV" else np.longdouble
     a, b = read(one).astype(wide), read(other).astype(wide)
     same = (a == b) | ((a != a) & (b != b))
@@ -367,7 +367,7 @@ def _print(text: str, file: TextIO | None = None) -> None:
 
 
 def _printable(text: str) -> str:
-    """The text without what would steer a terminal: a key is whatever its author put in the file."""
+    """The text without control characters: a key may hold any text, which could steer a terminal."""
     return "".join(
         character if character.isprintable() or character == "\n" else character.encode("unicode_escape").decode()
         for character in text

@@ -1,7 +1,7 @@
-"""Every use of what JAX, Flax and orbax do not promise, one function each, with the reason.
+"""All uses of what JAX, Flax and orbax do not promise: one function each, with the reason.
 
-What these libraries promise is what their API references document. Of JAX, nothing in `jax.core`, `jax.extend`,
-`jax.interpreters` and `jax.experimental` is. When a release breaks something here, this is the file to mend.
+These libraries promise what their API references document. JAX promises nothing in `jax.core`, `jax.extend`,
+`jax.interpreters` and `jax.experimental`. When a release breaks something here, mend this file.
 """
 
 import os
@@ -12,9 +12,9 @@ from flax import linen, nnx
 
 
 def is_traced(value: object) -> bool:
-    """Whether a value is not known yet, because JAX is tracing the function that computes it.
+    """Whether JAX is tracing the function that computes a value, so that the value is not known yet.
 
-    JAX has no public way to ask, only errors from those who try to read the value.
+    JAX has no public way to ask; it only raises errors when the value is read.
     """
     return isinstance(value, jax.core.Tracer)
 
@@ -22,15 +22,15 @@ def is_traced(value: object) -> bool:
 def manual_axes(value: jax.Array) -> frozenset[Any]:
     """The mesh axes over which a value varies inside `jax.shard_map`.
 
-    `jax.typeof` is public, but the attribute of its result has been renamed once, and is in no API reference.
+    `jax.typeof` is public, but the attribute of its result is not documented, and was renamed once.
     """
     return jax.typeof(value).manual_axis_type.varying
 
 
 def tpu_devices(topology: str) -> list[jax.Device]:
-    """The devices of a TPU that need not be there, such as "v5e:2x2", to compile for. Needs libtpu.
+    """The devices of a TPU such as "v5e:2x2", to compile for; the TPU need not be there. Needs libtpu.
 
-    Only `jax.experimental` describes devices that are not there.
+    Only `jax.experimental` describes absent devices.
     """
     from jax.experimental import topologies
 
@@ -46,27 +46,27 @@ def sharded_at_creation() -> bool:
 
 
 def annotated_param(value: jax.Array, axes: tuple[Any, ...]) -> nnx.Param:
-    """A parameter with the names of its axes as metadata, otherwise left as it is.
+    """A parameter with the names of its axes as metadata. It is not sharded here.
 
-    By itself Flax would shard it, and raise an error where no mesh is set: the names are for later there. The argument
-    that says otherwise is in no API reference yet.
+    Flax would shard it, and raise an error if no mesh is set, where the names are meant for later. The argument that
+    prevents this is in no API reference yet.
     """
     return nnx.Param(value, out_sharding=axes, eager_sharding=False)
 
 
 def may_be_sorted(names: list[str]) -> bool:
-    """Whether the order of a node's attributes may be Flax's instead of that in which they were defined.
+    """Whether Flax may have sorted a node's attributes, so that their order of definition is lost.
 
-    In `vars` they are in the order of definition, which is torch's, until Flax makes the node again, as `nnx.merge` and
-    `nnx.jit` do: it sorts them, which it does not document, and nothing tells afterwards.
+    `vars` has them in the order of definition, which is torch's. When Flax rebuilds the node, as `nnx.merge` and
+    `nnx.jit` do, it sorts them. That is not documented, and the node does not say whether it happened.
     """
     return names == sorted(names)
 
 
 def called_module(context: Any) -> linen.Module:
-    """The module of which a method is called, from what `linen.intercept_methods` hands to an interceptor.
+    """The module whose method is called, from the context that `linen.intercept_methods` passes to an interceptor.
 
-    Of that context, whose class is not public, Linen documents `orig_method` alone.
+    The context's class is not public, and Linen documents only its `orig_method`.
     """
     return context.module
 
@@ -74,6 +74,6 @@ def called_module(context: Any) -> linen.Module:
 def is_orbax_tree(path: str) -> bool:
     """Whether a directory is an orbax checkpoint of one tree.
 
-    orbax does not tell by itself: it raises an error for anything else, of any kind. This file describes the tree.
+    For anything else orbax raises an error of any kind, so this looks for the file that describes the tree.
     """
     return os.path.isfile(os.path.join(path, "_METADATA"))

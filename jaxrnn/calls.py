@@ -1,4 +1,4 @@
-"""Calls of the pure functions: their checks, and from what was given to time-major padded rows and back."""
+"""The pure functions: their checks, and the conversion of what is given to time-major padded rows, and back."""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -17,10 +17,10 @@ from jaxrnn.packed import PackedSequence, in_jax, layout, pack, pad
 from jaxrnn.spec import CellSpec, Spec
 
 HX = ArrayLike | Sequence[ArrayLike] | None
-State = Any  # a jax.Array, or for a cell of several states a tuple of them
+State = Any  # a jax.Array, or for a cell of several states a tuple
 Pair = tuple[jax.Array, jax.Array]  # an LSTM's
 StateT = TypeVar("StateT", jax.Array, Pair)  # of a module
-Output = Any  # a jax.Array, or a PackedSequence for one
+Output = Any  # a jax.Array, or a PackedSequence if x is one
 
 
 @spelled_out
@@ -46,43 +46,42 @@ def apply(
             (time, input_size); floating. Or a PackedSequence of such steps.
         hx: the initial state h_0, (num_layers * directions, batch, output size), or (num_layers * directions, output
             size) for unbatched x; zeros if None. For a cell of several states a tuple or list: (h_0, c_0) for an LSTM,
-            where c_0 has hidden_size features and h_0 has proj_size, if that is set. Unlike in torch, the batch may be
-            1 or missing, and so may all axes but the last: such a state is for all rows, as a learned one is.
-        lengths: how many steps each row has, integers from 0 to time, (batch,), or for unbatched x (); all of them if
-            None. What x holds past a row's end reaches nothing. Data under jit, where their values cannot be checked:
-            there a length below 0 counts as 0, and one above time as time.
-        reset: True before which steps the state is put back, as between the episodes of an environment; boolean, in
-            the layout of x, or its data, without the features. Past a row's end nothing is put back. Not for a
-            bidirectional network.
-        reset_state: what `reset` puts the state back to, like hx; zeros if None.
+            where c_0 has hidden_size features, and h_0 has proj_size if that is set. A state that all rows share, such
+            as a learned one, may have a batch of 1, no batch, or the last axis alone.
+        lengths: how many steps each row has, integers from 0 to time, (batch,), or for unbatched x (); all steps if
+            None. Padding in x affects no result and no gradient. Under jit lengths are data, and cannot be checked: a
+            length below 0 counts as 0, and one above time as time.
+        reset: True at the steps before which the state is reset, such as the first of an episode; boolean, of the shape
+            of x, or its data, without features. Ignored past a row's end. Not for a bidirectional network.
+        reset_state: the state that `reset` starts from, like hx; zeros if None.
         dropout_key: a jax random key, for dropout in training; without it or `dropout_masks` there is none.
-        dropout_masks: instead of a key, what dropout keeps: for each layer but the last an array of 0 or 1,
-            (time, batch, directions * output size) also with `batch_first`, without batch for unbatched x, and in
-            the layout of its data for a PackedSequence.
-        dtype: the floating dtype to compute in; by default that to which x, params and hx promote. The output has it;
-            states have that of hx, if given: with a float32 hx a state is carried on unrounded, whatever the dtype.
+        dropout_masks: in place of a key: for each layer but the last an array of 0 or 1, 1 where dropout keeps an
+            output, (time, batch, directions * output size) even with `batch_first`, without batch for unbatched x, and
+            laid out like its data for a PackedSequence.
+        dtype: the floating dtype to compute in, and of the output; by default the promoted dtype of x, params and hx.
+            States have the dtype of hx, if given: a float32 state is returned unrounded, whatever the dtype.
         precision: the precision of the products, as for `jax.lax.dot_general`.
         remat: what the forward pass saves for the backward pass. "none": everything, nothing is recomputed. "gates":
             only the states; gates are recomputed. An integer k: the state before every k-th step; the rest is
             recomputed. Values and gradients are the same, up to rounding.
-        hidden_axis: the axis, or axes, of the mesh in `jax.set_mesh`, of type Auto, over which the hidden units, and
-            with them the gates and states, are sharded; None leaves that to XLA.
+        hidden_axis: the axis, or axes, of the mesh in `jax.set_mesh`, of type Auto, over which to shard hidden units,
+            and so gates and states; None leaves sharding to XLA.
         unroll: how many steps the loop makes at a time, as for `jax.lax.scan`: longer to compile, seldom faster.
         engine: what runs the loop over time: "auto" for the fastest that can, or a name in `jaxrnn.engines.ENGINES`.
 
     Returns:
-        `(output, h_n)`, or for a cell of several states `(output, (h_n, c_n))`: the last layer's outputs, laid out
-        as x with directions * output size features, 0 past a row's end; and the states after each row's last step,
-        of the full shape of hx. The backward direction starts at each row's own last step. A row of length 0 keeps its
-        hx. For a PackedSequence the output is one, and the rows of hx and of the states are in their original order.
+        `(output, h_n)`, or for a cell of several states `(output, (h_n, c_n))`. output: the last layer's outputs, laid
+        out like x, with directions * output size features, 0 past a row's end. h_n and c_n: the states after each row's
+        last step, of the full shape of hx. The backward direction starts at each row's last step. A row of length 0
+        keeps its hx. For a PackedSequence, output is one, and rows of hx and states are in their original order.
 
     Raises:
-        TypeError: x, hx, reset_state or a parameter is not floating, hx or reset_state has not the form that the
-            cell's states need, lengths are not integers, or reset is not boolean.
-        ValueError: x is neither 2-D nor 3-D, params has not the names and shapes of `spec.shapes()`, a length is
-            out of range, lengths come with a PackedSequence, reset with a bidirectional network, remat is neither
-            "none" nor "gates" nor an integer above 0, or hidden_axis is not of the mesh, not of type Auto, or has
-            devices in a number that does not divide hidden_size.
+        TypeError: x, hx, reset_state or a parameter is not floating; hx or reset_state is not one array, or for a cell
+            of several states not a tuple of as many; lengths are not integers; or reset is not boolean.
+        ValueError: x is neither 2-D nor 3-D; params does not match `spec.shapes()`; a length is out of range; lengths
+            are given with a PackedSequence, or reset with a bidirectional network; remat, unroll or engine has no such
+            value; the engine cannot run this; or hidden_axis is not in the mesh, is not of type Auto, or does not
+            divide hidden_size.
         RuntimeError: the size of x, hx, lengths, reset or reset_state does not fit, or the sequence is empty.
 
     >>> import jax, jaxrnn
@@ -156,7 +155,7 @@ def trajectory(
     dropout_masks: Sequence[ArrayLike] | None = None,
     **options: Unpack[Keywords],
 ) -> Trajectory:
-    """Look inside: run as `jaxrnn.apply`, and return every state and every gate of every layer at every step.
+    """Look inside: run like `jaxrnn.apply`, and return every state and every gate of every layer at every step.
 
     Use it to study saturated gates, what a forget gate keeps, or how a cell's state grows. It can be differentiated.
 
@@ -211,17 +210,17 @@ def apply_cell(
         params: the parameters by name, of the shapes in `spec.shapes()`.
         x: the input, (batch, input_size) or unbatched (input_size,); floating.
         hx: the state, (batch, hidden_size) or for unbatched x (hidden_size,); zeros if None. For a cell of several
-            states a tuple or list, (h, c) for an LSTM. A state (hidden_size,) or (1, hidden_size) is for all rows.
-        dtype: the floating dtype to compute in; by default that to which x, params and hx promote. The next state has
-            that of hx, if given.
+            states a tuple or list, (h, c) for an LSTM. All rows share a state (hidden_size,) or (1, hidden_size).
+        dtype: the floating dtype to compute in; by default the promoted dtype of x, params and hx. The next state has
+            the dtype of hx, if given.
         precision: the precision of the products, as for `jax.lax.dot_general`.
 
     Returns:
         The next state, one row for each row of x.
 
     Raises:
-        TypeError: x, hx or a parameter is not floating, or hx has not the form that the cell's states need.
-        ValueError: x or hx is neither 1-D nor 2-D, or params has not the names and shapes of `spec.shapes()`.
+        TypeError: x, hx or a parameter is not floating, or hx is not one array, or a tuple of as many as the states.
+        ValueError: x or hx is neither 1-D nor 2-D, or params does not match `spec.shapes()`.
         RuntimeError: the size of x or hx does not fit.
 
     >>> import jax, jaxrnn
@@ -243,13 +242,13 @@ def call_cell(options: Options, spec: CellSpec, params: Mapping[str, ArrayLike],
 
 
 class _Form(NamedTuple):
-    """How the arrays of a call are laid out."""
+    """The layout of a call's arrays."""
 
     batched: bool
     batch_first: bool = False
 
     def time_major(self, given: "_Given") -> "_Given":
-        """Unbatched is a batch of one."""
+        """Convert to time-major rows. Unbatched input becomes a batch of one."""
         x, reset, lengths = given.x, given.reset, given.lengths
         if self.batched:
             if self.batch_first:
@@ -261,18 +260,18 @@ class _Form(NamedTuple):
         return _Given(given.params, x, state, reset_state, lengths, reset, masks)
 
     def restore(self, x: jax.Array, state: Arrays) -> tuple[jax.Array, Arrays]:
-        """The way back, for what is returned."""
+        """Convert results back to the caller's layout."""
         if not self.batched:
             return jax.tree.map(lambda a: a[:, 0], (x, state))
         return (x.swapaxes(0, 1) if self.batch_first else x), state
 
     def restore_every(self, a: jax.Array) -> jax.Array:
-        """The same for what is known of every step, (layers, time, batch, features)."""
+        """Like `restore`, for arrays of every step, (layers, time, batch, features)."""
         return a.swapaxes(1, 2) if self.batch_first else a if self.batched else a[:, :, 0]
 
 
 class _Given(NamedTuple):
-    """The arrays of a call, checked."""
+    """The arrays of a call, after their checks."""
 
     params: dict[str, jax.Array]
     x: jax.Array
@@ -283,14 +282,14 @@ class _Given(NamedTuple):
     masks: Arrays | None = None
 
     def promote(self, dtype: Any) -> "_Given":
-        """All but the states, which `recurrence` carries in float32 at least, and which are returned as they came."""
+        """Cast params and x. States keep their dtype: `recurrence` carries them in float32 at least."""
         if dtype is None:
             dtype = jnp.result_type(*jax.tree.leaves((self.params, self.x, self.state, self.reset_state)))
         params, x = jax.tree.map(lambda a: a.astype(dtype), (self.params, self.x))
         return self._replace(params=params, x=x)
 
 
-_BATCH_AXES = (None, 1, 1, 1, 0, 1, 1)  # of what is given, once it is time-major
+_BATCH_AXES = (None, 1, 1, 1, 0, 1, 1)  # of each field of `_Given`, once time-major
 
 
 def _given(
@@ -304,7 +303,7 @@ def _given(
     reset_state: HX = None,
     dropout_masks: Sequence[ArrayLike] | None = None,
 ) -> tuple[_Form, _Given, Callable[[jax.Array], Output]]:
-    """Check what was given; a PackedSequence becomes padded rows. The function returned restores the output's form."""
+    """Check the arguments, and pad a PackedSequence. The function that is returned packs the output again."""
     packed = x if isinstance(x, PackedSequence) else None
     if packed is not None and lengths is not None:
         raise ValueError("lengths should be None for a PackedSequence, which has its own")
@@ -325,14 +324,14 @@ def _given(
         return form, given, lambda output: output
     where = layout(packed)
     array, marks, masks = jax.tree.map(lambda a: pad(a, where.places), (array, marks, masks))
-    # As many steps as the longest row has, and one trace for all such rows.
+    # Without lengths if all rows are as long as the longest: one trace for all such rows.
     ends = None if where.lengths.min() == where.lengths.max() else in_jax(where.lengths)
     given = _Given(_parameters(spec, params), array, state, restart, ends, marks, masks)
     return form, given, lambda output: packed._replace(data=in_jax(pack(output, where.rows)))
 
 
 def _input(spec: Spec, x: Any) -> tuple[jax.Array, _Form, tuple[int, ...]]:
-    """An input array, its form, and how many steps and rows it has; no number of rows if it is unbatched."""
+    """The input array, its form, and its sizes: (time, batch), or (time,) if it is unbatched."""
     if hasattr(x, "batch_sizes"):
         raise TypeError(
             f"x should be an array or a jaxrnn.PackedSequence, got a PackedSequence of {type(x).__module__}"
@@ -361,7 +360,7 @@ def _packed_input(spec: Spec, x: PackedSequence) -> tuple[jax.Array, _Form, tupl
 def _run(
     spec: Spec, options: Options, form: _Form, given: _Given, key: jax.Array | None, every: bool = False
 ) -> tuple[jax.Array, Arrays, tuple[Arrays, ...]]:
-    """The output, the states, and if asked for the states and the gates of every step."""
+    """The output, the states, and with `every` the states and gates of every step."""
     given = form.time_major(given.promote(options.dtype))
     dtypes = [given.x.dtype for _ in spec.cell.states] if given.state is None else [a.dtype for a in given.state]
     given = _Given(*meshes.aligned(*zip(given, _BATCH_AXES, strict=True)))
@@ -373,7 +372,7 @@ def _run(
     if lengths is not None:
         times = jnp.arange(x.shape[0], dtype=jnp.int32)
         ended = (times[:, None] >= lengths.astype(jnp.int32)[None])[..., None]
-        x = jnp.where(ended, jnp.zeros_like(x), x)  # NaN there would reach the gradients through the products
+        x = jnp.where(ended, jnp.zeros_like(x), x)  # NaN in padding would reach the gradients through products
         marks = marks._replace(ended=ended)
     dropout = key if masks is None else masks
     x, state, runs = stack.run(spec, options, params, x, state, marks, reset_state, dropout, every)
@@ -391,8 +390,8 @@ def _cast(arrays: Arrays, dtypes: Sequence[jnp.dtype]) -> Arrays:
 def _zeros(x: jax.Array) -> jax.Array:
     """A zero for each row of x, (batch, 1), sharded like x.
 
-    XLA may replicate a constant, and then gather the batch at every step. It simplifies `where(c, 0, 0)` to a constant,
-    but not 0 times a float, which might be NaN.
+    XLA may replicate a constant zero state, and then gather the batch at every step. This zero depends on x. XLA would
+    simplify `where(c, 0, 0)` to a constant, but not 0 times a float, which might be NaN.
     """
     first = jax.lax.stop_gradient(x[0, :, :1])
     return 0 * jnp.abs(jnp.where(jnp.isfinite(first), first, jnp.zeros((), x.dtype)))
@@ -417,7 +416,7 @@ def _check_features(name: str, spec: Spec | CellSpec, x: jax.Array) -> None:
 
 
 def _floating(name: str, value: Any) -> jax.Array:
-    if isinstance(value, Sequence):  # which jnp.asarray would stack, along an axis that may be another's
+    if isinstance(value, Sequence):  # jnp.asarray would stack it, maybe along the wrong axis
         raise TypeError(f"{name} should be one array, got {type(value).__name__} of length {len(value)}")
     array = in_jax(value)
     if not jnp.issubdtype(array.dtype, jnp.floating):
@@ -438,7 +437,7 @@ def _parameters(spec: Spec | CellSpec, params: Mapping[str, ArrayLike]) -> dict[
 
 
 def _states(spec: Spec | CellSpec, argument: str, hx: Any, shapes: tuple[tuple[int, ...], ...]) -> Arrays | None:
-    """Check hx against one shape a state; None stays None, for zeros are made where the dtype is known."""
+    """Check hx against the shape of each state. None stays None: zeros are made later, where the dtype is known."""
     if hx is None:
         return None
     names = [f"{name}_0" for name in spec.cell.states]
@@ -465,7 +464,7 @@ def _states(spec: Spec | CellSpec, argument: str, hx: Any, shapes: tuple[tuple[i
 
 
 def _for_all_rows(name: str, array: jax.Array, shape: tuple[int, ...], batched: bool, one_step: bool) -> jax.Array:
-    """The array if it has this shape, or repeated for all rows if it has no batch, or a batch of one."""
+    """Broadcast a state without a batch, or with a batch of one, to all rows."""
     if array.shape == shape:
         return array
     *layers, _, size = shape if batched else (None, *shape)
@@ -486,7 +485,7 @@ def _lengths(lengths: Any, shape: tuple[int, ...], steps: int) -> jax.Array | No
         raise TypeError(f"lengths should be integers, got {array.dtype}")
     if array.shape != shape:
         raise RuntimeError(f"lengths should have shape {shape}, one for each row of x, got {array.shape}")
-    # The values are not to be seen while a function is traced, nor on the devices of other processes.
+    # Traced values cannot be read, nor those on the devices of other processes.
     if not is_traced(array) and getattr(array, "is_fully_addressable", True):
         values = jax.device_get(array)
         if np.any((values < 0) | (values > steps)):

@@ -1,6 +1,6 @@
-"""Flax's own convention for cells, which the adapters of both Flax APIs follow.
+"""Flax's convention for cells, shared by the adapters for both Flax APIs.
 
-The carry comes first and is returned first, an LSTM's is (c, h), and there may be any number of batch axes.
+The carry is the first argument and the first result, an LSTM's is (c, h), and any number of batch axes is allowed.
 """
 
 import math
@@ -12,27 +12,27 @@ import jax.numpy as jnp
 
 
 def check(cell: Any, kind: type) -> None:
-    """A FlaxCell wraps a cell of its own Flax API."""
+    """Raise TypeError unless the cell is one of this Flax API."""
     if not isinstance(cell, kind):
         raise TypeError(f"cell should be an RNNCell, LSTMCell or GRUCell of {kind.__module__}, got {cell!r}")
 
 
 def initialize_carry(cell: Any, input_shape: tuple[int, ...], make: Callable[..., jax.Array] = jnp.zeros) -> Any:
-    """The first carry, in the dtype that the cell computes in, or without one in its parameters'."""
+    """The first carry, in the cell's dtype, or if it has none in its parameters' dtype."""
     dtype = cell.dtype or cell.param_dtype
     return _carry(tuple(make(shape, dtype) for shape in cell.spec.state_shapes(*input_shape[:-1])))
 
 
 def step(cell: Any, carry: Any, inputs: jax.Array) -> tuple[Any, jax.Array]:
-    """Call a cell with the batch axes as one. The carry keeps its dtype; the output has the cell's dtype, if any."""
+    """Call a cell with its batch axes flattened. The carry keeps its dtype; the output has the cell's, if any."""
     state = carry[::-1] if isinstance(carry, tuple) else (carry,)
     batch = inputs.shape[:-1]
-    for array in state:  # once flattened, rows of another shape but as many would pass
+    for array in state:  # after flattening, another shape with as many rows would pass
         if array.shape != (wanted := (*batch, cell.hidden_size)):
             raise RuntimeError(f"carry should have arrays of shape {wanted} for these inputs, got {array.shape}")
     dtype = cell.dtype or jnp.result_type(inputs, *state)
     x, *flat = (a.reshape(math.prod(batch), a.shape[-1]) for a in (inputs, *state))
-    flat = [a.astype(max(a.dtype, dtype, key=lambda d: jnp.finfo(d).bits)) for a in flat]  # the cell keeps that, too
+    flat = [a.astype(max(a.dtype, dtype, key=lambda d: jnp.finfo(d).bits)) for a in flat]  # the cell returns this dtype
     after = cell(x, tuple(flat) if len(flat) > 1 else flat[0])
     after = [a.reshape(*batch, a.shape[-1]) for a in (after if isinstance(after, tuple) else (after,))]
     carry = _carry(tuple(a.astype(old.dtype) for a, old in zip(after, state, strict=True)))

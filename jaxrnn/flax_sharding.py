@@ -1,4 +1,4 @@
-"""Where parameters lie on a mesh, as both of Flax's APIs write it down."""
+"""How parameters are sharded over a mesh, as both Flax APIs record it."""
 
 import dataclasses
 from typing import Any
@@ -11,35 +11,35 @@ from jaxrnn.spec import Spec
 
 
 def mesh_axis(axis: MeshAxis | None) -> MeshAxis | None:
-    """The axis of the mesh that stands for a logical one in Flax's rules, which both APIs share; else itself."""
+    """Translate a logical axis name to a mesh axis by Flax's rules; other names pass through."""
     return dict(linen.get_logical_axis_rules()).get(axis, axis) if isinstance(axis, str) else axis
 
 
 def on_the_mesh(options: Options) -> Options:
-    """The options with the axis of the mesh for a logical one."""
+    """The options with a mesh axis in place of a logical one."""
     if options.hidden_axis is None:
         return options
     return dataclasses.replace(options, hidden_axis=mesh_axis(options.hidden_axis))
 
 
 def names(spec: Spec, axis: MeshAxis | None) -> dict[str, tuple[Any, ...]]:
-    """Each parameter's axes: `axis` where an axis is one of hidden units, None where it is another."""
+    """For each parameter, the mesh axis of each of its axes: `axis` for hidden units, None for others."""
     return {name: tuple(axis if hidden else None for hidden in axes) for name, axes in spec.hidden_axes().items()}
 
 
 def on_mesh() -> bool:
-    """Whether there is a mesh in effect. Without one, names are for later."""
+    """Whether a mesh is set. Without one, axis names are only recorded."""
     return bool(jax.sharding.get_abstract_mesh().axis_names)
 
 
 def check(spec: Spec, axis: MeshAxis | None) -> None:
-    """Raise ValueError if a mesh is in effect, and hidden units cannot be sharded over this axis of it."""
+    """Raise ValueError if a mesh is set and hidden units cannot be sharded over this axis of it."""
     if on_mesh():
         Options(hidden_axis=mesh_axis(axis)).check_mesh(spec.hidden_size)
 
 
-def lay(value: jax.Array, axes: tuple[MeshAxis | None, ...]) -> jax.Array:
-    """Lay a parameter on the mesh in effect, if there is one."""
+def shard(value: jax.Array, axes: tuple[MeshAxis | None, ...]) -> jax.Array:
+    """Shard a parameter over the mesh, if one is set."""
     if not on_mesh():
         return value
     return jax.lax.with_sharding_constraint(value, jax.sharding.PartitionSpec(*map(mesh_axis, axes)))

@@ -1,4 +1,4 @@
-"""How the gates of a layer lie in its arrays: side by side, or with an axis of their own where units are sharded."""
+"""Layouts of a layer's gates: side by side on one axis, or on an axis of their own where hidden units are sharded."""
 
 from typing import NamedTuple, Protocol
 
@@ -12,7 +12,7 @@ from jaxrnn.options import MeshAxis
 
 
 class Layout(Protocol):
-    """What a layer needs to know of where its gates are."""
+    """What a layer needs to know about its layout."""
 
     def split(self, a: jax.Array) -> Arrays:
         """One array for each gate."""
@@ -21,10 +21,10 @@ class Layout(Protocol):
         """The inverse of `split`."""
 
     def by_gate(self, a: jax.Array) -> jax.Array:
-        """Lay out an array whose last axis has torch's rows, gate after gate."""
+        """Convert an array whose last axis is torch's rows, (..., gates * hidden_size), to this layout."""
 
     def weight_ih(self, weight: jax.Array) -> jax.Array:
-        """Lay out torch's input weights, (gates * hidden_size, features)."""
+        """Convert torch's input weights, (gates * hidden_size, features), to this layout."""
 
     def for_each_gate(self, weight_ih: jax.Array) -> Arrays:
         """The input weights, one array (features, hidden_size) for each gate."""
@@ -36,7 +36,7 @@ class Layout(Protocol):
         """The recurrent weights for a loop that JAX transposes, and the axis over which its product sums."""
 
     def directions(self, outputs: list[jax.Array], returned: bool) -> jax.Array:
-        """The features of all directions on one axis, for the next layer, or to be returned."""
+        """The features of all directions on one axis: for the next layer, or as the result."""
 
 
 class SideBySide(NamedTuple):
@@ -64,7 +64,7 @@ class SideBySide(NamedTuple):
         return weight_ih.T
 
     def transposed(self, weight_hh: jax.Array) -> tuple[jax.Array, int]:
-        return weight_hh.T, 1  # so that the transposed loop, too, reads it along its rows
+        return weight_hh.T, 1  # so that the transposed loop, too, reads contiguous rows
 
     def directions(self, outputs: list[jax.Array], returned: bool) -> jax.Array:
         return outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=-1)
@@ -115,5 +115,5 @@ class Sharded(NamedTuple):
 
 
 def layout(gates: int, hidden_axis: MeshAxis | None) -> Layout:
-    """How gates lie where hidden units are sharded over this axis, or are not, None."""
+    """The layout for hidden units that are sharded over this mesh axis, or for None are not sharded."""
     return SideBySide(gates) if hidden_axis is None else Sharded(gates, hidden_axis)

@@ -1,7 +1,7 @@
 """RNN, LSTM, GRU, their cells, and Recurrent as flax.linen modules with torch's arguments and parameters.
 
-They are the modules of `jaxrnn.nnx` once more, for Flax's other API: what they compute is in `jaxrnn.calls`, and a
-module adds the parameters and the randomness. `params` has the keys of torch's `state_dict()`.
+These are the modules of `jaxrnn.nnx` for Flax's other API: `jaxrnn.calls` computes, and a module adds parameters and
+randomness. `params` has the keys of torch's `state_dict()`.
 """
 
 import dataclasses
@@ -45,12 +45,12 @@ class _Module(linen.Module):
 
     @linen.nowrap
     def initial_state(self, batch: int | None = None, dtype: DTypeLike | None = None) -> State:
-        """The state of zeros from which a call without hx starts: as the modules of `jaxrnn`."""
+        """The state of zeros that a call without hx starts from; as for `jaxrnn.RNN`."""
         return self.spec.initial_state(batch, dtype or self.dtype or self.param_dtype)
 
 
 class _Layers(_Module, Generic[StateT]):
-    """What RNN, LSTM and GRU share: the call, and dropout as linen.Dropout has it."""
+    """What RNN, LSTM, GRU and Recurrent share: the call, and dropout as in linen.Dropout."""
 
     _Spec, _Keywords = Spec, Keywords
     _: dataclasses.KW_ONLY
@@ -84,12 +84,12 @@ class _Layers(_Module, Generic[StateT]):
         deterministic: bool | None = None,
         rng: jax.Array | None = None,
     ) -> tuple[Output, StateT]:
-        """Run over a sequence: as the modules of `jaxrnn`, but for dropout.
+        """Run over a sequence: as the modules of `jaxrnn`, except for dropout.
 
         Args:
             x, hx, lengths, reset, reset_state: as for `jaxrnn.apply`.
-            deterministic: whether dropout is off. Where there is dropout, it is needed either here or as a field.
-            rng: a jax key to draw dropout from, instead of the one that `apply` was given for `rng_collection`.
+            deterministic: whether dropout is off. With dropout, give it either here or as a field.
+            rng: a jax key for dropout, in place of the one that `apply` was given for `rng_collection`.
 
         Returns:
             `(output, h_n)`, for an LSTM `(output, (h_n, c_n))`: as `jaxrnn.apply`.
@@ -101,7 +101,7 @@ class _Layers(_Module, Generic[StateT]):
             off = linen.merge_param("deterministic", self.deterministic, deterministic)
             rng = None if off else self.make_rng(self.rng_collection) if rng is None else rng
         options = flax_sharding.on_the_mesh(self.options)
-        if self.is_initializing() and not flax_sharding.on_mesh():  # names and shapes can be had without a mesh
+        if self.is_initializing() and not flax_sharding.on_mesh():  # `init` needs no mesh for names and shapes
             options = dataclasses.replace(options, hidden_axis=None)
         return call(
             options,
@@ -125,8 +125,8 @@ class RNN(_Layers[jax.Array]):
     name.
 
     Raises:
-        TypeError: a size that is no int, or a `bias` or `batch_first` that is no bool.
-        ValueError: a size or a probability out of range, an unknown nonlinearity, or a `proj_size`.
+        TypeError: a size is not an int, or `bias` or `batch_first` is not a bool.
+        ValueError: a size or a probability is out of range, the nonlinearity is unknown, or `proj_size` is not 0.
 
     >>> import jax, jax.numpy as jnp, jaxrnn
     >>> rnn = jaxrnn.linen.RNN(10, 20, 2, "relu")
@@ -158,8 +158,8 @@ class LSTM(_Layers[Pair]):
     The other fields are those of `jaxrnn.linen.RNN`.
 
     Raises:
-        TypeError: a size that is no int, or a `bias` or `batch_first` that is no bool.
-        ValueError: a size or a probability out of range.
+        TypeError: a size is not an int, or `bias` or `batch_first` is not a bool.
+        ValueError: a size or a probability is out of range.
 
     >>> import jax, jax.numpy as jnp, jaxrnn
     >>> lstm = jaxrnn.linen.LSTM(10, 20, num_layers=2, dropout=0.5, bidirectional=True)
@@ -190,8 +190,8 @@ class GRU(_Layers[jax.Array]):
     The other fields are those of `jaxrnn.linen.RNN`.
 
     Raises:
-        TypeError: a size that is no int, or a `bias` or `batch_first` that is no bool.
-        ValueError: a size or a probability out of range, or a `proj_size`.
+        TypeError: a size is not an int, or `bias` or `batch_first` is not a bool.
+        ValueError: a size or a probability is out of range, or `proj_size` is not 0.
 
     >>> import jax, jax.numpy as jnp, jaxrnn
     >>> gru = jaxrnn.linen.GRU(10, 20, batch_first=True)
@@ -218,8 +218,8 @@ class Recurrent(_Layers[Any]):
     The other fields are those of `jaxrnn.linen.RNN`.
 
     Raises:
-        TypeError: cell is no `jaxrnn.Cell`, a size is no int, or `bias` or `batch_first` no bool.
-        ValueError: a size or a probability out of range, or a `proj_size` with a cell that does not project.
+        TypeError: cell is not a `jaxrnn.Cell`, a size is not an int, or `bias` or `batch_first` is not a bool.
+        ValueError: a size or a probability is out of range, or the cell does not support `proj_size`.
 
     >>> import jax, jax.numpy as jnp, jaxrnn
     >>> rnn = jaxrnn.linen.Recurrent(jaxrnn.IND_RNN_CELL, 10, 20)
@@ -250,18 +250,18 @@ class _OneStep(_Module, Generic[StateT]):
 
     @linen.compact
     def __call__(self, x: ArrayLike, hx: HX = None) -> StateT:
-        """Make one step: arguments, what is returned and what is raised as for `jaxrnn.apply_cell`."""
+        """Make one step. Arguments, result and errors are those of `jaxrnn.apply_cell`."""
         return call_cell(self.options, self.spec, self._params(), x, hx)
 
 
 class RNNCell(_OneStep[jax.Array]):
     """One step of an Elman RNN at a call: torch.nn.RNNCell. Equations and arguments as in `jaxrnn.RNNCell`.
 
-    Beside torch's arguments there are, keyword-only, dtype, param_dtype and precision as in `jaxrnn.RNN`.
+    The keyword-only arguments dtype, param_dtype and precision are those of `jaxrnn.RNN`.
 
     Raises:
-        TypeError: a size that is no int.
-        ValueError: a negative size, or an unknown nonlinearity.
+        TypeError: a size is not an int.
+        ValueError: a size is negative, or the nonlinearity is unknown.
 
     >>> import jax, jax.numpy as jnp, jaxrnn
     >>> cell = jaxrnn.linen.RNNCell(10, 20)
@@ -311,7 +311,7 @@ class GRUCell(_OneStep[jax.Array]):
 
 
 class FlaxCell(linen.RNNCellBase):
-    """A cell in Flax's own convention, for `flax.linen.RNN` and `flax.linen.Bidirectional`: as `jaxrnn.FlaxCell`.
+    """A cell in Flax's convention, for `flax.linen.RNN` and `flax.linen.Bidirectional`: as `jaxrnn.FlaxCell`.
 
     Args:
         cell: a `jaxrnn.linen.RNNCell`, `LSTMCell` or `GRUCell`, whose parameters are under `cell`.

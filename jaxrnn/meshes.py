@@ -1,6 +1,6 @@
-"""Where types say how arrays are sharded: meshes with axes of type Explicit, and inside `jax.shard_map`.
+"""Arrays whose type says how they are sharded: on meshes with Explicit axes, and inside `jax.shard_map`.
 
-There what flows together must agree, and a scan's first carry must have the type that its body returns.
+There, arrays that are combined must be sharded alike, and a scan's first carry must have the type of its next.
 """
 
 from typing import Any, TypeVar
@@ -14,11 +14,11 @@ Tree = TypeVar("Tree")
 
 
 def aligned(*arrays: tuple[Any, int | None]) -> list[Any]:
-    """Shard arrays over the same mesh axes along the batch, and over none along other axes.
+    """Shard arrays over the same mesh axes along the batch, and over none along the others.
 
     Args:
-        arrays: pytrees of arrays, each with the number of its arrays' batch axis, or None for arrays without one. The
-            first whose batch is sharded decides.
+        arrays: pairs of a pytree of arrays and the number of their batch axis, None without one. The first array whose
+            batch is sharded decides.
 
     Returns:
         The pytrees. Only axes of type Explicit count.
@@ -38,13 +38,13 @@ def aligned(*arrays: tuple[Any, int | None]) -> list[Any]:
 
 
 def sharded_like(a: jax.Array, like: jax.Array) -> jax.Array:
-    """Shard an array as another of its shape is, over axes of type Explicit."""
+    """Shard an array like another of its shape, over Explicit axes."""
     wanted, given = jax.typeof(like).sharding, jax.typeof(a).sharding
     return a if wanted.spec == given.spec else jax.sharding.reshard(a, wanted)
 
 
 def varying_with(tree: Tree, others: Any) -> Tree:
-    """Inside `jax.shard_map`, let arrays vary over the mesh axes over which any of the others does."""
+    """Inside `jax.shard_map`, let arrays vary over the mesh axes over which any of the others varies."""
     axes = frozenset().union(*map(manual_axes, jax.tree.leaves(others)))
 
     def cast(a: jax.Array) -> jax.Array:

@@ -41,7 +41,7 @@ _NONLINEARITY = property(lambda self: "relu" if self.spec.cell == RNN_RELU else 
 
 
 def _option(name: str) -> property:
-    """An option as an attribute that can be set, as Flax's modules have them."""
+    """An option as an attribute that can be set, as in Flax's modules."""
 
     def change(self: Any, value: Any) -> None:
         self.options = dataclasses.replace(self.options, **{name: value})
@@ -50,7 +50,7 @@ def _option(name: str) -> property:
 
 
 class _Module(nnx.Module):
-    """What layers and cells share: the settings, and an nnx.Param for each parameter under torch's name."""
+    """What layers and cells share: the settings, and an nnx.Param under torch's name for each parameter."""
 
     _Keywords: ClassVar[type]
     __signature__: ClassVar[inspect.Signature]
@@ -87,19 +87,19 @@ class _Module(nnx.Module):
         return {name: getattr(self, name)[...] for name in self.spec.shapes()}
 
     def initial_state(self, batch: int | None = None, dtype: DTypeLike | None = None) -> State:
-        """The state of zeros from which a call without hx starts, for instance as the first carry of a scan.
+        """The state of zeros that a call without hx starts from. Use it as the first carry of a scan.
 
         Args:
             batch: how many rows; None for unbatched input.
-            dtype: the state's floating dtype, which calls keep; by default the module's, or else its parameters'.
+            dtype: the state's floating dtype, which calls keep; by default the module's dtype, or its parameters'.
 
         Returns:
-            What is given as hx.
+            A value for hx.
         """
         return self.spec.initial_state(batch, dtype or self.dtype or self.param_dtype)
 
     def __repr__(self) -> str:
-        """As torch prints it: the sizes, then what differs from the defaults."""
+        """Like torch's repr: the sizes, then the settings that are not the defaults."""
         parts = [f"{self.input_size}, {self.hidden_size}"]
         if self.spec.cell == RNN_RELU:
             parts.append("nonlinearity='relu'")
@@ -111,7 +111,7 @@ class _Module(nnx.Module):
 
 
 class _Layers(_Module, Generic[StateT]):
-    """What RNN, LSTM and GRU share: the call, and dropout as nnx.Dropout has it."""
+    """What RNN, LSTM, GRU and Recurrent share: the call, and dropout as in nnx.Dropout."""
 
     spec: Spec
     _Keywords = Keywords
@@ -135,7 +135,7 @@ class _Layers(_Module, Generic[StateT]):
         flax_sharding.check(spec, options.get("hidden_axis"))
         super().__init__(spec, options, param_dtype, rngs)
         self.deterministic = False
-        # Kept only where it is used: a stream adds leaves that have no gradient.
+        # Only where it is used: a stream adds leaves without a gradient.
         self.rngs = rngs["dropout"].fork() if self._drops() else nnx.data(None)
 
     def _add_params(self, values: dict[str, jax.Array]) -> None:
@@ -144,7 +144,7 @@ class _Layers(_Module, Generic[StateT]):
         for name, axes in flax_sharding.names(self.spec, self.hidden_axis).items():
             value = values[name]
             if _compat.sharded_at_creation():
-                value = flax_sharding.lay(value, axes)
+                value = flax_sharding.shard(value, axes)
             setattr(self, name, _compat.annotated_param(value, axes))
 
     def _drops(self) -> bool:
@@ -166,31 +166,30 @@ class _Layers(_Module, Generic[StateT]):
         Args:
             x: the input, (time, batch, input_size), or (batch, time, input_size) with `batch_first`, or unbatched
                 (time, input_size); floating. Or a PackedSequence of such steps.
-            hx: the initial state h_0, for an LSTM (h_0, c_0), of the shapes that are returned; zeros if None. Its
-                batch may be 1 or missing: such a state is for all rows, as a learned one is.
-            lengths: how many steps each row has, integers from 0 to time, (batch,), or for unbatched x (); all of
-                them if None. What x holds past a row's end reaches nothing. Data under jit, where their values cannot
-                be checked: there a length below 0 counts as 0, and one above time as time.
-            reset: True before which steps the state is put back, as between the episodes of an environment; boolean,
-                in the layout of x, or its data, without the features. Not for a bidirectional module.
-            reset_state: what `reset` puts the state back to, like hx; zeros if None.
+            hx: the initial state h_0, for an LSTM (h_0, c_0), of the shapes that are returned; zeros if None. A state
+                that all rows share, such as a learned one, may have a batch of 1, or none.
+            lengths: how many steps each row has, integers from 0 to time, (batch,), or for unbatched x (); all steps if
+                None. Padding in x affects no result and no gradient. Under jit lengths are data, and cannot be
+                checked: a length below 0 counts as 0, and one above time as time.
+            reset: True at the steps before which the state is reset, such as the first of an episode; boolean, of the
+                shape of x, or its data, without features. Not for a bidirectional module.
+            reset_state: the state that `reset` starts from, like hx; zeros if None.
             deterministic: whether dropout is off; the module's `deterministic` if None, which `train()` sets to
                 False and `eval()` to True.
-            rngs: nnx.Rngs, an nnx.RngStream or a jax key to draw dropout from, instead of the module's own.
+            rngs: nnx.Rngs, an nnx.RngStream or a jax key for dropout, in place of the module's own.
 
         Returns:
             `(output, h_n)`, for an LSTM `(output, (h_n, c_n))`. output: the last layer's outputs at every step, laid
-            out as x, with directions * (proj_size or hidden_size) features, 0 past a row's end. h_n and c_n: the
+            out like x, with directions * (proj_size or hidden_size) features, 0 past a row's end. h_n and c_n: the
             states after each row's last step, (num_layers * directions, batch, features), without batch for unbatched
-            x, in hx's dtype if that is given. The backward direction starts at that step, and a row of length 0 keeps
-            its hx. For a PackedSequence the output is one, and the rows of hx and of the states are in their original
-            order.
+            x, in the dtype of hx, if given. The backward direction starts at each row's last step. A row of length 0
+            keeps its hx. For a PackedSequence, output is one, and rows of hx and states are in their original order.
 
         Raises:
             TypeError: x, hx or reset_state is not floating; hx or reset_state is not one array, or for an LSTM not
                 two; lengths are not integers; or reset is not boolean.
-            ValueError: x is neither 2-D nor 3-D, a length is out of range, lengths come with a PackedSequence, or
-                reset with a bidirectional module.
+            ValueError: x is neither 2-D nor 3-D, a length is out of range, lengths are given with a PackedSequence, or
+                reset to a bidirectional module.
             RuntimeError: the size of x, hx, lengths, reset or reset_state does not fit, or the sequence is empty.
         """
         key = None
@@ -210,7 +209,7 @@ class _Layers(_Module, Generic[StateT]):
         )
 
     def set_view(self, deterministic: bool | None = None) -> None:
-        """What `nnx.view` calls: sets `deterministic` unless it is None."""
+        """`nnx.view` calls this: it sets `deterministic` unless that is None."""
         if deterministic is not None:
             self.deterministic = deterministic
 
@@ -235,22 +234,22 @@ class RNN(_Layers[jax.Array]):
         dropout: the probability with which an output of each layer but the last is zeroed in training.
         bidirectional: whether each layer also runs backward in time.
         proj_size: 0; only an LSTM projects.
-        dtype: the floating dtype to compute in, and of the output; by default that to which the inputs and parameters
-            promote. A state that is given keeps its dtype: a float32 one is carried on unrounded.
+        dtype: the floating dtype to compute in, and of the output; by default the promoted dtype of inputs and
+            parameters. States have the dtype of hx, if given: a float32 state is returned unrounded.
         param_dtype: the parameters' floating dtype.
         precision: the precision of the products, as for `jax.lax.dot_general`.
-        remat: what the forward pass saves for the backward pass: everything, "none" of it recomputed; only the states,
-            from which "gates" are recomputed; or, for an integer k, the state before every k-th step.
+        remat: what the forward pass saves for the backward pass. "none": everything. "gates": only the states; gates
+            are recomputed. An integer k: the state before every k-th step; the rest is recomputed.
         hidden_axis: mesh axis, or Flax logical axis, over which hidden units are sharded; stored in the parameters'
-            metadata. Where a mesh is set, parameters are created on it.
+            metadata. If a mesh is set, parameters are created on it.
         unroll: how many steps the loop makes at a time, as for `jax.lax.scan`.
         engine: what runs the loop over time: "auto" for the fastest that can, or a name in `jaxrnn.engines.ENGINES`.
         rngs: nnx.Rngs for the initial parameters (uniform within 1/sqrt(hidden_size) of 0, as torch's) and, where it
             is used, for dropout.
 
     Raises:
-        TypeError: a size that is no int, or a `bias` or `batch_first` that is no bool.
-        ValueError: a size or a probability out of range, an unknown nonlinearity, or a `proj_size`.
+        TypeError: a size is not an int, or `bias` or `batch_first` is not a bool.
+        ValueError: a size or a probability is out of range, the nonlinearity is unknown, or `proj_size` is not 0.
 
     The parameters are attributes with torch's names, shapes and order: `weight_ih_l0` (hidden_size, input_size),
     `weight_hh_l0`, `bias_ih_l0`, `bias_hh_l0`, with `_reverse` for the backward direction, and so on for each layer.
@@ -307,8 +306,8 @@ class LSTM(_Layers[Pair]):
     The other arguments are those of `jaxrnn.RNN`, less nonlinearity. The state is a pair: hx is (h_0, c_0).
 
     Raises:
-        TypeError: a size that is no int, or a `bias` or `batch_first` that is no bool.
-        ValueError: a size or a probability out of range.
+        TypeError: a size is not an int, or `bias` or `batch_first` is not a bool.
+        ValueError: a size or a probability is out of range.
 
     >>> import jax.numpy as jnp, jaxrnn
     >>> from flax import nnx
@@ -355,8 +354,8 @@ class GRU(_Layers[jax.Array]):
     The arguments are those of `jaxrnn.RNN`, less nonlinearity.
 
     Raises:
-        TypeError: a size that is no int, or a `bias` or `batch_first` that is no bool.
-        ValueError: a size or a probability out of range, or a `proj_size`.
+        TypeError: a size is not an int, or `bias` or `batch_first` is not a bool.
+        ValueError: a size or a probability is out of range, or `proj_size` is not 0.
 
     >>> import jax.numpy as jnp, jaxrnn
     >>> from flax import nnx
@@ -397,8 +396,8 @@ class Recurrent(_Layers[Any]):
     are tuples.
 
     Raises:
-        TypeError: cell is no `jaxrnn.Cell`, a size is no int, or `bias` or `batch_first` no bool.
-        ValueError: a size or a probability out of range, or a `proj_size` with a cell that does not project.
+        TypeError: cell is not a `jaxrnn.Cell`, a size is not an int, or `bias` or `batch_first` is not a bool.
+        ValueError: a size or a probability is out of range, or the cell does not support `proj_size`.
 
     >>> import jax.numpy as jnp, jaxrnn
     >>> from flax import nnx
@@ -473,8 +472,8 @@ class RNNCell(_OneStep[jax.Array]):
         dtype, param_dtype, precision, rngs: as for `jaxrnn.RNN`.
 
     Raises:
-        TypeError: a size that is no int.
-        ValueError: a negative size, or an unknown nonlinearity.
+        TypeError: a size is not an int.
+        ValueError: a size is negative, or the nonlinearity is unknown.
 
     The parameters are `weight_ih` (hidden_size, input_size), `weight_hh`, `bias_ih` and `bias_hh`.
 
@@ -554,7 +553,7 @@ class GRUCell(_OneStep[jax.Array]):
 
 
 class FlaxCell(nnx.RNNCellBase):
-    """A cell in Flax's own convention, for `flax.nnx.RNN` and `flax.nnx.Bidirectional`.
+    """A cell in Flax's convention, for `flax.nnx.RNN` and `flax.nnx.Bidirectional`.
 
     There the carry comes first and is returned first, an LSTM's is (c, h), and there may be any number of batch axes.
     Flax's wrappers run a step at a time; `jaxrnn.LSTM` and its like are faster, and right for length 0.

@@ -1,4 +1,4 @@
-"""How to run, as one value that is checked in one place and handed on whole."""
+"""How to run: one frozen value, which is checked here and passed on whole."""
 
 import dataclasses
 import inspect
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import AxisType
 from jax.typing import DTypeLike
 
-# What to save for the derivative, an axis of a mesh, or several as one: see `Options`.
+# See `Options`.
 Remat = str | int
 MeshAxis = str | tuple[str, ...]
 
@@ -40,12 +40,12 @@ class Options:
     """How a call computes. None of it changes the results by more than rounding.
 
     Attributes:
-        dtype: the floating dtype to compute in; None for that to which the arrays promote.
+        dtype: the floating dtype to compute in; if None, the arrays' promoted dtype.
         precision: the precision of the products, as for `jax.lax.dot_general`.
         remat: what the forward pass saves for the backward pass. "none": everything, nothing is recomputed. "gates":
             only the states; gates are recomputed. An integer k: the state before every k-th step; the rest is
             recomputed.
-        hidden_axis: the axis, or axes, of the mesh in effect, of type Auto, over which hidden units are sharded.
+        hidden_axis: the mesh axis, or axes, of type Auto, over which hidden units are sharded.
         unroll: how many steps the loop makes at a time, as for `jax.lax.scan`.
         engine: what runs the loop: "auto" for the fastest that can, or a name in `jaxrnn.engines.ENGINES`.
 
@@ -65,7 +65,7 @@ class Options:
         if self.dtype is not None:
             if not jnp.issubdtype(self.dtype, jnp.floating):
                 raise TypeError(f"dtype should be floating, got {jnp.dtype(self.dtype)}")
-            object.__setattr__(self, "dtype", jnp.dtype(self.dtype))  # equal however it was spelled
+            object.__setattr__(self, "dtype", jnp.dtype(self.dtype))  # so that "float32" and jnp.float32 compare equal
         if self.remat not in ("none", "gates") and not _is_count(self.remat):
             raise ValueError(f"remat should be 'none', 'gates' or an integer above 0, got {self.remat!r}")
         if not _is_count(self.unroll):
@@ -73,7 +73,7 @@ class Options:
 
     @classmethod
     def of(cls, caller: str, keywords: Mapping[str, Any], known: type) -> "Options":
-        """The options that a caller was given as keywords, which are those of a TypedDict."""
+        """Make options of a caller's keywords; `known`, a TypedDict, says which there are."""
         for name in keywords:
             if name not in known.__annotations__:
                 raise TypeError(f"{caller}() got an unexpected keyword argument {name!r}")
@@ -103,7 +103,7 @@ def _is_count(value: Any) -> bool:
 
 
 def spelled_out(function: Function) -> Function:
-    """Show each keyword of `**options: Unpack[...]` in the signature of a function."""
+    """Show each keyword of a function's `**options: Unpack[...]` in its signature."""
     signature = inspect.signature(function)
     *others, options = signature.parameters.values()
     defaults = {field.name: field.default for field in dataclasses.fields(Options)}

@@ -1,8 +1,8 @@
-"""PackedSequence, and torch's functions that pack, pad and unpack: rows of different lengths without their padding.
+"""PackedSequence, and torch's functions that pack, pad and unpack rows of different lengths.
 
-Where a row of packed data lies in a padded array is worked out in NumPy, for all of them at once, from the static
-integer fields; the data themselves move in one gather. Data that come as NumPy's move in NumPy, so that a loader of
-batches does not have a gather compiled for each new set of lengths.
+NumPy computes where each row of packed data is in a padded array, from the static integer fields; then one gather
+moves the data. NumPy data are moved by NumPy, so that a data loader does not compile a gather for each new set of
+lengths.
 """
 
 from collections.abc import Iterable, Sequence
@@ -21,7 +21,7 @@ Array = jax.Array | np.ndarray
 
 
 def in_jax(value: Any, dtype: Any = None) -> jax.Array:
-    """As `jnp.asarray`, with a transfer that is explicit: whoever gives a list or NumPy's array wants it."""
+    """As `jnp.asarray`, but the transfer is explicit: whoever passes a list or a NumPy array wants one."""
     if isinstance(value, jax.Array):
         return value
     if isinstance(value, np.ndarray) and dtype is None:  # jnp.asarray would compile a copy for each shape
@@ -35,7 +35,7 @@ def _array(value: Any) -> Array:
 
 
 def _one_array(name: str, value: Any) -> Array:
-    if isinstance(value, Sequence):  # whose axes could be told from those of an array by nobody
+    if isinstance(value, Sequence):  # nobody could tell its axes from those of an array
         raise TypeError(f"{name} should be one array, got {type(value).__name__}: give rows to pack_sequence")
     return _array(value)
 
@@ -48,26 +48,26 @@ class _Fields(NamedTuple):
 
 
 class PackedSequence(_Fields):
-    """Rows of different lengths, step by step: torch's `PackedSequence`, with its fields.
+    """Rows of different lengths, ordered by step: torch's `PackedSequence`, with its fields.
 
-    It is made by `pack_padded_sequence` and `pack_sequence`; the layers take one and return one. It is a pytree whose
-    only leaf is `data`. The integer fields are static, so that jit traces anew for each pattern of lengths; `lengths=`
-    of the layers is the way with one trace for all of them.
+    `pack_padded_sequence` and `pack_sequence` make one; the layers take one and return one. It is a pytree whose only
+    leaf is `data`. The integer fields are static, so jit traces again for each pattern of lengths. To trace once for
+    all, give `lengths=` to the layers instead.
 
     Args:
-        data: the steps of all rows, (rows' lengths in all, ...), of any dtype: the first steps of all rows, then
-            their second steps, and so on, the longest row first in each.
+        data: the steps of all rows, (sum of lengths, ...), of any dtype: the first step of every row, then the second
+            step of every row that has one, and so on; the longest row comes first.
         batch_sizes: how many rows have each step, integers (longest length,); not traced.
-        sorted_indices: the place in the original batch of each row, the longest first, integers (batch,); None for a
-            batch that came sorted.
-        unsorted_indices: the inverse permutation, which is worked out if it is None.
+        sorted_indices: for each row, longest first, its index in the original batch, integers (batch,); None if the
+            batch was sorted.
+        unsorted_indices: the inverse permutation; computed if None.
 
-    The fields are attributes and, as in torch, what the tuple holds; batch_sizes and the indices are NumPy's int64.
+    As in torch, the fields are attributes, and the tuple unpacks into them. The integer fields are NumPy int64.
 
     Raises:
         TypeError: an integer field is traced, or not of integers.
-        ValueError: batch_sizes do not go down to at least 1 or do not add up to the length of data, or the indices are
-            no permutation of the batch.
+        ValueError: batch_sizes increase, are less than 1, or do not add up to the length of data, or the indices are
+            not a permutation of the batch.
 
     >>> import jax.numpy as jnp, jaxrnn
     >>> packed = jaxrnn.pack_sequence([jnp.array([1, 2, 3]), jnp.array([4, 5])])
@@ -113,7 +113,7 @@ def _flatten(packed: PackedSequence) -> tuple[tuple, tuple]:
 
 
 def _unflatten(static: tuple, children: Iterable) -> PackedSequence:
-    # Whatever stands in for the data, it is not looked at.
+    # JAX may put a placeholder in the place of data: do not check it.
     fields = (None if field is None else _frozen(np.array(field)) for field in static)
     return tuple.__new__(PackedSequence, (*children, *fields))
 
@@ -124,15 +124,15 @@ jax.tree_util.register_pytree_with_keys(PackedSequence, _flatten, _unflatten)
 class Layout(NamedTuple):
     """Where the steps of a PackedSequence are in a padded array of its rows in their original order."""
 
-    places: np.ndarray  # the row of data at each place of the padded array, or len(data), (time, batch)
-    rows: np.ndarray  # the place of each row of data in the padded array, its first two axes as one
+    places: np.ndarray  # (time, batch): which row of data is there, or len(data) for padding
+    rows: np.ndarray  # for each row of data, its index in the padded array with its first two axes flattened
     lengths: np.ndarray  # of the rows in the original order, int64
 
 
 def layout(packed: PackedSequence, batch_first: bool = False, total_length: int | None = None) -> Layout:
-    """For a padded array (time, batch, ...) with as many steps as the longest row has, or `total_length`.
+    """The layout for a padded array (time, batch, ...), as long as the longest row, or `total_length`.
 
-    With `batch_first` (batch, time, ...), and `places` likewise.
+    With `batch_first` the array, and `places`, are (batch, time, ...).
     """
     sizes = packed.batch_sizes
     steps, batch = total_length or len(sizes), int(sizes[0])
@@ -163,18 +163,18 @@ def pack(padded: Array, rows: np.ndarray) -> Array:
 
 
 def _gather(a: jax.Array, places: np.ndarray, **settings: Any) -> jax.Array:
-    # JAX raises an error as well, but gives advice that only we could follow.
+    # JAX raises an error, too, but its advice is for us, not for users.
     if any(spec := jax.typeof(a).sharding.spec):
         raise ValueError(
             f"rows to pack or pad should not be sharded over mesh axes of type Explicit, got {spec}: give padded rows "
             "and lengths= to the layer, which can be sharded along the batch"
         )
-    with jax.transfer_guard_host_to_device("allow"):  # of places, which the host works out
+    with jax.transfer_guard_host_to_device("allow"):  # of the indices, which the host computed
         return a.at[places].get(**settings)
 
 
 def _static(name: str, value: Any) -> np.ndarray:
-    """An array of integers that are known, one axis."""
+    """A 1-D array of integers that are not traced."""
     if is_traced(value):
         raise TypeError(
             f"{name} should be known when a function is traced; for data, give lengths= to the layer instead"
@@ -201,22 +201,22 @@ def _packed(name: str, value: Any) -> PackedSequence:
 def pack_padded_sequence(
     input: ArrayLike, lengths: Lengths, batch_first: bool = False, enforce_sorted: bool = True
 ) -> PackedSequence:
-    """Pack rows of different lengths: torch's function.
+    """Pack padded rows of different lengths, as torch does.
 
     Args:
         input: the padded rows, (time, batch, ...), or (batch, time, ...) with `batch_first`; of any dtype.
         lengths: how many steps each row has, integers from 1 to time, (batch,); not traced.
         batch_first: which of the first two axes is the batch.
-        enforce_sorted: whether to raise if the rows do not come longest first; if False they are sorted.
+        enforce_sorted: whether to raise an error unless the longest row comes first; if False, rows are sorted.
 
     Returns:
-        The PackedSequence. What input holds past a row's end is not in it. `sorted_indices` and `unsorted_indices` are
-        None with `enforce_sorted`.
+        The PackedSequence, without the padding. With `enforce_sorted` its `sorted_indices` and `unsorted_indices` are
+        None.
 
     Raises:
-        TypeError: lengths are traced, or not integers. Where lengths are data, give `lengths=` to the layer.
-        RuntimeError: input has less than two axes, no row or no step; lengths are not one for each row, one of them
-            is less than 1, or they do not go down although `enforce_sorted`.
+        TypeError: lengths are traced, or not integers. If they are traced, give `lengths=` to the layer instead.
+        RuntimeError: input has fewer than two axes, no row or no step; there is not one length for each row; a length
+            is less than 1; or lengths increase although `enforce_sorted`.
         ValueError: a length is greater than time.
 
     >>> import jax.numpy as jnp, jaxrnn
@@ -240,7 +240,7 @@ def pack_padded_sequence(
     if enforce_sorted and np.any(np.diff(known) > 0):
         raise RuntimeError(f"lengths should go down, got {known.tolist()}: sort the rows, or give enforce_sorted=False")
     sizes = np.sum(known > np.arange(known.max())[:, None], axis=1)
-    # Without data first: where they come from depends on the integers only.
+    # First without data: the indices depend on the integers alone.
     empty = PackedSequence(np.zeros((known.sum(), 0)), sizes, order)
     return empty._replace(data=in_jax(pack(padded, layout(empty, batch_first, steps).rows)))
 
@@ -248,19 +248,19 @@ def pack_padded_sequence(
 def pad_packed_sequence(
     sequence: PackedSequence, batch_first: bool = False, padding_value: float = 0.0, total_length: int | None = None
 ) -> tuple[jax.Array, np.ndarray]:
-    """Pad packed rows to one length: torch's function, the inverse of `pack_padded_sequence`.
+    """Pad packed rows to one length, as torch does: the inverse of `pack_padded_sequence`.
 
     Args:
         sequence: a PackedSequence.
         batch_first: whether the rows come as (batch, time, ...) instead of (time, batch, ...).
-        padding_value: what is put past a row's end.
+        padding_value: the value past a row's end.
         total_length: how many steps to pad to; by default as many as the longest row has.
 
     Returns:
-        `(padded, lengths)`: the rows in their original order, and their lengths, NumPy's int64 (batch,).
+        `(padded, lengths)`: the rows in their original order, and their lengths, NumPy int64 (batch,).
 
     Raises:
-        TypeError: sequence is no PackedSequence.
+        TypeError: sequence is not a PackedSequence.
         ValueError: total_length is less than the longest row's length.
 
     >>> import jax.numpy as jnp, jaxrnn
@@ -282,19 +282,19 @@ def pad_sequence(
     padding_value: float = 0.0,
     padding_side: str = "right",
 ) -> jax.Array:
-    """Stack rows of different lengths, padded to the longest: torch's function.
+    """Stack rows of different lengths, padded to the longest, as torch does.
 
     Args:
-        sequences: the rows, (length, ...) each, alike but for their lengths; of any dtype.
+        sequences: the rows, (length, ...) each, of the same shape but for their lengths; of any dtype.
         batch_first: whether the rows come as (batch, time, ...) instead of (time, batch, ...).
-        padding_value: what is put beside the shorter rows.
+        padding_value: the value that fills shorter rows.
         padding_side: "right", past their ends, or "left", before their starts.
 
     Returns:
         The padded rows.
 
     Raises:
-        RuntimeError: there are no rows, they are not alike, one has no axis, or padding_side is unknown.
+        RuntimeError: there are no rows, their shapes or dtypes differ, one has no axis, or padding_side is unknown.
 
     >>> import jax.numpy as jnp, jaxrnn
     >>> jaxrnn.pad_sequence([jnp.array([1, 2, 3]), jnp.array([4])], batch_first=True, padding_side="left").tolist()
@@ -324,17 +324,17 @@ def _padded(sequences: Rows, batch_first: bool, padding_value: float, padding_si
 
 
 def pack_sequence(sequences: Rows, enforce_sorted: bool = True) -> PackedSequence:
-    """Pack a list of rows of different lengths: torch's function.
+    """Pack a list of rows of different lengths, as torch does.
 
     Args:
-        sequences: the rows, (length, ...) each, alike but for their lengths; of any dtype.
-        enforce_sorted: whether to raise if the rows do not come longest first; if False they are sorted.
+        sequences: the rows, (length, ...) each, of the same shape but for their lengths; of any dtype.
+        enforce_sorted: whether to raise an error unless the longest row comes first; if False, rows are sorted.
 
     Returns:
         The PackedSequence.
 
     Raises:
-        RuntimeError: there are no rows, they are not alike, one is empty, or they do not come longest first although
+        RuntimeError: there are no rows, their shapes or dtypes differ, one is empty, or their lengths increase although
             `enforce_sorted`.
 
     >>> import jax.numpy as jnp, jaxrnn
@@ -346,7 +346,7 @@ def pack_sequence(sequences: Rows, enforce_sorted: bool = True) -> PackedSequenc
 
 
 def unpad_sequence(padded_sequences: ArrayLike, lengths: Lengths, batch_first: bool = False) -> list[jax.Array]:
-    """Take rows of different lengths out of a padded array: torch's function, the inverse of `pad_sequence`.
+    """Take the rows out of a padded array, as torch does: the inverse of `pad_sequence`.
 
     Args:
         padded_sequences: the padded rows, (time, batch, ...), or (batch, time, ...) with `batch_first`.
@@ -358,8 +358,8 @@ def unpad_sequence(padded_sequences: ArrayLike, lengths: Lengths, batch_first: b
 
     Raises:
         TypeError: lengths are traced, or not integers.
-        RuntimeError: there are less than two axes.
-        ValueError: lengths are not one for each row, or one of them is not from 0 to time.
+        RuntimeError: there are fewer than two axes.
+        ValueError: there is not one length for each row, or one is not from 0 to time.
 
     >>> import jax.numpy as jnp, jaxrnn
     >>> [row.tolist() for row in jaxrnn.unpad_sequence(jnp.array([[1, 4], [2, 5], [3, 0]]), [3, 2])]
@@ -380,7 +380,7 @@ def unpad_sequence(padded_sequences: ArrayLike, lengths: Lengths, batch_first: b
 
 
 def unpack_sequence(packed_sequences: PackedSequence) -> list[jax.Array]:
-    """Take the rows out of a PackedSequence: torch's function, the inverse of `pack_sequence`.
+    """Take the rows out of a PackedSequence, as torch does: the inverse of `pack_sequence`.
 
     Args:
         packed_sequences: a PackedSequence.
@@ -389,7 +389,7 @@ def unpack_sequence(packed_sequences: PackedSequence) -> list[jax.Array]:
         The rows in their original order, (length, ...) each.
 
     Raises:
-        TypeError: packed_sequences is no PackedSequence.
+        TypeError: packed_sequences is not a PackedSequence.
 
     >>> import jax.numpy as jnp, jaxrnn
     >>> rows = [jnp.array([1, 2]), jnp.array([3, 4, 5])]

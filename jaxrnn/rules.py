@@ -17,9 +17,9 @@ def with_rule(
 ) -> Callable[[Function], Function]:
     """Give a function a derivative rule, as `jax.custom_jvp` does.
 
-    Under vmap, JAX finds out separately where the function and its rule have the batch axis of each output, but a jit
-    around them remembers the function's answer alone: where the two differ, axes are silently confused. So both have it
-    in one place.
+    Under vmap, JAX decides separately where the function and its rule put the batch axis of each output, but a jit
+    around them remembers only the function's decision. If the two differ, axes are silently mixed up. So this puts the
+    batch axis first in both.
     """
 
     def decorate(function: Function) -> Function:
@@ -38,14 +38,14 @@ def with_rule(
 
 
 def _batch_axis_first(tree: Tree) -> Tree:
-    """The same arrays. Under `jax.vmap`, reshapes move the batch axis to the front; compiled, they cost nothing."""
+    """Return the same arrays, under `jax.vmap` with the batch axis first. The reshapes compile to nothing."""
     return jax.tree.map(lambda a: lax.squeeze(lax.expand_dims(a, (0,)), (0,)), tree)
 
 
 def pointwise(function: Function) -> Function:
-    """Save one array for each argument for the derivative, not those of every operation.
+    """Save one array per argument for the derivative, rather than one per operation.
 
-    The function must compute each number of its one result from the numbers at the same place in its arguments.
+    Each element of the function's result must depend only on the same element of its arguments.
     """
 
     def rule(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:

@@ -1,6 +1,6 @@
-"""A constructor call as a frozen value: its checks, and the names and shapes of its parameters.
+"""A constructor's arguments as a frozen value, with their checks and the names and shapes of the parameters.
 
-Everything that needs a parameter's name or shape reads it here: the modules, the checkpoints, the parity suite.
+Modules, checkpoints and the parity suite all read names and shapes here.
 """
 
 import abc
@@ -35,14 +35,14 @@ class _Shapes(abc.ABC):
         """The shape of each of the cell's states, with any number of batch axes."""
 
     def initial_state(self, batch: int | None = None, dtype: jax.typing.DTypeLike = jnp.float32) -> Any:
-        """The state of zeros from which a call without hx starts, for instance as the first carry of `jax.lax.scan`.
+        """The state of zeros that a call without hx starts from. Use it as the first carry of `jax.lax.scan`.
 
         Args:
             batch: how many rows; None for unbatched input.
             dtype: the state's floating dtype, which a call keeps.
 
         Returns:
-            What is given as hx: one array, or for a cell of several states a tuple, (h_0, c_0) for an LSTM.
+            A value for hx: one array, or for a cell of several states a tuple, (h_0, c_0) for an LSTM.
 
         >>> import jaxrnn
         >>> h_0, c_0 = jaxrnn.Spec(jaxrnn.LSTM_CELL, 10, 20, num_layers=2, proj_size=5).initial_state(3)
@@ -56,7 +56,7 @@ class _Shapes(abc.ABC):
     def init(self, key: jax.Array, dtype: jax.typing.DTypeLike = jnp.float32) -> dict[str, jax.Array]:
         """Initial parameters, drawn as torch draws them: uniform in `[-1/sqrt(hidden_size), 1/sqrt(hidden_size))`.
 
-        A cell's own parameters are drawn by their own `init`, where they have one.
+        A cell's own parameters are drawn by their `init`, if they have one.
 
         Args:
             key: a jax random key.
@@ -77,7 +77,7 @@ class _Shapes(abc.ABC):
 
     @abc.abstractmethod
     def initializers(self) -> dict[str, Callable[..., jax.Array]]:
-        """What draws each parameter's initial value from (key, shape, dtype); see `init`."""
+        """For each parameter, the function (key, shape, dtype) that draws its initial value; see `init`."""
 
     def _initializer(self, role: str) -> Callable[..., jax.Array]:
         own = self.cell.own.get(role)
@@ -120,7 +120,7 @@ def _check_type(name: str, value: object, kind: type) -> None:
 
 
 def _level_outside() -> int:
-    """The stack level, for a warning of the caller's, of whoever called jaxrnn, be it through Flax."""
+    """`stacklevel` that points at the first frame outside jaxrnn and flax."""
     frame, level = inspect.currentframe(), 0
     while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("jaxrnn", "flax"):
         frame, level = frame.f_back, level + 1
@@ -132,7 +132,7 @@ class Spec(_Shapes):
     """A recurrent network's settings: torch's constructor arguments after the kind of cell.
 
     Args:
-        cell: the kind of cell: `jaxrnn.RNN_TANH`, `RNN_RELU`, `LSTM_CELL`, `GRU_CELL`, or a `Cell` of one's own.
+        cell: the kind of cell: `jaxrnn.RNN_TANH`, `RNN_RELU`, `LSTM_CELL`, `GRU_CELL`, or your own `Cell`.
         input_size: features of the input at each step.
         hidden_size: features of the hidden state.
         num_layers: how many layers are stacked.
@@ -144,8 +144,8 @@ class Spec(_Shapes):
         proj_size: features of the projected hidden state of an LSTM; 0 for no projection.
 
     Raises:
-        TypeError: a size that is no int, or a `bias` or `batch_first` that is no bool.
-        ValueError: a value out of range, or `proj_size` with a cell that has no projection.
+        TypeError: a size is not an int, or `bias` or `batch_first` is not a bool.
+        ValueError: a value is out of range, or the cell does not support `proj_size`.
 
     Warns:
         UserWarning: `dropout` with a single layer, where it does nothing.
@@ -199,11 +199,11 @@ class Spec(_Shapes):
 
     @property
     def output_size(self) -> int:
-        """Features of the hidden state that is handed on: `proj_size`, or `hidden_size` without projection."""
+        """Features of the output: `proj_size`, or `hidden_size` without projection."""
         return self.proj_size or self.hidden_size
 
     def state_sizes(self) -> tuple[int, ...]:
-        """Features of each of the cell's states: only the first, which is handed on, is projected."""
+        """Features of each of the cell's states. Only the first, the output, is projected."""
         return (self.output_size,) + (self.hidden_size,) * (len(self.cell.states) - 1)
 
     def state_shapes(self, *batch: int) -> tuple[Shape, ...]:
@@ -217,7 +217,7 @@ class Spec(_Shapes):
         return tuple((rows, *batch, size) for size in self.state_sizes())
 
     def names(self, layer: int, direction: int) -> dict[str, str]:
-        """One layer and direction: from what a parameter is (`weight_ih`) to its name (`weight_ih_l0_reverse`).
+        """For one layer and direction: from a parameter's role (`weight_ih`) to its name (`weight_ih_l0_reverse`).
 
         >>> import jaxrnn
         >>> jaxrnn.Spec(jaxrnn.RNN_TANH, 1, 1, bias=False).names(layer=0, direction=1)
@@ -244,7 +244,7 @@ class Spec(_Shapes):
         }
 
     def initializers(self) -> dict[str, Callable[..., jax.Array]]:
-        """What draws each parameter's initial value from (key, shape, dtype); see `init`."""
+        """For each parameter, the function (key, shape, dtype) that draws its initial value; see `init`."""
         return {name: self._initializer(role) for name, (_, role) in self._parameters().items()}
 
     def hidden_axes(self) -> dict[str, tuple[bool, ...]]:
@@ -276,8 +276,8 @@ class CellSpec(_Shapes):
         bias: whether there are `bias_ih` and `bias_hh`; anything true or false, as in torch.
 
     Raises:
-        TypeError: a size that is no int.
-        ValueError: a negative size.
+        TypeError: a size is not an int.
+        ValueError: a size is negative.
 
     >>> import jaxrnn
     >>> jaxrnn.CellSpec(jaxrnn.LSTM_CELL, 3, 5, bias=False).shapes()
@@ -302,7 +302,7 @@ class CellSpec(_Shapes):
         return {role: _shape(role, self.cell, self.input_size, self.hidden_size) for role in roles}
 
     def initializers(self) -> dict[str, Callable[..., jax.Array]]:
-        """What draws each parameter's initial value from (key, shape, dtype); see `init`."""
+        """For each parameter, the function (key, shape, dtype) that draws its initial value; see `init`."""
         return {role: self._initializer(role) for role in _roles(self.cell, self.bias)}
 
     def state_shapes(self, *batch: int) -> tuple[Shape, ...]:

@@ -1,4 +1,4 @@
-"""Checkpoints: files to tensors by name, and those into Flax modules, and back."""
+"""Checkpoints: read files into tensors by name, load these into Flax modules, and back."""
 
 from jaxrnn.checkpoint import linen
 from jaxrnn.checkpoint.errors import CheckpointError

@@ -1,4 +1,4 @@
-"""Frameworks meet in NumPy: an array of NumPy, JAX or torch as a NumPy array of the same dtype."""
+"""Convert arrays of NumPy, JAX or torch to NumPy arrays of the same dtype."""
 
 import sys
 from typing import Any
@@ -10,18 +10,18 @@ import numpy as np
 from jaxrnn.checkpoint.errors import CheckpointError
 from jaxrnn.checkpoint.stored import Stored
 
-# What `dtype_of` says of things that are not arrays of numbers.
+# `dtype_of` returns this for anything but an array of numbers.
 NO_NUMBERS = np.dtype(object)
 
 
 def is_torch_tensor(value: object) -> bool:
-    # Whoever holds a tensor has imported torch already: no need to import it here.
+    # Whoever has a tensor has imported torch: no need to import it here.
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(value, torch.Tensor)
 
 
 def dtype_of(value: Any) -> np.dtype:
-    """The NumPy dtype of an array of NumPy, JAX, torch or a file; `NO_NUMBERS` of what has none."""
+    """The NumPy dtype of an array of NumPy, JAX, torch or a file; `NO_NUMBERS` for anything else."""
     if isinstance(value, np.ndarray | np.generic | jax.Array | Stored) or is_torch_tensor(value):
         try:
             dtype = jnp.dtype(str(value.dtype).removeprefix("torch.")).newbyteorder("=")
@@ -33,10 +33,10 @@ def dtype_of(value: Any) -> np.dtype:
 
 
 def to_numpy(name: str, value: Any) -> np.ndarray:
-    """A contiguous NumPy copy, on the host and in the machine's byte order, of an array of numpy, jax, torch or a file.
+    """A contiguous NumPy copy, in the machine's byte order, of an array of numpy, jax, torch or a file.
 
     Raises:
-        CheckpointError: `value`, which the message calls `name`, is no dense array of numbers.
+        CheckpointError: `value` is not a dense array of numbers; the message calls it `name`.
     """
     if isinstance(value, Stored):
         return value.read()

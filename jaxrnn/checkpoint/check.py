@@ -1,4 +1,4 @@
-"""Whether a recurrent module in a checkpoint computes here what torch computes: built, run, and compared."""
+"""Build a recurrent module from a checkpoint, run it, and compare it with torch's."""
 
 import functools
 import importlib
@@ -17,15 +17,15 @@ from jaxrnn.checkpoint.find import FoundRNN
 from jaxrnn.checkpoint.modules import load_state_dict
 
 _STEPS, _BATCH = 7, 3
-# Far above rounding in float64, and far below what any mistake makes.
+# Far above rounding in float64, and far below the effect of any mistake.
 LIMIT = 1e-9
 
 
 class Checked(NamedTuple):
-    """What came of a recurrent module.
+    """The result of `check`.
 
     Attributes:
-        finite: whether all that it computed is finite.
+        finite: whether all results are finite.
         difference: max |ours - torch's| / max(1, max |torch's|); None without torch, or if torch has no such module.
     """
 
@@ -34,12 +34,12 @@ class Checked(NamedTuple):
 
     @property
     def equal(self) -> bool:
-        """Whether nothing speaks against it: NaN and infinities are no difference where torch has them, too."""
+        """Whether no difference was found. NaN and infinities equal torch's."""
         return self.difference is None or self.difference <= LIMIT
 
 
 def installed_torch() -> ModuleType | None:
-    """PyTorch, or None where it is not installed."""
+    """PyTorch, or None if it is not installed."""
     try:
         return importlib.import_module("torch")
     except ImportError:
@@ -49,7 +49,7 @@ def installed_torch() -> ModuleType | None:
 def check(rnn: FoundRNN, tensors: Mapping[str, Any], torch: ModuleType | None) -> Checked:
     """Build a module that `find_rnns` found, run it on random numbers in float64, and compare with torch if it has one.
 
-    Settings that no state dict says are as `find_rnns` assumes them.
+    Settings that are not in a state dict are those that `find_rnns` assumes.
 
     Raises:
         CheckpointError: its tensors cannot be read.
@@ -66,10 +66,10 @@ def check(rnn: FoundRNN, tensors: Mapping[str, Any], torch: ModuleType | None) -
     random = np.random.default_rng(0)
     x = random.standard_normal((_BATCH, rnn.input_size) if rnn.is_cell else (_STEPS, _BATCH, rnn.input_size))
     with jax.enable_x64(True), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # such as those of load_state_dict, which the caller gives
+        warnings.simplefilter("ignore")  # such as those of load_state_dict, which the caller repeats
         kind = getattr(jaxrnn.nnx, name) if rnn.in_torch else functools.partial(jaxrnn.nnx.Recurrent, rnn.spec.cell)
         make = functools.partial(kind, **settings, param_dtype=np.float64)
-        module = nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0)))  # whose random numbers would take compiling
+        module = nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0)))  # without random numbers, which would be compiled
         load_state_dict(module, params)
         states = jax.tree.map(lambda shape: random.standard_normal(shape.shape), jax.eval_shape(module, x))
         hx = states if rnn.is_cell else states[1]

@@ -1,4 +1,4 @@
-"""The one exception of everything that reads, checks and loads checkpoints."""
+"""The exception that reading, checking and loading checkpoints raise."""
 
 from collections.abc import Iterable
 
@@ -6,10 +6,10 @@ AGAIN = "download or copy it again"
 
 
 class CheckpointError(ValueError):
-    """A checkpoint, or a set of tensors, that cannot be used.
+    """A checkpoint or a set of tensors cannot be used.
 
-    The message starts with the file's path, or with the module's class from `jaxrnn.load_state_dict`; then come the
-    cause, naming the keys where there are any, and a line with the remedy.
+    The message starts with the file's path, or with the module's class from `jaxrnn.load_state_dict`; the cause
+    follows, with the keys if there are any, and a line with the remedy.
 
     >>> from jaxrnn import checkpoint
     >>> try:
@@ -22,13 +22,13 @@ class CheckpointError(ValueError):
 
 
 def os_cause(error: OSError) -> str:
-    """Why the system refused a file."""
+    """Why the operating system refused a file."""
     causes = {FileNotFoundError: "no such file", PermissionError: "permission denied"}
     return causes.get(type(error)) or error.strerror or str(error)
 
 
 def check_unicode(name: str) -> None:
-    """Refuse a name with half of a surrogate pair, which a pickle may hold and other formats may not."""
+    """Refuse a name with half of a surrogate pair, which a pickle can hold and other formats cannot."""
     try:
         name.encode()
     except UnicodeEncodeError as error:

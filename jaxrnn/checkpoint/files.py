@@ -1,7 +1,7 @@
-"""Checkpoint files read: what a file is by its first bytes, and safetensors.
+"""Read checkpoint files: tell the format by the first bytes, and read safetensors.
 
-A reader of one format is a function from a path, and a key or None, to tensors. It raises CheckpointError without the
-path, which `opened` puts in front.
+A format's reader is a function from a path, and a key or None, to tensors. It raises CheckpointError without the path;
+`opened` puts the path first.
 """
 
 import codecs
@@ -32,7 +32,7 @@ SAFETENSORS_DTYPES = {
     "C64": "complex64", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu",
     "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz",
 }  # fmt: skip
-# What is no checkpoint, by how it begins: what it is, and the remedy.
+# Files that are not checkpoints, by their first bytes: what they are, and the remedy.
 _NOT_CHECKPOINTS = {
     b"version https://git-lfs": ("a Git LFS pointer, not the file itself", "run git lfs pull"),
     b"\x89HDF": ("an HDF5 file, as Keras writes it", _SAVE),
@@ -45,24 +45,22 @@ _NOT_CHECKPOINTS = {
 def load(path: Path, key: str | None = None) -> dict[str, np.ndarray]:
     """Read every tensor of a checkpoint file.
 
-    The first bytes decide what a file is, not its name. Code in a checkpoint never runs: files of torch.save are read
-    without torch, by a reader that builds data and nothing else; only those from before torch 1.6 need torch, 2.10 or
-    later, which reads them with `weights_only=True`.
+    The first bytes decide the format, not the name. Code in a checkpoint never runs: files of torch.save are read
+    without torch, by a reader that only builds data. Files from before torch 1.6 need torch 2.10 or later, which reads
+    them with `weights_only=True`.
 
     Args:
         path: a safetensors file, a torch.save file of a dict of tensors, such as a state dict, or the directory of an
             orbax checkpoint, whose nested names are joined by dots.
-        key: under what key that dict is nested, dotted for a deeper one ("trainer.model"). If None it is at the top, or
-            in a torch.save file under the one of "state_dict", "model_state_dict", "model_state" and "model" that is
-            there.
+        key: the key of that dict in a nested file, dotted if it is deeper ("trainer.model"). If None, the dict is at
+            the top, or in a torch.save file under one of "state_dict", "model_state_dict", "model_state" and "model".
 
     Returns:
-        A dict from name to array, with the file's dtypes (bfloat16 as `ml_dtypes.bfloat16`), each array a copy of its
-        own in the host's memory.
+        A dict from name to NumPy array, with the file's dtypes (bfloat16 as `ml_dtypes.bfloat16`).
 
     Raises:
-        CheckpointError: the file is missing, unreadable, damaged, or no such checkpoint; nothing is under `key`; or
-            torch is needed and is missing or too old.
+        CheckpointError: the file is missing, unreadable, damaged, or not a checkpoint; nothing is under `key`; or torch
+            is needed and is missing or too old.
 
     >>> import os, tempfile
     >>> import numpy as np
@@ -77,22 +75,23 @@ def load(path: Path, key: str | None = None) -> dict[str, np.ndarray]:
 
 
 def opened(path: Path, key: str | None = None) -> Tensors:
-    """A checkpoint file's tensors, those not read yet that lie in it as they are; else as `load`."""
+    """As `load`, but tensors whose bytes can be used directly are not read: they are `Stored`."""
     return _said_of(path, lambda: _reader(path)(path, key))
 
 
 def load_tree(path: Path, key: str | None = None) -> Any:
-    """Read all that a torch.save file holds, such as an optimizer's state beside a model's; without torch, as `load`.
+    """Read all of a torch.save file, such as an optimizer's state beside a model's, without torch.
 
     Args:
         path: the file, as for `load`.
-        key: under what key of nested dicts to look, dotted for a deeper one; if None at the top.
+        key: the key of nested dicts to return, dotted if it is deeper; all if None.
 
     Returns:
-        Dicts, lists, tuples, numbers, strings, and NumPy arrays for tensors, nested as they were; of a dtype its name.
+        Dicts, lists, tuples, numbers and strings, nested as in the file, with NumPy arrays for tensors, and names for
+        dtypes.
 
     Raises:
-        CheckpointError: as `load`, and for another kind of file.
+        CheckpointError: as `load`, or the file is not one of torch.save.
 
     >>> import os, tempfile
     >>> import numpy as np
@@ -120,7 +119,7 @@ def load_tree(path: Path, key: str | None = None) -> Any:
 
 
 def _said_of(path: Path, function: Callable[[], T]) -> T:
-    """What a function returns, the path in front of what it raises."""
+    """Call `function`; put the path first in any CheckpointError."""
     try:
         return function()
     except UnreadableError:
@@ -137,7 +136,7 @@ def check_path(path: Path) -> None:
 
 
 def _reader(path: Path) -> Callable[[Path, str | None], Tensors]:
-    """What reads the file, by its first bytes."""
+    """The reader for a file, by its first bytes."""
     check_path(path)
     if os.path.islink(path) and not os.path.exists(path):
         raise CheckpointError(f"a link to {os.readlink(path)}, which is not there\nmend the link")
@@ -172,7 +171,7 @@ def _reader(path: Path) -> Callable[[Path, str | None], Tensors]:
 
 def _is_text(head: bytes) -> bool:
     try:
-        # Incremental, for a character that the end of head cuts.
+        # Incremental, because the end of head may split a character.
         text = codecs.getincrementaldecoder("utf-8")().decode(head)
     except UnicodeDecodeError:
         return False
@@ -186,7 +185,7 @@ def _read_safetensors(path: Path, key: str | None) -> Tensors:
         length = int.from_bytes(file.read(8), "little")
         size = os.fstat(file.fileno()).st_size - 8
         try:
-            # The library checks the header: JSON, offsets that fill the file, shapes that fill the offsets.
+            # The library checks the header: valid JSON, offsets that fill the file, shapes that fill the offsets.
             with safe_open(path, "np"):
                 pass
         except SafetensorError as error:
@@ -213,7 +212,7 @@ def _read_safetensors(path: Path, key: str | None) -> Tensors:
 
 
 def _impossible(header: bytes) -> str | None:
-    """The name of the first tensor that cannot be as a header says, by itself, if there is one."""
+    """The name of the first tensor whose entry in the header is impossible, if there is one."""
     try:
         for name, info in _entries(header):
             sizes, (begin, end) = info["shape"], info["data_offsets"]
@@ -221,12 +220,12 @@ def _impossible(header: bytes) -> str | None:
             whole = all(type(n) is int and 0 <= n < 1 << 63 for n in (*sizes, begin, end))
             if not whole or (dtype and math.prod(sizes) * jnp.dtype(dtype).itemsize != end - begin):
                 return name
-    except (ValueError, TypeError, KeyError, RecursionError):  # it is not even the outline of a header
+    except (ValueError, TypeError, KeyError, RecursionError):  # not even like a header
         pass
     return None
 
 
 def _entries(header: bytes) -> list[tuple[str, dict[str, Any]]]:
-    """The tensors' names and what the header says of each: a list, because JSON allows a name twice."""
+    """The header's entries as pairs (name, entry), because JSON allows a name twice."""
     pairs = json.loads(header, object_pairs_hook=lambda pairs: pairs)
     return [(name, dict(info)) for name, info in pairs if name != "__metadata__"]

@@ -1,4 +1,4 @@
-"""Which torch.nn recurrent modules a flat dict of tensors holds, by the names and shapes alone."""
+"""Find recurrent modules in a flat dict of tensors, by names and shapes alone."""
 
 import bisect
 import dataclasses
@@ -48,7 +48,7 @@ class FoundRNN:
 
     @property
     def is_cell(self) -> bool:
-        """Whether it makes one step at a call (RNNCell, LSTMCell, GRUCell) rather than running over a sequence."""
+        """Whether it is a cell (RNNCell, LSTMCell, GRUCell), which makes one step per call."""
         return isinstance(self.spec, CellSpec)
 
     @property
@@ -92,7 +92,7 @@ class FoundRNN:
 
     @property
     def assumed(self) -> dict[str, object]:
-        """The settings that matter here and that no state dict says, with the value that `spec` therefore assumes."""
+        """The settings that a state dict does not hold, with the values that `spec` assumes."""
         assumed: dict[str, object] = {}
         if self.spec.cell == RNN_TANH:
             assumed["nonlinearity"] = "tanh"
@@ -106,23 +106,23 @@ class FoundRNN:
 def find_rnns(tensors: Mapping[str, Any], cells: Sequence[Cell] = ()) -> list[FoundRNN]:
     """Find every torch.nn.RNN, LSTM, GRU, RNNCell, LSTMCell and GRUCell in a flat dict of tensors.
 
-    Layers of `jaxrnn.Recurrent` are found as well, if their cell has parameters of its own, whose names tell it.
+    Layers of `jaxrnn.Recurrent` are found, too, if their cell has parameters of its own, by which it is known.
 
-    A key that ends in torch's name for a layer's weight, such as `weight_hh_l0`, belongs to layers, which have to be
-    whole. The names of a cell's weights, such as `weight_hh`, are not torch's alone: a set of them counts where its
-    shapes are those of a torch cell and nothing else is under its prefix, and is passed over otherwise.
+    A key that ends in the name of a layer's weight, such as `weight_hh_l0`, belongs to layers, whose weights must be
+    complete. Other modules, too, have names like a cell's `weight_hh`. They are taken for a cell only if their shapes
+    are a cell's, and nothing else has their prefix; otherwise they are skipped.
 
     Args:
-        tensors: from name to array of numpy, jax or torch, as from `jaxrnn.checkpoint.load` or `state_dict()`; weights
-            in parts are folded, see `jaxrnn.checkpoint.fold`.
-        cells: cells of your own to look for, beside those that jaxrnn has.
+        tensors: from name to array of numpy, jax or torch, such as from `jaxrnn.checkpoint.load` or `state_dict()`.
+            Weights in parts are folded: see `jaxrnn.checkpoint.fold`.
+        cells: your own cells to look for, beside jaxrnn's.
 
     Returns:
         A `FoundRNN` for each, in the order of their first keys; an empty list if there is none.
 
     Raises:
-        CheckpointError: weights that do not fit together, naming every key that is missing, or whose shape or dtype
-            is not the wanted one.
+        CheckpointError: weights do not fit together; the message names every key that is missing, or has a wrong shape
+            or dtype.
 
     >>> import jax, jaxrnn
     >>> from jaxrnn import checkpoint
@@ -168,12 +168,12 @@ def find_rnns(tensors: Mapping[str, Any], cells: Sequence[Cell] = ()) -> list[Fo
 
 
 def _layers_spec(prefix: str, group: dict[str, Any], cells: Sequence[Cell], problems: list[str]) -> Spec | None:
-    """The settings of the layers whose weights are in `group`, or None and what is wrong added to `problems`."""
+    """The settings of the layers in `group`; or None, with what is wrong added to `problems`."""
     parsed = [match for name in group if (match := _LAYER_NAME.fullmatch(name))]
     roles = {match["role"] for match in parsed}
     own = roles - {*ROLES}
     likely = [cell for cell in cells if own & cell.own.keys()] if own else [*_TORCH_CELLS]
-    likely.sort(key=lambda cell: len(own ^ cell.own.keys()))  # the one whose names are most like these first
+    likely.sort(key=lambda cell: len(own ^ cell.own.keys()))  # the best match first
     present = {int(match["layer"]) for match in parsed}
     settings: dict[str, Any] = {
         "num_layers": max(present) + 1,
@@ -182,11 +182,11 @@ def _layers_spec(prefix: str, group: dict[str, Any], cells: Sequence[Cell], prob
     }
     projected = "weight_hr" in roles
     layers: Sequence[int] = range(settings["num_layers"])
-    gap = len(layers) > 10 * len(group)  # of any length: not to be walked
+    gap = len(layers) > 10 * len(group)  # which may be huge: do not loop over it
     if gap:
         problems.append(f"{prefix}: layers up to {max(present)} are named, but only {len(present)} of them are there")
         layers = sorted(present)
-    # The names do not depend on the sizes; torch's cells have the same, but for the projection.
+    # Names do not depend on sizes, and are the same for torch's cells, except for the projection.
     one = likely[0]
     names = Spec(one, 1, 2, **settings, proj_size=int(projected and one.projects)).names
     missing = [
@@ -204,7 +204,7 @@ def _layers_spec(prefix: str, group: dict[str, Any], cells: Sequence[Cell], prob
     if bad := [role for role, shape in shapes.items() if len(shape) != 2]:
         problems += [f"{prefix}{first[role]} is {shapes[role]}, should be 2-D" for role in bad]
         return None
-    if own:  # the cell is known; whether the shapes fit is left to `_misfits`
+    if own:  # the names tell the cell; `_misfits` checks the shapes
         hidden_size = shapes["weight_ih"][0] // len(one.gates)
         cell, proj_size = one, shapes["weight_hr"][0] if projected and one.projects else 0
     else:
@@ -226,7 +226,7 @@ def _layers_spec(prefix: str, group: dict[str, Any], cells: Sequence[Cell], prob
 
 
 def _cell_spec(prefix: str, group: dict[str, Any], problems: list[str]) -> CellSpec | None:
-    """The settings of the cell whose weights are in `group`, or None if they are not a torch cell's."""
+    """The settings of the cell in `group`, or None if it is not a torch cell."""
     weights = [name for name in _CELL_NAMES if name.startswith("weight")]
     missing = [name for name in weights if name not in group]
     if missing:

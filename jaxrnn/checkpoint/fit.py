@@ -1,4 +1,4 @@
-"""Tensors by name fitted to the parameters of a Flax module of either API: names, layouts and dtypes."""
+"""Match tensors to the parameters of a Flax module of either API: names, layouts and dtypes."""
 
 import hashlib
 import re
@@ -14,7 +14,7 @@ from jaxrnn.checkpoint.errors import CheckpointError, listed
 from jaxrnn.checkpoint.layers import Entry, kind_of
 from jaxrnn.checkpoint.names import as_named, fold, misfits, under
 
-# Kinds of dtype: within one a value is cast, as torch does; an integer or complex weight is a mistake.
+# Kinds of dtype: values are cast within a kind, as in torch; an integer or complex weight is a mistake.
 _KINDS = (jnp.floating, jnp.complexfloating, jnp.integer, jnp.bool_)
 _RECURRENT = re.compile(r"weight_hh(_l0)?$")
 
@@ -23,11 +23,11 @@ class Parameter(NamedTuple):
     """A parameter of a Flax module.
 
     Attributes:
-        place: what the API knows it by: an nnx.Variable, or the path in Linen's variables.
-        value: its present array.
-        layer: the module that it belongs to.
-        entry: how it is named and laid out in torch.
-        own_shape: the shape in Flax by which the layer computes; None if it is not known.
+        place: where the API has it: an nnx.Variable, or the path in Linen's variables.
+        value: its current array.
+        layer: its module.
+        entry: its name and layout in torch.
+        own_shape: the shape in Flax that the layer's settings imply; None if unknown.
     """
 
     place: Any
@@ -43,16 +43,16 @@ class Parameter(NamedTuple):
         return self.entry.to_torch(there, self.layer).shape
 
     def to_torch(self, name: str) -> np.ndarray:
-        """A copy as torch lays it out."""
+        """A copy in torch's layout."""
         return np.array(self.entry.to_torch(to_numpy(name, self.value), self.layer), order="C")
 
 
 class Contents(NamedTuple):
-    """What a module of either API holds.
+    """The parameters and layers of a module of either API.
 
     Attributes:
-        params: by their names in torch.
-        layers: the layers that are known, by the prefix of their names.
+        params: by torch name.
+        layers: the known layers, by the prefix of their names.
     """
 
     params: dict[str, Parameter]
@@ -60,15 +60,15 @@ class Contents(NamedTuple):
 
     @property
     def ignored(self) -> set[str]:
-        """Names that torch has and that mean nothing here."""
+        """Names that torch has and Flax does not need."""
         return {prefix + name for prefix, layer in self.layers.items() for name in kind_of(layer).ignored}
 
     def refuse_stacked(self, owner: str, remedy: str) -> None:
-        """Raise a CheckpointError where parameters have axes that their layers have not, as `vmap` makes them.
+        """Raise a CheckpointError if parameters have more axes than their layers expect, as under `vmap`.
 
         Args:
-            owner: whose parameters they are, for the message.
-            remedy: what to do instead, with "[0]" for the first along the new axis.
+            owner: the module's name, for the message.
+            remedy: what to do instead, with "[0]" for the first index of the new axis.
         """
         shapes = {
             name.removesuffix(param.entry.name) + param.entry.attribute: (jnp.shape(param.value), param.own_shape)
@@ -77,7 +77,7 @@ class Contents(NamedTuple):
         }
         if not shapes:
             return
-        if any(shape[1:] != own for shape, own in shapes.values()):  # not along the first axis
+        if any(shape[1:] != own for shape, own in shapes.values()):  # stacked along another axis than the first
             if all(shape[:1] + shape[2:] == own for shape, own in shapes.values()):
                 remedy = remedy.replace("[0]", "[:, 0]")
             elif all(shape[:-1] == own for shape, own in shapes.values()):
@@ -87,7 +87,7 @@ class Contents(NamedTuple):
         raise CheckpointError("\n  ".join([cause, *problems]) + f"\n{remedy}")
 
     def differences(self, owner: str, names: Container[str]) -> Iterator[str]:
-        """What is to be said of settings that are not torch's, of the layers whose parameters are in `names`."""
+        """Warnings about settings that differ from torch's, for the layers with parameters in `names`."""
         for prefix, layer in self.layers.items():
             own = [prefix + entry.name for entry in kind_of(layer).entries if prefix + entry.name in self.params]
             if not own or any(name in names for name in own):
@@ -96,13 +96,13 @@ class Contents(NamedTuple):
 
 
 class Fit(NamedTuple):
-    """Tensors for parameters.
+    """The result of `fit`.
 
     Attributes:
-        arrays: by the parameters' names, each as the parameter is laid out.
-        missing: the names of parameters for which there is no tensor.
-        unexpected: the tensors' names that no parameter has.
-        warnings: what is to be warned of.
+        arrays: by parameter name, in the parameter's layout.
+        missing: names of parameters without a tensor.
+        unexpected: names of tensors without a parameter.
+        warnings: what to warn about.
     """
 
     arrays: dict[str, jax.Array]
@@ -115,8 +115,8 @@ def fit(owner: str, contents: Contents, tensors: Mapping[str, Any], prefix: str,
     """Find and convert a tensor for each parameter.
 
     Args:
-        owner: whose contents they are, for messages.
-        contents: what is to be filled.
+        owner: the module's name, for messages.
+        contents: the parameters to fill.
         tensors, prefix, strict: as for `jaxrnn.load_state_dict`.
 
     Raises:
@@ -129,7 +129,7 @@ def fit(owner: str, contents: Contents, tensors: Mapping[str, Any], prefix: str,
     folded = fold(tensors)
     values = as_named(params, under(folded, prefix))
     given = [name for name in params if name in values]
-    # Of a tied weight, which has several names here, some formats keep one.
+    # Some formats keep one name of a tied weight.
     first: dict[int, str] = {}
     for name in given:
         first.setdefault(id(params[name].place), name)
@@ -141,7 +141,7 @@ def fit(owner: str, contents: Contents, tensors: Mapping[str, Any], prefix: str,
     problems = [f"{name} is missing" for name in missing if strict]
     problems += [text for target, text in misfits(values).items() if target in missing]
     if strict and unexpected:
-        # torch saves a tied weight under each of its names, where a Flax model may have it once.
+        # torch saves a tied weight under each of its names; a Flax model may have it once.
         known = {_identity(values[name]): name for name in reversed(given)}
         copies = [known.get(_identity(values[name])) for name in unexpected]
         problems += [
@@ -170,7 +170,7 @@ def fit(owner: str, contents: Contents, tensors: Mapping[str, Any], prefix: str,
 
 
 def _identity(value: Any) -> tuple:
-    """What two equal tensors have in common, and no others."""
+    """A key that is equal for two tensors exactly if they are equal."""
     dtype = dtype_of(value)
     if dtype == NO_NUMBERS:
         return (id(value),)
@@ -178,17 +178,17 @@ def _identity(value: Any) -> tuple:
 
 
 def _fitted(name: str, value: Any, param: Parameter) -> tuple[jax.Array, bool]:
-    """`value` in the layout and dtype, and on the devices, of the parameter's present one; and whether it is finite."""
+    """`value` with the parameter's layout, dtype and devices; and whether it is finite."""
     dtype, wanted = dtype_of(value), jnp.result_type(param.value)
     if dtype == NO_NUMBERS:
-        to_numpy(name, value)  # which says what it is instead
+        to_numpy(name, value)  # whose message says what it is
     if tuple(value.shape) != param.shape or not any(
         jnp.issubdtype(dtype, kind) and jnp.issubdtype(wanted, kind) for kind in _KINDS
     ):
         raise CheckpointError(f"{name} is {dtype} {tuple(value.shape)}, should be {wanted} {param.shape}")
     array = to_numpy(name, value)
     finite = not jnp.issubdtype(dtype, jnp.inexact) or bool(np.isfinite(array).all())
-    # Out of range becomes infinite without a warning, as in torch's copy_.
+    # Numbers out of range become infinite without a warning, as in torch's copy_.
     with np.errstate(over="ignore"):
         array = param.entry.to_flax(array, param.layer).astype(wanted)
     if isinstance(param.value, jax.Array) and param.value.committed:

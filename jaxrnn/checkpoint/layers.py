@@ -1,4 +1,4 @@
-"""The layers of flax.nnx and flax.linen in torch: how they are laid out, and which settings differ. One table."""
+"""One table of the layers of flax.nnx and flax.linen: their layout in torch, and the settings that differ."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -10,13 +10,13 @@ from flax import linen, nnx
 
 
 class Entry(NamedTuple):
-    """A variable of a Flax layer, and torch's.
+    """A variable of a Flax layer, and its counterpart in torch.
 
     Attributes:
         attribute: its name in Flax.
         name: its name in torch.
-        shape: its shape in Flax, by the settings of an NNX layer; None if they do not say it.
-        to_torch: from Flax's array and the layer to torch's array.
+        shape: its shape in Flax, from the settings of an NNX layer; None if they do not imply it.
+        to_torch: convert Flax's array, given the layer, to torch's.
         to_flax: the inverse.
     """
 
@@ -35,7 +35,7 @@ _Conv = nnx.Conv | linen.Conv
 _ConvTranspose = nnx.ConvTranspose | linen.ConvTranspose
 
 
-# A convolution's kernel has its spatial axes first in Flax and last in torch, whose first two axes are these:
+# A convolution's kernel has its spatial axes first in Flax, and last in torch. torch's first two axes are:
 def _axes(layer: _Conv | _ConvTranspose) -> tuple[int, int]:
     if isinstance(layer, _Conv) or layer.transpose_kernel:
         return -1, -2  # output features, input features of a group
@@ -43,7 +43,7 @@ def _axes(layer: _Conv | _ConvTranspose) -> tuple[int, int]:
 
 
 def _to_channels_first(kernel: np.ndarray, layer: _Conv | _ConvTranspose) -> np.ndarray:
-    if layer.mask is not None:  # which torch has not, and without which the layer computes something else
+    if layer.mask is not None:  # torch has none, and the layer's result depends on it
         kernel = kernel * np.asarray(layer.mask, kernel.dtype)
     return _flip(np.moveaxis(kernel, _axes(layer), (0, 1)), range(2, kernel.ndim), layer)
 
@@ -53,19 +53,19 @@ def _to_channels_last(weight: np.ndarray, layer: _Conv | _ConvTranspose) -> np.n
 
 
 def _flip(array: np.ndarray, axes: range, layer: _Conv | _ConvTranspose) -> np.ndarray:
-    # torch's transposed convolution is the derivative of one, whose kernel runs backward.
+    # torch's transposed convolution is the gradient of a convolution, so its kernel is flipped.
     backward = isinstance(layer, _ConvTranspose) and not layer.transpose_kernel
     return np.flip(array, tuple(axes)) if backward else array
 
 
 class Setting(NamedTuple):
-    """A setting of a layer that no state dict says.
+    """A setting of a layer that is not in a state dict.
 
     Attributes:
         attribute: its name in Flax.
         name: its name in torch.
-        default: torch's; None for the machine epsilon of the dtype in which torch computes.
-        convert: from Flax's value to torch's, and back.
+        default: torch's; None for the machine epsilon of torch's dtype.
+        convert: Flax's value to torch's; it is its own inverse.
     """
 
     attribute: str
@@ -75,7 +75,7 @@ class Setting(NamedTuple):
 
 
 def _compared(*settings: Setting) -> Callable[[Any], Iterator[str]]:
-    """What is to be said of a layer's settings that are not torch's defaults."""
+    """Warnings about a layer's settings that are not torch's defaults."""
 
     def differences(layer: Any) -> Iterator[str]:
         for attribute, name, default, convert in settings:
@@ -83,7 +83,7 @@ def _compared(*settings: Setting) -> Callable[[Any], Iterator[str]]:
             if theirs is None:
                 theirs = float(jnp.finfo(jnp.promote_types(layer.param_dtype, jnp.float32)).eps)
             wanted = convert(theirs)
-            if not math.isclose(ours, wanted, rel_tol=5e-3):  # of 1.19209e-07 three digits are enough
+            if not math.isclose(ours, wanted, rel_tol=5e-3):  # three digits of 1.19209e-07 are enough
                 equal = "" if wanted == default else f", which is {wanted:.3g} in Flax"
                 yield (
                     f"{attribute}={ours:.6g}, where torch's default is {name}={default}{equal}\n"
@@ -101,7 +101,7 @@ def _compared(*settings: Setting) -> Callable[[Any], Iterator[str]]:
 
 
 def _padding(layer: _Conv) -> Iterator[str]:
-    """What is to be said of a padding that torch lacks, where another gives an output of the same size."""
+    """Warnings about a padding that torch lacks, though another gives an output of the same size."""
     sizes, strides = _sizes_and_strides(layer)
     strided = max(strides) > 1
     where, mode = "torch pads both sides alike", ""
@@ -111,7 +111,7 @@ def _padding(layer: _Conv) -> Iterator[str]:
         pads = [((size - 1) // 2, size // 2) for size in sizes]
     elif layer.padding == "CAUSAL":
         pads = [(sizes[0] - 1, 0)]
-    elif str(layer.padding).upper() == ("SAME" if strided else "SAME_LOWER"):  # the other is what torch has
+    elif str(layer.padding).upper() == ("SAME" if strided else "SAME_LOWER"):  # torch has the other one
         for size, stride in zip(sizes, strides, strict=True):
             total = max(size - stride, 0)
             low = total // 2 if strided else (total + 1) // 2
@@ -131,7 +131,7 @@ def _transposed_padding(layer: _ConvTranspose) -> Iterator[str]:
     if layer.padding == "CIRCULAR":
         yield "padding='CIRCULAR', where torch only has padding_mode='zeros'\nwrite padding='SAME' in Flax"
     elif layer.padding == "SAME":
-        # Of an odd number Flax pads the larger half on the left, torch by its output_padding on the right.
+        # For an odd total, Flax pads one more on the left, and torch's output_padding one more on the right.
         pads = []
         for size, stride in zip(sizes, strides, strict=True):
             low = size - 1 if stride > size - 1 else (size + stride - 1) // 2
@@ -146,7 +146,7 @@ def _transposed_padding(layer: _ConvTranspose) -> Iterator[str]:
 
 
 def _sizes_and_strides(layer: _Conv | _ConvTranspose) -> list[tuple[int, ...]]:
-    """The sizes of a kernel, dilated, and the strides, for each spatial axis."""
+    """The size of the dilated kernel and the stride, for each spatial axis."""
     count = np.size(layer.kernel_size)
     settings = (layer.kernel_size, layer.kernel_dilation or 1, layer.strides or 1)
     kernel, dilation, strides = (tuple(np.broadcast_to(setting, count).tolist()) for setting in settings)
@@ -154,17 +154,17 @@ def _sizes_and_strides(layer: _Conv | _ConvTranspose) -> list[tuple[int, ...]]:
 
 
 def _pad(name: str, pads: list[tuple[int, int]]) -> str:
-    """How torch pads: the last axis first."""
+    """The padding in torch's order: the last axis first."""
     return f"torch.nn.functional.pad({name}, {sum(reversed(pads), ())})"
 
 
 class Kind(NamedTuple):
-    """A kind of layer.
+    """A row of the table: a kind of layer.
 
     Attributes:
         entries: its variables, in torch's order.
-        differences: what is to be said of a layer's settings that are not torch's, with the remedy.
-        ignored: what torch stores beside them and Flax has not.
+        differences: warnings about a layer's settings that are not torch's, with the remedy.
+        ignored: what torch stores and Flax does not have.
     """
 
     entries: tuple[Entry, ...] = ()
@@ -201,5 +201,5 @@ _TABLE: dict[type, Kind] = {
 
 
 def kind_of(layer: object) -> Kind:
-    """The table's row for a layer; an empty one for what is not in the table."""
+    """The table's row for a layer; an empty one for other modules."""
     return next((_TABLE[kind] for kind in type(layer).__mro__ if kind in _TABLE), Kind())

@@ -1,4 +1,4 @@
-"""Tensors by name into and out of the variables of a Linen module."""
+"""Load tensors by name into the variables of a Linen module, and back."""
 
 import warnings
 from collections.abc import Iterator, Mapping
@@ -18,12 +18,12 @@ Path = tuple[str, ...]
 
 
 class Loaded(NamedTuple):
-    """What `load_state_dict` returns.
+    """The result of `load_state_dict`.
 
     Attributes:
-        variables: the new variables, a tree as the one given.
-        missing: the names of parameters that `tensors` has not.
-        unexpected: keys of `tensors`, without the prefix, that are no parameter.
+        variables: the new variables, a tree like the one given.
+        missing: the names of parameters that are not in `tensors`.
+        unexpected: keys of `tensors`, without the prefix, that are not parameters.
 
     >>> import jax, jax.numpy as jnp, jaxrnn
     >>> cell, x = jaxrnn.linen.GRUCell(3, 4, bias=False), jnp.ones((2, 3))
@@ -51,12 +51,12 @@ def load_state_dict(
     """Load tensors by torch's names into a Linen module's variables: `jaxrnn.load_state_dict` for Flax's other API.
 
     Args:
-        module: any flax.linen module, in which submodules have the names that they have in torch: attributes that are
-            set in `setup`, lists and dicts of them included, or `name=` in a compact call.
+        module: any flax.linen module whose submodules have their names in torch: attributes set in `setup`, also in
+            lists and dicts, or `name=` in a compact call.
         variables: its variables, as from `module.init`: "params" and, for BatchNorm, "batch_stats".
         tensors, prefix, strict: as for `jaxrnn.load_state_dict`.
-        args, kwargs: what `module.apply` takes beside the variables. The call, in which only shapes are computed, shows
-            what kind of layer each submodule is, such as a Conv or a ConvTranspose.
+        args, kwargs: the other arguments of `module.apply`. A call that only computes shapes tells the kind of each
+            submodule, such as a Conv or a ConvTranspose.
 
     Returns:
         New variables, and the missing and the unexpected names, as `Loaded`.
@@ -86,7 +86,7 @@ def load_state_dict(
     flat = _flat(variables)
     for name, array in found.arrays.items():
         place = contents.params[name].place
-        box = jax.tree.structure(flat[place])  # the array alone, or with metadata such as `linen.Partitioned`
+        box = jax.tree.structure(flat[place])  # an array, or one with metadata such as `linen.Partitioned`
         flat[place] = jax.tree.unflatten(box, [array])
     tree = unflatten_dict(flat)
     new = linen.FrozenDict(tree) if isinstance(variables, linen.FrozenDict) else tree
@@ -96,7 +96,7 @@ def load_state_dict(
 def state_dict(module: linen.Module, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
     """A Linen module's parameters by torch's names and in torch's layouts: `jaxrnn.state_dict` for Flax's other API.
 
-    The order is that in which the submodules are called.
+    Submodules are in the order in which they are called.
 
     Args:
         module, variables, args, kwargs: as for `load_state_dict`.
@@ -105,7 +105,7 @@ def state_dict(module: linen.Module, variables: Mapping[str, Any], *args: Any, *
         A dict from name to a NumPy copy, of the parameter's dtype, and its shape in torch.
 
     Raises:
-        CheckpointError: several modules in one, as `linen.vmap` and `linen.scan` make them.
+        CheckpointError: the module is a stack of several, as `linen.vmap` and `linen.scan` make.
 
     Warns:
         UserWarning: as `jaxrnn.state_dict`.
@@ -133,10 +133,10 @@ _TAKE_ONE = """give the module that linen.vmap or linen.scan was given, and one 
 
 
 def _contents(module: linen.Module, variables: Mapping[str, Any], args: tuple, kwargs: dict) -> Contents:
-    """Every parameter and every layer by their names in torch.
+    """Every parameter and every layer by torch name.
 
     Raises:
-        CheckpointError: there are several modules in one, as `linen.vmap` makes them.
+        CheckpointError: the module is a stack of several, as `linen.vmap` makes.
     """
     layers = _layers(module, variables, args, kwargs)
     prefixes = {path: "".join(f"{name}." for name in _renamed(path, layers)) for path in layers}
@@ -161,7 +161,7 @@ def _contents(module: linen.Module, variables: Mapping[str, Any], args: tuple, k
 
 
 def _order(layer: linen.Module) -> list[str]:
-    """The attributes of a layer that is known, in torch's order."""
+    """The attributes of a known layer, in torch's order."""
     spec = getattr(layer, "spec", None)
     own = list(spec.shapes()) if isinstance(spec, Spec | CellSpec) else []
     return own + [entry.attribute for entry in kind_of(layer).entries]
@@ -171,9 +171,9 @@ class _Layer(NamedTuple):
     """A submodule.
 
     Attributes:
-        module: itself.
-        names: what torch calls its submodules whose names Linen makes: from name to name.
-        shapes: those of its variables as it sees them itself, by collection and name.
+        module: the submodule.
+        names: from the child names that Linen generates to torch's.
+        shapes: the shapes of its variables inside it, by collection and name.
     """
 
     module: linen.Module
@@ -182,34 +182,34 @@ class _Layer(NamedTuple):
 
 
 def _layers(module: linen.Module, variables: Mapping[str, Any], args: tuple, kwargs: dict) -> dict[Path, _Layer]:
-    """Every submodule that a call runs through, by its path, in the order in which it is reached."""
+    """Every submodule that a call reaches, by path, in the order of the calls."""
     layers: dict[Path, _Layer] = {}
 
     def note(call: Any, call_args: tuple, call_kwargs: dict, context: Any) -> Any:
         layer = _compat.called_module(context)
-        noted = layers.setdefault(layer.path, _Layer(layer, {}, {}))  # before those that it calls
+        noted = layers.setdefault(layer.path, _Layer(layer, {}, {}))  # before its submodules
         for collection, below in layer.variables.items():
             for name, value in below.items():
                 if not isinstance(value, Mapping) and (leaves := jax.tree.leaves(value)):
-                    noted.shapes[collection, name] = jnp.shape(leaves[0])  # in linen.vmap, one module
+                    noted.shapes[collection, name] = jnp.shape(leaves[0])  # inside linen.vmap, of one module
         result = call(*call_args, **call_kwargs)
-        # Now, because what `setup` sets is there after it ran, and not after the whole call.
+        # Now, because the attributes that `setup` sets are gone after the call.
         for name, value in vars(layer).items():
             layers[layer.path].names.update(_numbered(name, value))
-        if isinstance(layer, linen.Sequential):  # which numbers its layers itself, as torch's does
+        if isinstance(layer, linen.Sequential):  # which numbers its layers as torch does
             for name, number in layers[layer.path].names.items():
                 layers[layer.path].names[name] = number.removeprefix("layers.")
         return result
 
     with linen.intercept_methods(note):
-        # A module that asks for another stream of random numbers is given that of params.
+        # A module that needs another stream of random numbers gets that of params.
         arguments = {"rngs": {"params": jax.random.key(0)}, **kwargs, "mutable": True}
         jax.eval_shape(lambda: module.apply(variables, *args, **arguments))
     return layers
 
 
 def _numbered(name: str, value: Any) -> Iterator[tuple[str, str]]:
-    """Linen's and torch's names for what is in lists and dicts of submodules."""
+    """Linen's and torch's names for submodules in lists and dicts."""
     if isinstance(value, list | tuple):
         items: Any = enumerate(value)
     elif isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""Tensors by name into and out of NNX modules, and torch's modules into ours."""
+"""Load tensors by name into NNX modules, and back; and convert torch's modules to ours."""
 
 import inspect
 import itertools
@@ -26,37 +26,37 @@ def load_state_dict(
 ) -> tuple[list[str], list[str]]:
     """Load tensors into a module's parameters, in place, by name.
 
-    The names and layouts are torch's, as those of `state_dict`: a whole model loads whose attributes are named as in
-    torch. Weights in parts are folded (see `jaxrnn.checkpoint.fold`), a `module.` in front of every key is dropped, and
-    the weights of one layer serve a cell, and a cell's one layer.
+    Names and layouts are torch's, as for `state_dict`, so a whole model loads if its attributes have torch's names.
+    Weights in parts are folded (see `jaxrnn.checkpoint.fold`), and a `module.` before every key is dropped. A cell
+    takes the weights of one layer, and one layer those of a cell.
 
-    Each value is cast to its parameter's dtype, as torch does; the `nnx.Param` objects, their metadata and their
-    sharding stay. When an error is raised, nothing has changed.
+    Values are cast to their parameters' dtypes, as in torch. The `nnx.Param` objects, their metadata and their sharding
+    stay. If an error is raised, nothing has changed.
 
-    A module of `nnx.vmap` is refused: load each of its members, which are made without, and put them into it by
+    A module that `nnx.vmap` made is refused. Load each of its members, made without vmap, then stack them:
     `nnx.update(module, jax.tree.map(lambda *arrays: jnp.stack(arrays), *map(nnx.state, members)))`.
 
     Args:
-        module: any flax.nnx module. Beside the modules of jaxrnn, these layers are known: Linear, Embed, Conv,
-            ConvTranspose, LayerNorm, GroupNorm, InstanceNorm, RMSNorm, and BatchNorm with its running statistics.
-            An `nnx.Param` anywhere else has its own name and layout.
+        module: any flax.nnx module. These layers of Flax are known: Linear, Embed, Conv, ConvTranspose, LayerNorm,
+            GroupNorm, InstanceNorm, RMSNorm, and BatchNorm with its running statistics. Any other `nnx.Param` keeps its
+            own name and layout.
         tensors: from name to floating array of numpy, jax or torch, of the parameter's shape in torch.
-        prefix: only keys that start with it are considered, without it, such as "encoder.lstm.".
+        prefix: load only the keys that start with it, such as "encoder.lstm.", and remove it from them.
         strict: whether a missing or unexpected key is an error.
 
     Returns:
-        `(missing, unexpected)`: the names of parameters that `tensors` has not, and its keys, without the prefix, that
-        are no parameter. Both are empty when `strict`.
+        `(missing, unexpected)`: the names of parameters that are not in `tensors`, and the keys, without the prefix,
+        that are not parameters. Both are empty with `strict`.
 
     Raises:
-        CheckpointError: a shape or a kind of dtype that does not fit, or with `strict` a missing or unexpected key;
-            the message names every one. Or several modules in one, as for `state_dict`.
-        TypeError: `module` is a Linen module, for which there is `jaxrnn.checkpoint.linen.load_state_dict`; or
-            `tensors` are no dict.
+        CheckpointError: a shape or a kind of dtype does not match, or with `strict` a key is missing or unexpected; the
+            message names every one. Or the module is a stack of several, as for `state_dict`.
+        TypeError: `module` is a Linen module: use `jaxrnn.checkpoint.linen.load_state_dict`. Or `tensors` is not a
+            dict.
 
     Warns:
-        UserWarning: a tensor with NaN or infinite numbers, which is loaded all the same; or a setting of a layer that
-            is loaded and that is not torch's default, as for `state_dict`.
+        UserWarning: a tensor has NaN or infinite numbers; it is loaded anyway. Or a setting of a loaded layer is not
+            torch's default, as for `state_dict`.
 
     >>> import jaxrnn
     >>> from flax import nnx
@@ -75,8 +75,8 @@ def load_state_dict(
         param = contents.params[name]
         variable = param.place
         axes = variable.get_metadata().get("out_sharding")
-        if axes and not isinstance(param.value, jax.Array):  # an abstract module's: nothing lies anywhere yet
-            array = flax_sharding.lay(array, axes)
+        if axes and not isinstance(param.value, jax.Array):  # of an abstract module: not on any device yet
+            array = flax_sharding.shard(array, axes)
         variable.set_value(array)
     return found.missing, found.unexpected
 
@@ -84,33 +84,33 @@ def load_state_dict(
 def state_dict(module: nnx.Module) -> dict[str, np.ndarray]:
     """A module's parameters by name, as torch's `state_dict()` gives them.
 
-    A name is the path of attributes to an `nnx.Param`, joined by dots, with numbers for what is in lists; as in torch,
-    the modules in an `nnx.Sequential` are numbered right under it. The layers that `load_state_dict` knows have torch's
-    names and layouts, such as `weight` for the kernel of an `nnx.Linear`, transposed.
+    A name is the path of attributes to an `nnx.Param`, joined by dots, with numbers for items of lists. As in torch,
+    the modules of an `nnx.Sequential` are numbered directly under it. Layers that `load_state_dict` knows have torch's
+    names and layouts, such as `weight`, which is the transposed kernel of an `nnx.Linear`.
 
-    The order is torch's too: a module's own parameters before its submodules', both as they were defined. (A module
-    that went through `nnx.jit`, `nnx.merge`, `nnx.clone` or `copy.deepcopy` no longer knows in which order its
-    attributes were defined: there they are sorted. The parameters of one layer, or RNN, LSTM, GRU or cell, are in
-    torch's order even so.) A parameter that is shared has each of its names.
+    The order is torch's, too: a module's own parameters before its submodules', both in order of definition. (A module
+    that went through `nnx.jit`, `nnx.merge`, `nnx.clone` or `copy.deepcopy` has lost that order, and its attributes are
+    sorted. The parameters of one layer, or RNN, LSTM, GRU or cell, are in torch's order even then.) A shared parameter
+    appears under each of its names.
 
-    Settings such as a norm's epsilon are in no state dict, and have to be written in both models. A warning names each
-    whose default differs between Flax and torch, or that torch lacks, and that is not torch's default, with what to
-    write. Where torch's model has the same setting, silence it by
+    A state dict does not hold settings such as a norm's epsilon: set them in both models. If a setting's default
+    differs between Flax and torch, or torch lacks it, and its value is not torch's default, a warning says what to
+    write. If torch's model has the same value, silence it by
     `warnings.filterwarnings("ignore", "Model: encoder.norm.epsilon=1e-12")`, or for all layers by ".*epsilon=1e-12".
-    What no setting changes: a BatchNorm's running variance is biased in Flax, and unbiased in torch; and Flax's Embed
-    has no `padding_idx`, whose row torch does not train.
+    Two differences cannot be set: a BatchNorm's running variance is biased in Flax, and unbiased in torch; and Flax's
+    Embed has no `padding_idx`, whose row torch does not train.
 
     Args:
         module: any flax.nnx module.
 
     Returns:
-        A dict from name to a NumPy copy, of the parameter's dtype, and its shape in torch. A convolution's `mask` is
-        multiplied into its kernel.
+        A dict from name to a NumPy copy, with the parameter's dtype and its shape in torch. A convolution's kernel is
+        multiplied by its `mask`.
 
     Raises:
-        CheckpointError: a layer's parameters have more axes than it has use for, because `nnx.vmap` made several
-            modules in one; the message says how to take one of them.
-        TypeError: `module` is a Linen module, for which there is `jaxrnn.checkpoint.linen.state_dict`.
+        CheckpointError: a layer's parameters have more axes than it expects, because `nnx.vmap` stacked several
+            modules; the message says how to take one of them.
+        TypeError: `module` is a Linen module: use `jaxrnn.checkpoint.linen.state_dict`.
 
     Warns:
         UserWarning: a setting is not torch's default: the epsilon of a norm, a BatchNorm's momentum (torch's is 1 minus
@@ -129,19 +129,19 @@ def state_dict(module: nnx.Module) -> dict[str, np.ndarray]:
 
 
 def from_torch(torch_module: Any, rngs: nnx.Rngs | None = None) -> nnx.Module:
-    """Make our module from torch's: the same settings and the same weights.
+    """Convert a torch module: the same settings and the same weights.
 
     Args:
         torch_module: a torch.nn.RNN, LSTM, GRU, RNNCell, LSTMCell or GRUCell, on any device.
         rngs: nnx.Rngs for the dropout of the new module; `nnx.Rngs(0)` if None.
 
     Returns:
-        The module of the same name, `deterministic` as torch's is in evaluation. Its parameters have torch's dtype, or
-        float32 for float64 unless JAX's x64 mode is on.
+        The module of the same name, `deterministic` if torch's is in evaluation mode. Its parameters have torch's
+        dtype, but float64 becomes float32 unless JAX's x64 mode is on.
 
     Raises:
-        TypeError: `torch_module` is anything else.
-        CheckpointError: its parameters are not those of its class, nor fold into them (see `jaxrnn.checkpoint.fold`).
+        TypeError: `torch_module` is something else.
+        CheckpointError: its parameters are not those of its class, even after `jaxrnn.checkpoint.fold`.
 
     >>> import jaxrnn, torch
     >>> jaxrnn.from_torch(torch.nn.LSTM(10, 20, num_layers=2, bidirectional=True))
@@ -155,7 +155,7 @@ def from_torch(torch_module: Any, rngs: nnx.Rngs | None = None) -> nnx.Module:
         wanted = ", ".join(_CLASSES)
         raise TypeError(f"torch_module should be one of torch.nn's {wanted}, got {type(torch_module).__name__}")
     make = getattr(jaxrnn.nnx, name)
-    # Our constructors' positional arguments are torch's, and torch keeps each as an attribute of the same name.
+    # Our constructors' positional arguments are torch's, which has an attribute of the same name for each.
     settings = {
         key: getattr(torch_module, key)
         for key, parameter in inspect.signature(make.__init__).parameters.items()
@@ -171,11 +171,11 @@ def from_torch(torch_module: Any, rngs: nnx.Rngs | None = None) -> nnx.Module:
 
 
 def contents_of(module: nnx.Module) -> Contents:
-    """Every parameter of a module and every module in it, in torch's order.
+    """Every parameter and every layer of a module, in torch's order.
 
     Raises:
         TypeError: `module` is a Linen module.
-        CheckpointError: it is several modules in one, as `nnx.vmap` makes them.
+        CheckpointError: the module is a stack of several, as `nnx.vmap` makes.
     """
     owner = type(module).__name__
     if isinstance(module, linen.Module):
@@ -210,17 +210,17 @@ def _under(node: object, prefix: str = "", above: tuple[int, ...] = ()) -> Conte
 
 
 def _own_shape(layer: object, entry: Entry) -> tuple[int, ...] | None:
-    """The shape of a layer's parameter, by the settings of the layer."""
+    """The shape of a layer's parameter that the layer's settings imply."""
     if isinstance(spec := getattr(layer, "spec", None), Spec | CellSpec):
         return spec.shapes().get(entry.name)
     try:
         return None if entry.shape is None else entry.shape(layer)
-    except AttributeError:  # of a subclass that has another constructor
+    except AttributeError:  # a subclass with another constructor
         return None
 
 
 def order_in_doubt(node: object, above: tuple[int, ...] = ()) -> list[str]:
-    """Attributes that Flax may have sorted, and that would have parameters of the same shapes in another order."""
+    """Attributes whose original order may be lost to sorting, where the shapes cannot reveal it."""
     children = dict(_children(node)) if id(node) not in above else {}
     for child in children.values():
         if found := order_in_doubt(child, (*above, id(node))):
@@ -244,7 +244,7 @@ def order_in_doubt(node: object, above: tuple[int, ...] = ()) -> list[str]:
 
 def _children(node: object) -> list[tuple[str, Any]]:
     if isinstance(node, nnx.Pytree):
-        attributes = dict(vars(node))  # Flax's own among them hold no parameters
+        attributes = dict(vars(node))  # Flax's own attributes hold no parameters
         if isinstance(spec := attributes.get("spec"), Spec | CellSpec):
             attributes = {name: attributes[name] for name in spec.shapes() if name in attributes} | attributes
         if isinstance(node, nnx.Sequential):

@@ -1,4 +1,4 @@
-"""The names that weights really have in checkpoints, where torch's utilities keep them in parts, and torch's own."""
+"""Names of weights in checkpoints: fold weights that torch's utilities store in parts, and strip wrappers' prefixes."""
 
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -16,24 +16,23 @@ _SUFFIXED = re.compile(r"(?P<target>(?:.*\.)?(?:weight|bias)[^.]*)_(?P<part>g|v|
 
 
 def fold(tensors: Mapping[str, Any], raw: bool = False) -> dict[str, Any]:
-    """Put together the weights that torch's utilities keep in parts, and give them the names that they have without.
+    """Fold weights that torch's utilities store in parts into the weights that the model uses, with their usual names.
 
-    What is folded: `weight_norm` (`weight_g` and `weight_v`, or `parametrizations.weight.original0` and `original1`),
-    `spectral_norm` as in evaluation (`weight_orig`, `_u` and `_v`, or their parametrized names), pruning
-    (`weight_orig` and `weight_mask`), and `torch.compile`'s `_orig_mod.`, which is dropped. Everything else stays; so
-    do parts whose shapes do not fit together.
+    Folds `weight_norm` (`weight_g` and `weight_v`, or `parametrizations.weight.original0` and `original1`),
+    `spectral_norm` in evaluation mode (`weight_orig`, `_u` and `_v`, or their parametrized names) and pruning
+    (`weight_orig` and `weight_mask`). Removes `torch.compile`'s `_orig_mod.`. Everything else stays, also parts whose
+    shapes do not match.
 
     Args:
         tensors: from name to array of numpy, jax or torch.
-        raw: whether `weight_hh_l0_raw` is taken for `weight_hh_l0`, as weight-dropped LSTMs store it; if there is also
-            a `module.weight_hh_l0` beside it, what is left of the last dropout, for that.
+        raw: whether to use `weight_hh_l0_raw`, as weight-dropped LSTMs store it, for `weight_hh_l0`; or for a
+            `module.weight_hh_l0` beside it, which holds what the last dropout left.
 
     Returns:
-        A dict in the same order, in which what was folded is a NumPy array of the dtype of its parts, worked out in
-        float64.
+        A dict in the same order. Folded weights are NumPy arrays in the dtype of their parts, computed in float64.
 
     Raises:
-        CheckpointError: two keys that become one.
+        CheckpointError: two keys become the same name.
 
     >>> import numpy as np
     >>> from jaxrnn import checkpoint
@@ -48,7 +47,7 @@ def fold(tensors: Mapping[str, Any], raw: bool = False) -> dict[str, Any]:
         if name in renamed:
             raise CheckpointError(f"{renamed[name]} and {key} are both {name}\nleave one of them out")
         renamed[name] = key
-    folded: dict[str, tuple[str, Any]] = {}  # from the name of a first part to what takes its place
+    folded: dict[str, tuple[str, Any]] = {}  # from the name of the first part to the folded weight
     gone: set[str] = set()
     for target, names in _parts(renamed).items():
         recipe = _RECIPES.get(frozenset(names))
@@ -78,7 +77,7 @@ def fold(tensors: Mapping[str, Any], raw: bool = False) -> dict[str, Any]:
 
 
 def misfits(tensors: Mapping[str, Any]) -> dict[str, str]:
-    """What to say of each weight whose parts are still there after `fold`, by its name."""
+    """For each weight that `fold` could not fold, by name: what is wrong with its parts."""
     found = {}
     for target, names in _parts(tensors).items():
         if _RECIPES.get(frozenset(names), _raw) is not _raw and target not in tensors:
@@ -88,7 +87,7 @@ def misfits(tensors: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _parts(names: Iterable[str]) -> dict[str, dict[str, str]]:
-    """Of each weight that seems to be kept in parts: from part to name."""
+    """For each weight that seems to be in parts: from part to name."""
     parts: dict[str, dict[str, str]] = {}
     for name in filter(lambda name: isinstance(name, str), names):
         if match := _PARAMETRIZED.fullmatch(name):
@@ -104,7 +103,7 @@ def _raw(raw: np.ndarray) -> np.ndarray:
 
 
 def _weight_norm(g: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """As torch.nn.utils.weight_norm: g is as v along the one axis that has a norm each, or has one number."""
+    """torch.nn.utils.weight_norm: g has one norm for each index of one axis of v, or is one number."""
     if g.ndim not in (0, v.ndim) or any(n not in (1, size) for n, size in zip(g.shape, v.shape, strict=False)):
         raise ValueError
     axes = tuple(axis for axis in range(v.ndim) if g.ndim == 0 or g.shape[axis] == 1)
@@ -112,9 +111,9 @@ def _weight_norm(g: np.ndarray, v: np.ndarray) -> np.ndarray:
 
 
 def _spectral_norm(orig: np.ndarray, u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """As torch.nn.utils.spectral_norm in evaluation, along axis 0, or 1 of a transposed convolution.
+    """torch.nn.utils.spectral_norm in evaluation mode, along axis 0, or 1 of a transposed convolution.
 
-    Where both are as long as u, it is the one along which u is what torch made it, the direction of W v.
+    If both axes match u's length, take the one for which u is parallel to W v.
     """
     matrices = [np.moveaxis(orig, axis, 0).reshape(len(u), -1) for axis, n in enumerate(orig.shape[:2]) if n == len(u)]
     if not matrices:
@@ -138,7 +137,7 @@ _RECIPES: dict[frozenset[str], Callable[..., np.ndarray]] = {
 
 
 def under(tensors: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """The tensors whose keys start with a prefix, without it, and without DistributedDataParallel's `module.`."""
+    """The tensors whose keys start with a prefix; it is removed, and so is DistributedDataParallel's `module.`."""
     keys = [key for key in tensors if isinstance(key, str)]
     if not any(key.startswith(prefix) for key in keys) and all(key.startswith("module.") for key in keys):
         prefix = f"module.{prefix}"
@@ -149,10 +148,10 @@ def under(tensors: Mapping[str, Any], prefix: str) -> dict[str, Any]:
 
 
 def as_named(names: Mapping[str, Any], values: dict[str, Any]) -> dict[str, Any]:
-    """`values` under the names that are wanted, where only a wrapper or a layer's number tells them apart.
+    """Rename `values` to the wanted names, if they differ only by a wrapper or a layer's number.
 
-    DistributedDataParallel's `module.` in front of every key is dropped, unless names begin so; and the weights of one
-    layer serve a cell, and a cell's one layer.
+    DistributedDataParallel's `module.` before every key is removed, unless wanted names start so. A cell takes the
+    weights of one layer, and one layer those of a cell.
     """
     if values and all(key.startswith("module.") for key in values) and not any(n.startswith("module.") for n in names):
         values = {key.removeprefix("module."): value for key, value in values.items()}

@@ -1,4 +1,4 @@
-"""torch's optimizers in optax: the settings that equal them, and their state, to train on where torch stopped."""
+"""Convert torch's optimizers, settings and state, to optax, to continue training where torch stopped."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -15,10 +15,10 @@ from jaxrnn.checkpoint.fit import Parameter
 from jaxrnn.checkpoint.layers import Entry
 from jaxrnn.checkpoint.modules import contents_of, order_in_doubt
 
-# Where optax keeps what torch calls otherwise, in the states of its transformations.
+# The fields of optax's states, by torch's names.
 _FIELDS = {"mu": "exp_avg", "nu": "exp_avg_sq", "trace": "momentum_buffer"}
 _COUNT = "count"
-# What the three optimizers keep of a parameter; any other has something else.
+# What the three optimizers store for a parameter. Other optimizers store other names.
 _KNOWN = {"step", *_FIELDS.values()}
 _FROZEN = "frozen"
 _NONE = "an optimizer that is none of SGD, Adam and AdamW"
@@ -33,24 +33,24 @@ def optax_from_torch(
     learning_rate: optax.ScalarOrSchedule | None = None,
     steps_made: int | None = None,
 ) -> tuple[optax.GradientTransformation, optax.OptState]:
-    """The optax optimizer that goes on where torch's stopped, for parameters with torch's names and layouts.
+    """Make the optax optimizer that continues where torch's stopped, for parameters with torch's names and layouts.
 
-    torch.optim.SGD, Adam and AdamW are known, with momentum, Nesterov's too, weight decay, and groups of parameters.
+    Knows torch.optim.SGD, Adam and AdamW, with momentum, Nesterov momentum, weight decay and parameter groups.
 
     Args:
-        state: what torch's `optimizer.state_dict()` returned, its tensors those of torch, numpy or jax.
-        params: from name to array, such as `spec.init` and `jaxrnn.state_dict` give them.
-        names: the names of the parameters in the order in which torch's optimizer was given them, that of its groups
-            one after the other; by default those of params. Parameters that are not among them are not trained.
-        learning_rate: a number, or a schedule of the number of steps, those of torch included; by default that of each
-            group as it was last.
-        steps_made: how many steps torch has made, which SGD's state does not say; only a schedule needs it.
+        state: torch's `optimizer.state_dict()`, with tensors of torch, numpy or jax.
+        params: from name to array, as `spec.init` and `jaxrnn.state_dict` return.
+        names: the parameters' names in the order in which torch's optimizer got them, group after group; by default
+            those of params. Other parameters are not trained.
+        learning_rate: a number, or a schedule of the number of steps, which includes torch's; by default each group's
+            last one.
+        steps_made: how many steps torch has made. Only a schedule needs it, with SGD, whose state does not hold it.
 
     Returns:
-        The transformation, and its state for `params`.
+        The transformation and its state for `params`.
 
     Raises:
-        CheckpointError: another optimizer, a setting that optax has not, or a state that does not fit the parameters.
+        CheckpointError: another optimizer, a setting that optax lacks, or a state that does not match the parameters.
 
     >>> import jax, jaxrnn, numpy as np, optax
     >>> params = jaxrnn.Spec(jaxrnn.GRU_CELL, 2, 3, bias=False).init(jax.random.key(0))
@@ -76,23 +76,23 @@ def optimizer_from_torch(
     learning_rate: optax.ScalarOrSchedule | None = None,
     steps_made: int | None = None,
 ) -> nnx.Optimizer:
-    """As `optax_from_torch`, for an NNX module: an `nnx.Optimizer` of its `nnx.Param`s, ready for `update`.
+    """As `optax_from_torch`, for an NNX module: make an `nnx.Optimizer` of its `nnx.Param`s.
 
     Args:
-        state: what torch's `optimizer.state_dict()` returned, its tensors those of torch, numpy or jax.
-        module: the module, as for `jaxrnn.load_state_dict`, its parameters loaded.
-        names: as for `optax_from_torch`, such as the keys of torch's `model.state_dict()`, of which those of buffers
-            are passed over. By default those of `jaxrnn.state_dict(module)`, which are in the order of torch's
-            `model.parameters()` where the attributes are.
+        state: torch's `optimizer.state_dict()`, with tensors of torch, numpy or jax.
+        module: the module, as for `jaxrnn.load_state_dict`, with its parameters loaded.
+        names: as for `optax_from_torch`, such as the keys of torch's `model.state_dict()`; those of buffers are
+            skipped. By default those of `jaxrnn.state_dict(module)`, which are in the order of torch's
+            `model.parameters()` if the attributes are.
         learning_rate, steps_made: as for `optax_from_torch`.
 
     Returns:
-        The optimizer, with the state laid out as the module's parameters are.
+        The optimizer, whose state has the layout of the module's parameters.
 
     Raises:
-        CheckpointError: as `optax_from_torch`; several modules in one, as for `jaxrnn.state_dict`; or names are
-            needed, because the order of attributes may have been lost, which Flax sorts in `nnx.jit`, `nnx.clone` and
-            the like, and shapes would not show it.
+        CheckpointError: as `optax_from_torch`; the module is a stack of several, as for `jaxrnn.state_dict`; or names
+            are needed, because Flax sorts attributes in `nnx.jit`, `nnx.clone` and so on, and shapes would not reveal
+            it.
 
     >>> import jaxrnn, numpy as np
     >>> from flax import nnx
@@ -106,7 +106,7 @@ def optimizer_from_torch(
     seen: set[int] = set()
     contents = contents_of(module)
     for name, param in contents.params.items():
-        # Of a tied weight the first name counts, as in torch's parameters(); and running statistics are not trained.
+        # As in torch's parameters(), a tied weight counts once, under its first name. Statistics are not trained.
         if id(param.place) in places and id(param.place) not in seen:
             seen.add(id(param.place))
             described[name] = param._replace(place=places[id(param.place)])
@@ -127,13 +127,13 @@ def optimizer_from_torch(
 
 
 def clip_grad_norm(max_norm: float) -> optax.GradientTransformation:
-    """Clip gradients by their global norm as torch.nn.utils.clip_grad_norm_ does, which adds 1e-6 to the norm.
+    """Clip gradients by their global norm as torch.nn.utils.clip_grad_norm_, which adds 1e-6 to the norm.
 
     Args:
-        max_norm: the largest norm that is left as it is.
+        max_norm: the largest norm that is not scaled.
 
     Returns:
-        A transformation, to be chained in front of an optimizer.
+        A transformation to chain before an optimizer.
 
     >>> import jax.numpy as jnp, jaxrnn
     >>> clip = jaxrnn.checkpoint.clip_grad_norm(1.0)
@@ -151,13 +151,13 @@ def clip_grad_norm(max_norm: float) -> optax.GradientTransformation:
 
 
 class _Resumed(NamedTuple):
-    """What torch's state dict says, by the place of a parameter in the tree of parameters.
+    """The contents of torch's state dict, by parameter.
 
     Attributes:
-        groups: the transformation of each group of parameters.
+        groups: the transformation of each parameter group.
         counts: how many steps each group has made.
-        labels: the group that a parameter is in, which may be `_FROZEN`.
-        moments: a parameter's moments, laid out as it is, by the names of optax's fields.
+        labels: each parameter's group, or `_FROZEN`.
+        moments: each parameter's moments, in its layout, by optax's field names.
     """
 
     groups: dict[str, optax.GradientTransformation]
@@ -172,7 +172,7 @@ class _Resumed(NamedTuple):
         return optax.partition(self.groups, labels)
 
     def fill(self, state: Any) -> Any:
-        """The state with torch's moments and counts."""
+        """Fill the state with torch's moments and counts."""
 
         def filled(path: tuple, leaf: Any) -> Any:
             last = max(index for index, key in enumerate(path) if isinstance(key, jax.tree_util.GetAttrKey))
@@ -248,7 +248,7 @@ def _moment(name: str, value: Any, param: Parameter) -> np.ndarray:
 def _transformation(
     group: Mapping[str, Any], learning_rate: optax.ScalarOrSchedule | None
 ) -> optax.GradientTransformation:
-    """A group's optimizer, with its settings."""
+    """The optimizer of a parameter group."""
     for setting in ("maximize", "amsgrad", "dampening"):
         if group.get(setting):
             cause = f"optax has nothing that equals torch's {setting}={group[setting]}"

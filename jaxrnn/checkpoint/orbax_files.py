@@ -1,6 +1,6 @@
-"""Orbax checkpoints, which are directories: a tree of arrays, whose names are joined by dots, and written as a dict.
+"""Orbax checkpoints, which are directories: read a tree of arrays, with names joined by dots, and write a dict.
 
-Orbax comes with Flax. It is imported when it is needed, for that takes a while.
+Orbax comes with Flax. It is imported only when needed, because the import is slow.
 """
 
 import contextlib
@@ -19,9 +19,9 @@ from jaxrnn._compat import is_orbax_tree
 from jaxrnn.checkpoint.errors import AGAIN, CheckpointError, check_unicode, listed
 from jaxrnn.checkpoint.stored import Value, read
 
-# Far above what compression gains on weights. What is not stored would be read as zeros, as many as the file says.
+# Far above what compression gains on weights. Data that is not stored would be read as zeros, however many.
 _LARGEST_INFLATION = 100
-_SMALL = 64 << 20  # bytes that do no harm, however few they come from
+_SMALL = 64 << 20  # this many bytes are harmless, however few are stored
 
 
 def read_directory(path: str | os.PathLike[str], key: str | None) -> dict[str, Value]:
@@ -32,12 +32,12 @@ def read_directory(path: str | os.PathLike[str], key: str | None) -> dict[str, V
         with _quiet(), ocp.PyTreeCheckpointer() as checkpointer:
             metadata = checkpointer.metadata(path).item_metadata.tree
             _check(dict(_leaves(metadata)), path)
-            # As NumPy's arrays, because JAX's would be cut to 32 bits and lie on a device.
+            # As NumPy arrays: JAX would cut them to 32 bits and move them to a device.
             arguments = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), metadata)
             arrays = _named(checkpointer.restore(path, restore_args=arguments))
     except CheckpointError:
         raise
-    except Exception as error:  # damage makes orbax, tensorstore and JSON raise almost anything
+    except Exception as error:  # on damage, orbax, tensorstore and JSON raise almost anything
         cause = f"{type(error).__name__}: {error}".partition("\n")[0][:200]
         raise CheckpointError(f"a damaged orbax checkpoint, or of another kind ({cause})\n{AGAIN}") from error
     start = "" if key is None else f"{key}."
@@ -51,7 +51,7 @@ def read_directory(path: str | os.PathLike[str], key: str | None) -> dict[str, V
 
 
 def _tree_in(path: str) -> str:
-    """The directory of the tree: this one, or the only one in it, as where orbax's CheckpointManager kept one step."""
+    """The directory of the tree: this one, or the only one in it, as when orbax's CheckpointManager saved one step."""
     trees = [
         folder
         for below in ("", "*", "*/*")
@@ -68,7 +68,7 @@ def _tree_in(path: str) -> str:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what orbax logs, in any thread, while there is one that is in here: of what goes wrong it raises, too."""
+    """Silence orbax's logging in all threads; errors are raised anyway."""
     logger, silent = logging.getLogger("absl"), lambda record: False
     logger.addFilter(silent)
     try:
@@ -78,7 +78,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _named(tree: Any) -> dict[str, Any]:
-    """The leaves of a tree, without the name that nnx.State gives the value of a variable."""
+    """Remove the name that nnx.State gives the value of a variable."""
     if isinstance(tree, Mapping):
         tree = {name: _without_values(value) for name, value in tree.items()}
     return dict(_leaves(tree))
@@ -95,7 +95,7 @@ def _without_values(tree: Any) -> Any:
 
 
 def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """What is in nested dicts and lists, by their keys joined by dots."""
+    """The leaves of nested dicts and lists, by their keys joined by dots."""
     items: Iterable[tuple[Any, Any]]
     if isinstance(tree, Mapping):
         items = tree.items()
@@ -109,7 +109,7 @@ def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _check(described: Mapping[str, Any], path: str) -> None:
-    """Refuse what is no array, and arrays that are far larger than their files."""
+    """Refuse leaves that are not arrays, and arrays far larger than their files."""
     size = 0
     for name, leaf in described.items():
         if getattr(leaf, "shape", None) is None or leaf.dtype is None:
@@ -132,12 +132,12 @@ def write_directory(path: str, tensors: Mapping[str, Value]) -> None:
         if value.size == 0:
             raise CheckpointError(f"{name} has no numbers, which orbax cannot write\nleave it out")
         check_unicode(name)
-    # Weights hardly compress, and compressed ones take twice the memory to write.
+    # Weights hardly compress, and compression doubles the memory that writing takes.
     handler = ocp.PyTreeCheckpointHandler(use_compression=False)
     try:
         with _quiet(), ocp.Checkpointer(handler) as checkpointer:
             checkpointer.save(path, args=ocp.args.PyTreeSave({name: read(value) for name, value in tensors.items()}))
-    except ValueError as error:  # tensorstore says so of a full disk, too
+    except ValueError as error:  # tensorstore raises this for a full disk, too
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"orbax cannot write it ({str(error)[:200]})\ncheck the disk, and the names") from error

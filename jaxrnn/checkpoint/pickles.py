@@ -1,7 +1,7 @@
-"""The pickle in a file of torch.save, read by a machine that builds data and nothing else; and written.
+"""Read the pickle in a file of torch.save, by a machine that only builds data; and write one.
 
-Python's unpickler calls what a file names. This one has no way to: a global is a name, the names below are known, and
-what torch would make of them is worked out here. Everything else is refused by its name.
+Python's unpickler calls what a file names. This one cannot: a global is only a name, and for the known names below
+this file builds the data that torch would build. Any other name is refused.
 """
 
 import itertools
@@ -25,15 +25,15 @@ _DTYPES = {
     "ComplexDouble": "complex128",
 }  # fmt: skip
 _STORAGES = {f"torch.{name}Storage": jnp.dtype(dtype) for name, dtype in _DTYPES.items()}
-# The dtypes that torch names, and one of which NumPy has none.
+# torch's dtypes by name; NumPy lacks one.
 _NAMED = {f"torch.{name}": jnp.dtype(name) for name in (*_DTYPES.values(), "uint16", "uint32", "uint64")}
 _NAMED |= {f"torch.float8_{name}": jnp.dtype(f"float8_{name}") for name in ("e4m3fn", "e5m2", "e4m3fnuz", "e5m2fnuz")}
 _NAMED |= {"torch.float8_e8m0fnu": jnp.dtype("float8_e8m0fnu")}
 _NO_NUMPY = "torch.complex32"
-# Of bytes: those of a dtype that is named elsewhere, or of a quantized one.
+# Storages of raw bytes: the dtype is given separately, or is quantized.
 _BYTES = ("torch.storage.UntypedStorage", *(f"torch.Q{name}Storage" for name in ("Int8", "UInt8", "Int32")))
 _BYTES += ("torch.QUInt4x2Storage", "torch.QUInt2x4Storage")
-# Calls whose results are no tensors of numbers: they are kept as what they are, and nothing is done with them.
+# Calls whose results are not tensors of numbers: only their descriptions are kept.
 _OTHER_CALLS = {
     "torch._utils._rebuild_meta_tensor_no_storage": "meta tensor",
     "torch._utils._rebuild_qtensor": "quantized tensor",
@@ -61,25 +61,25 @@ _ARGUMENTS = {
     "INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT", "UNICODE", "SHORT_BINUNICODE",
     "BINUNICODE", "BINUNICODE8", "STRING", "BINSTRING", "SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8",
 }  # fmt: skip
-_MOST_AXES = 64  # NumPy's and torch's
-# What a damaged pickle, or one made to, can raise here and in pickletools.
+_MOST_AXES = 64  # of NumPy and of torch
+# A damaged or hostile pickle can raise these here and in pickletools.
 _DAMAGE = (ValueError, TypeError, IndexError, KeyError, AttributeError, OverflowError, EOFError, struct.error)
 
 
 class Global(NamedTuple):
-    """A name, of which nothing is known but that it is on the list."""
+    """A global that is on the list: only its name."""
 
     name: str
 
 
 class Other(NamedTuple):
-    """Something that is no tensor of numbers, and what it is."""
+    """A value that is not a tensor of numbers: only what it is."""
 
     what: str
 
 
 class Storage(NamedTuple):
-    """The numbers of one or more tensors: where they are in the file, of what dtype, and how many."""
+    """The numbers of one or more tensors: their place in the file, their dtype and how many."""
 
     key: str
     dtype: np.dtype
@@ -91,14 +91,14 @@ class Storage(NamedTuple):
 
 
 class StoredTensor(NamedTuple):
-    """A tensor as the pickle describes it: not checked, and its numbers not read."""
+    """A tensor as the pickle describes it, not checked and not read."""
 
     storage: Storage
     dtype: np.dtype
-    offset: int  # in elements, as the strides
+    offset: int  # in elements, like the strides
     shape: tuple[int, ...]
     strides: tuple[int, ...]
-    bits: tuple[str, ...] = ()  # "conj", "neg": what is still to be done to the numbers
+    bits: tuple[str, ...] = ()  # "conj", "neg": what to do with the numbers after reading
 
     @property
     def numel(self) -> int:
@@ -110,7 +110,7 @@ class StoredTensor(NamedTuple):
 
     @property
     def is_plain(self) -> bool:
-        """Whether it is its whole storage, in order."""
+        """Whether it is all of its storage, in order."""
         whole = self.offset == 0 and self.nbytes == self.storage.nbytes and not self.bits
         return whole and self.strides == contiguous_strides(self.shape)
 
@@ -121,7 +121,7 @@ def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 class _Refused(Exception):
-    """What a pickle may not do; the argument is the cause."""
+    """The pickle does something that is not allowed; the argument is the cause."""
 
 
 def is_known(dtype: np.dtype) -> bool:
@@ -130,10 +130,10 @@ def is_known(dtype: np.dtype) -> bool:
 
 
 def unpickle(data: bytes) -> Any:
-    """What a pickle of torch.save holds: dicts, lists, tuples, numbers, strings, `StoredTensor`s and `Other`s.
+    """Read a pickle of torch.save: dicts, lists, tuples, numbers, strings, `StoredTensor`s and `Other`s.
 
     Raises:
-        CheckpointError: it names a global that is not on the list, it does what no torch.save does, or it is damaged.
+        CheckpointError: it names a global that is not on the list, does what torch.save never does, or is damaged.
     """
     try:
         return _Machine().run(pickletools.genops(data))
@@ -149,16 +149,16 @@ def unpickle(data: bytes) -> Any:
 
 
 def is_object(operations: Iterable) -> bool:
-    """Whether a pickle holds no dict or list, but an object of some class, as torch.save(model, path) writes it."""
+    """Whether a pickle holds an object of some class, as torch.save(model, path) writes it, not a dict or a list."""
     named = ((opcode.name, argument) for opcode, argument, _ in operations if opcode.name not in ("PROTO", "FRAME"))
-    begin = list(itertools.islice(named, 2))  # what comes later may be damaged
+    begin = list(itertools.islice(named, 2))  # the rest may be damaged
     if begin and begin[0][0] == "GLOBAL":
         return begin[0][1] != "collections OrderedDict"
-    return len(begin) == 2 and begin[0][0] == "MARK" and begin[1][1] == "module"  # as torch wrote it before 1.6
+    return len(begin) == 2 and begin[0][0] == "MARK" and begin[1][1] == "module"  # as torch before 1.6 wrote it
 
 
 class _Machine:
-    """The pickle machine's stack, marks and memo."""
+    """The pickle machine: stack, marks and memo."""
 
     def __init__(self) -> None:
         self.stack: list[Any] = []
@@ -180,7 +180,7 @@ class _Machine:
         raise EOFError("no end")
 
     def _items(self) -> list[Any]:
-        """What is above the last mark."""
+        """Pop everything above the last mark."""
         items, self.stack = self.stack, self.marked.pop()
         return items
 
@@ -257,7 +257,7 @@ class _Machine:
         if type(target) is not dict:
             raise ValueError("it sets an item of what is no dict")
         for key, value in zip(items[::2], items[1::2], strict=True):
-            # No others: the hashes of nested tuples, or of large numbers, can be made to take for ever.
+            # Only these: hashing nested tuples or large numbers can take forever.
             if type(key) not in (str, bool, type(None)) and not (type(key) is int and abs(key) < 2**60):
                 raise _Refused(f"a dict in it has a key of type {type(key).__name__}")
             target[key] = value
@@ -290,12 +290,12 @@ class _Machine:
 
     def _build(self, _: None) -> None:
         self.stack.pop()
-        if type(self.stack[-1]) is not dict:  # torch says of a state dict the version of its format
+        if type(self.stack[-1]) is not dict:  # torch stores the version of a state dict's format
             raise ValueError("it sets attributes")
 
 
 def _call(function: Any, arguments: Any) -> Any:
-    """What torch would make of a call, as data."""
+    """The data that torch would make of a call."""
     if type(function) is not Global or function.name not in _CALLS or type(arguments) is not tuple:
         raise ValueError("it calls what is no function")
     name = function.name
@@ -310,7 +310,7 @@ def _call(function: Any, arguments: Any) -> Any:
         function, kind, arguments, _state = arguments
         if type(kind) is not Global or kind.name not in _TENSOR_TYPES:
             raise ValueError("a tensor of an unknown type")
-        # Not through itself: as deep as a file says.
+        # Without recursion: a file decides how deep this goes.
         if type(function) is not Global or function.name == name:
             raise ValueError("a tensor made by what is no function")
         return _call(function, arguments)
@@ -349,7 +349,7 @@ def _tensor(
 
 
 def pickle_tensors(tensors: Mapping[str, Value]) -> bytes:
-    """A state dict as torch.save pickles it: an OrderedDict of contiguous tensors, each with a storage of its own.
+    """Pickle a state dict as torch.save does: an OrderedDict of contiguous tensors, each with its own storage.
 
     The storages' keys are "0", "1" and so on, in the order of the tensors.
     """
@@ -372,7 +372,7 @@ def pickle_tensors(tensors: Mapping[str, Value]) -> bytes:
             _value(0),
             numbers(array.shape),
             numbers(contiguous_strides(array.shape)),
-            b"\x89" + ordered_dict,  # no gradient is required, and there are no hooks
+            b"\x89" + ordered_dict,  # requires_grad=False, and no hooks
             _name(named[array.dtype]) if untyped else b"",
             b"tR",
         ]

@@ -1,6 +1,6 @@
-"""Arrays that lie in files: described when a file is opened, and read when they are wanted, in pieces if need be.
+"""Arrays in files: described when the file is opened, and read later, in pieces if need be.
 
-A checkpoint may be larger than the memory: what only passes through goes piece by piece.
+A checkpoint may be larger than memory, so data that is only copied or compared goes piece by piece.
 """
 
 import dataclasses
@@ -16,14 +16,14 @@ import numpy as np
 
 from jaxrnn.checkpoint.errors import AGAIN, CheckpointError, os_cause
 
-# Large beside what a system call costs, and small beside the processor's caches.
+# Large compared with the cost of a system call, small compared with the processor's caches.
 _PIECE = 1 << 20
-# Threads that read, take checksums and compare, all of which let others run.
+# Threads that read, compute checksums and compare, all of which release the GIL.
 THREADS = 4
 
 
 class UnreadableError(CheckpointError):
-    """Of an array in a file: its message starts with that file's path already."""
+    """An array in a file cannot be read. The message starts with the file's path."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,15 +45,15 @@ def _stamp(file: IO[bytes]) -> tuple[int, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """A contiguous array of numbers in a file, in the machine's byte order.
+    """A contiguous array in a file, in the machine's byte order.
 
     Attributes:
         source: the file.
-        offset: where in it the array begins, in bytes.
-        dtype: of the array.
-        shape: of the array.
-        checksum: the CRC-32 of its bytes, or None if the file has none.
-        entry: what the file calls that part of itself, for the message where the checksum does not match.
+        offset: where the array begins in the file, in bytes.
+        dtype: the array's.
+        shape: the array's.
+        checksum: the CRC-32 of the array's bytes; None if the file has none.
+        entry: the name of that part of the file, for the message if the checksum does not match.
     """
 
     source: Source
@@ -72,10 +72,10 @@ class Stored:
         return self.size * self.dtype.itemsize
 
     def read(self) -> np.ndarray:
-        """The array, in memory of its own.
+        """Read the array into new memory.
 
         Raises:
-            UnreadableError: the file is gone, is another one than was opened, or is damaged.
+            UnreadableError: the file is gone, was replaced since it was opened, or is damaged.
         """
         data = np.empty(self.nbytes, np.uint8)
         for _ in self._through(data.data):
@@ -83,11 +83,11 @@ class Stored:
         return data.view(self.dtype).reshape(self.shape)
 
     def pieces(self) -> Iterator[memoryview]:
-        """The array's bytes, in pieces that are good until the next one; raises as `read`, at the end at the latest."""
+        """Yield the array's bytes in pieces, each valid until the next. Raises like `read`, maybe only at the end."""
         return self._through(memoryview(bytearray(min(_PIECE, self.nbytes))))
 
     def _through(self, memory: memoryview) -> Iterator[memoryview]:
-        """Read into memory, piece by piece, from its start again whenever it is full."""
+        """Read piece by piece into the same memory."""
         try:
             with open(self.source.path, "rb") as file:
                 if _stamp(file) != self.source.stamp:
@@ -115,12 +115,12 @@ Value = np.ndarray | Stored
 
 
 def read(value: Value) -> np.ndarray:
-    """The array, read if it is stored."""
+    """The array, read from its file if it is `Stored`."""
     return value.read() if isinstance(value, Stored) else value
 
 
 def pieces(value: Value) -> Iterator[memoryview]:
-    """The bytes of a contiguous array, in pieces that are good until the next one."""
+    """Yield the bytes of a contiguous array in pieces, each valid until the next."""
     if isinstance(value, Stored):
         yield from value.pieces()
     else:
@@ -130,7 +130,7 @@ def pieces(value: Value) -> Iterator[memoryview]:
 
 
 def equal(one: Value, other: Value) -> bool:
-    """Whether two arrays are of the same dtype and shape, and of the same bits."""
+    """Whether two arrays have the same dtype, shape and bits."""
     if (one.dtype, one.shape) != (other.dtype, other.shape):
         return False
     pairs = zip(pieces(one), pieces(other), strict=True)
@@ -140,8 +140,8 @@ def equal(one: Value, other: Value) -> bool:
 def not_finite(tensors: Mapping[str, Value], progress: Callable[[int], None]) -> list[str]:
     """The names of the tensors that hold NaN or infinities.
 
-    All of them are read, to the last byte: damage that a checksum tells comes to light. `progress` is called with how
-    many bytes were read since.
+    All tensors are read to the last byte, so that checksums find damage. `progress` is called with the number of bytes
+    read since its last call.
     """
 
     def is_finite(value: Value) -> bool:

@@ -1,4 +1,4 @@
-"""Files of torch.save: the zip format read and written here, without torch; the one before torch 1.6 read by torch."""
+"""Files of torch.save: read and write the zip format without torch; torch reads the format from before torch 1.6."""
 
 import os
 import pickletools
@@ -19,16 +19,16 @@ from jaxrnn.checkpoint.errors import AGAIN, CheckpointError, listed
 from jaxrnn.checkpoint.pickles import STATE_DICT, Global, Other, StoredTensor, is_object, pickle_tensors, unpickle
 from jaxrnn.checkpoint.stored import Source, Stored, Value, pieces, read
 
-# The number that a file of torch.save before 1.6 pickles first.
+# The first number in a file of torch.save before 1.6.
 LEGACY_MAGIC = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"
-# Far above what compression, or sharing, gains on weights: a file of zeros made to fill the memory.
+# Far above what compression or sharing gains on weights; a larger gain means a file made to fill the memory.
 _LARGEST_INFLATION = 100
-_SMALL = 64 << 20  # bytes that do no harm, however few they come from
-_PIECE = 1 << 20  # bytes read at once
-_DEEPEST = 100  # dicts and lists in each other: a state dict has a handful
-# Under what people nest a model's state dict beside an optimizer's.
+_SMALL = 64 << 20  # this many bytes are harmless, however few are stored
+_PIECE = 1 << 20  # bytes read at a time
+_DEEPEST = 100  # nested dicts and lists; a state dict has a handful
+# The usual keys of a model's state dict beside an optimizer's.
 _USUAL_KEYS = ("state_dict", "model_state_dict", "model_state", "model")
-# The magic number, the protocol, the system, the tensors, and the storages' keys.
+# The magic number, the protocol, the system, the tensors and the storages' keys.
 _LEGACY_PICKLES = 5
 
 
@@ -41,7 +41,7 @@ def read_zip(path: str | os.PathLike[str], key: str | None) -> dict[str, Value]:
 
 
 def read_zip_tree(path: str | os.PathLike[str]) -> Any:
-    """All that a file pickles, with NumPy arrays for tensors."""
+    """Everything in a file's pickle, with NumPy arrays for tensors."""
     found: dict[int, str] = {}
 
     def choose(checkpoint: Any) -> dict[str, StoredTensor]:
@@ -49,7 +49,7 @@ def read_zip_tree(path: str | os.PathLike[str]) -> Any:
 
         def note(name: str, value: Any) -> Any:
             if isinstance(value, StoredTensor | Other):
-                name += "" if name not in tensors else f" ({len(tensors)})"  # the keys 0 and "0" are two
+                name += "" if name not in tensors else f" ({len(tensors)})"  # the keys 0 and "0" differ
                 found[id(value)] = name
                 tensors[name] = value
             return value
@@ -67,12 +67,12 @@ def read_zip_tree(path: str | os.PathLike[str]) -> Any:
 
 
 def read_legacy_tree(path: str | os.PathLike[str]) -> Any:
-    """As `read_zip_tree`, by torch."""
+    """As `read_zip_tree`, read by torch."""
 
     def to_array(name: str, value: Any) -> Any:
         if is_torch_tensor(value):
             return _from_torch(name, value)
-        if type(value).__module__ == "torch":  # a size or a dtype, as read_zip_tree gives it
+        if type(value).__module__ == "torch":  # a size or a dtype, as read_zip_tree returns it
             return tuple(value) if isinstance(value, tuple) else str(value)
         return value
 
@@ -82,7 +82,7 @@ def read_legacy_tree(path: str | os.PathLike[str]) -> Any:
 def _read_zip(
     path: str | os.PathLike[str], choose: Callable[[Any], dict[str, StoredTensor]]
 ) -> tuple[Any, dict[str, Value]]:
-    """What a file pickles, and those of its tensors that are chosen."""
+    """The contents of a file's pickle, with the chosen tensors read."""
     try:
         with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
             size = os.fstat(file.fileno()).st_size
@@ -100,25 +100,25 @@ def _read_zip(
         raise CheckpointError(f"{cause}\n{AGAIN}") from error
     except CheckpointError:
         raise
-    # What zipfile and zlib raise of damage, and of a version of the format that they do not know (a RuntimeError).
+    # zipfile and zlib raise these on damage, and a RuntimeError for an unknown version of the format.
     except (RuntimeError, EOFError, ValueError, struct.error, zlib.error) as error:
         raise CheckpointError(f"a damaged zip file, or one that torch.save did not write: {error}\n{AGAIN}") from error
 
 
 def _entries(entries: list[zipfile.ZipInfo], size: int) -> dict[str, zipfile.ZipInfo]:
-    """The entries by their names inside the folder, whose name is any, once they are what torch.save writes."""
+    """The entries by their names inside the archive's one folder, after checks that torch.save wrote them."""
     if (inflated := sum(entry.file_size for entry in entries)) > max(_SMALL, _LARGEST_INFLATION * size):
         cause = f"a zip bomb: its {len(entries)} entries inflate to {inflated} bytes, from a file of {size}"
         raise CheckpointError(f"{cause}\nget the file from a source that you trust")
     if not any(entry.filename.endswith("/data.pkl") for entry in entries):
         kind = "a NumPy .npz archive" if all(entry.filename.endswith(".npy") for entry in entries) else "a zip file"
         raise CheckpointError(f"{kind}, but none of torch.save: it has no data.pkl\n{STATE_DICT}")
-    # Written with torch.serialization.set_crc32_options(False).
+    # written with torch.serialization.set_crc32_options(False)
     unchecked = not any(entry.CRC for entry in entries)
     found: dict[str, zipfile.ZipInfo] = {}
     for entry in entries:
         if unchecked:
-            del entry.CRC  # then zipfile compares none
+            del entry.CRC  # zipfile then compares none
         name = entry.filename.partition("/")[2]
         plain = entry.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) and not entry.filename.startswith("/")
         if name in found or not plain or ".." in entry.filename.split("/"):
@@ -133,7 +133,7 @@ def _entries(entries: list[zipfile.ZipInfo], size: int) -> dict[str, zipfile.Zip
 
 
 def _read(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> np.ndarray:
-    """The bytes of an entry, whose checksum zipfile compares at its end."""
+    """Read an entry's bytes. zipfile compares the checksum at the end."""
     data = np.empty(entry.file_size, np.uint8)
     with archive.open(entry) as file:
         start = 0
@@ -150,7 +150,7 @@ def _tensors(checkpoint: Any, key: str | None) -> dict[str, StoredTensor]:
 
 
 def _checked(tensors: dict[str, Any]) -> dict[str, StoredTensor]:
-    """The tensors, once there is nothing but dense tensors of numbers, each in a storage of its size."""
+    """The tensors, after checks that all are dense tensors of numbers that fit their storages."""
     for name, tensor in tensors.items():
         if isinstance(tensor, Other):
             raise CheckpointError(f"{name} is a {tensor.what}\nsave it as a dense tensor of numbers")
@@ -159,7 +159,7 @@ def _checked(tensors: dict[str, Any]) -> dict[str, StoredTensor]:
 
 
 def _choose(checkpoint: Any, key: str | None, is_tensor: Callable[[Any], bool]) -> dict[str, Any]:
-    """The dict of tensors under a key, or without one at the top or under the one usual key that is there."""
+    """The dict of tensors under a key; without one, at the top or under the only usual key."""
     path = [] if key is None else key.split(".")
     for index, part in enumerate(path):
         _check_dict(checkpoint, path[:index], is_tensor)
@@ -169,7 +169,7 @@ def _choose(checkpoint: Any, key: str | None, is_tensor: Callable[[Any], bool]) 
     _check_dict(checkpoint, path, is_tensor)
     while key is None and not any(is_tensor(value) for value in checkpoint.values()):
         usual = [name for name in _USUAL_KEYS if isinstance(checkpoint.get(name), dict)]
-        if len(usual) != 1 or len(path) == len(_USUAL_KEYS):  # a dict may hold itself
+        if len(usual) != 1 or len(path) == len(_USUAL_KEYS):  # a dict may contain itself
             break
         path.append(usual[0])
         checkpoint = checkpoint[usual[0]]
@@ -193,9 +193,9 @@ def _choose(checkpoint: Any, key: str | None, is_tensor: Callable[[Any], bool]) 
 
 
 def _mapped(value: Any, function: Callable[[str, Any], Any]) -> Any:
-    """A copy of nested dicts, lists and tuples with `function(name, leaf)` for leaves, their keys joined by dots.
+    """Copy nested dicts, lists and tuples, with `function(name, leaf)` for each leaf; names are keys joined by dots.
 
-    What is shared is copied once, and is shared in the copy.
+    Shared objects are copied once, and are shared in the copy.
     """
     copies: dict[int, Any] = {}
 
@@ -242,9 +242,9 @@ def _check_expanded(name: str, shape: tuple[int, ...], size: int, stored: int) -
 def _arrays(
     file: IO[bytes], archive: zipfile.ZipFile, entries: dict[str, zipfile.ZipInfo], tensors: dict[str, StoredTensor]
 ) -> dict[str, Value]:
-    """Every tensor: where it lies, if that is all there is to it, else a copy.
+    """Every tensor: `Stored` if its bytes can be used directly, otherwise a copy.
 
-    What several tensors share is read once, however they lie in it, and dropped when they are there.
+    A storage that several tensors share is read once, and dropped after the last of them.
     """
     order = _read(archive, entries["byteorder"]).tobytes() if "byteorder" in entries else b"little"
     if order not in (b"little", b"big"):
@@ -262,7 +262,7 @@ def _arrays(
             if entry is None or wanted != entry.file_size:
                 found = "none are there" if entry is None else f"{entry.file_size} are there"
                 raise CheckpointError(f"damaged: of {name} {wanted} bytes should be stored, and {found}\n{AGAIN}")
-        assert entry is not None  # for every storage has a name
+        assert entry is not None  # every storage has a name
         if len(names) == 1 and entry.compress_type == zipfile.ZIP_STORED and tensors[names[0]].is_plain and not swap:
             tensor, offset = tensors[names[0]], _offset(file, archive, entry)
             arrays[names[0]] = Stored(
@@ -275,8 +275,8 @@ def _arrays(
 
 
 def _offset(file: IO[bytes], archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> int:
-    """Where in the file an entry's bytes begin, which are as they were stored."""
-    archive.open(entry).close()  # which checks what stands before them
+    """Where an entry's uncompressed bytes begin in the file."""
+    archive.open(entry).close()  # which checks the entry's header
     file.seek(entry.header_offset + 26)
     name_length, extra_length = struct.unpack("<HH", file.read(4))
     offset = entry.header_offset + 30 + name_length + extra_length
@@ -295,7 +295,7 @@ def _array(name: str, tensor: StoredTensor, data: np.ndarray, swap: bool) -> np.
         last = tensor.offset + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.strides, strict=True))
         if (last + 1) * itemsize > len(data):
             raise ValueError("it reaches past the end of what is stored")
-        # As bytes without a meaning, because as_strided does not know every dtype.
+        # As raw bytes, because as_strided does not know every dtype.
         numbers = data[tensor.offset * itemsize : (last + 1) * itemsize].view(f"V{itemsize}")
         strides = [step * itemsize for step in tensor.strides]
         view = np.lib.stride_tricks.as_strided(numbers, tensor.shape, strides, writeable=False)
@@ -318,9 +318,9 @@ def _load_legacy(path: str | os.PathLike[str]) -> Any:
     """Let torch read the file."""
     torch = _import_torch()
     try:
-        with open(path, "rb") as file:  # by its path, torch would go by its suffix
+        with open(path, "rb") as file:  # given a path, torch would go by the suffix
             return torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged pickle makes torch raise almost anything
+    except Exception as error:  # on a damaged pickle, torch raises almost anything
         with open(path, "rb") as file:
             raise CheckpointError(_cause(error, file)) from error
 
@@ -333,7 +333,7 @@ def _from_torch(name: str, tensor: Any) -> np.ndarray:
 
 
 def write_zip(file: IO[bytes], tensors: Mapping[str, Value], wrote: Callable[[int], None]) -> None:
-    """Write contiguous tensors as torch.save writes a state dict; `wrote` gets how many of their bytes were written."""
+    """Write contiguous tensors as torch.save writes a state dict; `wrote` is called with the bytes written."""
     with zipfile.ZipFile(file, "w") as archive:
         archive.writestr("archive/data.pkl", pickle_tensors(tensors))
         archive.writestr("archive/byteorder", sys.byteorder)
@@ -354,17 +354,17 @@ def _import_torch() -> ModuleType:
             f"reading a file of torch.save from before torch 1.6 needs torch, which is not installed\n{remedy}"
         ) from error
     if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 10):
-        # Earlier versions of weights_only could be made to run code.
+        # A file could run code in spite of weights_only in earlier versions.
         cause = f"reading a file of torch.save from before torch 1.6 needs torch 2.10 or later, not {torch.__version__}"
         raise CheckpointError(f"{cause}\n{remedy}")
     return torch
 
 
 def _cause(error: Exception, file: IO[bytes]) -> str:
-    """Why torch could not load, without its advice to load unsafely."""
+    """Why torch could not load the file, without torch's advice to load unsafely."""
     try:
         whole = [is_object(list(pickletools.genops(file))) for _ in range(_LEGACY_PICKLES)]
-    except Exception as damage:  # pickletools too
+    except Exception as damage:  # also by pickletools
         return f"truncated or damaged: its pickle cannot be read ({damage})\n{AGAIN}"
     refused = re.search(r"GLOBAL (\S+)", str(error))
     if refused and any(whole):

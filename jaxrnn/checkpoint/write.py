@@ -1,7 +1,7 @@
-"""Checkpoint files written: whole or not at all, and read back before they take their name.
+"""Write checkpoint files atomically, and read them back before they replace an existing one.
 
-A writer of one format is a function from an open file, the tensors, and what is called with the number of bytes written
-since. It returns the path of what it wrote: the file's, or that of a directory beside it.
+A format's writer is a function of an open file, the tensors, and a function to call with the number of bytes written
+since its last call. It returns the path it wrote: the file's, or that of a directory beside it.
 """
 
 import contextlib
@@ -28,24 +28,24 @@ from jaxrnn.checkpoint.pickles import is_known
 from jaxrnn.checkpoint.stored import THREADS, Stored, UnreadableError, Value, equal, pieces
 
 Wrote = Callable[[int], None]
-# None where the system has no such locks, and does not remove a file under whoever writes it.
+# None on systems without such locks, which do not remove open files either.
 fcntl = importlib.import_module("fcntl") if importlib.util.find_spec("fcntl") else None
 
 
 def save(path: Path, tensors: Mapping[str, Any], progress: Wrote | None = None) -> None:
-    """Write tensors to a file, which appears whole or not at all, once what was written has been read and compared.
+    """Write tensors to a file. It is read back and compared, and only then replaces an existing one.
 
     Args:
-        path: the file, a safetensors file if its name ends in .safetensors, a state dict that `torch.load` reads, with
-            `weights_only=True` too, if it ends in .pt, .pth, .ckpt or .bin, or the directory of an orbax checkpoint if
-            it ends in .orbax. An existing one is replaced.
+        path: the file. The suffix decides the format: .safetensors; .pt, .pth, .ckpt or .bin for a state dict that
+            `torch.load` reads, also with `weights_only=True`; .orbax for the directory of an orbax checkpoint. An
+            existing one is replaced.
         tensors: from name to array of numpy or jax (or torch), of any shape, and any dtype that the format has.
-        progress: called now and then with a number of bytes that were written, or compared, since: in all twice those
-            that the tensors have.
+        progress: called now and then with the number of bytes written or compared since its last call; in all twice
+            the tensors' bytes.
 
     Raises:
-        CheckpointError: another suffix, a value that cannot be written, the file system's refusal, or a file that does
-            not read as it was written.
+        CheckpointError: another suffix, a value that cannot be written, an error of the file system, or a file that
+            does not read back as it was written.
 
     >>> import os, tempfile
     >>> import numpy as np
@@ -65,7 +65,7 @@ def save(path: Path, tensors: Mapping[str, Any], progress: Wrote | None = None) 
             raise CheckpointError(f"names should be strings, got {listed(others)}\nname the tensors")
         arrays = {name: value if _is_plain(value) else to_numpy(name, value) for name, value in tensors.items()}
         _save(os.path.realpath(path), arrays, write, progress or (lambda count: None))
-    except UnreadableError:  # of a tensor that was to be written
+    except UnreadableError:  # a tensor that was to be written
         raise
     except CheckpointError as error:
         raise CheckpointError(f"{os.fspath(path)}: {error}") from error
@@ -74,7 +74,7 @@ def save(path: Path, tensors: Mapping[str, Any], progress: Wrote | None = None) 
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether an array can be written as it lies in memory, or in a file: a large one is not copied once more."""
+    """Whether an array's bytes can be written without a copy."""
     if isinstance(value, Stored):
         return True
     return type(value) is np.ndarray and value.flags.c_contiguous and value.dtype == dtype_of(value) != NO_NUMBERS
@@ -88,7 +88,7 @@ def _save(path: str, arrays: Tensors, write: Callable[[IO[bytes], Tensors, Wrote
         temporary = file.name
         try:
             mode = stat.S_IMODE(os.stat(path).st_mode) if os.path.isfile(path) else None
-            if mode is not None:  # who may not read the old one may not read this
+            if mode is not None:  # whoever may not read the old file may not read this one
                 os.chmod(temporary, mode | stat.S_IWUSR | stat.S_IRUSR)
             written = write(file, arrays, progress)
             file.flush()
@@ -96,10 +96,10 @@ def _save(path: str, arrays: Tensors, write: Callable[[IO[bytes], Tensors, Wrote
             _compare(written, arrays, pool, progress)
             synced.result()
             if os.path.isdir(path) and written != temporary:
-                os.rename(path, temporary + _OLD)  # a directory does not replace another
+                os.rename(path, temporary + _OLD)  # a directory cannot replace another
             if mode is not None and written == temporary:
                 os.chmod(temporary, mode)
-            if fcntl is None:  # where an open file cannot be renamed
+            if fcntl is None:  # on systems where an open file cannot be renamed
                 file.close()
             os.replace(written, path)
         finally:
@@ -108,7 +108,7 @@ def _save(path: str, arrays: Tensors, write: Callable[[IO[bytes], Tensors, Wrote
 
 @contextlib.contextmanager
 def _temporary(path: str) -> Iterator[IO[bytes]]:
-    """A new file, locked, in the same folder, because a rename is atomic only inside one file system."""
+    """Make a new, locked file in the same folder, because a rename is atomic only within a file system."""
     while True:
         with open(f"{path}.{secrets.token_hex(4)}.tmp", "xb") as file:
             if _hold(file):
@@ -117,24 +117,24 @@ def _temporary(path: str) -> Iterator[IO[bytes]]:
 
 
 def _hold(file: IO[bytes]) -> bool:
-    """Lock a new file, if the file system can; False if whoever removes what is abandoned was faster."""
+    """Lock a new file, if the file system can. False if a concurrent cleanup removed it first."""
     try:
         _lock(file)
     except BlockingIOError:
         return False
-    except OSError:  # no locks here: what a killed writer leaves stays, for nobody can tell it
+    except OSError:  # no locks here: files of killed writers stay, because nobody can tell them
         pass
     return os.path.exists(file.name)
 
 
-# What belongs to a temporary file: the directory that is written, as orbax names it until it is whole, and the one that
-# is to be replaced.
+# The companions of a temporary file: the directory that is written, as orbax names it until it is complete, and the
+# one to be replaced.
 _NEW, _OLD = ".new", ".old"
 _BESIDE = (_NEW, f"{_NEW}.orbax-checkpoint-tmp", _OLD)
 
 
 def _remove_abandoned(path: str) -> None:
-    """Remove what writers of this path left that were killed: their temporary files, which nobody holds."""
+    """Remove what killed writers of this path left: temporary files that nobody has locked."""
     folder, name = os.path.split(path)
     pattern = re.compile(re.escape(name) + r"\.[0-9a-f]{8}\.tmp")
     for entry in os.listdir(folder):
@@ -145,18 +145,18 @@ def _remove_abandoned(path: str) -> None:
 
 
 def _remove(temporary: str, path: str) -> None:
-    """Remove a temporary file and what belongs to it, but for the only whole directory that there is."""
+    """Remove a temporary file and its companions, but keep a backup that is the only complete copy."""
     if os.path.isdir(temporary + _OLD) and not os.path.lexists(path):
         os.rename(temporary + _OLD, path)
     for suffix in _BESIDE:
         if os.path.isdir(temporary + suffix):
             shutil.rmtree(temporary + suffix)
-    if os.path.lexists(temporary):  # the last, because the others are found by it
+    if os.path.lexists(temporary):  # last, because it leads to the others
         os.remove(temporary)
 
 
 def _sync(path: str) -> None:
-    """Have the system write a file, or all that is in a directory, to its disk."""
+    """Flush a file, or everything in a directory, to disk."""
     files = [os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names]
     for name in files or [path]:
         with open(name, "r+b") as file:
@@ -164,13 +164,13 @@ def _sync(path: str) -> None:
 
 
 def _lock(file: IO[bytes]) -> None:
-    """Hold the file until it is closed; OSError if another process holds it."""
+    """Lock the file until it is closed; OSError if another process has locked it."""
     if fcntl is not None:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _compare(path: str, arrays: Tensors, pool: ThreadPoolExecutor, progress: Wrote) -> None:
-    """Read a file, and compare it with what was to be written."""
+    """Read a file, and compare it with the tensors."""
     found = opened(path)
 
     def same(name: str) -> bool:
@@ -192,12 +192,12 @@ def _write_safetensors(file: IO[bytes], arrays: Tensors, wrote: Wrote) -> str:
         if name == "__metadata__" or array.dtype.name not in names:
             cause = f"{name} of {array.dtype} cannot be written to safetensors"
             raise CheckpointError(f"{cause}\nrename or convert it, or leave it out")
-    # The widest first, so that each lies where a number of its size may: the format's readers map it into memory.
+    # The widest dtype first, so that every array is aligned: readers map the file into memory.
     order = sorted(arrays, key=lambda name: -arrays[name].dtype.itemsize)
     begin, offsets = 0, {}
     for name in order:
         offsets[name] = [begin, begin := begin + arrays[name].nbytes]
-    # Names and layout are torch's, which is what readers take this metadata to say.
+    # Names and layout are torch's; readers look for this metadata.
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     for name, array in arrays.items():
         header[name] = {
