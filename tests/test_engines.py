@@ -63,6 +63,7 @@ CALLED: list[str] = []
 @pytest.fixture(autouse=True)
 def handwritten(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(engines.ENGINES, "handwritten", Handwritten())
+    monkeypatch.setattr(engines, "AUTO", ["handwritten", "scan"])
     jax.clear_caches()  # of what ran before with another choice
     CALLED.clear()
 
@@ -94,7 +95,7 @@ def test_an_engines_own_backward_pass_serves_every_transform() -> None:
     assert_close(found, jax.jit(lambda: transforms("scan"))())
 
 
-def test_auto_takes_the_last_engine_that_does_not_refuse() -> None:
+def test_auto_takes_the_first_engine_that_does_not_refuse() -> None:
     spec = jaxrnn.Spec(jaxrnn.RNN_TANH, F, H)
 
     def gradient(spec: jaxrnn.Spec, **marks: Any) -> Any:

@@ -1,7 +1,8 @@
-"""What runs a layer's loop over time: `Scan`, and a file for each kernel. An engine is a line in `ENGINES`.
+"""Engines run a layer's loop over time: `Scan`, and a file for each kernel.
 
-To add one, write a file with a class that has the methods of `Engine`, and add it to `ENGINES`. An engine sees a
-`jaxrnn.steps.Run`, one layer in one direction; products with the input, chunks and layers are done outside.
+To add one, write a file with a class that has the methods of `Engine`, and add it to `ENGINES`; and to `AUTO` if
+`engine="auto"` should use it. An engine sees a `jaxrnn.steps.Run`, one layer in one direction; products with the input,
+chunks and layers are done outside.
 """
 
 from typing import Protocol
@@ -47,6 +48,8 @@ class Engine(Protocol):
 
 
 ENGINES: dict[str, Engine] = {"scan": Scan()}
+# What "auto" tries, in this order. The last runs everything.
+AUTO = ["scan"]
 
 
 def engine(options: Options) -> Engine | None:
@@ -63,14 +66,14 @@ def engine(options: Options) -> Engine | None:
 
 
 def engine_for(run: Run) -> Engine:
-    """The engine that was asked for, or else the last of `ENGINES` that does not refuse.
+    """The engine that was asked for, or else the first of `AUTO` that does not refuse.
 
     Raises:
         ValueError: the engine that was asked for refuses.
     """
     asked = engine(run.settings.options)
     if asked is None:
-        return next(each for each in reversed(ENGINES.values()) if each.refuses(run) is None)
+        return next(each for each in map(ENGINES.__getitem__, AUTO) if each.refuses(run) is None)
     if reason := asked.refuses(run):
         raise ValueError(f"engine={run.settings.options.engine!r} cannot run this: {reason}. Use engine='auto'")
     return asked
