@@ -120,3 +120,13 @@ def test_a_cell_that_does_not_say_shows_what_its_step_gets() -> None:
     spec = jaxrnn.Spec(cell, F, H)
     inside = jaxrnn.trajectory(spec, parameters(spec), normal(T, F))
     assert_close(np.tanh(inside.gates["a"]), inside.states["h"])
+
+
+def test_gate_values_see_the_state_before_the_step() -> None:
+    """Also at the first step, and where the state was reset."""
+    values = {"gate_values": lambda gates, hidden, state: state}
+    cell = jaxrnn.Cell("plain", ("a",), ("h",), lambda gates, hidden, state: (jnp.tanh(gates[0]),), **values)
+    spec, hx, restart = jaxrnn.Spec(cell, F, H), normal(1, H), normal(1, H, seed=1)
+    inside = jaxrnn.trajectory(spec, parameters(spec), normal(T, F), hx, reset=np.arange(T) == 2, reset_state=restart)
+    h = inside.states["h"][0]
+    assert_close(inside.gates["a"][0], jnp.stack([hx[0], h[0], restart[0], h[2], h[3]]), atol=0)
