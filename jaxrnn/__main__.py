@@ -21,10 +21,10 @@ from rich.table import Table
 from jaxrnn._version import __version__
 from jaxrnn.checkpoint import CheckpointError, FoundRNN, find_rnns, fold, save
 from jaxrnn.checkpoint.check import LIMIT, check, installed_torch
-from jaxrnn.checkpoint.errors import listed
+from jaxrnn.checkpoint.errors import about, listed
 from jaxrnn.checkpoint.files import Tensors, opened
 from jaxrnn.checkpoint.names import under
-from jaxrnn.checkpoint.stored import UnreadableError, Value, equal, not_finite, read
+from jaxrnn.checkpoint.stored import Value, equal, not_finite, read
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 # Show a progress bar above this many bytes, which take about a second.
@@ -133,7 +133,7 @@ def _suite(name: str) -> Callable[[Sequence[str], str], int]:
 def _load(path: str, key: str | None, raw: bool) -> Tensors:
     """Read all tensors of a file, and fold weights that are in parts."""
     tensors = opened(path, key)
-    with _said_of(path):
+    with about(path):
         tensors = fold(tensors, raw)
     with _progress(f"reading {os.path.basename(path)}", tensors) as progress:
         odd = not_finite(tensors, progress)
@@ -154,18 +154,8 @@ def _progress(what: str, tensors: Tensors, times: int = 1) -> Iterator[Callable[
         yield lambda count: progress.advance(task, count)
 
 
-@contextlib.contextmanager
-def _said_of(path: str) -> Iterator[None]:
-    try:
-        yield
-    except UnreadableError:
-        raise
-    except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from error
-
-
 def _found(path: str, tensors: Tensors) -> list[FoundRNN]:
-    with _said_of(path):
+    with about(path):
         found = find_rnns(tensors)
     if not found:
         keys = f"its keys: {listed(tensors)}" if tensors else "it has no tensors at all"
@@ -234,12 +224,12 @@ def _convert(arguments: argparse.Namespace) -> int:
         found = _found(arguments.file, tensors)
         tensors = {key: tensors[key] for key in (rnn.prefix + name for rnn in found for name in rnn.spec.shapes())}
     prefix = arguments.prefix
-    with _said_of(arguments.file):
+    with about(arguments.file):
         chosen = under(tensors, prefix)
     if not chosen:
         cause = f"no key starts with {prefix!r}\nits keys: {listed(tensors)}" if tensors else "it has no tensors"
         raise CheckpointError(f"{arguments.file}: {cause}")
-    with _said_of(arguments.file):
+    with about(arguments.file):
         for rename in arguments.rename:
             chosen = _renamed(chosen, rename)
         if arguments.dtype:

@@ -11,9 +11,9 @@ from hypothesis.extra import numpy as hnp
 from safetensors.numpy import save as serialize
 
 from jaxrnn import checkpoint
-from jaxrnn.checkpoint import files
+from jaxrnn.checkpoint.formats import safetensors
 
-DTYPES = [jnp.dtype(name) for name in files.SAFETENSORS_DTYPES.values()]
+DTYPES = [jnp.dtype(name) for name in safetensors.DTYPES.values()]
 ENTRY = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
 
 

@@ -1,4 +1,4 @@
-"""A Linen module's variables: every way to name submodules, and what stays. Their layouts: test_checkpoint_layers."""
+"""Variables of a Linen module: every way to name submodules, and what stays. Layouts: test_checkpoint_flax_layers."""
 
 from typing import Any
 

@@ -21,7 +21,7 @@ from safetensors.numpy import save as safetensors_bytes
 import jaxrnn
 from jaxrnn import checkpoint
 from jaxrnn.checkpoint import CheckpointError
-from jaxrnn.checkpoint.pickles import unpickle
+from jaxrnn.checkpoint.formats.pickles import unpickle
 
 DTYPES = ["float64", "float32", "float16", "bfloat16", "complex64", "complex128", "int64", "int32", "int16", "int8"]
 DTYPES += ["uint8", "bool", "uint16", "float8_e5m2"]

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrnn.checkpoint.files import SAFETENSORS_DTYPES
-from jaxrnn.checkpoint.stored import Source, Stored, UnreadableError, equal, not_finite, pieces
+from jaxrnn.checkpoint.errors import UnreadableError
+from jaxrnn.checkpoint.formats.safetensors import DTYPES
+from jaxrnn.checkpoint.stored import Source, Stored, equal, not_finite, pieces
 
 # Several pieces, and a rest.
 NUMBERS = np.random.RandomState(0).standard_normal(400_003)
@@ -56,7 +57,7 @@ def test_not_finite(tmp_path: Path) -> None:
     done: list[int] = []
     assert not_finite(tensors, done.append) == ["inf", "nan"]
     assert sum(done) == 2 * NUMBERS.nbytes + 2
-    dtypes = [jnp.dtype(name) for name in SAFETENSORS_DTYPES.values()]
+    dtypes = [jnp.dtype(name) for name in DTYPES.values()]
     assert not_finite({dtype.name: np.ones(3, dtype) for dtype in dtypes}, done.append) == []
 
 

@@ -57,14 +57,14 @@ def test_what_was_written_is_read_and_compared(suffix, tmp_path, monkeypatch):
     path = tmp_path / f"a.{suffix}"
     checkpoint.save(path, {"x": np.ones(2)})
     before = _contents(tmp_path)
-    right = write._WRITERS[f".{suffix}"]
+    right = write.WRITERS[f".{suffix}"]
     for other in (
         {"x": np.array([1.0, np.nan])},
         {"x": np.ones(2, np.float32)},
         {"x": np.ones((2, 1))},
         {"y": np.ones(1)},
     ):
-        monkeypatch.setitem(write._WRITERS, f".{suffix}", lambda file, _, wrote, other=other: right(file, other, wrote))
+        monkeypatch.setitem(write.WRITERS, f".{suffix}", lambda file, _, wrote, other=other: right(file, other, wrote))
         with pytest.raises(CheckpointError, match=f"^{path}: the file does not hold what was written: [xy]"):
             checkpoint.save(path, {"x": np.array([1.0, 2.0])})
         assert _contents(tmp_path) == before

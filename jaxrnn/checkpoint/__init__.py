@@ -4,8 +4,8 @@ from jaxrnn.checkpoint import linen
 from jaxrnn.checkpoint.errors import CheckpointError
 from jaxrnn.checkpoint.files import load, load_tree
 from jaxrnn.checkpoint.find import FoundRNN, find_rnns
-from jaxrnn.checkpoint.modules import from_torch, load_state_dict, state_dict
 from jaxrnn.checkpoint.names import fold
+from jaxrnn.checkpoint.nnx import from_torch, load_state_dict, state_dict
 from jaxrnn.checkpoint.optimizer import clip_grad_norm, optax_from_torch, optimizer_from_torch
 from jaxrnn.checkpoint.write import save
 

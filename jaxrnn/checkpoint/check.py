@@ -14,7 +14,7 @@ from flax import nnx
 import jaxrnn.nnx
 from jaxrnn.checkpoint.arrays import to_numpy
 from jaxrnn.checkpoint.find import FoundRNN
-from jaxrnn.checkpoint.modules import load_state_dict
+from jaxrnn.checkpoint.nnx import load_state_dict
 
 _STEPS, _BATCH = 7, 3
 # Far above rounding in float64, and far below the effect of any mistake.

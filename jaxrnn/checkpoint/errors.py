@@ -1,6 +1,9 @@
 """The exception that reading, checking and loading checkpoints raise."""
 
-from collections.abc import Iterable
+import codecs
+import contextlib
+import os
+from collections.abc import Iterable, Iterator
 
 AGAIN = "download or copy it again"
 
@@ -19,6 +22,23 @@ class CheckpointError(ValueError):
     nowhere.pt: no such file
     check the path and its permissions
     """
+
+
+class UnreadableError(CheckpointError):
+    """An array in a file cannot be read. The message starts with the file's path."""
+
+
+@contextlib.contextmanager
+def about(path: str | os.PathLike[str], remedy: str = "check the path and its permissions") -> Iterator[None]:
+    """Put the path first in the message of any CheckpointError, and of the system's errors, which get a remedy."""
+    try:
+        yield
+    except UnreadableError:
+        raise
+    except CheckpointError as error:
+        raise CheckpointError(f"{os.fspath(path)}: {error}") from error
+    except OSError as error:
+        raise CheckpointError(f"{os.fspath(path)}: {os_cause(error)}\n{remedy}") from error
 
 
 def os_cause(error: OSError) -> str:
@@ -41,3 +61,13 @@ def listed(names: Iterable[object], limit: int = 20) -> str:
     names = list(names)
     text = ", ".join(map(str, names[:limit]))
     return text + (f", ... ({len(names) - limit} more)" if len(names) > limit else "")
+
+
+def is_text(head: bytes) -> bool:
+    """Whether the first bytes of a file are text."""
+    try:
+        # Incremental, because the end of head may split a character.
+        text = codecs.getincrementaldecoder("utf-8")().decode(head)
+    except UnicodeDecodeError:
+        return False
+    return all(character.isprintable() or character.isspace() for character in text)

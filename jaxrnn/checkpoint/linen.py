@@ -10,8 +10,8 @@ from flax import linen
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jaxrnn import _compat
-from jaxrnn.checkpoint.fit import Contents, Parameter, fit
-from jaxrnn.checkpoint.layers import Entry, kind_of
+from jaxrnn.checkpoint.flax_layers import Entry, kind_of
+from jaxrnn.checkpoint.matching import Contents, Parameter, fit
 from jaxrnn.spec import CellSpec, Spec
 
 Path = tuple[str, ...]

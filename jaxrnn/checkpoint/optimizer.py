@@ -11,9 +11,9 @@ from flax import nnx
 
 from jaxrnn.checkpoint.arrays import to_numpy
 from jaxrnn.checkpoint.errors import CheckpointError, listed
-from jaxrnn.checkpoint.fit import Parameter
-from jaxrnn.checkpoint.layers import Entry
-from jaxrnn.checkpoint.modules import contents_of, order_in_doubt
+from jaxrnn.checkpoint.flax_layers import Entry
+from jaxrnn.checkpoint.matching import Parameter
+from jaxrnn.checkpoint.nnx import contents_of, order_in_doubt
 
 # The fields of optax's states, by torch's names.
 _FIELDS = {"mu": "exp_avg", "nu": "exp_avg_sq", "trace": "momentum_buffer"}

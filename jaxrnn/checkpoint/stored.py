@@ -14,16 +14,12 @@ from typing import IO
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrnn.checkpoint.errors import AGAIN, CheckpointError, os_cause
+from jaxrnn.checkpoint.errors import AGAIN, UnreadableError, os_cause
 
 # Large compared with the cost of a system call, small compared with the processor's caches.
 _PIECE = 1 << 20
 # Threads that read, compute checksums and compare, all of which release the GIL.
 THREADS = 4
-
-
-class UnreadableError(CheckpointError):
-    """An array in a file cannot be read. The message starts with the file's path."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,18 +1,12 @@
-"""Write checkpoint files atomically, and read them back before they replace an existing one.
-
-A format's writer is a function of an open file, the tensors, and a function to call with the number of bytes written
-since its last call. It returns the path it wrote: the file's, or that of a directory beside it.
-"""
+"""Write checkpoint files atomically, and read them back before they replace an existing one."""
 
 import contextlib
 import importlib.util
-import json
 import os
 import re
 import secrets
 import shutil
 import stat
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import IO, Any
@@ -20,12 +14,12 @@ from typing import IO, Any
 import numpy as np
 
 from jaxrnn._compat import is_orbax_tree
-from jaxrnn.checkpoint import orbax_files, torch_files
 from jaxrnn.checkpoint.arrays import NO_NUMBERS, dtype_of, to_numpy
-from jaxrnn.checkpoint.errors import CheckpointError, check_unicode, listed, os_cause
-from jaxrnn.checkpoint.files import SAFETENSORS_DTYPES, Path, Tensors, check_path, opened
-from jaxrnn.checkpoint.pickles import is_known
-from jaxrnn.checkpoint.stored import THREADS, Stored, UnreadableError, Value, equal, pieces
+from jaxrnn.checkpoint.errors import CheckpointError, about, listed
+from jaxrnn.checkpoint.files import Path, Tensors, check_path, opened
+from jaxrnn.checkpoint.formats import WRITERS, Writer
+from jaxrnn.checkpoint.formats.orbax import NEW
+from jaxrnn.checkpoint.stored import THREADS, Stored, equal
 
 Wrote = Callable[[int], None]
 # None on systems without such locks, which do not remove open files either.
@@ -56,21 +50,15 @@ def save(path: Path, tensors: Mapping[str, Any], progress: Wrote | None = None) 
     ...     os.listdir(folder), list(checkpoint.load(path))
     (['model.pt'], ['head.weight', 'head.bias'])
     """
-    try:
+    with about(path, "check the folder and its space"):
         check_path(path)
-        write = _WRITERS.get(os.path.splitext(os.fspath(path))[1])
+        write = WRITERS.get(os.path.splitext(os.fspath(path))[1])
         if write is None:
-            raise CheckpointError(f"no format has its suffix\nend its name in one of {', '.join(_WRITERS)}")
+            raise CheckpointError(f"no format has its suffix\nend its name in one of {', '.join(WRITERS)}")
         if others := [name for name in tensors if not isinstance(name, str)]:
             raise CheckpointError(f"names should be strings, got {listed(others)}\nname the tensors")
         arrays = {name: value if _is_plain(value) else to_numpy(name, value) for name, value in tensors.items()}
         _save(os.path.realpath(path), arrays, write, progress or (lambda count: None))
-    except UnreadableError:  # a tensor that was to be written
-        raise
-    except CheckpointError as error:
-        raise CheckpointError(f"{os.fspath(path)}: {error}") from error
-    except OSError as error:
-        raise CheckpointError(f"{os.fspath(path)}: {os_cause(error)}\ncheck the folder and its space") from error
 
 
 def _is_plain(value: Any) -> bool:
@@ -80,7 +68,7 @@ def _is_plain(value: Any) -> bool:
     return type(value) is np.ndarray and value.flags.c_contiguous and value.dtype == dtype_of(value) != NO_NUMBERS
 
 
-def _save(path: str, arrays: Tensors, write: Callable[[IO[bytes], Tensors, Wrote], str], progress: Wrote) -> None:
+def _save(path: str, arrays: Tensors, write: Writer, progress: Wrote) -> None:
     if os.path.isdir(path) and os.listdir(path) and not is_orbax_tree(path):
         raise CheckpointError("a directory that is no orbax checkpoint is not replaced\nchoose another name")
     _remove_abandoned(path)
@@ -129,8 +117,8 @@ def _hold(file: IO[bytes]) -> bool:
 
 # The companions of a temporary file: the directory that is written, as orbax names it until it is complete, and the
 # one to be replaced.
-_NEW, _OLD = ".new", ".old"
-_BESIDE = (_NEW, f"{_NEW}.orbax-checkpoint-tmp", _OLD)
+_OLD = ".old"
+_BESIDE = (NEW, f"{NEW}.orbax-checkpoint-tmp", _OLD)
 
 
 def _remove_abandoned(path: str) -> None:
@@ -183,53 +171,3 @@ def _compare(path: str, arrays: Tensors, pool: ThreadPoolExecutor, progress: Wro
         progress(arrays[name].nbytes if name in arrays else 0)
     if different:
         raise CheckpointError(f"the file does not hold what was written: {listed(different)}\ncheck the disk")
-
-
-def _write_safetensors(file: IO[bytes], arrays: Tensors, wrote: Wrote) -> str:
-    names = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
-    for name, array in arrays.items():
-        check_unicode(name)
-        if name == "__metadata__" or array.dtype.name not in names:
-            cause = f"{name} of {array.dtype} cannot be written to safetensors"
-            raise CheckpointError(f"{cause}\nrename or convert it, or leave it out")
-    # The widest dtype first, so that every array is aligned: readers map the file into memory.
-    order = sorted(arrays, key=lambda name: -arrays[name].dtype.itemsize)
-    begin, offsets = 0, {}
-    for name in order:
-        offsets[name] = [begin, begin := begin + arrays[name].nbytes]
-    # Names and layout are torch's; readers look for this metadata.
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    for name, array in arrays.items():
-        header[name] = {
-            "dtype": names[array.dtype.name], "shape": list(array.shape), "data_offsets": offsets[name],
-        }  # fmt: skip
-    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    file.write(len(text).to_bytes(8, "little") + text)
-    for name in order:
-        for piece in pieces(_little_endian(arrays[name])):
-            file.write(piece)
-            wrote(len(piece))
-    return file.name
-
-
-def _little_endian(value: Value) -> Value:
-    return value if sys.byteorder == "little" else to_numpy("", value).byteswap()
-
-
-def _write_torch(file: IO[bytes], arrays: Tensors, wrote: Wrote) -> str:
-    for name, array in arrays.items():
-        if not is_known(array.dtype):
-            raise CheckpointError(f"{name} is of {array.dtype}, which torch has not\nconvert it, or leave it out")
-    torch_files.write_zip(file, arrays, wrote)
-    return file.name
-
-
-def _write_orbax(file: IO[bytes], arrays: Tensors, wrote: Wrote) -> str:
-    orbax_files.write_directory(file.name + _NEW, arrays)
-    wrote(sum(array.nbytes for array in arrays.values()))
-    return file.name + _NEW
-
-
-_WRITERS = {".safetensors": _write_safetensors, **dict.fromkeys((".pt", ".pth", ".ckpt", ".bin"), _write_torch)}
-_WRITERS |= {".orbax": _write_orbax}

@@ -12,7 +12,7 @@ import pytest
 
 from jaxrnn import checkpoint
 from jaxrnn.checkpoint import CheckpointError
-from jaxrnn.checkpoint.torch_files import LEGACY_MAGIC
+from jaxrnn.checkpoint.formats.torch_legacy import MAGIC
 
 
 def archive(**entries: bytes) -> bytes:
@@ -24,7 +24,7 @@ def archive(**entries: bytes) -> bytes:
 
 
 # How a file of torch.save from before torch 1.6 starts.
-LEGACY = b"\x80\x02" + LEGACY_MAGIC + b"."
+LEGACY = b"\x80\x02" + MAGIC + b"."
 
 # Without torch
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxrnn.checkpoint.arrays import NO_NUMBERS, dtype_of, to_numpy
 from jaxrnn.checkpoint.errors import CheckpointError, listed
-from jaxrnn.checkpoint.layers import Entry, kind_of
+from jaxrnn.checkpoint.flax_layers import Entry, kind_of
 from jaxrnn.checkpoint.names import as_named, fold, misfits, under
 
 # Kinds of dtype: values are cast within a kind, as in torch; an integer or complex weight is a mistake.

@@ -14,8 +14,8 @@ from flax import linen, nnx
 import jaxrnn.nnx
 from jaxrnn import _compat, flax_sharding
 from jaxrnn.checkpoint.arrays import dtype_of
-from jaxrnn.checkpoint.fit import Contents, Parameter, fit
-from jaxrnn.checkpoint.layers import Entry, kind_of
+from jaxrnn.checkpoint.flax_layers import Entry, kind_of
+from jaxrnn.checkpoint.matching import Contents, Parameter, fit
 from jaxrnn.spec import CellSpec, Spec
 
 _CLASSES = ("RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell")

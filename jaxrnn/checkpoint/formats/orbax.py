@@ -8,23 +8,26 @@ import glob
 import logging
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import IO, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxrnn._compat import is_orbax_tree
+from jaxrnn.checkpoint import stored
 from jaxrnn.checkpoint.errors import AGAIN, CheckpointError, check_unicode, listed
-from jaxrnn.checkpoint.stored import Value, read
+from jaxrnn.checkpoint.stored import Value
 
 # Far above what compression gains on weights. Data that is not stored would be read as zeros, however many.
 _LARGEST_INFLATION = 100
 _SMALL = 64 << 20  # this many bytes are harmless, however few are stored
+SUFFIXES = (".orbax",)
+NEW = ".new"  # what the directory's name has more than the file's
 
 
-def read_directory(path: str | os.PathLike[str], key: str | None) -> dict[str, Value]:
+def read(path: str | os.PathLike[str], key: str | None) -> dict[str, Value]:
     import orbax.checkpoint as ocp
 
     path = _tree_in(os.path.abspath(path))
@@ -123,7 +126,8 @@ def _check(described: Mapping[str, Any], path: str) -> None:
         raise CheckpointError(f"{cause}\nget it from a source that you trust")
 
 
-def write_directory(path: str, tensors: Mapping[str, Value]) -> None:
+def write(file: IO[bytes], tensors: Mapping[str, Value], wrote: Callable[[int], None]) -> str:
+    """Write a directory beside the file, which keeps its name free, and return its path."""
     import orbax.checkpoint as ocp
 
     if not tensors:
@@ -132,12 +136,16 @@ def write_directory(path: str, tensors: Mapping[str, Value]) -> None:
         if value.size == 0:
             raise CheckpointError(f"{name} has no numbers, which orbax cannot write\nleave it out")
         check_unicode(name)
+    path = file.name + NEW
     # Weights hardly compress, and compression doubles the memory that writing takes.
     handler = ocp.PyTreeCheckpointHandler(use_compression=False)
     try:
         with _quiet(), ocp.Checkpointer(handler) as checkpointer:
-            checkpointer.save(path, args=ocp.args.PyTreeSave({name: read(value) for name, value in tensors.items()}))
+            arrays = {name: stored.read(value) for name, value in tensors.items()}
+            checkpointer.save(path, args=ocp.args.PyTreeSave(arrays))
     except ValueError as error:  # tensorstore raises this for a full disk, too
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"orbax cannot write it ({str(error)[:200]})\ncheck the disk, and the names") from error
+    wrote(sum(value.nbytes for value in tensors.values()))
+    return path

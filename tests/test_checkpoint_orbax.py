@@ -18,14 +18,14 @@ from flax import nnx
 import jaxrnn
 from jaxrnn import checkpoint
 from jaxrnn.checkpoint import CheckpointError
-from jaxrnn.checkpoint.files import SAFETENSORS_DTYPES
+from jaxrnn.checkpoint.formats.safetensors import DTYPES
 
 # Names that a path, or a tree with dots, could trip over.
 NAMES = ("encoder.weight_ih_l0", "", ".", "..", "../x", "a/b", "a", "a.b", "é\n", "\0", ".zarray", "0", "value")
 
 
 def test_every_dtype_and_name(tmp_path: Path) -> None:
-    dtypes = [jnp.dtype(name) for name in SAFETENSORS_DTYPES.values()]
+    dtypes = [jnp.dtype(name) for name in DTYPES.values()]
     random = np.random.RandomState(0)
     tensors = {}
     for number, dtype in enumerate(dtypes):

@@ -1,0 +1,35 @@
+"""A file for each format of checkpoints. To add one, write a module like `Format`, and list it below."""
+
+import os
+from collections.abc import Callable, Mapping
+from typing import IO, Protocol
+
+from jaxrnn.checkpoint.formats import orbax, safetensors, torch_legacy, torch_zip
+from jaxrnn.checkpoint.stored import Value
+
+Writer = Callable[[IO[bytes], Mapping[str, Value], Callable[[int], None]], str]
+
+
+class Format(Protocol):
+    """What every format has: a way to read it. Errors do not name the path; `files.opened` puts it first.
+
+    A format that holds more than tensors also has `read_tree(path)`. One that can be written has `SUFFIXES` and
+    `write(file, tensors, wrote)`, which calls `wrote` with the number of bytes written since its last call, and returns
+    the path it wrote: the file's, or that of a directory beside it.
+    """
+
+    def read(self, path: str | os.PathLike[str], key: str | None) -> dict[str, Value]:
+        """The tensors, or those under a key of nested dicts."""
+
+
+class FileFormat(Format, Protocol):
+    """A format of files, not directories."""
+
+    def sniff(self, head: bytes) -> bool:
+        """Whether a file that begins so has this format."""
+
+
+FILES: tuple[FileFormat, ...] = (torch_zip, torch_legacy, safetensors)
+WRITERS: dict[str, Writer] = {
+    suffix: each.write for each in (safetensors, torch_zip, orbax) for suffix in each.SUFFIXES
+}
