@@ -8,6 +8,7 @@ import json
 import os
 import sys
 import textwrap
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TextIO
 
@@ -106,6 +107,9 @@ def _main(argv: Sequence[str], prog: str) -> int:
         command.add_argument(
             "--raw", action="store_true", help="take weight_hh_l0_raw, of weight drop, for weight_hh_l0"
         )
+        command.add_argument(
+            "--only-tensors", action="store_true", help="leave out objects beside the tensors, whose code is not run"
+        )
         command.add_argument("--json", action="store_true", help="print it as JSON")
     for name, (_, words) in SUITE.items():
         commands.add_parser(name, help=words, add_help=False)
@@ -130,11 +134,15 @@ def _suite(name: str) -> Callable[[Sequence[str], str], int]:
     return importlib.import_module(SUITE[name][0]).main
 
 
-def _load(path: str, key: str | None, raw: bool) -> Tensors:
+def _load(path: str, key: str | None, arguments: argparse.Namespace) -> Tensors:
     """Read all tensors of a file, and fold weights that are in parts."""
-    tensors = opened(path, key)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        tensors = opened(path, key, arguments.only_tensors)
+    for warning in caught:
+        _print(f"warning: {warning.message}", sys.stderr)
     with about(path):
-        tensors = fold(tensors, raw)
+        tensors = fold(tensors, arguments.raw)
     with _progress(f"reading {os.path.basename(path)}", tensors) as progress:
         odd = not_finite(tensors, progress)
     if odd:
@@ -164,10 +172,10 @@ def _found(path: str, tensors: Tensors) -> list[FoundRNN]:
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
-    found = _found(arguments.file, _load(arguments.file, arguments.key, arguments.raw))
+    found = _found(arguments.file, _load(arguments.file, arguments.key, arguments))
     if arguments.json:
         names = ["prefix", "input_size", "hidden_size", "num_layers", "bidirectional", "bias", "proj_size"]
-        names += ["num_parameters", "assumed"]
+        names += ["num_parameters", "assumed", "beside"]
         rows = [{name: getattr(rnn, name) for name in names} for rnn in found]
         kinds = [{"kind": _kind(rnn), "dtype": rnn.dtype.name} for rnn in found]
         print(json.dumps([row | kind for row, kind in zip(rows, kinds, strict=True)], indent=1))
@@ -194,7 +202,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
 
 def _kind(rnn: FoundRNN) -> str:
-    return rnn.kind + "Cell" * rnn.is_cell
+    return rnn.class_name if rnn.in_torch else rnn.kind
 
 
 def _print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -210,6 +218,9 @@ def _print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 def _print_assumed(found: list[FoundRNN]) -> None:
+    for rnn in found:
+        if rnn.beside:
+            _print(f"\nBeside {rnn.prefix or 'it'}, and unknown to torch.nn.{rnn.class_name}: {listed(rnn.beside)}")
     assumed = {name: value for rnn in found for name, value in rnn.assumed.items()}
     if assumed:
         settings = ", ".join(f"{name}={value!r}" for name, value in assumed.items())
@@ -219,7 +230,7 @@ def _print_assumed(found: list[FoundRNN]) -> None:
 def _convert(arguments: argparse.Namespace) -> int:
     if os.path.lexists(arguments.out) and not arguments.force:
         raise CheckpointError(f"{arguments.out}: it exists already\ngive another name, or --force to replace it")
-    tensors = _load(arguments.file, arguments.key, arguments.raw)
+    tensors = _load(arguments.file, arguments.key, arguments)
     if arguments.only_rnn:
         found = _found(arguments.file, tensors)
         tensors = {key: tensors[key] for key in (rnn.prefix + name for rnn in found for name in rnn.spec.shapes())}
@@ -266,8 +277,8 @@ def _cast(key: str, value: Value, dtype: str) -> Value:
 
 
 def _diff(arguments: argparse.Namespace) -> int:
-    one = _load(arguments.file, arguments.key, arguments.raw)
-    other = _load(arguments.other, arguments.other_key, arguments.raw)
+    one = _load(arguments.file, arguments.key, arguments)
+    other = _load(arguments.other, arguments.other_key, arguments)
     differences = {key: _difference(one.get(key), other.get(key)) for key in {**one, **other}}
     differences = {key: difference for key, difference in differences.items() if difference}
     if arguments.json:
@@ -304,7 +315,7 @@ def _difference(one: Value | None, other: Value | None) -> str:
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    tensors = _load(arguments.file, arguments.key, arguments.raw)
+    tensors = _load(arguments.file, arguments.key, arguments)
     found = _found(arguments.file, tensors)
     torch = installed_torch()
     checked = [check(rnn, tensors, torch) for rnn in found]

@@ -48,21 +48,16 @@ def cases(path: str, key: str | None, inputs: str | None) -> list[Case]:
 
 
 def _of(rnn: FoundRNN, tensors: dict[str, np.ndarray], given: np.ndarray | None) -> Iterator[Case]:
-    kind = rnn.kind + "Cell" * rnn.is_cell
+    kind = rnn.class_name
     if rnn.kind == "RNN":
         kind += "_TANH"  # which no state dict says
     elif rnn.proj_size:
         kind += "_PROJ"
-    arguments = {"input_size": rnn.input_size, "hidden_size": rnn.hidden_size, "bias": rnn.bias}
-    if not rnn.is_cell:
-        arguments |= {"num_layers": rnn.num_layers, "bidirectional": rnn.bidirectional}
-    if rnn.proj_size:
-        arguments["proj_size"] = rnn.proj_size
     parameters = {name: tensors[rnn.prefix + name].astype(np.float64) for name in rnn.spec.shapes()}
     name = f"{rnn.prefix.removesuffix('.') or rnn.kind} ({kind})"
 
     def case(label: str, steps: int | None, batch: int, x: np.ndarray | None) -> Case:
-        module = Module(f"{name} on {label}", kind, arguments, steps, batch, hx=True, dtypes=("float64",))
+        module = Module(f"{name} on {label}", kind, rnn.arguments, steps, batch, hx=True, dtypes=("float64",))
         random = np.random.RandomState(zlib.crc32(module.name.encode()))
         inputs, results = (
             {name: random.standard_normal(shape) for name, shape in shapes.items()} for shapes in module.shapes()[1:]

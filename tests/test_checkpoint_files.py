@@ -108,7 +108,7 @@ def test_order_is_the_file_s(tmp_path):
         (b"\x93NUMPY\x01\x00" + bytes(50), "a NumPy .npy file"),
         (b"\x1f\x8b\x08" + bytes(50), "compressed by gzip"),
         (b"\x80\x04}\x94.", "a pickle"),
-        (b"model/".ljust(257, b"\0") + b"ustar\0" + bytes(300), "a tar file"),
+        (b"model/".ljust(257, b"\0") + b"ustar\0" + bytes(300), "a damaged tar file"),
         (b"\0\1\2", "truncated: 3 bytes"),
         (bytes(range(256)), "neither safetensors nor a file of torch.save"),
         (safetensors({"x": ENTRY})[:12], "truncated"),

@@ -171,14 +171,13 @@ def test_raw_weights_of_weight_drop() -> None:
         other = filled(lambda: jaxrnn.LSTM(3, 4, rngs=nnx.Rngs(0)), 1)
         assert jaxrnn.load_state_dict(other, folded, prefix) == ([], [])
         assert_close(other.weight_hh_l0[...], raw, atol=0)
-        assert "rnn.weight_hh_l0_raw" in checkpoint.fold(stored)
 
 
 def test_module_in_front_of_everything() -> None:
     gru = _gru()
     tensors = {f"module.{name}": value for name, value in jaxrnn.state_dict(gru).items()}
     assert jaxrnn.load_state_dict(_gru(1), tensors) == ([], [])
-    with pytest.raises(CheckpointError, match=r"module\.weight_ih_l0 is unexpected"):
+    with pytest.raises(CheckpointError, match=r"\n  x is unexpected"):
         jaxrnn.load_state_dict(_gru(1), {**tensors, "x": np.ones(1)})
 
     class Wrapped(nnx.Module):

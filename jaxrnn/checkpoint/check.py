@@ -57,18 +57,11 @@ def check(rnn: FoundRNN, tensors: Mapping[str, Any], torch: ModuleType | None) -
     params = {
         name: to_numpy(rnn.prefix + name, tensors[rnn.prefix + name]).astype(np.float64) for name in rnn.spec.shapes()
     }
-    settings: dict[str, Any] = {"input_size": rnn.input_size, "hidden_size": rnn.hidden_size, "bias": rnn.bias}
-    if not rnn.is_cell:
-        settings |= {"num_layers": rnn.num_layers, "bidirectional": rnn.bidirectional}
-    if rnn.proj_size:
-        settings["proj_size"] = rnn.proj_size
-    name = rnn.kind + "Cell" * rnn.is_cell
     random = np.random.default_rng(0)
     x = random.standard_normal((_BATCH, rnn.input_size) if rnn.is_cell else (_STEPS, _BATCH, rnn.input_size))
     with jax.enable_x64(True), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # such as those of load_state_dict, which the caller repeats
-        kind = getattr(jaxrnn.nnx, name) if rnn.in_torch else functools.partial(jaxrnn.nnx.Recurrent, rnn.spec.cell)
-        make = functools.partial(kind, **settings, param_dtype=np.float64)
+        make = functools.partial(getattr(jaxrnn.nnx, rnn.class_name), **rnn.arguments, param_dtype=np.float64)
         module = nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0)))  # without random numbers, which would be compiled
         load_state_dict(module, params)
         states = jax.tree.map(lambda shape: random.standard_normal(shape.shape), jax.eval_shape(module, x))
@@ -77,7 +70,7 @@ def check(rnn: FoundRNN, tensors: Mapping[str, Any], torch: ModuleType | None) -
         finite = all(np.isfinite(array).all() for array in ours)
         if torch is None or not rnn.in_torch:
             return Checked(finite, None)
-        theirs = getattr(torch.nn, name)(**settings, dtype=torch.float64).eval()
+        theirs = getattr(torch.nn, rnn.class_name)(**rnn.arguments, dtype=torch.float64).eval()
         theirs.load_state_dict({key: torch.tensor(value) for key, value in params.items()}, strict=True)
         with torch.no_grad():
             results = theirs(torch.tensor(x), jax.tree.map(torch.tensor, hx))

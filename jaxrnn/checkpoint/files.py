@@ -1,19 +1,22 @@
 """Read checkpoint files: tell the format by the first bytes, and let `formats` read it."""
 
+import itertools
 import os
 import stat
+import tarfile
 from typing import Any
 
 import numpy as np
 
 from jaxrnn.checkpoint.errors import AGAIN, CheckpointError, about, is_text, listed
-from jaxrnn.checkpoint.formats import FILES, Format, orbax
+from jaxrnn.checkpoint.formats import FILES, Format, index, orbax
 from jaxrnn.checkpoint.stored import Value, read
 
 Path = str | os.PathLike[str]
 Tensors = dict[str, Value]
 
 _SAVE = "save the tensors as a .safetensors file, or with torch.save(model.state_dict(), path)"
+_MOST_MEMBERS = 1000
 # Files that are not checkpoints, by their first bytes: what they are, and the remedy.
 _NOT_CHECKPOINTS = {
     b"version https://git-lfs": ("a Git LFS pointer, not the file itself", "run git lfs pull"),
@@ -24,7 +27,7 @@ _NOT_CHECKPOINTS = {
 }
 
 
-def load(path: Path, key: str | None = None) -> dict[str, np.ndarray]:
+def load(path: Path, key: str | None = None, only_tensors: bool = False) -> dict[str, np.ndarray]:
     """Read every tensor of a checkpoint file.
 
     The first bytes decide the format, not the name. Code in a checkpoint never runs: files of torch.save are read
@@ -33,9 +36,13 @@ def load(path: Path, key: str | None = None) -> dict[str, np.ndarray]:
 
     Args:
         path: a safetensors file, a torch.save file of a dict of tensors, such as a state dict, or the directory of an
-            orbax checkpoint, whose nested names are joined by dots.
+            orbax checkpoint, whose nested names are joined by dots. Of a checkpoint in several files, the index, such
+            as model.safetensors.index.json, its folder, or any of the files.
         key: the key of that dict in a nested file, dotted if it is deeper ("trainer.model"). If None, the dict is at
             the top, or in a torch.save file under one of "state_dict", "model_state_dict", "model_state" and "model".
+            A number is an index of a list.
+        only_tensors: whether to leave out objects that a torch.save file holds beside tensors, such as a config of
+            omegaconf, rather than refuse the file. Nothing of them is built.
 
     Returns:
         A dict from name to NumPy array, with the file's dtypes (bfloat16 as `ml_dtypes.bfloat16`).
@@ -43,6 +50,9 @@ def load(path: Path, key: str | None = None) -> dict[str, np.ndarray]:
     Raises:
         CheckpointError: the file is missing, unreadable, damaged, or not a checkpoint; nothing is under `key`; or torch
             is needed and is missing or too old.
+
+    Warns:
+        UserWarning: what `only_tensors` left out.
 
     >>> import os, tempfile
     >>> import numpy as np
@@ -53,13 +63,16 @@ def load(path: Path, key: str | None = None) -> dict[str, np.ndarray]:
     ...     checkpoint.load(path)
     {'scale': array([1., 2.])}
     """
-    return {name: read(value) for name, value in opened(path, key).items()}
+    return {name: read(value) for name, value in opened(path, key, only_tensors).items()}
 
 
-def opened(path: Path, key: str | None = None) -> Tensors:
+def opened(path: Path, key: str | None = None, only_tensors: bool = False) -> Tensors:
     """As `load`, but tensors whose bytes can be used directly are not read: they are `Stored`."""
     with about(path):
-        return _format(path).read(path, key)
+        check_path(path)
+        if (several := index.index_of(path)) is not None:
+            return index.read(several, key, only_tensors)
+        return _format(path).read(path, key, only_tensors)
 
 
 def load_tree(path: Path, key: str | None = None) -> Any:
@@ -67,11 +80,12 @@ def load_tree(path: Path, key: str | None = None) -> Any:
 
     Args:
         path: the file, as for `load`.
-        key: the key of nested dicts to return, dotted if it is deeper; all if None.
+        key: the key of nested dicts and lists to return, dotted if it is deeper; all if None. What else the file holds
+            does not matter.
 
     Returns:
-        Dicts, lists, tuples, numbers and strings, nested as in the file, with NumPy arrays for tensors, and names for
-        dtypes.
+        Dicts, lists, tuples, sets, numbers, strings and bytes, nested as in the file, with NumPy arrays for tensors,
+        and names for dtypes.
 
     Raises:
         CheckpointError: as `load`, or the file is not one of torch.save.
@@ -89,12 +103,20 @@ def load_tree(path: Path, key: str | None = None) -> Any:
     with about(path):
         if (read_tree := getattr(_format(path), "read_tree", None)) is None:
             raise CheckpointError("not a file of torch.save, the only one that holds more than arrays\nuse load")
-        tree = read_tree(path)
-        for part in [] if key is None else key.split("."):
-            if not (isinstance(tree, dict) and part in tree):
-                raise CheckpointError(f"it has nothing under {key!r}\nthere are: {listed(tree)}")
-            tree = tree[part]
-        return tree
+        return read_tree(path, key)
+
+
+def _about_tar(path: Path) -> str:
+    """What a tar file holds, and the remedy. Only the names in it are read."""
+    try:
+        with tarfile.open(path, "r:") as archive:
+            names = [member.name for member in itertools.islice(archive, _MOST_MEMBERS)]
+    except (tarfile.TarError, OSError, ValueError, EOFError) as error:
+        return f"a damaged tar file: {error}\n{AGAIN}"
+    if {"storages", "tensors", "pickle"} <= set(names):
+        remedy = "if you trust it, load it with any torch, and save its state_dict()"
+        return f"a tar file, as torch before 0.4 wrote it\n{remedy}"
+    return f"a tar file that holds {listed(names)}\nunpack it, and give the checkpoint in it"
 
 
 def check_path(path: Path) -> None:
@@ -120,7 +142,7 @@ def _format(path: Path) -> Format:
         if each.sniff(head):
             return each
     if head[257:262] == b"ustar":
-        raise CheckpointError("a tar file, as torch before 0.4 wrote it\nload and save it with a torch of 0.4 to 1.x")
+        raise CheckpointError(_about_tar(path))
     for magic, (cause, remedy) in _NOT_CHECKPOINTS.items():
         if head.startswith(magic):
             raise CheckpointError(f"{cause}\n{remedy}")

@@ -25,6 +25,9 @@ _CELL_NAMES = CellSpec(LSTM_CELL, 1, 1).shapes().keys()
 _LAYER_NAME = re.compile(r"(?P<role>[A-Za-z_]\w*)_l(?P<layer>0|[1-9]\d{0,8})(?P<reverse>_reverse)?", re.ASCII)
 
 
+_LIKE_OURS = re.compile(r"(weight|bias)_\w+", re.ASCII)
+
+
 @dataclasses.dataclass(frozen=True)
 class FoundRNN:
     """A recurrent module that `find_rnns` found.
@@ -33,18 +36,34 @@ class FoundRNN:
         prefix: what its keys start with, such as "encoder.lstm.", or "".
         spec: its settings: a `jaxrnn.Spec` for layers, a `jaxrnn.CellSpec` for a cell.
         dtype: its tensors' dtype.
+        beside: other keys that begin with weight_ or bias_ and have the same prefix. They may change what it computes.
 
     >>> import jax, jaxrnn
     >>> params = jaxrnn.CellSpec(jaxrnn.LSTM_CELL, 10, 20, bias=False).init(jax.random.key(0))
     >>> [found] = jaxrnn.checkpoint.find_rnns({f"decoder.{name}": value for name, value in params.items()})
     >>> found.prefix, found.kind, found.is_cell, found.bias, found.dtype
     ('decoder.', 'LSTM', True, False, dtype('float32'))
-    >>> cell = jaxrnn.linen.LSTMCell(found.input_size, found.hidden_size, found.bias)
+    >>> cell = getattr(jaxrnn.linen, found.class_name)(**found.arguments)
     """
 
     prefix: str
     spec: Spec | CellSpec
     dtype: np.dtype
+    beside: tuple[str, ...] = ()
+
+    @property
+    def class_name(self) -> str:
+        """The class to build, of `jaxrnn` and `jaxrnn.linen`, and if `in_torch` of torch.nn."""
+        return self.kind + "Cell" * self.is_cell if self.in_torch else "Recurrent"
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The arguments with which to build it. `assumed` says which of the others matter."""
+        arguments: dict[str, Any] = {} if self.in_torch else {"cell": self.spec.cell}
+        arguments |= {"input_size": self.input_size, "hidden_size": self.hidden_size, "bias": self.bias}
+        if not self.is_cell:
+            arguments |= {"num_layers": self.num_layers, "bidirectional": self.bidirectional}
+        return arguments | ({"proj_size": self.proj_size} if self.proj_size else {})
 
     @property
     def is_cell(self) -> bool:
@@ -157,7 +176,10 @@ def find_rnns(tensors: Mapping[str, Any], cells: Sequence[Cell] = ()) -> list[Fo
             spec = _layers_spec(prefix, group, cells, problems)
         if spec is not None:
             problems += _misfits(prefix, group, spec.shapes())
-            found.append(FoundRNN(prefix, spec, dtype_of(next(iter(group.values())))))
+            others = keys[bisect.bisect_left(keys, prefix) : bisect.bisect(keys, prefix + chr(sys.maxunicode))]
+            names = [key.removeprefix(prefix) for key in others]
+            beside = tuple(name for name in names if _LIKE_OURS.fullmatch(name) and name not in group)
+            found.append(FoundRNN(prefix, spec, dtype_of(next(iter(group.values()))), beside))
     problems += [text for target, text in misfits(tensors).items() if f"{target} is missing" in problems]
     if problems:
         lines = "\n  ".join(problems)

@@ -139,7 +139,7 @@ def fit(owner: str, contents: Contents, tensors: Mapping[str, Any], prefix: str,
         remedy = f"give one of them, such as tensors[{dicts[0]!r}]"
         raise CheckpointError(f"{owner}: no tensors but dicts of them are under {listed(dicts)}\n{remedy}")
     problems = [f"{name} is missing" for name in missing if strict]
-    problems += [text for target, text in misfits(values).items() if target in missing]
+    problems += [text for target, text in misfits(folded).items() if target.removeprefix(prefix) in missing]
     if strict and unexpected:
         # torch saves a tied weight under each of its names; a Flax model may have it once.
         known = {_identity(values[name]): name for name in reversed(given)}
@@ -162,11 +162,20 @@ def fit(owner: str, contents: Contents, tensors: Mapping[str, Any], prefix: str,
         places = {key[: match.start()]: None for key in folded if (match := _RECURRENT.search(str(key)))}
         remedy = "jaxrnn.checkpoint.find_rnns(tensors) lists prefixes and sizes"
         remedy += f": {listed(map(repr, places))}" if missing and places else ""
+        if missing and len(better := _prefixes_of_all(params, folded)) == 1:
+            remedy = f"give prefix={better[0]!r}, under which all parameters are"
         if missing or unexpected:
             remedy += "; strict=False allows missing and unexpected keys"
         raise CheckpointError("\n  ".join([f"{owner}: the tensors{where} do not fit:", *problems]) + f"\n{remedy}")
     warnings = [f"{owner}: NaN or infinite numbers in {listed(odd)}"] if odd else []
     return Fit(arrays, missing, unexpected, [*warnings, *contents.differences(owner, arrays)])
+
+
+def _prefixes_of_all(params: Mapping[str, Parameter], tensors: Mapping[str, Any]) -> list[str]:
+    """The prefixes under which there is a tensor for every parameter."""
+    first = next(iter(params))
+    prefixes = [key.removesuffix(first) for key in tensors if isinstance(key, str) and key.endswith(f".{first}")]
+    return [prefix for prefix in prefixes if all(prefix + name in tensors for name in params)]
 
 
 def _identity(value: Any) -> tuple:

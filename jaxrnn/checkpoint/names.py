@@ -9,7 +9,9 @@ import numpy as np
 from jaxrnn.checkpoint.arrays import to_numpy
 from jaxrnn.checkpoint.errors import CheckpointError
 
-_COMPILED = re.compile(r"(?<![^.])_orig_mod\.")
+# What torch.compile, FSDP and activation checkpointing put into names.
+_WRAPPED = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+_PARALLEL = re.compile(r"(?<![^.])module\.")
 _PARAMETRIZED = re.compile(r"(?P<path>|.*\.)parametrizations\.(?P<name>[^.]+)\.(?P<part>original[01]?|0\._[uv])", re.S)
 _PARAMETRIZED_PARTS = {"original0": "g", "original1": "v", "original": "orig", "0._u": "u", "0._v": "v"}
 _SUFFIXED = re.compile(r"(?P<target>(?:.*\.)?(?:weight|bias)[^.]*)_(?P<part>g|v|u|orig|mask|raw)", re.S)
@@ -20,19 +22,20 @@ def fold(tensors: Mapping[str, Any], raw: bool = False) -> dict[str, Any]:
 
     Folds `weight_norm` (`weight_g` and `weight_v`, or `parametrizations.weight.original0` and `original1`),
     `spectral_norm` in evaluation mode (`weight_orig`, `_u` and `_v`, or their parametrized names) and pruning
-    (`weight_orig` and `weight_mask`). Removes `torch.compile`'s `_orig_mod.`. Everything else stays, also parts whose
+    (`weight_orig` and `weight_mask`). Removes `_orig_mod.`,
+    `_fsdp_wrapped_module.` and `_checkpoint_wrapped_module.`. Everything else stays, also parts whose
     shapes do not match.
 
     Args:
         tensors: from name to array of numpy, jax or torch.
-        raw: whether to use `weight_hh_l0_raw`, as weight-dropped LSTMs store it, for `weight_hh_l0`; or for a
-            `module.weight_hh_l0` beside it, which holds what the last dropout left.
+        raw: whether to use `weight_hh_l0_raw`, as weight-dropped LSTMs store it, for `weight_hh_l0` or
+            `module.weight_hh_l0`. If these are there as well, they hold what the last dropout left.
 
     Returns:
         A dict in the same order. Folded weights are NumPy arrays in the dtype of their parts, computed in float64.
 
     Raises:
-        CheckpointError: two keys become the same name.
+        CheckpointError: two keys become the same name, or without `raw` there is a dropped weight beside the raw one.
 
     >>> import numpy as np
     >>> from jaxrnn import checkpoint
@@ -43,7 +46,7 @@ def fold(tensors: Mapping[str, Any], raw: bool = False) -> dict[str, Any]:
     """
     renamed: dict[str, str] = {}
     for key in tensors:
-        name = _COMPILED.sub("", key) if isinstance(key, str) else key
+        name = _WRAPPED.sub("", key) if isinstance(key, str) else key
         if name in renamed:
             raise CheckpointError(f"{renamed[name]} and {key} are both {name}\nleave one of them out")
         renamed[name] = key
@@ -51,7 +54,12 @@ def fold(tensors: Mapping[str, Any], raw: bool = False) -> dict[str, Any]:
     gone: set[str] = set()
     for target, names in _parts(renamed).items():
         recipe = _RECIPES.get(frozenset(names))
-        if recipe is None or (recipe is _raw and not raw) or target in renamed:
+        if recipe is _raw:
+            target = _dropped(target, names["raw"], renamed, raw)
+            if not raw:
+                continue
+            gone.add(target)
+        elif recipe is None or target in renamed:
             continue
         arrays = {part: to_numpy(name, tensors[renamed[name]]) for part, name in names.items()}
         try:
@@ -59,11 +67,6 @@ def fold(tensors: Mapping[str, Any], raw: bool = False) -> dict[str, Any]:
         except (ValueError, IndexError):
             continue
         dtype = next(iter(arrays.values())).dtype if "orig" not in arrays else arrays["orig"].dtype
-        path, _, leaf = target.rpartition(".")
-        dropped = f"{path}.module.{leaf}".removeprefix(".")
-        if recipe is _raw and dropped in renamed:
-            target = dropped
-            gone.add(dropped)
         folded[next(iter(names.values()))] = (target, value.astype(dtype))
         gone.update(names.values())
     plain: dict[str, Any] = {}
@@ -76,6 +79,19 @@ def fold(tensors: Mapping[str, Any], raw: bool = False) -> dict[str, Any]:
     return plain
 
 
+def _dropped(target: str, name: str, names: Mapping[str, Any], raw: bool) -> str:
+    """The weight for which a raw one stands. Weight drop has it in the same module, or in the one that it wraps."""
+    path, _, leaf = target.rpartition(".")
+    inside = f"{path}.module.".removeprefix(".")
+    for dropped in (target, inside + leaf):
+        if dropped in names:
+            if not raw:
+                cause = f"{name} is the weight that was trained, and {dropped} what the last dropout left of it"
+                raise CheckpointError(f"{cause}\ntake the former: jaxrnn.checkpoint.fold(tensors, raw=True), or --raw")
+            return dropped
+    return inside + leaf if any(other.startswith(inside) for other in names if isinstance(other, str)) else target
+
+
 def misfits(tensors: Mapping[str, Any]) -> dict[str, str]:
     """For each weight that `fold` could not fold, by name: what is wrong with its parts."""
     found = {}
@@ -83,6 +99,9 @@ def misfits(tensors: Mapping[str, Any]) -> dict[str, str]:
         if _RECIPES.get(frozenset(names), _raw) is not _raw and target not in tensors:
             shapes = ", ".join(f"{name} {tuple(tensors[name].shape)}" for name in names.values())
             found[target] = f"the parts of {target} do not fit together: {shapes}"
+        if "raw" in names and target not in tensors:
+            hint = f"{names['raw']} is there: give --raw, or jaxrnn.checkpoint.fold(tensors, raw=True)"
+            found |= dict.fromkeys((target, _dropped(target, names["raw"], tensors, raw=False)), hint)
     return found
 
 
@@ -147,14 +166,24 @@ def under(tensors: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     return found
 
 
+def as_in_module(names: Iterable[str], wanted: Mapping[str, Any], prefix: str) -> list[str]:
+    """Names in a checkpoint as a module has them, in the same order, as `load_state_dict` does it."""
+    plain = {_WRAPPED.sub("", name): name for name in names}
+    return list(as_named(wanted, under(plain, prefix)))
+
+
 def as_named(names: Mapping[str, Any], values: dict[str, Any]) -> dict[str, Any]:
     """Rename `values` to the wanted names, if they differ only by a wrapper or a layer's number.
 
-    DistributedDataParallel's `module.` before every key is removed, unless wanted names start so. A cell takes the
-    weights of one layer, and one layer those of a cell.
+    DistributedDataParallel's `module.` is removed, wherever it is. A cell takes the weights of one layer, and one layer
+    those of a cell.
     """
-    if values and all(key.startswith("module.") for key in values) and not any(n.startswith("module.") for n in names):
-        values = {key.removeprefix("module."): value for key, value in values.items()}
+    others = {}
+    bare = {_PARALLEL.sub("", key): key for key in values if key not in names}
+    for name in names:
+        if name not in values and name in bare and not _PARALLEL.search(name):
+            others[bare[name]] = name
+    values = {others.get(key, key): value for key, value in values.items()}
     others = {}
     for name in names:
         other = name.removesuffix("_l0") if name.endswith("_l0") else f"{name}_l0"

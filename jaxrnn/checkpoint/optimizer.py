@@ -1,5 +1,6 @@
 """Convert torch's optimizers, settings and state, to optax, to continue training where torch stopped."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from jaxrnn.checkpoint.arrays import to_numpy
 from jaxrnn.checkpoint.errors import CheckpointError, listed
 from jaxrnn.checkpoint.flax_layers import Entry
 from jaxrnn.checkpoint.matching import Parameter
+from jaxrnn.checkpoint.names import as_in_module
 from jaxrnn.checkpoint.nnx import contents_of, order_in_doubt
 
 # The fields of optax's states, by torch's names.
@@ -41,7 +43,8 @@ def optax_from_torch(
         state: torch's `optimizer.state_dict()`, with tensors of torch, numpy or jax.
         params: from name to array, as `spec.init` and `jaxrnn.state_dict` return.
         names: the parameters' names in the order in which torch's optimizer got them, group after group; by default
-            those of params. Other parameters are not trained.
+            those of params. Other parameters are not trained. Those for which torch has no state, because they are
+            frozen or were never used, may be left out.
         learning_rate: a number, or a schedule of the number of steps, which includes torch's; by default each group's
             last one.
         steps_made: how many steps torch has made. Only a schedule needs it, with SGD, whose state does not hold it.
@@ -51,6 +54,9 @@ def optax_from_torch(
 
     Raises:
         CheckpointError: another optimizer, a setting that optax lacks, or a state that does not match the parameters.
+
+    Warns:
+        UserWarning: a parameter among names has no state in torch, so it is not trained.
 
     >>> import jax, jaxrnn, numpy as np, optax
     >>> params = jaxrnn.Spec(jaxrnn.GRU_CELL, 2, 3, bias=False).init(jax.random.key(0))
@@ -75,6 +81,7 @@ def optimizer_from_torch(
     names: Sequence[str] | None = None,
     learning_rate: optax.ScalarOrSchedule | None = None,
     steps_made: int | None = None,
+    prefix: str = "",
 ) -> nnx.Optimizer:
     """As `optax_from_torch`, for an NNX module: make an `nnx.Optimizer` of its `nnx.Param`s.
 
@@ -85,6 +92,7 @@ def optimizer_from_torch(
             skipped. By default those of `jaxrnn.state_dict(module)`, which are in the order of torch's
             `model.parameters()` if the attributes are.
         learning_rate, steps_made: as for `optax_from_torch`.
+        prefix: as for `jaxrnn.load_state_dict`, for names; so a wrapper's `module.` and the like are removed from them.
 
     Returns:
         The optimizer, whose state has the layout of the module's parameters.
@@ -93,6 +101,9 @@ def optimizer_from_torch(
         CheckpointError: as `optax_from_torch`; the module is a stack of several, as for `jaxrnn.state_dict`; or names
             are needed, because Flax sorts attributes in `nnx.jit`, `nnx.clone` and so on, and shapes would not reveal
             it.
+
+    Warns:
+        UserWarning: as `optax_from_torch`.
 
     >>> import jaxrnn, numpy as np
     >>> from flax import nnx
@@ -112,7 +123,7 @@ def optimizer_from_torch(
             described[name] = param._replace(place=places[id(param.place)])
     if names is not None:
         buffers = (contents.params.keys() | contents.ignored) - described.keys()
-        names = [name for name in names if name not in buffers]
+        names = [name for name in as_in_module(names, contents.params, prefix) if name not in buffers]
     elif doubtful := order_in_doubt(module):
         cause = (
             f"the order of {listed(doubtful)} may not be torch's, for Flax sorts attributes in nnx.jit and in copies"
@@ -205,19 +216,31 @@ def _resumed(
         raise CheckpointError(f"state is no state dict of an optimizer: it has no {error}\n{_SAVE}") from error
     if unknown := [name for name in names if name not in params]:
         raise CheckpointError(f"no parameters are named {listed(unknown)}\nthe parameters: {listed(params)}")
-    if count != len(names):
+    indices = [index for group in groups for index in group["params"]]
+    used = [index for index in indices if any(value is not None for value in (states.get(index) or {}).values())]
+    unused = {index for index in indices if index not in used} if used else set()
+    if len(names) == count - len(unused):
+        named = dict(zip([index for index in indices if index not in unused], names, strict=True))
+    elif len(names) == count:
+        named = dict(zip(indices, names, strict=True))
+        if unused:
+            cause = "torch's optimizer has no state for them, as for frozen or never used parameters"
+            words = f"{listed(named[index] for index in indices if index in unused)} are not trained: {cause}"
+            warnings.warn(f"{words}. To train them, start a fresh optax optimizer", stacklevel=3)
+    else:
         cause = f"torch's optimizer has {count} parameters, and {len(names)} are named"
         raise CheckpointError(f"{cause}: {listed(names)}\ngive names=, in the order of torch's groups")
     labels = {param.place: _FROZEN for param in params.values()}
     moments: dict[tuple, dict[str, np.ndarray]] = {param.place: {} for param in params.values()}
     transformations = {_FROZEN: optax.set_to_zero()}
     counts = {}
-    rest = iter(names)
     for number, group in enumerate(groups):
         label, steps = f"group {number}", set()
         transformations[label] = _transformation(group, learning_rate)
         for index in group["params"]:
-            param = params[name := next(rest)]
+            if index in unused:
+                continue
+            param = params[name := named[index]]
             labels[param.place] = label
             kept = states.get(index, {})
             if others := kept.keys() - _KNOWN:

@@ -13,13 +13,13 @@ Writer = Callable[[IO[bytes], Mapping[str, Value], Callable[[int], None]], str]
 class Format(Protocol):
     """What every format has: a way to read it. Errors do not name the path; `files.opened` puts it first.
 
-    A format that holds more than tensors also has `read_tree(path)`. One that can be written has `SUFFIXES` and
+    A format that holds more than tensors also has `read_tree(path, key)`. One that can be written has `SUFFIXES` and
     `write(file, tensors, wrote)`, which calls `wrote` with the number of bytes written since its last call, and returns
     the path it wrote: the file's, or that of a directory beside it.
     """
 
-    def read(self, path: str | os.PathLike[str], key: str | None) -> dict[str, Value]:
-        """The tensors, or those under a key of nested dicts."""
+    def read(self, path: str | os.PathLike[str], key: str | None, only_tensors: bool = False) -> dict[str, Value]:
+        """The tensors, or those under a key of nested dicts; with `only_tensors` whatever objects are beside them."""
 
 
 class FileFormat(Format, Protocol):

@@ -12,38 +12,77 @@ _DEEPEST = 100  # nested dicts and lists; a state dict has a handful
 _USUAL_KEYS = ("state_dict", "model_state_dict", "model_state", "model")
 
 
+def under_key(tree: Any, key: str) -> tuple[Any, list[str]]:
+    """What is under a key of nested dicts and lists, dotted if it is deeper, and the keys on the way."""
+    path: list[str] = []
+    while key:
+        items = enumerate(tree) if isinstance(tree, list | tuple) else tree.items() if isinstance(tree, dict) else ()
+        named = {str(name): value for name, value in items}
+        fits = [name for name in named if key == name or key.startswith(f"{name}.")]
+        if not fits:
+            raise CheckpointError(f"{_at(path)} has no {key!r}\nits keys: {listed(named)}")
+        name = max(fits, key=len)  # which may have dots in it
+        path.append(name)
+        tree, key = named[name], key[len(name) + 1 :]
+    return tree, path
+
+
 def choose(checkpoint: Any, key: str | None, is_tensor: Callable[[Any], bool]) -> dict[str, Any]:
-    """The dict of tensors under a key; without one, at the top or under the only usual key."""
-    path = [] if key is None else key.split(".")
-    for index, part in enumerate(path):
-        _check_dict(checkpoint, path[:index], is_tensor)
-        if part not in checkpoint:
-            raise CheckpointError(f"{_at(path[:index])} has no {part!r}\nits keys: {listed(checkpoint)}")
-        checkpoint = checkpoint[part]
+    """The tensors of the dict under a key; without one, of the dict under the only usual key, or at the top."""
+    path: list[str] = []
+    if key is not None:
+        checkpoint, path = under_key(checkpoint, key)
     _check_dict(checkpoint, path, is_tensor)
-    while key is None and not any(is_tensor(value) for value in checkpoint.values()):
+    while key is None and len(path) < len(_USUAL_KEYS):  # a dict may contain itself
         usual = [name for name in _USUAL_KEYS if isinstance(checkpoint.get(name), dict)]
-        if len(usual) != 1 or len(path) == len(_USUAL_KEYS):  # a dict may contain itself
+        usual = [name for name in usual if _holds(checkpoint[name], is_tensor)]
+        if len(usual) != 1:
             break
         path.append(usual[0])
         checkpoint = checkpoint[usual[0]]
-    nested = _dicts(checkpoint)
+    tensors = {name: value for name, value in checkpoint.items() if is_tensor(value)}
+    nested = _nested(checkpoint, is_tensor)
+    if "param_groups" in checkpoint and not tensors:
+        remedy = "read it by jaxrnn.checkpoint.load_tree, and give it to optimizer_from_torch"
+        raise CheckpointError(f"no recurrent weights: {_at(path)} is the state of an optimizer\n{remedy}")
     if nested:
         first, value = [*path, str(nested[0])], checkpoint[nested[0]]
-        while not any(is_tensor(item) for item in value.values()) and _dicts(value) and len(first) < 8:
-            first.append(str(_dicts(value)[0]))
-            value = value[_dicts(value)[0]]
+        while len(first) < 8 and isinstance(value, dict) and not any(map(is_tensor, value.values())):
+            if not (below := _nested(value, is_tensor)):
+                break
+            first.append(str(below[0]))
+            value = value[below[0]]
         remedy = f"say which: key={'.'.join(first)!r}, on the command line --key"
         cause = f"no recurrent weights, or not alone: {_at(path)} has dicts nested under {listed(nested)}"
         raise CheckpointError(f"{cause}\n{remedy}")
-    others = [
-        f"{name} ({'Tensor' if is_tensor(value) else type(value).__name__})"
-        for name, value in checkpoint.items()
-        if not (isinstance(name, str) and is_tensor(value))
-    ]
-    if others:
+    named = {name: value for name, value in tensors.items() if isinstance(name, str)}
+    if len(named) < len(tensors) or (checkpoint and not tensors):
+        wrong = [name for name in tensors or checkpoint if name not in named]
+        others = [f"{n} ({'Tensor' if n in tensors else type(checkpoint[n]).__name__})" for n in wrong]
         raise CheckpointError(f"some entries of {_at(path)} are not named tensors: {listed(others)}\n{STATE_DICT}")
-    return checkpoint
+    return named
+
+
+def _nested(checkpoint: dict, is_tensor: Callable[[Any], bool]) -> list[Any]:
+    """The names of what holds tensors in turn; if there is no tensor at all, of all dicts."""
+    holding = [name for name, value in checkpoint.items() if not is_tensor(value) and _holds(value, is_tensor)]
+    if holding or any(map(is_tensor, checkpoint.values())):
+        return holding
+    return [name for name, value in checkpoint.items() if isinstance(value, dict)]
+
+
+def _holds(value: Any, is_tensor: Callable[[Any], bool]) -> bool:
+    """Whether there is a tensor anywhere in nested dicts, lists and tuples. Each is looked at once."""
+    seen: set[int] = set()
+    left = [value]
+    while left:
+        value = left.pop()
+        if is_tensor(value):
+            return True
+        if type(value) in (dict, OrderedDict, list, tuple) and id(value) not in seen:
+            seen.add(id(value))
+            left += value.values() if isinstance(value, dict) else value
+    return False
 
 
 def mapped(value: Any, function: Callable[[str, Any], Any]) -> Any:
@@ -71,10 +110,6 @@ def mapped(value: Any, function: Callable[[str, Any], Any]) -> Any:
         return copies[id(value)]
 
     return copy(value, ())
-
-
-def _dicts(value: dict) -> list[Any]:
-    return [name for name, item in value.items() if isinstance(item, dict)]
 
 
 def _check_dict(value: Any, path: list[str], is_tensor: Callable[[Any], bool]) -> None:

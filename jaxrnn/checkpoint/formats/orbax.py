@@ -27,7 +27,7 @@ SUFFIXES = (".orbax",)
 NEW = ".new"  # what the directory's name has more than the file's
 
 
-def read(path: str | os.PathLike[str], key: str | None) -> dict[str, Value]:
+def read(path: str | os.PathLike[str], key: str | None, only_tensors: bool = False) -> dict[str, Value]:
     import orbax.checkpoint as ocp
 
     path = _tree_in(os.path.abspath(path))

@@ -1,14 +1,14 @@
 """Read the pickle in a file of torch.save, by a machine that only builds data; and write one.
 
 Python's unpickler calls what a file names. This one cannot: a global is only a name, and for the known names below
-this file builds the data that torch would build. Any other name is refused.
+this file builds the data that torch would build. Any other name is refused, or what it would make is left out.
 """
 
 import itertools
 import math
 import pickletools
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -18,6 +18,8 @@ from jaxrnn.checkpoint.errors import AGAIN, CheckpointError
 from jaxrnn.checkpoint.stored import Value
 
 STATE_DICT = "save only the tensors: torch.save(model.state_dict(), path)"
+
+_WITHOUT = f"{STATE_DICT}, or leave the rest out: only_tensors=True, on the command line --only-tensors"
 
 _DTYPES = {
     "Double": "float64", "Float": "float32", "Half": "float16", "BFloat16": "bfloat16", "Long": "int64",
@@ -39,11 +41,6 @@ _OTHER_CALLS = {
     "torch._utils._rebuild_qtensor": "quantized tensor",
     "torch._utils._rebuild_nested_tensor": "nested tensor",
     "torch._utils._rebuild_sparse_tensor": "sparse tensor",
-    "torch.serialization._get_layout": "layout",
-    "torch.device": "device",
-    "_codecs.encode": "bytes",
-    "__builtin__.set": "set",
-    "builtins.set": "set",
 }
 _TENSOR_CALLS = {
     "torch._utils._rebuild_tensor",
@@ -53,7 +50,22 @@ _TENSOR_CALLS = {
     "torch._utils._rebuild_parameter_with_state",
     "torch._tensor._rebuild_from_type_v2",
 }
-_CALLS = _TENSOR_CALLS | _OTHER_CALLS.keys() | {"collections.OrderedDict", "torch.Size"}
+_CODECS = {"latin1": "latin1", "latin-1": "latin1", "utf-8": "utf-8"}
+# Calls whose results are plain data.
+_DATA_CALLS: dict[str, Callable[..., Any]] = {
+    "collections.OrderedDict": lambda items=(): dict(_pairs(items)),
+    "collections.Counter": lambda items=(): dict(_pairs(items.items() if type(items) is dict else items)),
+    "torch.Size": lambda sizes: tuple(sizes),
+    "torch.serialization._get_layout": lambda name: Other(
+        name.removeprefix("torch.") if type(name) is str else "layout"
+    ),
+    "torch.device": lambda kind, index=None: _text(kind) + ("" if index is None else f":{_number(index)}"),
+    "_codecs.encode": lambda text, encoding: _text(text).encode(_CODECS[encoding]),
+    **dict.fromkeys(("__builtin__.set", "builtins.set"), lambda items=(): {_key(item) for item in items}),
+    **dict.fromkeys(("__builtin__.complex", "builtins.complex"), lambda a, b: complex(_number(a), _number(b))),
+    **dict.fromkeys(("__builtin__.bytearray", "builtins.bytearray"), lambda *text: _bytes(*text)),
+}
+_CALLS = _TENSOR_CALLS | _OTHER_CALLS.keys() | _DATA_CALLS.keys()
 _TENSOR_TYPES = ("torch.Tensor", "torch.nn.parameter.Parameter", "torch.nn.parameter.Buffer")
 _SCHEMES = ("torch.per_tensor_affine", "torch.per_channel_affine", "torch.per_channel_affine_float_qparams")
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
@@ -61,6 +73,7 @@ _ARGUMENTS = {
     "INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT", "UNICODE", "SHORT_BINUNICODE",
     "BINUNICODE", "BINUNICODE8", "STRING", "BINSTRING", "SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8",
 }  # fmt: skip
+_OBJECTS = {"NEWOBJ", "NEWOBJ_EX", "OBJ", "INST"}
 _MOST_AXES = 64  # of NumPy and of torch
 # A damaged or hostile pickle can raise these here and in pickletools.
 _DAMAGE = (ValueError, TypeError, IndexError, KeyError, AttributeError, OverflowError, EOFError, struct.error)
@@ -76,6 +89,12 @@ class Other(NamedTuple):
     """A value that is not a tensor of numbers: only what it is."""
 
     what: str
+
+
+class LeftOut(NamedTuple):
+    """An object of a class or function that is not on the list, by its name; nothing of it is built."""
+
+    name: str
 
 
 class Storage(NamedTuple):
@@ -129,19 +148,25 @@ def is_known(dtype: np.dtype) -> bool:
     return dtype in _NAMED.values()
 
 
-def unpickle(data: bytes) -> Any:
+def unpickle(data: bytes, left_out: set[str] | None = None) -> Any:
     """Read a pickle of torch.save: dicts, lists, tuples, numbers, strings, `StoredTensor`s and `Other`s.
+
+    With a set `left_out`, each object whose class or function is not on the list becomes a `LeftOut`, and the set gets
+    its name. Nothing of it is built.
 
     Raises:
         CheckpointError: it names a global that is not on the list, does what torch.save never does, or is damaged.
     """
     try:
-        return _Machine().run(pickletools.genops(data))
+        return _Machine(left_out).run(pickletools.genops(data))
     except _Refused as refusal:
         if is_object(pickletools.genops(data)):
             cause, remedy = f"a whole module, not a state_dict: {refusal}", "save model.state_dict() instead"
         else:
-            cause, remedy = f"it holds more than tensors, and its code is not run: {refusal}", STATE_DICT
+            cause, remedy = f"it holds more than tensors, and its code is not run: {refusal}", _WITHOUT
+            if "torch.ScriptObject" in str(refusal):
+                cause = f"a quantized model, whose weights are packed by torch's own code: {refusal}"
+                remedy = "save the state_dict() of the model before it was quantized"
         raise CheckpointError(f"{cause}\n{remedy}") from refusal
     except _DAMAGE as damage:
         cause = str(damage).partition("\n")[0][:100]
@@ -160,7 +185,8 @@ def is_object(operations: Iterable) -> bool:
 class _Machine:
     """The pickle machine: stack, marks and memo."""
 
-    def __init__(self) -> None:
+    def __init__(self, left_out: set[str] | None) -> None:
+        self.left_out = left_out
         self.stack: list[Any] = []
         self.marked: list[list[Any]] = []
         self.memo: dict[int, Any] = {}
@@ -173,6 +199,8 @@ class _Machine:
                 self.stack.append(argument)
             elif opcode.name in _CONSTANTS:
                 self.stack.append(_CONSTANTS[opcode.name])
+            elif opcode.name in _OBJECTS and self.left_out is None:
+                raise _Refused(f"its pickle has the operation {opcode.name}")
             elif method := getattr(self, f"_{opcode.name.lower()}", None):
                 method(argument)
             elif opcode.name not in ("PROTO", "FRAME"):
@@ -236,6 +264,8 @@ class _Machine:
         self._extend(self._items())
 
     def _extend(self, items: list[Any]) -> None:
+        if type(self.stack[-1]) is LeftOut:
+            return
         if type(self.stack[-1]) is not list:
             raise ValueError("it appends to what is no list")
         self.stack[-1].extend(items)
@@ -254,13 +284,43 @@ class _Machine:
 
     def _set(self, items: list[Any]) -> None:
         target = self.stack[-1]
+        if type(target) is LeftOut:
+            return
         if type(target) is not dict:
             raise ValueError("it sets an item of what is no dict")
         for key, value in zip(items[::2], items[1::2], strict=True):
-            # Only these: hashing nested tuples or large numbers can take forever.
-            if type(key) not in (str, bool, type(None)) and not (type(key) is int and abs(key) < 2**60):
-                raise _Refused(f"a dict in it has a key of type {type(key).__name__}")
-            target[key] = value
+            if self.left_out is not None and type(key) in (LeftOut, Global):
+                continue
+            target[_key(key)] = value
+
+    def _empty_set(self, _: None) -> None:
+        self.stack.append(set())
+
+    def _additems(self, _: None) -> None:
+        items = self._items()
+        if type(self.stack[-1]) is not set:
+            raise ValueError("it adds to what is no set")
+        self.stack[-1].update(map(_key, items))
+
+    def _frozenset(self, _: None) -> None:
+        items = self._items()
+        self.stack.append({_key(item) for item in items})
+
+    def _newobj(self, _: None) -> None:
+        self._reduce(None)
+
+    def _newobj_ex(self, _: None) -> None:
+        self.stack.pop()
+        self._reduce(None)
+
+    def _obj(self, _: None) -> None:
+        kind, *_arguments = self._items()
+        self.stack.append(_left_out(kind))
+
+    def _inst(self, name: str) -> None:
+        self._items()
+        self._push_global(name.replace(" ", "."))
+        self.stack.append(_left_out(self.stack.pop()))
 
     def _global(self, name: str) -> None:
         self._push_global(name.replace(" ", "."))
@@ -273,9 +333,13 @@ class _Machine:
 
     def _push_global(self, name: str) -> None:
         known = (_CALLS, _STORAGES, _BYTES, _TENSOR_TYPES, _SCHEMES, _NAMED, (_NO_NUMPY,))
-        if not any(name in names for names in known):
+        if any(name in names for names in known):
+            self.stack.append(Global(name))
+        elif self.left_out is not None:
+            self.left_out.add(name[:200])
+            self.stack.append(LeftOut(name[:200]))
+        else:
             raise _Refused(f"it names {name[:200]}")
-        self.stack.append(Global(name))
 
     def _binpersid(self, _: None) -> None:
         kind, storage, key, _location, size = self.stack.pop()
@@ -286,12 +350,50 @@ class _Machine:
 
     def _reduce(self, _: None) -> None:
         arguments, function = self.stack.pop(), self.stack.pop()
-        self.stack.append(_call(function, arguments))
+        self.stack.append(function if type(function) is LeftOut else _call(function, arguments))
 
     def _build(self, _: None) -> None:
         self.stack.pop()
+        if type(self.stack[-1]) is LeftOut:
+            return
         if type(self.stack[-1]) is not dict:  # torch stores the version of a state dict's format
             raise ValueError("it sets attributes")
+
+
+def _key(key: Any) -> Any:
+    """A key of a dict, or a member of a set. Only these: hashing nested tuples or large numbers can take forever."""
+    parts = key if type(key) is tuple and len(key) <= _MOST_AXES else (key,)
+    for part in parts:
+        if type(part) not in (str, bytes, bool, float, type(None)) and not (type(part) is int and abs(part) < 2**60):
+            raise _Refused(f"a dict or a set in it has a key of type {type(part).__name__}")
+    return key
+
+
+def _pairs(items: Any) -> list[tuple[Any, Any]]:
+    return [(_key(key), value) for key, value in items]
+
+
+def _text(value: Any) -> str:
+    if type(value) is not str:
+        raise ValueError("what should be text")
+    return value
+
+
+def _number(value: Any) -> Any:
+    if type(value) not in (int, float):
+        raise ValueError("what should be a number")
+    return value
+
+
+def _bytes(text: Any = b"", encoding: Any = "latin1") -> bytes:
+    """Not from a number, which would be how many bytes to make."""
+    return text if type(text) is bytes else _text(text).encode(_CODECS[encoding])
+
+
+def _left_out(kind: Any) -> LeftOut:
+    if type(kind) is not LeftOut:
+        raise _Refused("it makes objects in a way that torch.save does not")
+    return kind
 
 
 def _call(function: Any, arguments: Any) -> Any:
@@ -299,13 +401,8 @@ def _call(function: Any, arguments: Any) -> Any:
     if type(function) is not Global or function.name not in _CALLS or type(arguments) is not tuple:
         raise ValueError("it calls what is no function")
     name = function.name
-    if name == "collections.OrderedDict":
-        if arguments not in ((), ([],)):
-            raise ValueError("an OrderedDict that does not start empty")
-        return {}
-    if name == "torch.Size":
-        (size,) = arguments
-        return tuple(size)
+    if name in _DATA_CALLS:
+        return _DATA_CALLS[name](*arguments)
     if name == "torch._tensor._rebuild_from_type_v2":
         function, kind, arguments, _state = arguments
         if type(kind) is not Global or kind.name not in _TENSOR_TYPES:
@@ -320,9 +417,7 @@ def _call(function: Any, arguments: Any) -> Any:
         return arguments[0]
     if name not in _TENSOR_CALLS:
         what = _OTHER_CALLS[name]
-        if what == "layout" and type(arguments[0]) is str:
-            what = arguments[0].removeprefix("torch.")
-        elif what == "sparse tensor" and type(arguments[0]) is Other:
+        if what == "sparse tensor" and type(arguments[0]) is Other:
             what = f"{arguments[0].what} tensor"
         return Other(what)
     return _tensor(name, *arguments)

@@ -27,7 +27,7 @@ def sniff(head: bytes) -> bool:
     return head[8:9] == b"{" and not is_text(head[:8])
 
 
-def read(path: str | os.PathLike[str], key: str | None) -> dict[str, Value]:
+def read(path: str | os.PathLike[str], key: str | None, only_tensors: bool = False) -> dict[str, Value]:
     if key is not None:
         raise CheckpointError(f"a safetensors file nests no dicts under keys such as {key!r}\nload it without a key")
     with open(path, "rb") as file:

@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxrnn.checkpoint.arrays import is_torch_tensor, to_numpy
 from jaxrnn.checkpoint.errors import AGAIN, CheckpointError
-from jaxrnn.checkpoint.formats.nested import check_expanded, choose, mapped
+from jaxrnn.checkpoint.formats.nested import check_expanded, choose, mapped, under_key
 from jaxrnn.checkpoint.formats.pickles import STATE_DICT, is_object
 from jaxrnn.checkpoint.stored import Value
 
@@ -24,13 +24,19 @@ def sniff(head: bytes) -> bool:
     return MAGIC in head[:32]
 
 
-def read(path: str | os.PathLike[str], key: str | None) -> dict[str, Value]:
+def read(path: str | os.PathLike[str], key: str | None, only_tensors: bool = False) -> dict[str, Value]:
     tensors = choose(_load_legacy(path), key, is_torch_tensor)
     return {name: _from_torch(name, tensor) for name, tensor in tensors.items()}
 
 
 def _load_legacy(path: str | os.PathLike[str]) -> Any:
     """Let torch read the file."""
+    with open(path, "rb") as file:
+        if file.read(2)[1:] >= b"\x04":
+            cause = "a pickle of protocol 4 or later in torch's old format, which torch's safe reader does not know"
+            raise CheckpointError(
+                f"{cause}\nsave it with torch's default protocol: torch.save(model.state_dict(), path)"
+            )
     torch = _import_torch()
     try:
         with open(path, "rb") as file:  # given a path, torch would go by the suffix
@@ -47,8 +53,8 @@ def _from_torch(name: str, tensor: Any) -> np.ndarray:
     return to_numpy(name, tensor)
 
 
-def read_tree(path: str | os.PathLike[str]) -> Any:
-    """Everything in a file, with NumPy arrays for tensors."""
+def read_tree(path: str | os.PathLike[str], key: str | None) -> Any:
+    """What is under a key in a file, or all of it, with NumPy arrays for tensors."""
 
     def to_array(name: str, value: Any) -> Any:
         if is_torch_tensor(value):
@@ -57,7 +63,8 @@ def read_tree(path: str | os.PathLike[str]) -> Any:
             return tuple(value) if isinstance(value, tuple) else str(value)
         return value
 
-    return mapped(_load_legacy(path), to_array)
+    tree = _load_legacy(path)
+    return mapped(tree if key is None else under_key(tree, key)[0], to_array)
 
 
 def _import_torch() -> ModuleType:

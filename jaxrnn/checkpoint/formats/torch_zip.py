@@ -4,6 +4,7 @@ import os
 import re
 import struct
 import sys
+import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping
@@ -12,11 +13,12 @@ from typing import IO, Any
 import numpy as np
 
 from jaxrnn.checkpoint import stored
-from jaxrnn.checkpoint.errors import AGAIN, CheckpointError
-from jaxrnn.checkpoint.formats.nested import check_expanded, choose, mapped
+from jaxrnn.checkpoint.errors import AGAIN, CheckpointError, listed
+from jaxrnn.checkpoint.formats.nested import check_expanded, choose, mapped, under_key
 from jaxrnn.checkpoint.formats.pickles import (
     STATE_DICT,
     Global,
+    LeftOut,
     Other,
     StoredTensor,
     is_known,
@@ -38,25 +40,33 @@ def sniff(head: bytes) -> bool:
     return head.startswith(b"PK\x03\x04")
 
 
-def read(path: str | os.PathLike[str], key: str | None) -> dict[str, Value]:
-    return _read_zip(path, lambda checkpoint: _tensors(checkpoint, key))[1]
+def read(path: str | os.PathLike[str], key: str | None, only_tensors: bool = False) -> dict[str, Value]:
+    left_out: set[str] | None = set() if only_tensors else None
+    tensors = _read_zip(path, lambda checkpoint: _tensors(checkpoint, key), left_out)[1]
+    if left_out:
+        warnings.warn(f"{os.fspath(path)}: left out what is no tensor: {listed(sorted(left_out))}", stacklevel=5)
+    return tensors
 
 
-def read_tree(path: str | os.PathLike[str]) -> Any:
-    """Everything in a file's pickle, with NumPy arrays for tensors."""
+def read_tree(path: str | os.PathLike[str], key: str | None) -> Any:
+    """What is under a key in a file's pickle, or all of it, with NumPy arrays for tensors."""
     found: dict[int, str] = {}
 
     def choose(checkpoint: Any) -> dict[str, StoredTensor]:
         tensors: dict[str, Any] = {}
 
         def note(name: str, value: Any) -> Any:
+            if isinstance(value, LeftOut):
+                raise CheckpointError(
+                    f"it holds more than data, and its code is not run: {name or key} is a {value.name}\n{STATE_DICT}"
+                )
             if isinstance(value, StoredTensor | Other):
                 name += "" if name not in tensors else f" ({len(tensors)})"  # the keys 0 and "0" differ
                 found[id(value)] = name
                 tensors[name] = value
             return value
 
-        mapped(checkpoint, note)
+        mapped(checkpoint if key is None else under_key(checkpoint, key)[0], note)
         return _checked(tensors)
 
     def resolved(name: str, value: Any) -> Any:
@@ -64,19 +74,19 @@ def read_tree(path: str | os.PathLike[str]) -> Any:
             return stored.read(tensors[found[id(value)]])
         return value.name if isinstance(value, Global) else value
 
-    checkpoint, tensors = _read_zip(path, choose)
-    return mapped(checkpoint, resolved)
+    checkpoint, tensors = _read_zip(path, choose, None if key is None else set())
+    return mapped(checkpoint if key is None else under_key(checkpoint, key)[0], resolved)
 
 
 def _read_zip(
-    path: str | os.PathLike[str], choose: Callable[[Any], dict[str, StoredTensor]]
+    path: str | os.PathLike[str], choose: Callable[[Any], dict[str, StoredTensor]], left_out: set[str] | None
 ) -> tuple[Any, dict[str, Value]]:
     """The contents of a file's pickle, with the chosen tensors read."""
     try:
         with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
             size = os.fstat(file.fileno()).st_size
             entries = _entries(archive.infolist(), size)
-            checkpoint = unpickle(_read(archive, entries["data.pkl"]).tobytes())
+            checkpoint = unpickle(_read(archive, entries["data.pkl"]).tobytes(), left_out)
             tensors = choose(checkpoint)
             if (total := sum(tensor.nbytes for tensor in tensors.values())) > max(_SMALL, _LARGEST_INFLATION * size):
                 cause = f"a zip bomb: its tensors have {total} bytes, in a file of {size}"
@@ -100,8 +110,7 @@ def _entries(entries: list[zipfile.ZipInfo], size: int) -> dict[str, zipfile.Zip
         cause = f"a zip bomb: its {len(entries)} entries inflate to {inflated} bytes, from a file of {size}"
         raise CheckpointError(f"{cause}\nget the file from a source that you trust")
     if not any(entry.filename.endswith("/data.pkl") for entry in entries):
-        kind = "a NumPy .npz archive" if all(entry.filename.endswith(".npy") for entry in entries) else "a zip file"
-        raise CheckpointError(f"{kind}, but none of torch.save: it has no data.pkl\n{STATE_DICT}")
+        raise CheckpointError(_what_else([entry.filename for entry in entries]))
     # written with torch.serialization.set_crc32_options(False)
     unchecked = not any(entry.CRC for entry in entries)
     found: dict[str, zipfile.ZipInfo] = {}
@@ -119,6 +128,17 @@ def _entries(entries: list[zipfile.ZipInfo], size: int) -> dict[str, zipfile.Zip
     if "data.pkl" not in found:
         raise CheckpointError(f"damaged: its data.pkl is not where torch.save writes it\n{AGAIN}")
     return found
+
+
+def _what_else(names: list[str]) -> str:
+    """What a zip file is that has no data.pkl, and the remedy."""
+    inside = [name for name in names if name.endswith((".pth", ".pt", ".ckpt", ".bin", ".safetensors"))]
+    if any("/.data/" in name for name in names):
+        return f"an archive of torch.package, which holds code\nload it with torch.package, and {STATE_DICT}"
+    if inside:
+        return f"a zip file with checkpoints in it\nunzip it, and give one of them: {listed(inside)}"
+    kind = "a NumPy .npz archive" if all(name.endswith(".npy") for name in names) else "a zip file"
+    return f"{kind}, but none of torch.save: it has no data.pkl\n{STATE_DICT}"
 
 
 def _read(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> np.ndarray:
