@@ -21,7 +21,7 @@ from jaxrnn import checkpoint, linen
 from jaxrnn._version import __version__
 from jaxrnn.calls import Trajectory, apply, apply_cell, trajectory
 from jaxrnn.cells import GRU_CELL, LSTM_CELL, RNN_RELU, RNN_TANH, Cell, Parameter
-from jaxrnn.checkpoint import CheckpointError, from_torch, load_state_dict, state_dict
+from jaxrnn.checkpoint import CheckpointError, from_flax, from_torch, load_state_dict, state_dict
 from jaxrnn.more_cells import IND_RNN_CELL, LAYER_NORM_LSTM_CELL, MIN_GRU_CELL, PEEPHOLE_LSTM_CELL
 from jaxrnn.nnx import GRU, LSTM, RNN, FlaxCell, GRUCell, LSTMCell, Recurrent, RNNCell
 from jaxrnn.packed import (
@@ -63,6 +63,7 @@ __all__ = [
     "apply",
     "apply_cell",
     "checkpoint",
+    "from_flax",
     "from_torch",
     "linen",
     "load_state_dict",

@@ -229,6 +229,7 @@ def test_a_pickle_by_hand(tmp_path: Path) -> None:
         (b"\x80\x02cbuiltins\ncomplex\nX\x01\x00\x00\x00ax\x85R.", "truncated or damaged"),
         (b"\x80\x02ctorch._tensor\n_rebuild_from_type_v2\n2.", "has the operation DUP"),
         (b"\x80\x02h\x05.", "truncated or damaged"),
+        (b"\x98\xff", "has the operation READONLY_BUFFER"),
         (b"\x80\x02.", "truncated or damaged"),
         (b"\x80\x02}", "truncated or damaged"),
         (b"\x80\x02" + b"(" * 100_000, "truncated or damaged"),

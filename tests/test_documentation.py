@@ -44,7 +44,7 @@ def test_docstring_examples(module: str) -> None:
         pytest.skip(f"PyTorch is not installed: the examples of {', '.join(skipped)} did not run")
 
 
-@pytest.mark.parametrize("path", ["README.md", "examples/README.md", "examples/own_cell.md"])
+@pytest.mark.parametrize("path", ["README.md", "examples/README.md", "examples/own_cell.md", "examples/from_flax.md"])
 def test_readme_examples(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     result = _run(doctest.DocTestParser().get_doctest(Path(path).read_text(), {}, path, path, 0))

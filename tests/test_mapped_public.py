@@ -183,7 +183,9 @@ NOT_MAPPED = {
     **dict.fromkeys([name for name, value in vars(jaxrnn).items() if isinstance(value, jaxrnn.Cell)], "a Cell"),
     "Parameter": "axes and a function, with no arrays in it",
     "Trajectory": "what trajectory returns",
-    **dict.fromkeys(("load_state_dict", "state_dict", "from_torch"), "moves arrays between host and module"),
+    **dict.fromkeys(
+        ("load_state_dict", "state_dict", "from_torch", "from_flax"), "moves arrays between host and module"
+    ),
     "checkpoint": "reads and writes files",
     "CheckpointError": "an error",
     "linen": "a module, whose classes are listed by themselves",

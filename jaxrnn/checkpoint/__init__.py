@@ -1,9 +1,10 @@
 """Checkpoints: read files into tensors by name, load these into Flax modules, and back."""
 
-from jaxrnn.checkpoint import linen
+from jaxrnn.checkpoint import dialects, linen
 from jaxrnn.checkpoint.errors import CheckpointError
 from jaxrnn.checkpoint.files import load, load_tree
 from jaxrnn.checkpoint.find import FoundRNN, find_rnns
+from jaxrnn.checkpoint.flax_cells import from_flax
 from jaxrnn.checkpoint.names import fold
 from jaxrnn.checkpoint.nnx import from_torch, load_state_dict, state_dict
 from jaxrnn.checkpoint.optimizer import clip_grad_norm, optax_from_torch, optimizer_from_torch
@@ -13,8 +14,10 @@ __all__ = [
     "CheckpointError",
     "FoundRNN",
     "clip_grad_norm",
+    "dialects",
     "find_rnns",
     "fold",
+    "from_flax",
     "from_torch",
     "linen",
     "load",

@@ -176,7 +176,10 @@ def unpickle(data: bytes, left_out: set[str] | None = None) -> Any:
 def is_object(operations: Iterable) -> bool:
     """Whether a pickle holds an object of some class, as torch.save(model, path) writes it, not a dict or a list."""
     named = ((opcode.name, argument) for opcode, argument, _ in operations if opcode.name not in ("PROTO", "FRAME"))
-    begin = list(itertools.islice(named, 2))  # the rest may be damaged
+    try:
+        begin = list(itertools.islice(named, 2))  # the rest may be damaged
+    except _DAMAGE:
+        return False
     if begin and begin[0][0] == "GLOBAL":
         return begin[0][1] != "collections OrderedDict"
     return len(begin) == 2 and begin[0][0] == "MARK" and begin[1][1] == "module"  # as torch before 1.6 wrote it

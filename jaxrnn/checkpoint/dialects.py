@@ -1,0 +1,231 @@
+"""How other libraries store the weights of one layer in one direction, and what torch's are in their terms: one table.
+
+Each library lays the same numbers out in its own way: the order of the gates, transposed or not, and one bias or two.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxrnn.checkpoint.arrays import to_numpy
+from jaxrnn.checkpoint.errors import CheckpointError, listed
+
+Weights = dict[str, np.ndarray]  # torch's, by role: weight_ih, weight_hh, bias_ih, bias_hh
+_GATES = {"LSTM": "ifgo", "GRU": "rzn", "RNN": "h"}  # torch's order
+_APART = {"GRU": "n"}  # the gate whose two biases do not add up
+
+
+class Entry(NamedTuple):
+    """One array of a dialect.
+
+    Attributes:
+        name: what it is called there, dotted.
+        sources: "i" for what is multiplied with the input, "h" with the state, "ih" for both: weights one after the
+            other along the features, biases stacked.
+        gates: the gates that it holds, in its order.
+        bias: whether it holds biases.
+        transposed: whether weights have the features first.
+    """
+
+    name: str
+    sources: str
+    gates: str
+    bias: bool = False
+    transposed: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Dialect:
+    """How a library stores a kind of layer.
+
+    Attributes:
+        title: the class in that library.
+        kind: "LSTM", "GRU" or "RNN".
+        entries: its arrays.
+        added: what the library adds to the bias of a gate when it computes.
+        nonlinearities: those of an RNN that it can have.
+    """
+
+    title: str
+    kind: str
+    entries: tuple[Entry, ...]
+    added: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    nonlinearities: tuple[str, ...] = ("tanh",)
+
+    def write(self, weights: Mapping[str, Any]) -> Weights:
+        """Convert torch's weights of one layer in one direction.
+
+        Args:
+            weights: by role, such as `{role: params[name] for role, name in spec.names(0, 0).items()}`; biases may be
+                missing.
+
+        Returns:
+            The arrays by name, in float64 where biases are added up, otherwise as they were.
+
+        Raises:
+            CheckpointError: the library has no place for a number; the message says how large it is.
+        """
+        arrays = {role: to_numpy(role, value) for role, value in weights.items()}
+        gates = _GATES[self.kind]
+        if others := arrays.keys() - {"weight_ih", "weight_hh", "bias_ih", "bias_hh"}:
+            raise CheckpointError(f"{self.title} has no {listed(others)}\nit cannot hold these weights")
+        rows = len(arrays["weight_ih"])
+        parts: dict[tuple[str, str, bool], np.ndarray] = {}
+        for source in "ih":
+            bias = arrays.get(f"bias_{source}h", np.zeros(rows, arrays["weight_ih"].dtype))
+            for gate, w, b in zip(
+                gates, np.split(arrays[f"weight_{source}h"], len(gates)), np.split(bias, len(gates)), strict=True
+            ):
+                parts[source, gate, False], parts[source, gate, True] = w, b
+        for gate in gates:
+            holders = self._holders(gate)
+            if len(holders) == 2:
+                continue
+            elsewhere = "h" if holders == ["i"] else "i"
+            lost = parts[elsewhere, gate, True]
+            if gate in _APART.get(self.kind, ""):
+                if np.any(lost != 0):
+                    worst = float(np.max(np.abs(lost)))
+                    cause = (
+                        f"{self.title} has no second bias for the gate {gate}: numbers up to {worst:.3g} would be lost"
+                    )
+                    raise CheckpointError(f"{cause}\nuse a cell that has it, such as flax.linen.GRUCell")
+            elif holders and np.any(lost != 0):
+                held = parts[holders[0], gate, True]
+                parts[holders[0], gate, True] = (held.astype(np.float64) + lost).astype(held.dtype)
+        for gate, amount in self.added.items():
+            holder = self._holders(gate)[0], gate, True
+            parts[holder] = parts[holder] - amount
+        return {entry.name: _joined(entry, parts) for entry in self.entries}
+
+    def read(self, arrays: Mapping[str, Any]) -> Weights:
+        """Convert the library's arrays of one layer in one direction to torch's weights, by role.
+
+        Raises:
+            CheckpointError: an array is missing, or its shape does not fit.
+        """
+        if missing := [entry.name for entry in self.entries if entry.name not in arrays]:
+            raise CheckpointError(f"{self.title} should have {listed(missing)}\nthere are: {listed(arrays)}")
+        gates, parts = _GATES[self.kind], dict[tuple[str, str, bool], np.ndarray]()
+        hidden = to_numpy(*next((e.name, arrays[e.name]) for e in self.entries if e.bias)).shape[-1] // len(
+            next(e.gates for e in self.entries if e.bias)
+        )
+        for entry in self.entries:
+            try:
+                parts |= _parted(entry, to_numpy(entry.name, arrays[entry.name]), hidden)
+            except ValueError as error:
+                shape = np.shape(arrays[entry.name])
+                cause = f"{entry.name} of {self.title} is {shape}, which does not fit hidden_size={hidden}"
+                raise CheckpointError(f"{cause}\ngive the arrays of one layer in one direction") from error
+        zero = np.zeros(hidden, next(iter(parts.values())).dtype)
+        for gate, amount in self.added.items():
+            holder = self._holders(gate)[0], gate, True
+            parts[holder] = parts[holder] + amount
+        return {
+            f"{'bias' if bias else 'weight'}_{source}h": np.concatenate(
+                [parts.get((source, gate, bias), zero) for gate in gates]
+            )
+            for bias in (False, True)
+            for source in "ih"
+        }
+
+    def _holders(self, gate: str) -> list[str]:
+        """Which of "i" and "h" have a bias for this gate."""
+        return [source for source in "ih" for e in self.entries if e.bias and source in e.sources and gate in e.gates]
+
+
+def _joined(entry: Entry, parts: Mapping[tuple[str, str, bool], np.ndarray]) -> np.ndarray:
+    each = [np.concatenate([parts[source, gate, entry.bias] for gate in entry.gates]) for source in entry.sources]
+    if entry.bias:
+        return each[0] if len(each) == 1 else np.stack(each)
+    return np.concatenate([a.T for a in each]) if entry.transposed else np.concatenate(each, axis=1)
+
+
+def _parted(entry: Entry, array: np.ndarray, hidden: int) -> dict[tuple[str, str, bool], np.ndarray]:
+    """The inverse of `_joined`."""
+    if entry.bias:
+        each = [array] if len(entry.sources) == 1 else list(array)
+    else:
+        array = array.T if entry.transposed else array
+        each = [array] if len(entry.sources) == 1 else np.split(array, [array.shape[1] - hidden], axis=1)
+    found: dict[tuple[str, str, bool], np.ndarray] = {}
+    for source, whole in zip(entry.sources, each, strict=True):
+        if len(whole) != len(entry.gates) * hidden:
+            raise ValueError
+        found |= {
+            (source, g, entry.bias): part
+            for g, part in zip(entry.gates, np.split(whole, len(entry.gates)), strict=True)
+        }
+    return found
+
+
+def _gate_by_gate(gates: str, biases: str, rename: Mapping[str, str] | None = None) -> tuple[Entry, ...]:
+    """Flax's layers named `ii`, `hi` and so on: a kernel each, and a bias where `biases` names it."""
+    entries = []
+    for source in "ih":
+        for gate in gates:
+            layer = (rename or {}).get(source + gate, source + gate)
+            entries.append(Entry(f"{layer}.kernel", source, gate))
+            if source + gate in biases.split():
+                entries.append(Entry(f"{layer}.bias", source, gate, bias=True))
+    return tuple(entries)
+
+
+def _together(gates: str, bias: str, names: tuple[str, str, str], **more: Any) -> tuple[Entry, ...]:
+    """All gates in one array: kernels of the input and of the state, and biases."""
+    inputs, state, biases = names
+    kernels = Entry(inputs, "i", gates, **more), Entry(state, "h", gates, **more)
+    return (*kernels, Entry(biases, bias, gates, bias=True))
+
+
+_LSTM_BIASES = "hi hf hg ho"
+_DENSE = "dense_i.kernel", "dense_h.kernel"
+_KERAS = "kernel", "recurrent_kernel", "bias"
+_EQUINOX = functools.partial(_together, names=("weight_ih", "weight_hh", "bias"), transposed=False)
+# By library and class.
+DIALECTS = {
+    ("flax.linen", "LSTMCell"): Dialect("flax.linen.LSTMCell", "LSTM", _gate_by_gate("ifgo", _LSTM_BIASES)),
+    ("flax.linen", "OptimizedLSTMCell"): Dialect(
+        "flax.linen.OptimizedLSTMCell", "LSTM", _gate_by_gate("ifgo", _LSTM_BIASES)
+    ),
+    ("flax.linen", "GRUCell"): Dialect("flax.linen.GRUCell", "GRU", _gate_by_gate("rzn", "ir iz in hn")),
+    ("flax.linen", "SimpleCell"): Dialect(
+        "flax.linen.SimpleCell", "RNN", _gate_by_gate("h", "ih", {"ih": "i", "hh": "h"}), {}, ("tanh", "relu")
+    ),
+    ("flax.nnx", "LSTMCell"): Dialect("flax.nnx.LSTMCell", "LSTM", _gate_by_gate("ifgo", _LSTM_BIASES, {"if": "if_"})),
+    ("flax.nnx", "OptimizedLSTMCell"): Dialect(
+        "flax.nnx.OptimizedLSTMCell", "LSTM", _together("ifgo", "h", (*_DENSE, "dense_h.bias"))
+    ),
+    ("flax.nnx", "GRUCell"): Dialect("flax.nnx.GRUCell", "GRU", _together("rzn", "i", (*_DENSE, "dense_i.bias"))),
+    ("flax.nnx", "SimpleCell"): Dialect(
+        "flax.nnx.SimpleCell", "RNN", _together("h", "i", (*_DENSE, "dense_i.bias")), {}, ("tanh", "relu")
+    ),
+    ("keras", "LSTM"): Dialect("keras.layers.LSTM", "LSTM", _together("ifgo", "i", _KERAS)),
+    ("keras", "GRU"): Dialect("keras.layers.GRU(reset_after=True)", "GRU", _together("zrn", "ih", _KERAS)),
+    ("keras", "SimpleRNN"): Dialect("keras.layers.SimpleRNN", "RNN", _together("h", "i", _KERAS), {}, ("tanh", "relu")),
+    ("haiku", "LSTM"): Dialect(
+        "haiku.LSTM",
+        "LSTM",
+        (Entry("linear.w", "ih", "igfo"), Entry("linear.b", "i", "igfo", bias=True)),
+        {"f": 1.0},  # which haiku adds to the forget gate
+    ),
+    ("haiku", "VanillaRNN"): Dialect(
+        "haiku.VanillaRNN",
+        "RNN",
+        (
+            Entry("linear.w", "i", "h"),
+            Entry("linear.b", "i", "h", bias=True),
+            Entry("linear_1.w", "h", "h"),
+            Entry("linear_1.b", "h", "h", bias=True),
+        ),
+        {},
+        ("relu",),
+    ),
+    ("equinox", "LSTMCell"): Dialect("equinox.nn.LSTMCell", "LSTM", _EQUINOX("ifgo", "i")),
+    ("equinox", "GRUCell"): Dialect(
+        "equinox.nn.GRUCell", "GRU", (*_EQUINOX("rzn", "i"), Entry("bias_n", "h", "n", bias=True))
+    ),
+}

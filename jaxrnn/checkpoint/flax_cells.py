@@ -1,0 +1,111 @@
+"""Flax's recurrent modules, and their weights, as ours."""
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen, nnx
+from flax.traverse_util import flatten_dict
+
+import jaxrnn.linen
+import jaxrnn.nnx
+from jaxrnn.checkpoint.dialects import DIALECTS, Dialect, Weights
+from jaxrnn.checkpoint.errors import CheckpointError, listed
+
+_REMEDY = "take its weights by hand: jaxrnn.checkpoint.dialects has their layouts"
+
+
+def from_flax(module: Any, variables: Mapping[str, Any] | None = None, rngs: nnx.Rngs | None = None) -> Any:
+    """Convert a recurrent module of Flax: the same weights in ours, with the same results.
+
+    Args:
+        module: of flax.nnx, an RNN, a Bidirectional of two, or an LSTMCell, OptimizedLSTMCell, GRUCell or SimpleCell;
+            or of flax.linen the same, with its variables.
+        variables: those of a Linen module, as from `module.init`.
+        rngs: nnx.Rngs for the new NNX module; `nnx.Rngs(0)` if None.
+
+    Returns:
+        For an NNX module, ours: an RNN, LSTM or GRU, with `batch_first` unless it is time-major, or an RNNCell,
+        LSTMCell or GRUCell. For a Linen module, ours and its variables, `{"params": ...}`. Ours are called as torch's:
+        h comes before c in a state, and the output before the state.
+
+    Raises:
+        TypeError: another module, or a Linen module without variables.
+        CheckpointError: settings that torch does not have, such as another activation.
+
+    >>> import jax.numpy as jnp, jaxrnn
+    >>> from flax import nnx
+    >>> theirs = nnx.RNN(nnx.LSTMCell(3, 4, rngs=nnx.Rngs(0)))
+    >>> ours = jaxrnn.from_flax(theirs)
+    >>> x = jnp.ones((2, 5, 3))
+    >>> bool(jnp.allclose(ours(x)[0], theirs(x), atol=1e-6))
+    True
+    """
+    library: Any = linen if isinstance(module, linen.Module) else nnx
+    if library is linen and variables is None:
+        raise TypeError("variables should be those of the Linen module, as from module.init, got None")
+    params = {} if variables is None else dict(variables["params"])
+    if isinstance(module, library.Bidirectional):
+        default = inspect.signature(library.Bidirectional.__init__).parameters["merge_fn"].default
+        if module.merge_fn is not default:
+            raise CheckpointError(f"a Bidirectional with a merge_fn of its own\n{_REMEDY}")
+        names = ("forward_rnn", "backward_rnn")
+        layers = [_cell(library, getattr(module, name).cell, params.get(name, {}).get("cell", {})) for name in names]
+        dtype = module.forward_rnn.cell.dtype
+        time_major = module.time_major or module.forward_rnn.time_major
+    elif isinstance(module, library.RNN):
+        if module.reverse:
+            raise CheckpointError("an RNN with reverse=True\nflip its input, or convert a Bidirectional")
+        layers, time_major = [_cell(library, module.cell, params.get("cell", {}))], module.time_major
+        dtype = module.cell.dtype
+    else:
+        layers, time_major, dtype = [_cell(library, module, params)], None, getattr(module, "dtype", None)
+    dialect, nonlinearity, weights = layers[0]
+    if any(layer[:2] != (dialect, nonlinearity) for layer in layers):
+        raise CheckpointError(f"a Bidirectional of different cells\n{_REMEDY}")
+    settings: dict[str, Any] = {"nonlinearity": nonlinearity} if dialect.kind == "RNN" else {}
+    settings |= {"input_size": weights["weight_ih"].shape[1], "hidden_size": weights["weight_hh"].shape[1]}
+    settings |= {"param_dtype": weights["weight_hh"].dtype, "dtype": dtype}
+    if time_major is not None:
+        settings |= {"batch_first": not time_major, "bidirectional": len(layers) == 2}
+    name = dialect.kind + ("Cell" if time_major is None else "")
+    suffixes = [""] if time_major is None else ["_l0", "_l0_reverse"]
+    converted = {
+        role + suffix: jnp.asarray(array)
+        for suffix, (_, _, arrays) in zip(suffixes, layers, strict=False)
+        for role, array in arrays.items()
+    }
+    if library is linen:
+        return getattr(jaxrnn.linen, name)(**settings), {"params": converted}
+    ours = getattr(jaxrnn.nnx, name)(**settings, rngs=rngs or nnx.Rngs(0))
+    for key, array in converted.items():
+        getattr(ours, key)[...] = array
+    return ours
+
+
+def _cell(library: Any, cell: Any, params: Mapping[str, Any]) -> tuple[Dialect, str, Weights]:
+    name = f"flax.{library.__name__.rpartition('.')[2]}", type(cell).__name__
+    if name not in DIALECTS or type(cell) is not getattr(library, name[1]):
+        known = [key[1] for key in DIALECTS if key[0] == name[0]]
+        raise TypeError(
+            f"module should be an RNN, a Bidirectional or one of {listed(known)}, got {type(cell).__name__}"
+        )
+    dialect = DIALECTS[name]
+    activations = {jnp.tanh: "tanh", nnx.tanh: "tanh", jax.nn.relu: "relu", nnx.relu: "relu"}
+    nonlinearity = activations.get(cell.activation_fn, "")
+    gate = getattr(cell, "gate_fn", jax.nn.sigmoid)
+    if (
+        nonlinearity not in dialect.nonlinearities
+        or gate not in (jax.nn.sigmoid, nnx.sigmoid)
+        or getattr(cell, "residual", False)
+    ):
+        raise CheckpointError(f"{dialect.title} with activations that torch does not have\n{_REMEDY}")
+    if library is nnx:
+        arrays = {".".join(map(str, path)): a for path, a in nnx.to_flat_state(nnx.state(cell, nnx.Param))}
+        arrays = {path: a[...] for path, a in arrays.items()}
+    else:
+        arrays = {".".join(path): a for path, a in flatten_dict(params).items()}
+    return dialect, nonlinearity, dialect.read({path: np.asarray(a) for path, a in arrays.items()})

@@ -1,0 +1,228 @@
+"""Weights in other libraries' layouts: each library's own code computes in float64 what we compute, both ways."""
+
+import importlib
+import os
+import types
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from arrays import normal, parameters
+from comparing import assert_close
+from flax import linen, nnx
+from flax.traverse_util import unflatten_dict
+
+import jaxrnn
+from jaxrnn.checkpoint import CheckpointError
+from jaxrnn.checkpoint.dialects import DIALECTS, Weights
+
+F, H, T, N = 3, 4, 5, 2
+CELLS = {"LSTM": jaxrnn.LSTM_CELL, "GRU": jaxrnn.GRU_CELL, "RNN": jaxrnn.RNN_TANH}
+X = normal(N, T, F)
+
+
+def _library(name: str) -> types.ModuleType:
+    os.environ["KERAS_BACKEND"] = "jax"
+    return pytest.importorskip({"haiku": "haiku", "keras": "keras", "equinox": "equinox"}[name])
+
+
+def _weights(kind: str) -> Weights:
+    return {name.removesuffix("_l0"): a for name, a in parameters(jaxrnn.Spec(CELLS[kind], F, H)).items()}
+
+
+def _ours(kind: str, weights: Weights, nonlinearity: str = "tanh") -> np.ndarray:
+    cell = jaxrnn.RNN_RELU if nonlinearity == "relu" else CELLS[kind]
+    spec = jaxrnn.Spec(cell, F, H, batch_first=True)
+    return np.asarray(jaxrnn.apply(spec, {f"{role}_l0": a for role, a in weights.items()}, X)[0])
+
+
+def _run_linen(cell: str, arrays: Weights) -> Any:
+    params = unflatten_dict({tuple(name.split(".")): a for name, a in arrays.items()})
+    return linen.RNN(getattr(linen, cell)(H, param_dtype=jnp.float64)).apply({"params": {"cell": params}}, X)
+
+
+def _run_nnx(cell: str, arrays: Weights) -> Any:
+    rnn = nnx.RNN(getattr(nnx, cell)(F, H, dtype=jnp.float64, param_dtype=jnp.float64, rngs=nnx.Rngs(0)))
+    flat = {("cell", *name.split(".")): a for name, a in arrays.items()}
+    state = nnx.state(rnn, nnx.Param)
+    for path, variable in nnx.to_flat_state(state):
+        variable[...] = jnp.asarray(flat[path])
+    nnx.update(rnn, state)
+    return rnn(X)
+
+
+def _run_keras(cell: str, arrays: Weights) -> Any:
+    keras = _library("keras")
+    keras.config.set_dtype_policy("float64")
+    keras.config.set_floatx("float64")
+    try:
+        # Keras rounds its own tanh to float32.
+        functions = {"activation": jnp.tanh} | ({} if cell == "SimpleRNN" else {"recurrent_activation": jax.nn.sigmoid})
+        layer = getattr(keras.layers, cell)(H, return_sequences=True, **functions)
+        layer.build(X.shape)
+        layer.set_weights([arrays[name] for name in ("kernel", "recurrent_kernel", "bias")])
+        return layer(jnp.asarray(X))
+    finally:
+        keras.config.set_dtype_policy("float32")
+        keras.config.set_floatx("float32")
+
+
+def _run_haiku(cell: str, arrays: Weights) -> Any:
+    hk = _library("haiku")
+
+    def run(x: Any) -> Any:
+        core = getattr(hk, cell)(H, name="cell")
+        return hk.dynamic_unroll(core, x, core.initial_state(N), time_major=False)[0]
+
+    params: dict = {}
+    for name, array in arrays.items():
+        layer, leaf = name.split(".")
+        params.setdefault(f"cell/{layer}", {})[leaf] = jnp.asarray(array)
+    return hk.transform(run).apply(params, None, X)
+
+
+def _run_equinox(cell: str, arrays: Weights) -> Any:
+    eqx = _library("equinox")
+    made = getattr(eqx.nn, cell)(F, H, dtype=jnp.float64, key=jax.random.key(0))
+    names = list(arrays)
+    made = eqx.tree_at(lambda c: [getattr(c, name) for name in names], made, [jnp.asarray(arrays[n]) for n in names])
+    zero = jnp.zeros(H)
+    first = (zero, zero) if cell == "LSTMCell" else zero
+
+    def body(state: Any, x: Any) -> Any:
+        state = made(x, state)
+        return state, state[0] if cell == "LSTMCell" else state
+
+    return jax.vmap(lambda x: jax.lax.scan(body, first, x)[1])(X)
+
+
+RUN = {
+    "flax.linen": _run_linen,
+    "flax.nnx": _run_nnx,
+    "keras": _run_keras,
+    "haiku": _run_haiku,
+    "equinox": _run_equinox,
+}
+
+
+@pytest.mark.parametrize(("library", "name"), DIALECTS)
+@pytest.mark.filterwarnings("ignore")
+def test_a_library_computes_what_we_do_from_the_same_weights(library: str, name: str) -> None:
+    dialect = DIALECTS[library, name]
+    weights = _weights(dialect.kind)
+    if (library, name) == ("flax.nnx", "GRUCell"):  # which has no b_hn
+        worst = np.abs(weights["bias_hh"][-H:]).max()
+        with pytest.raises(CheckpointError, match=f"for the gate n: numbers up to {worst:.3g} would be lost"):
+            dialect.write(weights)
+        weights["bias_hh"][-H:] = 0
+    with jax.numpy_dtype_promotion("standard"):
+        theirs = np.asarray(RUN[library](name, dialect.write(weights)))
+    assert theirs.dtype == np.float64
+    assert_close(_ours(dialect.kind, weights, dialect.nonlinearities[0]), theirs)
+
+
+@pytest.mark.parametrize(("library", "name"), DIALECTS)
+def test_there_and_back(library: str, name: str) -> None:
+    """The same function: weights bit for bit, biases at most added up. A second round changes no bit."""
+    dialect = DIALECTS[library, name]
+    weights = _weights(dialect.kind)
+    if (library, name) == ("flax.nnx", "GRUCell"):
+        weights["bias_hh"][-H:] = 0
+    back = dialect.read(dialect.write(weights))
+    for role in ("weight_ih", "weight_hh"):
+        assert_close(back[role], weights[role], atol=0)
+    nonlinearity = dialect.nonlinearities[0]
+    assert_close(_ours(dialect.kind, back, nonlinearity), _ours(dialect.kind, weights, nonlinearity), atol=1e-14)
+    if not dialect.added:
+        assert_close(dialect.read(dialect.write(back)), back, atol=0)
+    without = {role: a for role, a in weights.items() if role.startswith("weight")}
+    zeros = {role: np.zeros_like(a) for role, a in weights.items() if role.startswith("bias")}
+    assert_close(dialect.write(without), dialect.write(without | zeros), atol=0)
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    keras = DIALECTS["keras", "LSTM"]
+    arrays = keras.write(_weights("LSTM"))
+    with pytest.raises(CheckpointError, match=r"LSTM should have bias\nthere are: kernel, recurrent_kernel"):
+        keras.read({name: a for name, a in arrays.items() if name != "bias"})
+    with pytest.raises(CheckpointError, match=r"LSTM is \(3, 15\), which does not fit hidden_size=4"):
+        keras.read(arrays | {"kernel": arrays["kernel"][:, :15]})
+    with pytest.raises(CheckpointError, match=r"LSTM has no weight_hr"):
+        keras.write(_weights("LSTM") | {"weight_hr": np.ones((2, 4))})
+
+
+NNX = {
+    "LSTM": lambda rngs: nnx.RNN(nnx.LSTMCell(F, H, rngs=rngs)),
+    "optimized, time-major": lambda rngs: nnx.RNN(nnx.OptimizedLSTMCell(F, H, rngs=rngs), time_major=True),
+    "relu": lambda rngs: nnx.RNN(nnx.SimpleCell(F, H, activation_fn=nnx.relu, rngs=rngs)),
+    "both ways": lambda rngs: nnx.Bidirectional(
+        nnx.RNN(nnx.GRUCell(F, H, rngs=rngs)), nnx.RNN(nnx.GRUCell(F, H, rngs=rngs))
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NNX)
+def test_an_nnx_module_as_ours(name: str) -> None:
+    theirs = NNX[name](nnx.Rngs(0))
+    params = nnx.state(theirs, nnx.Param)
+    nnx.update(theirs, jax.tree.map(lambda a: jnp.asarray(normal(*a.shape), jnp.float32), params))
+    ours, x = jaxrnn.from_flax(theirs), jnp.asarray(X, jnp.float32)
+    assert_close(ours(x)[0], theirs(x), atol=1e-5)
+    assert ours.batch_first == ("time-major" not in name)
+
+
+LINEN = {
+    "LSTM": lambda: linen.RNN(linen.LSTMCell(H)),
+    "GRU, time-major": lambda: linen.RNN(linen.GRUCell(H), time_major=True),
+    "both ways": lambda: linen.Bidirectional(*(linen.RNN(linen.OptimizedLSTMCell(H)) for _ in range(2))),
+    "RNN": lambda: linen.RNN(linen.SimpleCell(H)),
+}
+
+
+@pytest.mark.parametrize("name", LINEN)
+def test_a_linen_module_as_ours(name: str) -> None:
+    theirs, x = LINEN[name](), jnp.asarray(X, jnp.float32)
+    shapes = jax.eval_shape(theirs.init, jax.random.key(0), x)
+    variables = jax.tree.map(lambda a: jnp.asarray(normal(*a.shape), jnp.float32), shapes)
+    ours, converted = jaxrnn.from_flax(theirs, variables)
+    assert_close(ours.apply(converted, x)[0], theirs.apply(variables, x), atol=1e-5)
+
+
+def test_cells_and_what_is_refused() -> None:
+    cell = nnx.GRUCell(F, H, rngs=nnx.Rngs(0))
+    x, h = jnp.asarray(X[:, 0], jnp.float32), jnp.ones((N, H), jnp.float32)
+    assert_close(jaxrnn.from_flax(cell)(x, h), cell(h, x)[1], atol=1e-6)
+    with pytest.raises(TypeError, match="got MGUCell"):
+        jaxrnn.from_flax(linen.MGUCell(H), {"params": {}})
+    with pytest.raises(TypeError, match="variables should be those of the Linen module"):
+        jaxrnn.from_flax(linen.RNN(linen.LSTMCell(H)))
+    with pytest.raises(CheckpointError, match="activations that torch does not have"):
+        jaxrnn.from_flax(nnx.RNN(nnx.LSTMCell(F, H, activation_fn=jnp.sin, rngs=nnx.Rngs(0))))
+    with pytest.raises(CheckpointError, match="reverse=True"):
+        jaxrnn.from_flax(nnx.RNN(cell, reverse=True))
+    with pytest.raises(CheckpointError, match="merge_fn of its own"):
+        jaxrnn.from_flax(nnx.Bidirectional(nnx.RNN(cell), nnx.RNN(cell), merge_fn=lambda a, b: a + b))
+
+
+def test_around_all_libraries_and_back() -> None:
+    """torch to Flax to Keras to Equinox to torch: weights bit for bit, biases within one rounding of their sum."""
+    paths = {
+        "LSTM": ["flax.nnx LSTMCell", "keras LSTM", "equinox LSTMCell", "flax.linen OptimizedLSTMCell"],
+        "GRU": ["flax.linen GRUCell", "keras GRU", "equinox GRUCell"],
+    }
+    for kind, path in paths.items():
+        weights = start = _weights(kind)
+        for each in path:
+            library, name = each.split()
+            weights = DIALECTS[library, name].read(DIALECTS[library, name].write(weights))
+        for role in ("weight_ih", "weight_hh"):
+            assert_close(weights[role], start[role], atol=0)
+        assert_close(weights["bias_ih"] + weights["bias_hh"], start["bias_ih"] + start["bias_hh"], rtol=2**-52, atol=0)
+        assert_close(_ours(kind, weights), _ours(kind, start), atol=1e-15)
+
+
+def test_every_library_is_in_the_table() -> None:
+    assert {library for library, _ in DIALECTS} == RUN.keys()
+    assert importlib.import_module("jaxrnn.checkpoint").dialects.DIALECTS is DIALECTS
