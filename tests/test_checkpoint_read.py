@@ -24,6 +24,7 @@ import jaxrnn
 from jaxrnn import checkpoint
 from jaxrnn.__main__ import main
 from jaxrnn.checkpoint import CheckpointError
+from jaxrnn.checkpoint.formats.pickles import unpickle
 
 pytestmark = pytest.mark.torch
 SPEC = jaxrnn.Spec(jaxrnn.LSTM_CELL, 3, 4)
@@ -145,6 +146,28 @@ def test_nothing_of_what_is_left_out_runs(torch: types.ModuleType, saved: Any, t
     assert not (tmp_path / "ran").exists()
 
 
+def test_mutated_pickles_with_objects(torch: types.ModuleType, saved: Any) -> None:
+    """Whatever the bytes: an error of ours or tensors, with objects left out or refused."""
+    path = saved(
+        {"model": _tensors(torch), "config": _Config(), "set": {1}, "z": 1j, "b": bytearray(b"x"), (1, "a"): 2.5}
+    )
+    with zipfile.ZipFile(path) as archive:
+        whole = archive.read(next(name for name in archive.namelist() if name.endswith("data.pkl")))
+    random, read = np.random.RandomState(0), 0
+    for k in range(2000):
+        data = bytearray(whole)
+        for _ in range(random.randint(1, 6)):
+            place, what = random.randint(len(data)), random.randint(3)
+            data[place : place + (what == 1) * random.randint(9)] = random.bytes(random.randint(1, 5) * (what != 1))
+            data[place % len(data)] ^= random.randint(256) * (what == 2)
+        try:
+            unpickle(bytes(data), set() if k % 2 else None)
+            read += 1
+        except CheckpointError:
+            pass
+    assert 0 < read < 2000
+
+
 def test_weight_drop(torch: types.ModuleType, saved: Any, tmp_path: Path) -> None:
     """The weights that were trained are taken, never those that the last dropout left."""
     trained, left = LSTM["weight_hh_l0"], 0 * LSTM["weight_hh_l0"]
@@ -157,6 +180,7 @@ def test_weight_drop(torch: types.ModuleType, saved: Any, tmp_path: Path) -> Non
         "wrapped": (inside | both | raw, "rnn.module.", True),
         "in one module": (plain | {"rnn.weight_hh_l0": left} | raw, "rnn.", True),
         "both inside": (inside | both | {"rnn.module.weight_hh_l0_raw": trained}, "rnn.module.", True),
+        "raw first": (raw | both | inside, "rnn.module.", True),
         "raw alone": (inside | raw, "rnn.module.", False),
     }
     for name, (tensors, prefix, dropped) in layouts.items():
