@@ -75,8 +75,11 @@ _ARGUMENTS = {
 }  # fmt: skip
 _OBJECTS = {"NEWOBJ", "NEWOBJ_EX", "OBJ", "INST"}
 _MOST_AXES = 64  # of NumPy and of torch
-# A damaged or hostile pickle can raise these here and in pickletools.
-_DAMAGE = (ValueError, TypeError, IndexError, KeyError, AttributeError, OverflowError, EOFError, struct.error)
+# A damaged or hostile pickle can raise these here and in pickletools; the last where warnings are errors.
+_DAMAGE = (
+    ValueError, TypeError, IndexError, KeyError, AttributeError, OverflowError, EOFError, struct.error,
+    DeprecationWarning,
+)  # fmt: skip
 
 
 class Global(NamedTuple):
