@@ -206,15 +206,22 @@ def _kind(rnn: FoundRNN) -> str:
 
 
 def _print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table whose first column is a prefix, which may hold any text."""
+    """Print a table whose first column is a prefix, which may hold any text. No prefix is ever split over lines."""
+    rows = [(_printable(prefix) or '""', *row) for prefix, *row in rows]
     table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False, show_edge=False)
-    table.add_column(columns[0], overflow="fold")
+    table.add_column(columns[0], no_wrap=True)
     for name in columns[1:]:
         table.add_column(name, justify="left" if name in ("kind", "dtype", "verdict") else "right", no_wrap=True)
-    for prefix, *row in rows:
-        table.add_row(_printable(prefix) or '""', *row)
-    # A prefix may look like markup.
-    Console(markup=False, emoji=False, highlight=False).print(table)
+    for row in rows:
+        table.add_row(*row)
+    plain: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False}  # a prefix may look like markup
+    console = Console(**plain)
+    width = console.measure(table, options=console.options.update(max_width=sys.maxsize)).maximum
+    if not console.is_terminal or width <= console.width:
+        Console(**plain, width=width).print(table)
+        return
+    for row in rows:
+        print(*(f"{name}: {value}" for name, value in zip(columns, row, strict=True)), sep="\n", end="\n\n")
 
 
 def _print_assumed(found: list[FoundRNN]) -> None:

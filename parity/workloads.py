@@ -16,6 +16,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.experimental import rnn as cudnn
 
 import jaxrnn
+from jaxrnn.checkpoint.dialects import DIALECTS
 
 from .cases import Arrays
 
@@ -98,7 +99,6 @@ WORKLOADS = [
     Workload("medium LSTM", "LSTM", 16, 64, 256, 256),
 ]
 CELLS = {"LSTM": ("LSTMCell", "OptimizedLSTMCell"), "GRU": ("GRUCell",), "RNN": ("SimpleCell",)}  # Flax's
-GATES = {"LSTM": "ifgo", "GRU": "rzn", "RNN": ""}
 
 
 class Form(NamedTuple):
@@ -122,12 +122,12 @@ def forms(workload: Workload, sides: Collection[str]) -> Iterator[Form]:
     for cell in () if workload.proj_size else CELLS[workload.kind]:
         if "flax.nnx" in sides:
             graph, state = nnx.split(nnx.eval_shape(functools.partial(NNXStack, workload, cell)))
-            converted = to_flax(workload.kind, parameters, nnx.to_pure_dict(state))
+            converted = to_flax("flax.nnx", cell, parameters, nnx.to_pure_dict(state))
             yield Form("flax.nnx", f"nnx.{cell}", _run_nnx(graph, NNXStack.__call__), converted)
         if "flax.linen" in sides:
             stack = linen_stack(workload, cell)
             template = jax.eval_shape(stack.init, jax.random.key(0), x, None)["params"]
-            converted = to_flax(workload.kind, parameters, template)
+            converted = to_flax("flax.linen", cell, parameters, template)
             yield Form("flax.linen", f"linen.{cell}", functools.partial(_run_linen, stack), converted)
     if "keras" in sides and not workload.proj_size:
         model = keras_model(workload)
@@ -230,21 +230,21 @@ def linen_stack(workload: Workload, cell: str) -> LinenStack:
     return LinenStack(tuple(layers))
 
 
-def to_flax(kind: str, parameters: Arrays, template: Any) -> Any:
-    """A stack's parameters for Flax, from torch's: gate by gate or together, as `template` has them."""
+def _written(library: str, name: str, parameters: Arrays, suffix: str) -> Arrays:
+    """One layer's parameters in one direction, as a library's class has them."""
+    roles = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+    return DIALECTS[library, name].write({role: parameters[f"{role}_{suffix}"] for role in roles})
+
+
+def to_flax(library: str, cell: str, parameters: Arrays, template: Any) -> Any:
+    """A stack's parameters for Flax, from torch's, in the places that `template` has."""
+    written = functools.cache(lambda suffix: _written(library, cell, parameters, suffix))
     converted = {}
-    for path, leaf in flatten_dict(template).items():
+    for path in flatten_dict(template):
         *where, product, what = path
         place = " ".join(map(str, where))
         suffix = "l" + re.sub(r"\D", "", place) + "_reverse" * ("backward" in place)
-        source, *gate = product.removeprefix("dense_").removesuffix("_")  # dense_i, h, ii, if_: all gates or one
-        first = GATES[kind].index(gate[0]) * leaf.shape[-1] if gate else 0
-        rows = slice(first, first + leaf.shape[-1])
-        if what == "kernel":
-            converted[path] = parameters[f"weight_{source}h_{suffix}"][rows].T
-        else:  # an LSTM's only bias is with the hidden state, a GRU's second one is torch's second
-            bias = "bias_ih" if source == "i" or kind == "LSTM" else "bias_hh"
-            converted[path] = parameters[f"{bias}_{suffix}"][rows]
+        converted[path] = written(suffix)[f"{product}.{what}"]
     return unflatten_dict(converted)
 
 
@@ -264,20 +264,10 @@ def keras_model(workload: Workload) -> Any:
 
 
 def to_keras(kind: str, parameters: Arrays) -> list[np.ndarray]:
-    """Keras's parameters, from torch's: a GRU has its update gate first, and nothing else has a second bias."""
-
-    def ordered(array: np.ndarray) -> np.ndarray:
-        if kind != "GRU":
-            return array
-        reset, update, new = np.split(array, 3)
-        return np.concatenate((update, reset, new))
-
-    converted = []
-    for suffix in (name.removeprefix("weight_ih_") for name in parameters if name.startswith("weight_ih_")):
-        kernels = (ordered(parameters[f"weight_{source}h_{suffix}"]).T for source in "ih")
-        biases = np.stack([ordered(parameters[f"bias_{source}h_{suffix}"]) for source in "ih"])
-        converted += [*kernels, biases if kind == "GRU" else biases.sum(0)]
-    return converted
+    """Keras's parameters, from torch's, layer after layer."""
+    name = "SimpleRNN" if kind == "RNN" else kind
+    suffixes = [each.removeprefix("weight_ih_") for each in parameters if each.startswith("weight_ih_")]
+    return [array for suffix in suffixes for array in _written("keras", name, parameters, suffix).values()]
 
 
 def to_cudnn(parameters: Arrays) -> np.ndarray:

@@ -252,6 +252,22 @@ def test_numbers_that_are_not_finite_are_told(model: Path, capsys: pytest.Captur
         assert message == f"warning: {model}: NaN or infinite numbers in encoder.bias_ih_l0\n"
 
 
+def test_no_prefix_is_split_over_lines(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Piped, a line is as long as it has to be; on a narrow terminal, each field has its own."""
+    prefix = "encoder." * 20
+    params = parameters(jaxrnn.Spec(jaxrnn.GRU_CELL, 3, 4), np.float32)
+    checkpoint.save(tmp_path / "a.safetensors", {prefix + name: value for name, value in params.items()})
+    assert main(["inspect", str(tmp_path / "a.safetensors")]) == 0
+    [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("enc")]
+    assert line.split() == [prefix, "GRU", "3", "4", "1", "no", "yes", "no", "float32", "108"]
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes it for a terminal
+    monkeypatch.setenv("COLUMNS", "60")
+    assert main(["inspect", str(tmp_path / "a.safetensors")]) == 0
+    assert f"prefix: {prefix}\nkind: GRU\ninput: 3\n" in capsys.readouterr().out
+
+
 def test_a_progress_bar_on_a_terminal(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     main_module = sys.modules["jaxrnn.__main__"]
     shown = []

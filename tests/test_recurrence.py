@@ -175,7 +175,7 @@ MARKED = [f"{kind} {mark}" for kind in ("lstm_projected", "gru") for mark in ("e
 MARKED += ["peephole_lstm ends", "ind_rnn reset"]
 # Between them the quick ones have both directions, a projection and every mark; the slow ones every kind.
 QUICK = ("rnn_relu", "lstm_projected ends", "gru reset", "ind_rnn reset")
-SLOW = ("lstm", "gru", "lstm_projected reset", "peephole_lstm ends", "min_gru")
+SLOW = ("lstm_projected reset", "peephole_lstm ends", "min_gru")
 
 
 def _mark(name: str) -> Any:
