@@ -26,7 +26,6 @@ from jaxrnn.__main__ import main
 from jaxrnn.checkpoint import CheckpointError
 from jaxrnn.checkpoint.formats.pickles import unpickle
 
-pytestmark = pytest.mark.torch
 SPEC = jaxrnn.Spec(jaxrnn.LSTM_CELL, 3, 4)
 LSTM = parameters(SPEC, np.float32)
 
@@ -168,7 +167,7 @@ def test_mutated_pickles_with_objects(torch: types.ModuleType, saved: Any) -> No
     assert 0 < read < 2000
 
 
-def test_weight_drop(torch: types.ModuleType, saved: Any, tmp_path: Path) -> None:
+def test_weight_drop(tmp_path: Path) -> None:
     """The weights that were trained are taken, never those that the last dropout left."""
     trained, left = LSTM["weight_hh_l0"], 0 * LSTM["weight_hh_l0"]
     rest = {name: value for name, value in LSTM.items() if name != "weight_hh_l0"}
