@@ -63,7 +63,7 @@ class Dialect:
                 missing.
 
         Returns:
-            The arrays by name, in float64 where biases are added up, otherwise as they were.
+            The arrays by name, in their dtypes; biases are added up in float64.
 
         Raises:
             CheckpointError: the library has no place for a number; the message says how large it is.
@@ -72,30 +72,15 @@ class Dialect:
         gates = _GATES[self.kind]
         if others := arrays.keys() - {"weight_ih", "weight_hh", "bias_ih", "bias_hh"}:
             raise CheckpointError(f"{self.title} has no {listed(others)}\nit cannot hold these weights")
-        rows = len(arrays["weight_ih"])
+        no_bias = np.zeros(len(arrays["weight_ih"]), arrays["weight_ih"].dtype)
         parts: dict[tuple[str, str, bool], np.ndarray] = {}
         for source in "ih":
-            bias = arrays.get(f"bias_{source}h", np.zeros(rows, arrays["weight_ih"].dtype))
-            for gate, w, b in zip(
-                gates, np.split(arrays[f"weight_{source}h"], len(gates)), np.split(bias, len(gates)), strict=True
-            ):
-                parts[source, gate, False], parts[source, gate, True] = w, b
+            for bias in (False, True):
+                whole = arrays.get(f"bias_{source}h", no_bias) if bias else arrays[f"weight_{source}h"]
+                each = zip(gates, np.split(whole, len(gates)), strict=True)
+                parts |= {(source, gate, bias): part for gate, part in each}
         for gate in gates:
-            holders = self._holders(gate)
-            if len(holders) == 2:
-                continue
-            elsewhere = "h" if holders == ["i"] else "i"
-            lost = parts[elsewhere, gate, True]
-            if gate in _APART.get(self.kind, ""):
-                if np.any(lost != 0):
-                    worst = float(np.max(np.abs(lost)))
-                    cause = (
-                        f"{self.title} has no second bias for the gate {gate}: numbers up to {worst:.3g} would be lost"
-                    )
-                    raise CheckpointError(f"{cause}\nuse a cell that has it, such as flax.linen.GRUCell")
-            elif holders and np.any(lost != 0):
-                held = parts[holders[0], gate, True]
-                parts[holders[0], gate, True] = (held.astype(np.float64) + lost).astype(held.dtype)
+            self._join_biases(gate, parts)
         for gate, amount in self.added.items():
             holder = self._holders(gate)[0], gate, True
             parts[holder] = parts[holder] - amount
@@ -110,9 +95,8 @@ class Dialect:
         if missing := [entry.name for entry in self.entries if entry.name not in arrays]:
             raise CheckpointError(f"{self.title} should have {listed(missing)}\nthere are: {listed(arrays)}")
         gates, parts = _GATES[self.kind], dict[tuple[str, str, bool], np.ndarray]()
-        hidden = to_numpy(*next((e.name, arrays[e.name]) for e in self.entries if e.bias)).shape[-1] // len(
-            next(e.gates for e in self.entries if e.bias)
-        )
+        biases = next(entry for entry in self.entries if entry.bias)
+        hidden = np.shape(arrays[biases.name])[-1] // len(biases.gates)
         for entry in self.entries:
             try:
                 parts |= _parted(entry, to_numpy(entry.name, arrays[entry.name]), hidden)
@@ -131,6 +115,20 @@ class Dialect:
             for bias in (False, True)
             for source in "ih"
         }
+
+    def _join_biases(self, gate: str, parts: dict[tuple[str, str, bool], np.ndarray]) -> None:
+        """Where the library has one bias for a gate, add the other to it, or refuse to lose it."""
+        holders = self._holders(gate)
+        if len(holders) == 2:
+            return
+        held, other = (holders[0], gate, True), ("h" if holders == ["i"] else "i", gate, True)
+        if not np.any(parts[other] != 0):
+            return
+        if gate in _APART.get(self.kind, ""):
+            worst = float(np.max(np.abs(parts[other])))
+            cause = f"{self.title} has no second bias for the gate {gate}: numbers up to {worst:.3g} would be lost"
+            raise CheckpointError(f"{cause}\nuse a cell that has it, such as flax.linen.GRUCell")
+        parts[held] = (parts[held].astype(np.float64) + parts[other]).astype(parts[held].dtype)
 
     def _holders(self, gate: str) -> list[str]:
         """Which of "i" and "h" have a bias for this gate."""
