@@ -67,7 +67,7 @@ def apply(
         hidden_axis: the axis, or axes, of the mesh in `jax.set_mesh`, of type Auto, over which to shard hidden units,
             and so gates and states; None leaves sharding to XLA.
         unroll: how many steps the loop makes at a time, as for `jax.lax.scan`: longer to compile, seldom faster.
-        engine: what runs the loop over time: "auto" for the fastest that can, or a name in `jaxrnn.engines.ENGINES`.
+        engine: what runs the loop over time: "auto", or a name in `jaxrnn.engines.ENGINES`.
 
     Returns:
         `(output, h_n)`, or for a cell of several states `(output, (h_n, c_n))`. output: the last layer's outputs, laid

@@ -47,7 +47,8 @@ class Options:
             recomputed.
         hidden_axis: the mesh axis, or axes, of type Auto, over which hidden units are sharded.
         unroll: how many steps the loop makes at a time, as for `jax.lax.scan`.
-        engine: what runs the loop: "auto" for the fastest that can, or a name in `jaxrnn.engines.ENGINES`.
+        engine: what runs the loop: "auto" for the first of `jaxrnn.engines.AUTO` that can, or a name in
+            `jaxrnn.engines.ENGINES`.
 
     Raises:
         TypeError: dtype is not floating.

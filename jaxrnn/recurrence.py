@@ -188,7 +188,7 @@ def _input_products(settings: Settings, x: jax.Array, weight: jax.Array) -> Arra
 def _over_time_jvp(settings: Settings, dtype: jnp.dtype, primals: tuple, tangents: tuple) -> tuple[tuple, tuple]:
     run, tangent = Run(settings, dtype, *primals), Run(settings, dtype, *tangents)
     cell, lay, engine = settings.cell, settings.layout, engine_for(run)
-    states, sums, last = engine.trajectory(run)
+    states, sums, last = engine.states_and_sums(run)
     states = checkpoint_name(states, _STATES)
     before = steps.select(run.marks.reset, run.reset_state, _before(settings, run.state, states))
     if sums is None:

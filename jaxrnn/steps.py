@@ -33,7 +33,10 @@ class Marks(NamedTuple):
 
 
 class Recurrent(NamedTuple):
-    """The weights inside the loop, transposed once outside it so that products read them along their rows."""
+    """The weights inside the loop, transposed once outside it so that products read them along their rows.
+
+    Every cell has one; `weight_hh` is None if the cell is not recurrent.
+    """
 
     weight_hh: jax.Array | None  # (output size, gates * hidden_size), or as the layout has it
     bias: jax.Array  # what joins the recurrent product: b_hh, and b_ih but for the gates in cell.apart
@@ -47,7 +50,10 @@ class Recurrent(NamedTuple):
 
 
 class Run(NamedTuple):
-    """One layer in one direction: all that its loop needs. With tangents in place of arrays, its tangent."""
+    """One layer in one direction: all that its loop needs. With tangents in place of arrays, its tangent.
+
+    Not a tree of arrays alone: `settings` and `dtype` are none.
+    """
 
     settings: Settings
     dtype: jnp.dtype  # of the outputs

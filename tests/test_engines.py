@@ -1,5 +1,6 @@
-"""The door for engines: the table, what is chosen, and an engine whose backward pass is its own."""
+"""Engines: the table, which one is chosen, and an engine with a backward pass of its own."""
 
+import re
 from typing import Any
 
 import jax
@@ -22,7 +23,7 @@ class Handwritten(Scan):
 
     def refuses(self, run: steps.Run) -> str | None:
         plain = run.settings.cell.name == "RNN_TANH" and run.marks == steps.Marks() and not run.settings.reverse
-        return None if plain else "it runs RNN_TANH forward, without marks"
+        return None if plain else "it runs RNN_TANH in the order of time, without marks"
 
     def tangents(
         self, run: steps.Run, before: Any, sums: Any, tangent: steps.Run, d_sums: Any
@@ -115,7 +116,7 @@ def test_an_engine_says_why_it_refuses() -> None:
 
 
 def test_an_unknown_engine_is_an_error_where_it_is_given() -> None:
-    message = r"engine should be 'auto' or one of \['scan', 'handwritten'\], got 'fast'"
+    message = re.escape(f"engine should be 'auto' or one of {list(engines.ENGINES)}, got 'fast'")
     spec = jaxrnn.Spec(jaxrnn.GRU_CELL, F, H)
     with pytest.raises(ValueError, match=message):
         jaxrnn.GRU(F, H, engine="fast", rngs=nnx.Rngs(0))

@@ -1,8 +1,11 @@
 """Engines run a layer's loop over time: `Scan`, and a file for each kernel.
 
 To add one, write a file with a class that has the methods of `Engine`, and add it to `ENGINES`; and to `AUTO` if
-`engine="auto"` should use it. An engine sees a `jaxrnn.steps.Run`, one layer in one direction; products with the input,
-chunks and layers are done outside.
+`engine="auto"` should use it. No other file has to change. An engine sees a `jaxrnn.steps.Run`, one layer in one
+direction; products with the input, chunks and layers are done outside.
+
+Calls are jitted, so an engine's methods run while JAX traces: once for each spec, options and shapes. `ENGINES` and
+`AUTO` are not part of that key. After changing them, call `jax.clear_caches()`.
 """
 
 from typing import Protocol
@@ -16,15 +19,25 @@ from jaxrnn.steps import Run, Steps
 
 
 class Engine(Protocol):
-    """How to run a layer's loop over time, and its derivative."""
+    """How to run a layer's loop over time, and its derivative.
+
+    Without a derivative, JAX calls `forward`. With one it calls `states_and_sums`, then `tangents`, which it transposes
+    into the backward pass; jit traces `forward` as well.
+
+    The sums are what the cell's gates are computed from: `W_ih x + b_ih + W_hh h + b_hh` for each gate, but only
+    `W_hh h + b_hh` for one in `cell.apart`.
+    """
 
     def refuses(self, run: Run) -> str | None:
-        """Why this engine cannot run it, such as its cell, its shapes or its dtype; None if it can."""
+        """Why this engine cannot run it, as a clause without a full stop; None if it can.
+
+        The reason may be the cell (`run.settings.cell`), shapes (`run.gates[0].shape`), or the dtype (`run.dtype`).
+        """
 
     def forward(self, run: Run) -> tuple[Steps, Arrays]:
         """What `steps.returned` takes of every step, with time in front, and the state after the last step run."""
 
-    def trajectory(self, run: Run) -> tuple[Arrays, Arrays | None, Arrays]:
+    def states_and_sums(self, run: Run) -> tuple[Arrays, Arrays | None, Arrays]:
         """What the derivative needs: the states after every step, the sums of every step, and the last state.
 
         With `remat="gates"` the sums may be None.
@@ -41,9 +54,10 @@ class Engine(Protocol):
             run: what was run.
             before: the states before every step.
             sums: the sums of every step.
-            tangent: the tangents of the arrays of `run`; its marks have none.
-            d_sums: the tangents of the sums, but for what comes through the tangent of the state: joined as the layout
-                has it, (time, batch, gates * hidden_size).
+            tangent: the tangents of the arrays of `run`: zeros where nothing is differentiated, None where `run` has
+                None, and of dtype float0 for its marks.
+            d_sums: the tangents of the sums without what comes through the tangent of the state, all gates in one
+                array, (time, batch, gates * hidden_size), or as `jaxrnn.layouts` joins them.
         """
 
 

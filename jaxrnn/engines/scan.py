@@ -26,7 +26,7 @@ class Scan:
         last, every = _scan(run)(body, run.state, (run.gates, run.marks))
         return every, last
 
-    def trajectory(self, run: Run) -> tuple[Arrays, Arrays | None, Arrays]:
+    def states_and_sums(self, run: Run) -> tuple[Arrays, Arrays | None, Arrays]:
         recompute = run.settings.options.remat == "gates"
 
         def body(state: Arrays, step: tuple[Arrays, Marks]) -> tuple[Arrays, tuple]:
