@@ -1,6 +1,7 @@
 """Cells that torch.nn does not have, for `jaxrnn.Recurrent` and `jaxrnn.apply`.
 
-They show how a cell has parameters of its own, mixes hidden units, or does without recurrent weights.
+Each has a step, `gate_values` and a `Cell`, and is exported in `jaxrnn/__init__.py`. Some have parameters of their own,
+mix hidden units, or do without recurrent weights.
 """
 
 import functools

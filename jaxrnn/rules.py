@@ -45,7 +45,8 @@ def _batch_axis_first(tree: Tree) -> Tree:
 def pointwise(function: Function) -> Function:
     """Save one array per argument for the derivative, rather than one per operation.
 
-    Each element of the function's result must depend only on the same element of its arguments.
+    Only memory and time depend on it, not results. Use it for chains of nonlinear operations; a linear one saves
+    nothing anyway. Each element of the result must depend only on the same element of the arguments.
     """
 
     def rule(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:

@@ -155,7 +155,7 @@ def test_units_sharded_are_as_units_together(optimized: None) -> None:
 
 def test_checkpoints_hold_own_parameters(tmp_path: Path) -> None:
     """Saved, loaded, and found by their names."""
-    path, cells = tmp_path / "model.safetensors", (*CELLS[:3], EVERY_KIND)
+    path, cells = tmp_path / "model.safetensors", (*(cell for cell in CELLS if cell.own), EVERY_KIND)
     saved = {}
     for k, cell in enumerate(cells):
         spec = jaxrnn.Spec(cell, F, H, 2, bidirectional=True, bias=k % 2 == 0)
@@ -174,6 +174,8 @@ def test_checkpoints_hold_own_parameters(tmp_path: Path) -> None:
     assert_close(
         jaxrnn.state_dict(module), {name: loaded[f"rnn3.{name}"] for name in found[3].spec.shapes()}, atol=1e-6
     )
+    with pytest.raises(ValueError, match=r"parameters of their own, by which they are known, got \['minGRU'\]"):
+        checkpoint.find_rnns(loaded, cells=[jaxrnn.MIN_GRU_CELL])
     del loaded["rnn1.weight_co_l1"]
     with pytest.raises(jaxrnn.CheckpointError, match=r"rnn1.weight_co_l1 is missing"):
         checkpoint.find_rnns(loaded)

@@ -134,7 +134,8 @@ def find_rnns(tensors: Mapping[str, Any], cells: Sequence[Cell] = ()) -> list[Fo
     Args:
         tensors: from name to array of numpy, jax or torch, such as from `jaxrnn.checkpoint.load` or `state_dict()`.
             Weights in parts are folded: see `jaxrnn.checkpoint.fold`.
-        cells: your own cells to look for, beside jaxrnn's.
+        cells: your own cells to look for, beside jaxrnn's. Each must have parameters of its own: layers of a cell
+            without are taken for torch's of the same shapes.
 
     Returns:
         A `FoundRNN` for each, in the order of their first keys; an empty list if there is none.
@@ -142,6 +143,7 @@ def find_rnns(tensors: Mapping[str, Any], cells: Sequence[Cell] = ()) -> list[Fo
     Raises:
         CheckpointError: weights do not fit together; the message names every key that is missing, or has a wrong shape
             or dtype.
+        ValueError: one of `cells` has no parameters of its own.
 
     >>> import jax, jaxrnn
     >>> from jaxrnn import checkpoint
@@ -152,6 +154,8 @@ def find_rnns(tensors: Mapping[str, Any], cells: Sequence[Cell] = ()) -> list[Fo
     >>> found.assumed
     {'batch_first': False, 'dropout': 0.0}
     """
+    if unknowable := [cell.name for cell in cells if not cell.own]:
+        raise ValueError(f"cells should have parameters of their own, by which they are known, got {unknowable}")
     cells = (*cells, *_MORE_CELLS)
     roles = {*ROLES, *(name for cell in cells for name in cell.own)}
     tensors = fold(tensors)
