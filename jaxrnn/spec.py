@@ -119,7 +119,7 @@ def _check_type(name: str, value: object, kind: type) -> None:
         raise TypeError(f"{name} should be of type {kind.__name__}, got {value!r} of type {type(value).__name__}")
 
 
-def _level_outside() -> int:
+def level_outside() -> int:
     """`stacklevel` that points at the first frame outside jaxrnn and flax."""
     frame, level = inspect.currentframe(), 0
     while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("jaxrnn", "flax"):
@@ -188,7 +188,7 @@ class Spec(_Shapes):
             warnings.warn(
                 f"dropout={self.dropout} acts after every layer but the last, so it does nothing with num_layers=1",
                 UserWarning,
-                stacklevel=_level_outside(),
+                stacklevel=level_outside(),
             )
         object.__setattr__(self, "dropout", float(self.dropout))
         object.__setattr__(self, "bidirectional", bool(self.bidirectional))

@@ -28,6 +28,7 @@ class Entry(NamedTuple):
         gates: the gates that it holds, in its order.
         bias: whether it holds biases.
         transposed: whether weights have the features first.
+        flat: whether the biases of two sources are one after the other in one axis, and not stacked.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Entry(NamedTuple):
     gates: str
     bias: bool = False
     transposed: bool = True
+    flat: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,15 +91,20 @@ class Dialect:
     def read(self, arrays: Mapping[str, Any]) -> Weights:
         """Convert the library's arrays of one layer in one direction to torch's weights, by role.
 
+        Without any bias among the arrays, as of a layer with use_bias=False, there is none in the result.
+
         Raises:
             CheckpointError: an array is missing, or its shape does not fit.
         """
-        if missing := [entry.name for entry in self.entries if entry.name not in arrays]:
+        bias = bool(self.added) or any(entry.bias and entry.name in arrays for entry in self.entries)
+        entries = [entry for entry in self.entries if bias or not entry.bias]
+        if missing := [entry.name for entry in entries if entry.name not in arrays]:
             raise CheckpointError(f"{self.title} should have {listed(missing)}\nthere are: {listed(arrays)}")
         gates, parts = _GATES[self.kind], dict[tuple[str, str, bool], np.ndarray]()
-        biases = next(entry for entry in self.entries if entry.bias)
-        hidden = np.shape(arrays[biases.name])[-1] // len(biases.gates)
-        for entry in self.entries:
+        state = next(entry for entry in entries if "h" in entry.sources and not entry.bias)
+        rows = np.shape(arrays[state.name])[1 if state.transposed else 0 :][:1]
+        hidden = sum(rows) // len(state.gates)
+        for entry in entries:
             try:
                 parts |= _parted(entry, to_numpy(entry.name, arrays[entry.name]), hidden)
             except ValueError as error:
@@ -112,7 +119,7 @@ class Dialect:
             f"{'bias' if bias else 'weight'}_{source}h": np.concatenate(
                 [parts.get((source, gate, bias), zero) for gate in gates]
             )
-            for bias in (False, True)
+            for bias in ((False, True) if bias else (False,))
             for source in "ih"
         }
 
@@ -138,20 +145,23 @@ class Dialect:
 def _joined(entry: Entry, parts: Mapping[tuple[str, str, bool], np.ndarray]) -> np.ndarray:
     each = [np.concatenate([parts[source, gate, entry.bias] for gate in entry.gates]) for source in entry.sources]
     if entry.bias:
-        return each[0] if len(each) == 1 else np.stack(each)
+        return np.concatenate(each) if entry.flat or len(each) == 1 else np.stack(each)
     return np.concatenate([a.T for a in each]) if entry.transposed else np.concatenate(each, axis=1)
 
 
 def _parted(entry: Entry, array: np.ndarray, hidden: int) -> dict[tuple[str, str, bool], np.ndarray]:
     """The inverse of `_joined`."""
     if entry.bias:
-        each = [array] if len(entry.sources) == 1 else list(array)
+        each = (
+            np.split(array, len(entry.sources)) if entry.flat else [array] if len(entry.sources) == 1 else list(array)
+        )
     else:
         array = array.T if entry.transposed else array
         each = [array] if len(entry.sources) == 1 else np.split(array, [array.shape[1] - hidden], axis=1)
     found: dict[tuple[str, str, bool], np.ndarray] = {}
     for source, whole in zip(entry.sources, each, strict=True):
-        if len(whole) != len(entry.gates) * hidden:
+        fits = whole.ndim == 1 if entry.bias else whole.ndim == 2 and (source == "i" or whole.shape[1] == hidden)
+        if not fits or len(whole) != len(entry.gates) * hidden:
             raise ValueError
         found |= {
             (source, g, entry.bias): part
@@ -183,6 +193,14 @@ _LSTM_BIASES = "hi hf hg ho"
 _DENSE = "dense_i.kernel", "dense_h.kernel"
 _KERAS = "kernel", "recurrent_kernel", "bias"
 _EQUINOX = functools.partial(_together, names=("weight_ih", "weight_hh", "bias"), transposed=False)
+
+
+def _onnx(gates: str) -> tuple[Entry, ...]:
+    """One direction of what an ONNX node has; there, directions have the first axis."""
+    kernels = Entry("W", "i", gates, transposed=False), Entry("R", "h", gates, transposed=False)
+    return (*kernels, Entry("B", "ih", gates, bias=True, flat=True))
+
+
 # By library and class.
 DIALECTS = {
     ("flax.linen", "LSTMCell"): Dialect("flax.linen.LSTMCell", "LSTM", _gate_by_gate("ifgo", _LSTM_BIASES)),
@@ -226,4 +244,7 @@ DIALECTS = {
     ("equinox", "GRUCell"): Dialect(
         "equinox.nn.GRUCell", "GRU", (*_EQUINOX("rzn", "i"), Entry("bias_n", "h", "n", bias=True))
     ),
+    ("onnx", "LSTM"): Dialect("ONNX's LSTM", "LSTM", _onnx("iofg")),
+    ("onnx", "GRU"): Dialect("ONNX's GRU (linear_before_reset=1)", "GRU", _onnx("zrn")),
+    ("onnx", "RNN"): Dialect("ONNX's RNN", "RNN", _onnx("h"), {}, ("tanh", "relu")),
 }

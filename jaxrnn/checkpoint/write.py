@@ -61,6 +61,23 @@ def save(path: Path, tensors: Mapping[str, Any], progress: Wrote | None = None) 
         _save(os.path.realpath(path), arrays, write, progress or (lambda count: None))
 
 
+def replace(path: Path, data: bytes) -> None:
+    """Write a file that is complete once it has its name."""
+    check_path(path)
+    path = os.path.realpath(path)
+    _remove_abandoned(path)
+    with _temporary(path) as file:
+        try:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+            if fcntl is None:
+                file.close()
+            os.replace(file.name, path)
+        finally:
+            _remove(file.name, path)
+
+
 def _is_plain(value: Any) -> bool:
     """Whether an array's bytes can be written without a copy."""
     if isinstance(value, Stored):

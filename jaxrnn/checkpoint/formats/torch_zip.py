@@ -26,6 +26,7 @@ from jaxrnn.checkpoint.formats.pickles import (
     unpickle,
 )
 from jaxrnn.checkpoint.stored import Source, Stored, Value, pieces
+from jaxrnn.spec import level_outside
 
 # Far above what compression or sharing gains on weights; a larger gain means a file made to fill the memory.
 _LARGEST_INFLATION = 100
@@ -44,7 +45,9 @@ def read(path: str | os.PathLike[str], key: str | None, only_tensors: bool = Fal
     left_out: set[str] | None = set() if only_tensors else None
     tensors = _read_zip(path, lambda checkpoint: _tensors(checkpoint, key), left_out)[1]
     if left_out:
-        warnings.warn(f"{os.fspath(path)}: left out what is no tensor: {listed(sorted(left_out))}", stacklevel=5)
+        warnings.warn(
+            f"{os.fspath(path)}: left out what is no tensor: {listed(sorted(left_out))}", stacklevel=level_outside()
+        )
     return tensors
 
 

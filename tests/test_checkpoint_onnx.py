@@ -1,0 +1,306 @@
+"""ONNX both ways: nodes become torch's weights, and our modules become models that compute what they compute."""
+
+import contextlib
+import functools
+import os
+import random
+import warnings
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from arrays import named, normal, parameters
+from comparing import assert_close
+from flax import nnx
+from making import filled, filled_variables
+
+import jaxrnn
+from jaxrnn.checkpoint import CheckpointError, find_rnns, load, to_onnx
+
+onnx = pytest.importorskip("onnx", reason="onnx is not installed")
+CELLS = {"LSTM": jaxrnn.LSTM_CELL, "GRU": jaxrnn.GRU_CELL, "RNN": jaxrnn.RNN_TANH}
+GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
+F, H = 2, 3
+
+
+def _node(kind: str, name: str, x: str = "X", y: str = "Y", inputs: tuple[str, ...] = (), **attributes: Any) -> Any:
+    if kind == "GRU":
+        attributes = {"linear_before_reset": 1} | attributes
+    names = [x, *(f"{name}.{each}" for each in "WRB"), *inputs]
+    return onnx.helper.make_node(kind, names, [y, f"{y}_h"], name=name, hidden_size=H, **attributes)
+
+
+def _weights(kind: str, name: str, features: int = F, directions: int = 1) -> dict[str, np.ndarray]:
+    rows = GATES[kind] * H
+    shapes = {"W": (directions, rows, features), "R": (directions, rows, H), "B": (directions, 2 * rows)}
+    return {f"{name}.{key}": normal(*shape, seed=len(key + name)).astype("f4") for key, shape in shapes.items()}
+
+
+def _model(nodes: list[Any], arrays: dict[str, np.ndarray], opset: int = 14) -> Any:
+    described = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in ("X", "Y")]
+    tensors = [onnx.numpy_helper.from_array(array, name) for name, array in arrays.items()]
+    graph = onnx.helper.make_graph(nodes, "test", described[:1], described[1:], tensors)
+    return onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", opset)])
+
+
+def _saved(tmp_path: Path, nodes: list[Any], arrays: dict[str, np.ndarray]) -> Path:
+    path = tmp_path / "model.onnx"
+    path.write_bytes(_model(nodes, arrays).SerializeToString())
+    return path
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("folding", [True, False])
+def test_what_torch_exports_has_torchs_weights_and_names(folding: bool, torch: Any, tmp_path: Path, capfd: Any) -> None:
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder = torch.nn.LSTM(3, 4, 2, bidirectional=True, batch_first=True)
+            self.decoder = torch.nn.GRU(8, 5, 2)
+            self.plain = torch.nn.RNN(5, 6, bias=False)
+
+        def forward(self, x: Any) -> Any:
+            return self.plain(self.decoder(self.encoder(x)[0])[0])
+
+    model, path = Model().eval(), tmp_path / "model.onnx"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(model, (torch.ones(2, 7, 3),), path, dynamo=False, do_constant_folding=folding)
+    tensors = load(path)
+    for name, tensor in model.state_dict().items():
+        assert np.array_equal(tensors[name], tensor.numpy()), name
+    found = find_rnns(tensors)
+    assert [(rnn.prefix, rnn.class_name, rnn.num_layers, rnn.bidirectional, rnn.bias) for rnn in found] == [
+        ("encoder.", "LSTM", 2, True, True), ("decoder.", "GRU", 2, False, True), ("plain.", "RNN", 1, False, False),
+    ]  # fmt: skip
+
+
+def _exported(prefix: str) -> list[Any]:
+    """Two layers as torch's other exporter writes them: the path is in the metadata, the shapes are numbers."""
+    nodes = []
+    for name, x in (("a", "X"), ("b", "Z")):
+        node = _node("GRU", name, x, f"Y_{name}", direction="bidirectional")
+        node.metadata_props.add(key="namespace", value=f": Model/{prefix}: torch.nn.GRU/gru: aten.gru.input")
+        shape = onnx.numpy_helper.from_array(np.array([5, 2, 2 * H]), f"shape_{name}")
+        nodes += [
+            node,
+            onnx.helper.make_node("Transpose", [f"Y_{name}"], [f"T_{name}"], perm=[0, 2, 1, 3]),
+            onnx.helper.make_node("Constant", [], [f"S_{name}"], value=shape),
+            onnx.helper.make_node("Reshape", [f"T_{name}", f"S_{name}"], ["Z" if name == "a" else "Y"]),
+        ]
+    return nodes
+
+
+def test_layers_of_one_module_are_one_again(tmp_path: Path) -> None:
+    arrays = _weights("GRU", "a", directions=2) | _weights("GRU", "b", 2 * H, directions=2)
+    [found] = find_rnns(load(_saved(tmp_path, _exported("encoder"), arrays)))
+    assert (found.prefix, found.num_layers, found.bidirectional) == ("encoder.", 2, True)
+    # Whatever else happens between two layers, they are two modules.
+    other = [node for node in _exported("encoder") if node.op_type != "Reshape" or node.output[0] != "Z"]
+    other.append(onnx.helper.make_node("Tanh", ["X2"], ["Z"]))
+    found = find_rnns(load(_saved(tmp_path, other, arrays)))
+    assert [(rnn.prefix, rnn.num_layers) for rnn in found] == [("encoder.", 1), ("encoder.1.", 1)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "attributes", "reason"),
+    [
+        ("LSTM", {"clip": 3.0}, "clip=3"),
+        ("LSTM", {"input_forget": 1}, "input_forget=1"),
+        ("LSTM", {"direction": "reverse"}, "direction=reverse alone"),
+        ("GRU", {"linear_before_reset": 0}, "linear_before_reset=0, another GRU"),
+        ("GRU", {"activations": ["HardSigmoid", "Tanh"]}, r"activations=\['HardSigmoid', 'Tanh'\]"),
+        ("RNN", {"activations": ["Affine"]}, r"activations=\['Affine'\]"),
+    ],
+)
+def test_what_torch_has_not_is_named_and_left_out(
+    kind: str, attributes: dict[str, Any], reason: str, tmp_path: Path
+) -> None:
+    nodes = [_node(kind, "odd", **attributes), _node("LSTM", "plain", y="Y2")]
+    path = _saved(tmp_path, nodes, _weights(kind, "odd") | _weights("LSTM", "plain"))
+    with pytest.warns(UserWarning, match=rf"left out.*: odd \({reason}\)$") as caught:
+        found = find_rnns(load(path))
+    assert caught[0].filename == __file__
+    assert [rnn.prefix for rnn in found] == ["plain."]
+
+
+def test_what_no_weights_hold_is_said(tmp_path: Path) -> None:
+    arrays = _weights("RNN", "one") | {"first": np.ones((1, 2, H), "f4")}
+    path = _saved(tmp_path, [_node("RNN", "one", inputs=("", "first"), activations=["Relu"])], arrays)
+    with pytest.warns(UserWarning, match="one") as caught:
+        load(path)
+    words = [str(warning.message).partition(": ")[2] for warning in caught]
+    assert words == [
+        "one starts from the state first, which is not zero: give it as hx",
+        "one. has relu, which no weights hold: give nonlinearity='relu'",
+    ]
+    weights = onnx.helper.make_node("Tanh", ["X"], ["one.W"])
+    path = _saved(tmp_path, [weights, _node("RNN", "one")], {n: a for n, a in arrays.items() if n != "one.W"})
+    with pytest.warns(UserWarning, match=r"one \(weights that the graph computes\)"):
+        load(path)
+
+
+def test_peepholes_are_ours(tmp_path: Path) -> None:
+    from onnx.reference import ReferenceEvaluator
+
+    arrays = _weights("LSTM", "one") | {"one.P": normal(1, 3 * H).astype("f4")}
+    node = _node("LSTM", "one", inputs=("", "", "", "one.P"))
+    path = _saved(tmp_path, [node], arrays)
+    [found] = find_rnns(tensors := load(path))
+    assert found.class_name == "Recurrent"
+    assert found.spec.cell is jaxrnn.PEEPHOLE_LSTM_CELL
+    x = normal(5, 4, F)
+    wide = ReferenceEvaluator(_model([node], {name: a.astype(float) for name, a in arrays.items()}))
+    [y] = wide.run(["Y"], {"X": x})
+    params = {name.removeprefix("one."): a.astype(float) for name, a in tensors.items()}
+    assert_close(jaxrnn.apply(found.spec, params, x)[0], y[:, 0])
+
+
+def test_nodes_in_a_branch_and_weights_beside_the_file(tmp_path: Path) -> None:
+    described = onnx.helper.make_tensor_value_info("Y", onnx.TensorProto.FLOAT, None)
+    arrays = _weights("LSTM", "one")
+    tensors = [onnx.numpy_helper.from_array(arrays["one.W"], "one.W")]
+    inner = onnx.helper.make_graph([_node("LSTM", "one")], "inner", [], [described], tensors)
+    node = onnx.helper.make_node("If", ["C"], ["Y"], then_branch=inner, else_branch=inner)
+    model = _model([node], {name: a for name, a in arrays.items() if name != "one.W"})
+    onnx.save(model, tmp_path / "model.onnx", save_as_external_data=True, location="beside.bin", size_threshold=0)
+    assert os.path.exists(tmp_path / "beside.bin")
+    [found] = find_rnns(load(tmp_path / "model.onnx"))
+    assert (found.prefix, found.class_name, found.num_parameters) == (
+        "one.",
+        "LSTM",
+        sum(a.size for a in arrays.values()),
+    )
+    os.remove(tmp_path / "beside.bin")
+    with pytest.raises(CheckpointError, match=r"one.W cannot be read.*beside.bin"):
+        load(tmp_path / "model.onnx")
+    tensor = onnx.load(tmp_path / "model.onnx", load_external_data=False).graph.initializer[0]
+    assert tensor.external_data[0].value == "beside.bin"
+    outside = (tmp_path / "model.onnx").read_bytes().replace(b"beside.bin", b"../outside")
+    (tmp_path / "inside").mkdir()
+    (tmp_path / "inside" / "model.onnx").write_bytes(outside)
+    (tmp_path / "outside").write_bytes(bytes(10000))
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        load(tmp_path / "inside" / "model.onnx")
+
+
+def _concatenated(times: int) -> list[Any]:
+    nodes = [onnx.helper.make_node("Concat", [f"c{i}"] * 8, [f"c{i + 1}"], axis=0) for i in range(times)]
+    return [*nodes, onnx.helper.make_node("LSTM", ["X", f"c{times}", "R"], ["Y"], hidden_size=H)]
+
+
+HOSTILE = {
+    "truncated": lambda data: data[: len(data) // 2],
+    "no graph": lambda data: onnx.ModelProto(ir_version=8, producer_name="nobody").SerializeToString(),
+    "a bomb": lambda data: _model(_concatenated(12), {"c0": np.ones((1, 9, 9)), "R": np.ones(1)}).SerializeToString(),
+    "a chain": lambda data: _model(_concatenated(2000), {"c0": np.ones(1), "R": np.ones(1)}).SerializeToString(),
+    "another shape": lambda data: _model([_node("LSTM", "one")], _weights("GRU", "one")).SerializeToString(),
+    "names that are no text": lambda data: data.replace(b"one", b"o\xff\xfe"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_damaged_and_hostile_files_are_refused(name: str, tmp_path: Path) -> None:
+    data = _model([_node("LSTM", "one")], _weights("LSTM", "one")).SerializeToString()
+    (tmp_path / "model.onnx").write_bytes(HOSTILE[name](data))
+    if name == "names that are no text":
+        assert "o\\xff\\xfe.weight_ih_l0" in load(tmp_path / "model.onnx")
+        return
+    with pytest.raises(CheckpointError, match=r"model\.onnx: .*\n"):
+        load(tmp_path / "model.onnx")
+
+
+def test_mutated_files_are_read_or_refused(tmp_path: Path) -> None:
+    random_numbers, path = random.Random(0), tmp_path / "model.onnx"
+    data = _model(_exported("one"), _weights("GRU", "a", directions=2) | _weights("GRU", "b", 6, 2)).SerializeToString()
+    refused = 0
+    for _ in range(300):
+        changed = bytearray(data)
+        for _ in range(random_numbers.choice([1, 2, 9])):
+            changed[random_numbers.randrange(2, len(data))] = random_numbers.randrange(256)
+        path.write_bytes(changed)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                load(path)
+            except CheckpointError:
+                refused += 1
+    assert 30 < refused < 300
+
+
+@functools.cache
+def _specs(count: int) -> list[tuple[str, jaxrnn.Spec, bool, bool]]:
+    numbers = random.Random(0)
+    made = []
+    for index in range(count):
+        kind = ("LSTM", "GRU", "RNN", "RNN relu")[index % 4]
+        cell = jaxrnn.RNN_RELU if kind == "RNN relu" else CELLS[kind]
+        sizes = [numbers.randint(1, 8), numbers.randint(1, 8), numbers.randint(1, 3)]
+        flags = [numbers.random() < 0.5 for _ in range(5)]
+        spec = jaxrnn.Spec(cell, *sizes, bias=flags[0], batch_first=flags[1], bidirectional=flags[2])
+        made.append((kind.partition(" ")[0], spec, flags[3], flags[4]))
+    return made
+
+
+@pytest.mark.parametrize("index", [0, 1, 2, 3, *(pytest.param(i, marks=pytest.mark.slow) for i in range(4, 40))])
+def test_onnxruntime_computes_what_we_do(index: int, tmp_path: Path) -> None:
+    runtime = pytest.importorskip("onnxruntime")
+    kind, spec, lengths, hx = _specs(40)[index]
+    module = filled(lambda: _module(kind, spec))
+    path = tmp_path / "model.onnx"
+    to_onnx(module, path, lengths=lengths, hx=hx)
+    session, steps, rows = runtime.InferenceSession(path), 5, 3
+    x = normal(*((rows, steps) if spec.batch_first else (steps, rows)), spec.input_size).astype("f4")
+    state_shape = spec.num_layers * (1 + spec.bidirectional), rows, spec.hidden_size
+    states = {f"{state}_0": normal(*state_shape, seed=i).astype("f4") for i, state in enumerate(spec.cell.states)}
+    given = {"lengths": np.array([5, 0, 2], np.int32)} if lengths else {}
+    theirs = session.run(None, {"x": x} | given | (states if hx else {}))
+    names = [output.name for output in session.get_outputs()]
+    first = tuple(states.values()) if len(states) > 1 else states["h_0"]
+    ours = named(spec, module(jnp.asarray(x), first if hx else None, **given))
+    assert_close(ours, dict(zip(names, theirs, strict=True)), atol=1e-6)
+    relu = spec.cell is jaxrnn.RNN_RELU
+    with pytest.warns(UserWarning, match="nonlinearity='relu'") if relu else contextlib.nullcontext():
+        assert_close(load(path), jaxrnn.state_dict(module), atol=0)
+
+
+def _module(kind: str, spec: jaxrnn.Spec) -> Any:
+    more: dict[str, Any] = {"nonlinearity": "relu" if spec.cell is jaxrnn.RNN_RELU else "tanh"} if kind == "RNN" else {}
+    more |= {"bias": spec.bias, "batch_first": spec.batch_first, "bidirectional": spec.bidirectional}
+    return getattr(jaxrnn, kind)(spec.input_size, spec.hidden_size, spec.num_layers, **more, rngs=nnx.Rngs(0))
+
+
+def test_linen_and_what_onnx_has_not(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    module = jaxrnn.linen.GRU(F, H, 2, bidirectional=True)
+    variables = filled_variables(module, jnp.ones((2, 1, F), jnp.float32))
+    to_onnx(module, path, variables)
+    assert_close(load(path), dict(variables["params"]), atol=0)
+    before = path.read_bytes()
+    with pytest.raises(TypeError, match="variables should be those of the Linen module"):
+        to_onnx(module, path)
+    for other in (jaxrnn.GRUCell(F, H, rngs=nnx.Rngs(0)), nnx.Linear(2, 2, rngs=nnx.Rngs(0))):
+        with pytest.raises(TypeError, match=f"should be an RNN, LSTM or GRU of jaxrnn, got {type(other).__name__}"):
+            to_onnx(other, path)
+    with pytest.raises(CheckpointError, match=r"model.onnx: ONNX has no LSTM with a projection\n"):
+        to_onnx(filled(lambda: jaxrnn.LSTM(F, H, proj_size=2, rngs=nnx.Rngs(0))), path)
+    with pytest.raises(CheckpointError, match=r"has no GRU of bfloat16\nmake it one of float32"):
+        to_onnx(filled(lambda: jaxrnn.GRU(F, H, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))), path)
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == ["model.onnx"]
+    with pytest.raises(CheckpointError, match="no such file"):
+        to_onnx(module, tmp_path / "nowhere" / "model.onnx", variables)
+
+
+def test_around_and_back_bit_for_bit(tmp_path: Path) -> None:
+    """float64 weights of layers both ways, through ONNX; in the layouts of Flax and Keras see the dialects."""
+    for kind, cell in CELLS.items():
+        spec = jaxrnn.Spec(cell, F, H, 2, bidirectional=True)
+        module = filled(lambda kind=kind, spec=spec: _module(kind, spec))
+        params = parameters(spec)
+        nnx.update(module, nnx.State(jax.tree.map(jnp.asarray, params)))
+        to_onnx(module, tmp_path / "model.onnx")
+        assert_close(load(tmp_path / "model.onnx"), params, atol=0)
