@@ -128,7 +128,7 @@ FILES: dict[str, tuple[bytes, str]] = {
     "html": (b"\n <!DOCTYPE html><html>", "an HTML page"),
     "html 404": (b"<html><body>404", "an HTML page"),
     "lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "a Git LFS pointer"),
-    "hdf5": (b"\x89HDF\r\n\x1a\n" + bytes(50), "an HDF5 file"),
+    "hdf5": (b"\x89HDF\r\n\x1a\n" + bytes(50), "HDF5"),
     "npy": (b"\x93NUMPY\x01\x00" + bytes(50), "a NumPy .npy file"),
     "npz": (_zip(weight_npy=b"", bias_npy=b""), "a NumPy .npz archive"),
     "zip of files": (_zip(a_txt=b"", b__a_txt=b"").replace(b"model/", b"longer"), "a zip file, but none of torch.save"),

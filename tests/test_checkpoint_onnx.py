@@ -261,7 +261,7 @@ def test_onnxruntime_computes_what_we_do(index: int, tmp_path: Path) -> None:
     names = [output.name for output in session.get_outputs()]
     first = tuple(states.values()) if len(states) > 1 else states["h_0"]
     ours = named(spec, module(jnp.asarray(x), first if hx else None, **given))
-    assert_close(ours, dict(zip(names, theirs, strict=True)), atol=1e-6)
+    assert_close(ours, dict(zip(names, theirs, strict=True)), atol=1e-6, rtol=1e-6)
     relu = spec.cell is jaxrnn.RNN_RELU
     with pytest.warns(UserWarning, match="nonlinearity='relu'") if relu else contextlib.nullcontext():
         assert_close(load(path), jaxrnn.state_dict(module), atol=0)

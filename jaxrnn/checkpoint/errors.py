@@ -56,6 +56,11 @@ def check_unicode(name: str) -> None:
         raise CheckpointError(f"{name} is no Unicode text, which this format wants of a name\nrename it") from error
 
 
+def as_text(value: str | bytes) -> str:
+    """A name from a file, which some readers give as bytes."""
+    return value if isinstance(value, str) else bytes(value).decode(errors="backslashreplace")
+
+
 def listed(names: Iterable[object], limit: int = 20) -> str:
     """Names for a message: the first few, and how many more there are."""
     names = list(names)

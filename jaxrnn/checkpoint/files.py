@@ -20,7 +20,6 @@ _MOST_MEMBERS = 1000
 # Files that are not checkpoints, by their first bytes: what they are, and the remedy.
 _NOT_CHECKPOINTS = {
     b"version https://git-lfs": ("a Git LFS pointer, not the file itself", "run git lfs pull"),
-    b"\x89HDF": ("an HDF5 file, as Keras writes it", _SAVE),
     b"\x93NUMPY": ("a NumPy .npy file", _SAVE),
     b"\x1f\x8b": ("compressed by gzip", "decompress it first"),
     b"\x80": ("a pickle, but none of torch.save", _SAVE),

@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Mapping
 from typing import IO, Protocol
 
-from jaxrnn.checkpoint.formats import onnx, orbax, safetensors, torch_legacy, torch_zip
+from jaxrnn.checkpoint.formats import keras, onnx, orbax, safetensors, torch_legacy, torch_zip
 from jaxrnn.checkpoint.stored import Value
 
 Writer = Callable[[IO[bytes], Mapping[str, Value], Callable[[int], None]], str]
@@ -29,7 +29,7 @@ class FileFormat(Format, Protocol):
         """Whether a file that begins so has this format."""
 
 
-FILES: tuple[FileFormat, ...] = (torch_zip, torch_legacy, safetensors, onnx)
+FILES: tuple[FileFormat, ...] = (keras, torch_zip, torch_legacy, safetensors, onnx)
 WRITERS: dict[str, Writer] = {
     suffix: each.write for each in (safetensors, torch_zip, orbax) for suffix in each.SUFFIXES
 }

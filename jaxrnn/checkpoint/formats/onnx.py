@@ -10,7 +10,8 @@ import numpy as np
 
 from jaxrnn.checkpoint.arrays import NO_NUMBERS, dtype_of
 from jaxrnn.checkpoint.dialects import DIALECTS
-from jaxrnn.checkpoint.errors import AGAIN, CheckpointError, check_unicode, listed
+from jaxrnn.checkpoint.errors import AGAIN, CheckpointError, as_text, check_unicode, listed
+from jaxrnn.checkpoint.formats.bombs import Budget
 from jaxrnn.checkpoint.stored import Value
 from jaxrnn.spec import Spec, level_outside
 
@@ -20,7 +21,6 @@ _PEEPHOLES = ("weight_ci", "weight_co", "weight_cf")  # in ONNX's order
 _OTHERS = ("DynamicQuantizeLSTM", "AttnLSTM")  # onnxruntime's own
 # Operators whose results exporters leave as weights. None of them makes more numbers than it takes.
 _FOLDED = ("Concat", "Identity", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze")
-_LARGEST_INFLATION, _SMALL = 100, 64 << 20  # as for files of torch.save
 _OPSET = 14  # the first that has all that is written
 
 
@@ -29,11 +29,6 @@ def _library(name: str = "onnx") -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         raise CheckpointError('an ONNX file, which needs the package onnx\npip install "jaxrnn[onnx]"') from error
-
-
-def _text(value: str | bytes) -> str:
-    """Protobuf gives bytes for what is no Unicode."""
-    return value if isinstance(value, str) else bytes(value).decode(errors="backslashreplace")
 
 
 def sniff(head: bytes) -> bool:
@@ -62,7 +57,7 @@ def read(path: str | os.PathLike[str], key: str | None, only_tensors: bool = Fal
             raise CheckpointError(f"a damaged ONNX file: {error}\n{AGAIN}") from error
     if not model.graph.node and not model.graph.initializer:
         raise CheckpointError(f"an ONNX file without a graph\n{AGAIN}")
-    budget = _Budget(max(_SMALL, _LARGEST_INFLATION * size))
+    budget = Budget(size)
     graph = _Graph(model.graph, os.path.dirname(os.fspath(path)), budget, list(model.opset_import))
     try:
         tensors, words = _weights(graph, budget)
@@ -80,24 +75,12 @@ def read(path: str | os.PathLike[str], key: str | None, only_tensors: bool = Fal
     return tensors
 
 
-class _Budget:
-    """How many bytes may still be made from a file: none, for one that was made to fill the memory."""
-
-    def __init__(self, left: int) -> None:
-        self.left = left
-
-    def spend(self, arrays: Sequence[np.ndarray]) -> None:
-        self.left -= sum(array.nbytes for array in arrays)
-        if self.left < 0:
-            raise CheckpointError("its nodes make far more numbers than it holds\nget it from a source that you trust")
-
-
 class _Graph:
     """A graph: its nodes, and the constants that they can use."""
 
-    def __init__(self, graph: Any, folder: str, budget: _Budget, opsets: Any, outer: "_Graph | None" = None) -> None:
+    def __init__(self, graph: Any, folder: str, budget: Budget, opsets: Any, outer: "_Graph | None" = None) -> None:
         self.nodes = list(graph.node)
-        self.tensors = {_text(tensor.name): tensor for tensor in graph.initializer}
+        self.tensors = {as_text(tensor.name): tensor for tensor in graph.initializer}
         self.producers = {name: node for node in self.nodes for name in node.output if name}
         self.folder, self.budget, self.opsets, self.outer = folder, budget, opsets, outer
         self.used: set[str] = set() if outer is None else outer.used  # by recurrent nodes
@@ -128,7 +111,7 @@ class _Graph:
         except Exception as error:  # onnx raises many kinds, and lets NumPy's through
             cause = f"{type(error).__name__} {error}".partition("\n")[0]
             raise CheckpointError(f"a damaged ONNX file: {name} cannot be read: {cause}\n{AGAIN}") from error
-        self.budget.spend([array])
+        self.budget.spend(array.nbytes)
         return array
 
     def _value(self, node: Any, name: str) -> np.ndarray | None:
@@ -140,7 +123,7 @@ class _Graph:
         inputs = {each: self.constant(each) for each in node.input if each}
         if any(array is None for array in inputs.values()):
             return None
-        self.budget.spend([array for array in inputs.values() if array is not None])
+        self.budget.spend(sum(array.nbytes for array in inputs.values() if array is not None))
         helper = _library("onnx.helper")
         described = [helper.make_tensor_value_info(each, 1, None) for each in (*inputs, name)]
         graph = helper.make_graph([node], "one", described[:-1], described[-1:])
@@ -184,7 +167,7 @@ class _Layer(NamedTuple):
         return same and self.above == other.output and one["weight_ih"].shape[1] == hidden * len(self.weights)
 
 
-def _weights(graph: _Graph, budget: _Budget) -> tuple[dict[str, Any], list[str]]:
+def _weights(graph: _Graph, budget: Budget) -> tuple[dict[str, Any], list[str]]:
     """The weights of all recurrent nodes by torch's names, and what there is to say of them."""
     left_out: list[str] = []
     words: list[str] = []
@@ -196,7 +179,7 @@ def _weights(graph: _Graph, budget: _Budget) -> tuple[dict[str, Any], list[str]]
         layers += _layers(each, left_out, words)
     for layer in layers:
         for weights in layer.weights:
-            budget.spend(list(weights.values()))
+            budget.spend(sum(array.nbytes for array in weights.values()))
     modules: list[list[_Layer]] = []
     for layer in layers:
         stack = next((stack for stack in modules if layer.continues(stack[-1])), None)
@@ -223,14 +206,14 @@ def _weights(graph: _Graph, budget: _Budget) -> tuple[dict[str, Any], list[str]]
 
 def _layers(graph: _Graph, left_out: list[str], words: list[str]) -> Iterator[_Layer]:
     for index, node in enumerate(graph.nodes):
-        name = _text(node.name or f"{node.op_type}_{index}")
+        name = as_text(node.name or f"{node.op_type}_{index}")
         if node.op_type in _OTHERS:
             left_out.append(f"{name} ({node.op_type})")
         if node.op_type not in _ACTIVATIONS or node.domain not in ("", "ai.onnx"):
             continue
         attributes = {a.name: a for a in node.attribute}
         nonlinearity, reasons = _read_attributes(node.op_type, attributes)
-        inputs = [*map(_text, node.input), *[""] * 8][:8]
+        inputs = [*map(as_text, node.input), *[""] * 8][:8]
         names = tuple(inputs[1:4])
         arrays = {"W": graph.constant(names[0]), "R": graph.constant(names[1])}
         if names[2]:
@@ -262,11 +245,11 @@ def _read_attributes(kind: str, attributes: Mapping[str, Any]) -> tuple[str, lis
     if "input_forget" in attributes and attributes["input_forget"].i:
         reasons.append("input_forget=1")
     if (direction := _direction(attributes)) not in (b"forward", b"bidirectional"):
-        reasons.append(f"direction={_text(direction)} alone")
+        reasons.append(f"direction={as_text(direction)} alone")
     if kind == "GRU" and not ("linear_before_reset" in attributes and attributes["linear_before_reset"].i):
         reasons.append("linear_before_reset=0, another GRU")
     usual = _ACTIVATIONS[kind]
-    given = [_text(text) for text in attributes["activations"].strings] if "activations" in attributes else usual
+    given = [as_text(text) for text in attributes["activations"].strings] if "activations" in attributes else usual
     repeated = given[: len(usual)] * (len(given) // len(usual)) == given
     relu = kind == "RNN" and {text.lower() for text in given} == {"relu"}
     if not relu and not (repeated and [text.lower() for text in given[: len(usual)]] == [u.lower() for u in usual]):
@@ -296,7 +279,7 @@ def _by_direction(
 
 def _prefix(node: Any, name: str) -> str:
     """The path of the module in torch, where the exporter left it; otherwise the node's name."""
-    space = next((_text(each.value) for each in node.metadata_props if each.key == "namespace"), "")
+    space = next((as_text(each.value) for each in node.metadata_props if each.key == "namespace"), "")
     path = [each.partition(":")[0] for each in space.split("/")][1:-1] if space else name.split("/")[1:-1]
     if not space and "/" not in name:
         return f"{name}."

@@ -14,6 +14,7 @@ import numpy as np
 
 from jaxrnn.checkpoint import stored
 from jaxrnn.checkpoint.errors import AGAIN, CheckpointError, listed
+from jaxrnn.checkpoint.formats.bombs import largest
 from jaxrnn.checkpoint.formats.nested import check_expanded, choose, mapped, under_key
 from jaxrnn.checkpoint.formats.pickles import (
     STATE_DICT,
@@ -28,9 +29,6 @@ from jaxrnn.checkpoint.formats.pickles import (
 from jaxrnn.checkpoint.stored import Source, Stored, Value, pieces
 from jaxrnn.spec import level_outside
 
-# Far above what compression or sharing gains on weights; a larger gain means a file made to fill the memory.
-_LARGEST_INFLATION = 100
-_SMALL = 64 << 20  # this many bytes are harmless, however few are stored
 _PIECE = 1 << 20  # bytes read at a time
 
 
@@ -91,7 +89,7 @@ def _read_zip(
             entries = _entries(archive.infolist(), size)
             checkpoint = unpickle(_read(archive, entries["data.pkl"]).tobytes(), left_out)
             tensors = choose(checkpoint)
-            if (total := sum(tensor.nbytes for tensor in tensors.values())) > max(_SMALL, _LARGEST_INFLATION * size):
+            if (total := sum(tensor.nbytes for tensor in tensors.values())) > largest(size):
                 cause = f"a zip bomb: its tensors have {total} bytes, in a file of {size}"
                 raise CheckpointError(f"{cause}\nget the file from a source that you trust")
             return checkpoint, _arrays(file, archive, entries, tensors)
@@ -109,7 +107,7 @@ def _read_zip(
 
 def _entries(entries: list[zipfile.ZipInfo], size: int) -> dict[str, zipfile.ZipInfo]:
     """The entries by their names inside the archive's one folder, after checks that torch.save wrote them."""
-    if (inflated := sum(entry.file_size for entry in entries)) > max(_SMALL, _LARGEST_INFLATION * size):
+    if (inflated := sum(entry.file_size for entry in entries)) > largest(size):
         cause = f"a zip bomb: its {len(entries)} entries inflate to {inflated} bytes, from a file of {size}"
         raise CheckpointError(f"{cause}\nget the file from a source that you trust")
     if not any(entry.filename.endswith("/data.pkl") for entry in entries):

@@ -1,0 +1,239 @@
+"""Keras's files: recurrent layers in them have torch's weights, and compute in ours what they compute in Keras."""
+
+import io
+import json
+import os
+import random
+import warnings
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from arrays import normal
+from comparing import assert_close
+
+import jaxrnn
+from jaxrnn.checkpoint import CheckpointError, find_rnns, load
+
+pytest.importorskip("pyfive", reason="pyfive is not installed")
+h5py = pytest.importorskip("h5py", reason="h5py, which writes files, is not installed")
+F, H = 2, 3
+GATES = {"LSTM": 4, "GRU": 3, "SimpleRNN": 1}
+
+
+def _arrays(kind: str, features: int = F, bias: bool = True) -> list[np.ndarray]:
+    columns = GATES[kind] * H
+    shapes = [(features, columns), (H, columns), (2, columns) if kind == "GRU" else (columns,)]
+    return [normal(*shape, seed=i).astype("f4") for i, shape in enumerate(shapes[: 2 + bias])]
+
+
+def _hdf5(groups: dict[str, list[np.ndarray]], config: Any = None, names: dict[str, str] | None = None) -> bytes:
+    """A file with numbered arrays in groups of Keras 3, or named ones where a group is not called vars."""
+    file = io.BytesIO()
+    with h5py.File(file, "w") as opened:
+        for group, arrays in groups.items():
+            leaves = "012" if group.endswith("vars") else ("kernel:0", "recurrent_kernel:0", "bias:0")
+            for leaf, array in zip(leaves, arrays, strict=False):
+                opened[f"{group}/{leaf}"] = array
+        for group, name in (names or {}).items():
+            opened.require_group(group).attrs["name"] = name
+        if config is not None:
+            opened.attrs["model_config"] = json.dumps(config)
+    return file.getvalue()
+
+
+def _saved(tmp_path: Path, data: bytes, name: str = "model.h5") -> Path:
+    (tmp_path / name).write_bytes(data)
+    return tmp_path / name
+
+
+def _layer(kind: str, name: str, **settings: Any) -> dict[str, Any]:
+    return {"class_name": kind, "config": {"name": name, "units": H, **settings}}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_every_file_that_keras_writes(tmp_path: Path) -> None:
+    os.environ["KERAS_BACKEND"] = "jax"
+    keras = pytest.importorskip("keras")
+    from keras import layers
+
+    with jax.numpy_dtype_promotion("standard"):
+        recurrent = [
+            layers.LSTM(4, return_sequences=True, name="first"),
+            layers.Bidirectional(layers.GRU(5, return_sequences=True), name="both"),
+            layers.RNN(layers.SimpleRNNCell(3, use_bias=False), return_sequences=True, name="plain"),
+        ]
+        model = keras.Sequential([keras.Input((None, F)), *recurrent, layers.Dense(2, name="head")])
+        for layer in model.layers:
+            layer.set_weights([normal(*w.shape, seed=i).astype("f4") for i, w in enumerate(layer.get_weights())])
+        x = normal(2, 6, F).astype("f4")
+        expected = {}
+        for layer in recurrent:
+            expected[f"{layer.name}."] = x, np.asarray(x := layer(x))
+    for name in ("model.keras", "model.weights.h5", "model.h5"):
+        (model.save_weights if "weights" in name else model.save)(tmp_path / name)
+        tensors = load(tmp_path / name)
+        found = {rnn.prefix: rnn for rnn in find_rnns(tensors)}
+        assert found.keys() == expected.keys(), name
+        for prefix, (x, output) in expected.items():
+            rnn = found[prefix]
+            params = {key: tensors[prefix + key] for key in rnn.spec.shapes()}
+            ours = jaxrnn.apply(rnn.spec, params, np.swapaxes(x, 0, 1))[0]
+            assert_close(np.swapaxes(ours, 0, 1), output, atol=2e-6)
+
+
+KERAS_3 = {
+    "layers/lstm_1/cell/vars": _arrays("LSTM"),
+    "layers/bidirectional/forward_layer/cell/vars": _arrays("GRU"),
+    "layers/bidirectional/backward_layer/cell/vars": _arrays("GRU"),
+    "layers/functional/layers/simple_rnn/cell/vars": _arrays("SimpleRNN", bias=False),
+    "encoder/lstm/cell/vars": _arrays("LSTM"),
+    "layers/dense/vars": [normal(3, 3)],
+    "optimizer/vars": [normal(2)],
+}
+
+
+def test_names_are_those_of_layers_and_attributes(tmp_path: Path) -> None:
+    names = {"layers/lstm_1/vars": "tagger", "encoder/lstm/vars": "lstm_7", "layers/bidirectional/vars": "both"}
+    tensors = load(_saved(tmp_path, _hdf5(KERAS_3, names=names)))
+    found = {rnn.prefix: (rnn.class_name, rnn.bidirectional, rnn.bias) for rnn in find_rnns(tensors)}
+    assert found == {
+        "tagger.": ("LSTM", False, True),
+        "both.": ("GRU", True, True),
+        "functional.simple_rnn.": ("RNN", False, False),
+        "encoder.lstm.": ("LSTM", False, True),
+    }
+    assert [name for name in tensors if "_l0" not in name] == ["layers.dense.0"]
+
+
+def test_names_in_files_of_keras_2(tmp_path: Path) -> None:
+    groups = {
+        "model_weights/lstm_1/lstm_1/lstm_cell_3": _arrays("LSTM"),
+        "model_weights/both/both/forward_gru/gru_cell_4": _arrays("GRU"),
+        "model_weights/both/both/backward_gru/gru_cell_5": _arrays("GRU"),
+        "model_weights/inner/a/lstm_cell": _arrays("LSTM"),
+        "model_weights/inner/b/lstm_cell": _arrays("LSTM"),
+        "model_weights/old/old": _arrays("SimpleRNN"),
+    }
+    found = find_rnns(load(_saved(tmp_path, _hdf5(groups))))
+    prefixes = [(rnn.prefix, rnn.bidirectional) for rnn in found]
+    assert sorted(prefixes) == [
+        ("both.", True), ("inner.a.", False), ("inner.b.", False), ("lstm_1.", False), ("old.", False),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "words"),
+    [
+        ("LSTM", {"recurrent_activation": "hard_sigmoid"}, r"left out.*: odd \(recurrent_activation=hard_sigmoid\)$"),
+        ("LSTM", {"activation": "relu"}, r"left out.*: odd \(activation=relu\)$"),
+        ("GRU", {"reset_after": False}, r"left out.*: odd \(reset_after=False, another GRU\)$"),
+        ("LSTM", {"class_name": "PeepholeLSTM"}, r"left out.*: odd \(PeepholeLSTM of 4 gates\)$"),
+        ("LSTM", {"go_backwards": True}, r"odd\. runs backwards: flip its input along the time axis$"),
+        ("SimpleRNN", {"activation": "relu"}, r"odd\. has relu.*give nonlinearity='relu'$"),
+    ],
+)
+def test_what_weights_do_not_hold_is_said(kind: str, settings: dict[str, Any], words: str, tmp_path: Path) -> None:
+    config = {"class_name": "Sequential", "config": {"layers": [_layer(kind, "odd", **settings)]}}
+    path = _saved(tmp_path, _hdf5({"model_weights/odd/odd/cell": _arrays(kind)}, config))
+    with pytest.warns(UserWarning, match=words) as caught:
+        tensors = load(path)
+    assert caught[0].filename == __file__
+    assert len(find_rnns(tensors)) == ("left out" not in words)
+
+
+def test_halves_that_are_not_concatenated(tmp_path: Path) -> None:
+    layer = {
+        "class_name": "Bidirectional",
+        "config": {"name": "both", "merge_mode": "sum", "layer": _layer("LSTM", "lstm")},
+    }
+    config = {"class_name": "Sequential", "config": [layer]}
+    groups = {f"model_weights/both/both/{each}_lstm/cell": _arrays("LSTM") for each in ("forward", "backward")}
+    with pytest.warns(UserWarning, match=r"both\. has merge_mode=sum"):
+        [found] = find_rnns(load(_saved(tmp_path, _hdf5(groups, config))))
+    assert found.bidirectional
+
+
+def test_bfloat16(tmp_path: Path) -> None:
+    file = io.BytesIO()
+    arrays = [array.astype(jnp.bfloat16) for array in _arrays("LSTM")]
+    with h5py.File(file, "w") as opened:
+        for i, array in enumerate(arrays):
+            opened.create_dataset(f"layers/lstm/cell/vars/{i}", data=array).attrs["dtype"] = "bfloat16"
+    tensors = load(_saved(tmp_path, file.getvalue()))
+    assert tensors["lstm.weight_hh_l0"].dtype == jnp.bfloat16
+    assert_close(tensors["lstm.weight_hh_l0"], arrays[1].T, atol=0)
+
+
+def _linked(make: Any) -> bytes:
+    file = io.BytesIO()
+    with h5py.File(file, "w") as opened:
+        make(opened)
+    return file.getvalue()
+
+
+def _cycle(file: Any) -> None:
+    file.create_group("layers")
+    file["layers/layers"] = file["layers"]
+
+
+def _zip(**entries: bytes) -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in entries.items():
+            archive.writestr(name.replace("_", "."), data)
+    return file.getvalue()
+
+
+def _dataset(*shape: int, **settings: Any) -> bytes:
+    return _linked(lambda file: file.create_dataset("x", shape, "f4", **settings))
+
+
+WEIGHTS = _hdf5({"layers/lstm/cell/vars": _arrays("LSTM")})
+HOSTILE = {
+    "truncated": (WEIGHTS[:1000], "a damaged HDF5 file"),
+    "a cycle": (_linked(_cycle), "whose groups hold themselves"),
+    "huge, not stored": (_dataset(1 << 33), "a bomb"),
+    "huge, compressed": (_dataset(1 << 25, data=np.zeros(1 << 25), compression="gzip"), "in chunks, or compressed"),
+    "another file": (_dataset(4, external=[("/etc/passwd", 0, 16)]), "the numbers of x are not in it"),
+    "another shape": (_hdf5({"layers/lstm/cell/vars": [*_arrays("LSTM")[:2], normal(7)]}), r"bias of .* is \(7,\)"),
+    "no weights": (_zip(metadata_json=b"{}", config_json=b"{}"), "a .keras file without model.weights.h5"),
+    "a damaged config": (_zip(config_json=b"{", model_weights_h5=WEIGHTS), "a damaged configuration"),
+    "a deep config": (_zip(config_json=b"[" * 100000, model_weights_h5=WEIGHTS), "a damaged configuration"),
+    "a zip bomb": (_zip(config_json=b" " * (1 << 27), model_weights_h5=WEIGHTS), "a zip bomb"),
+    "a truncated zip": (_zip(config_json=b"{}", model_weights_h5=WEIGHTS)[:-30], "truncated or damaged zip"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_damaged_and_hostile_files_are_refused(name: str, tmp_path: Path) -> None:
+    data, words = HOSTILE[name]
+    with pytest.raises(CheckpointError, match=rf"model\.h5: .*{words}.*\n"):
+        load(_saved(tmp_path, data))
+
+
+def test_links_to_other_files_are_not_followed(tmp_path: Path) -> None:
+    _saved(tmp_path, WEIGHTS, "other.h5")
+    link = h5py.ExternalLink(str(tmp_path / "other.h5"), "/layers")
+    with pytest.raises(CheckpointError, match="a damaged HDF5 file"):
+        load(_saved(tmp_path, _linked(lambda file: file.update({"outside": link}) or file)))
+
+
+def test_mutated_files_are_read_or_refused(tmp_path: Path) -> None:
+    numbers, data, refused = random.Random(0), _hdf5(KERAS_3), 0
+    for _ in range(150):
+        changed = bytearray(data)
+        for _ in range(numbers.choice([1, 5, 30])):
+            changed[numbers.randrange(8, len(data))] = numbers.randrange(256)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                load(_saved(tmp_path, bytes(changed)))
+            except CheckpointError:
+                refused += 1
+    assert 30 < refused < 150
