@@ -16,7 +16,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.experimental import rnn as cudnn
 
 import jaxrnn
-from jaxrnn.checkpoint.dialects import DIALECTS
+from jaxrnn.checkpoint.dialects import DIALECTS, to_flat
 
 from .cases import Arrays
 
@@ -135,7 +135,7 @@ def forms(workload: Workload, sides: Collection[str]) -> Iterator[Form]:
         yield Form("keras", f"keras.{workload.kind}", run, to_keras(workload.kind, parameters))
     if "cudnn" in sides and workload.kind == "LSTM" and not workload.proj_size:
         run = _run_batch_first(functools.partial(_run_cudnn, workload))
-        yield Form("cudnn", "jax.experimental.rnn.lstm", run, to_cudnn(parameters))
+        yield Form("cudnn", "jax.experimental.rnn.lstm", run, to_flat(workload.spec, parameters))
 
 
 def _run_nnx(graph: Any, call: Callable[..., Any]) -> Callable[..., Any]:
@@ -268,11 +268,6 @@ def to_keras(kind: str, parameters: Arrays) -> list[np.ndarray]:
     name = "SimpleRNN" if kind == "RNN" else kind
     suffixes = [each.removeprefix("weight_ih_") for each in parameters if each.startswith("weight_ih_")]
     return [array for suffix in suffixes for array in _written("keras", name, parameters, suffix).values()]
-
-
-def to_cudnn(parameters: Arrays) -> np.ndarray:
-    """All weights and then all biases in one, from torch's parameters, which are otherwise the same."""
-    return np.concatenate([parameters[name].ravel() for name in sorted(parameters, key=lambda n: n.startswith("bias"))])
 
 
 def torch_device() -> str:

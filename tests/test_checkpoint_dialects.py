@@ -1,5 +1,6 @@
 """Weights in other libraries' layouts: each library's own code computes in float64 what we compute, both ways."""
 
+import dataclasses
 import importlib
 import os
 import types
@@ -16,7 +17,7 @@ from flax.traverse_util import unflatten_dict
 
 import jaxrnn
 from jaxrnn.checkpoint import CheckpointError
-from jaxrnn.checkpoint.dialects import DIALECTS, Weights
+from jaxrnn.checkpoint.dialects import DIALECTS, Weights, from_flat, to_flat
 
 F, H, T, N = 3, 4, 5, 2
 CELLS = {"LSTM": jaxrnn.LSTM_CELL, "GRU": jaxrnn.GRU_CELL, "RNN": jaxrnn.RNN_TANH}
@@ -243,6 +244,42 @@ def test_around_all_libraries_and_back() -> None:
             assert_close(weights[role], start[role], atol=0)
         assert_close(weights["bias_ih"] + weights["bias_hh"], start["bias_ih"] + start["bias_hh"], rtol=2**-52, atol=0)
         assert_close(_ours(kind, weights), _ours(kind, start), atol=1e-15)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_cudnns_flat_weights(bias: bool) -> None:
+    """As jax.experimental.rnn's reference, which is float64 here, takes them."""
+    from jax.experimental import rnn
+
+    spec = jaxrnn.Spec(jaxrnn.LSTM_CELL, F, H, 2, bias=bias, bidirectional=True, batch_first=True)
+    params = parameters(spec)
+    flat = to_flat(spec, params)
+    unpacked = rnn.unpack_lstm_weights(jnp.asarray(flat), F, H, 2, True)
+    h_0, c_0 = normal(4, N, H), normal(4, N, H, seed=1)
+    lengths = np.array([T, T - 2], np.int32)
+    with jax.numpy_dtype_promotion("standard"):
+        theirs = rnn.lstm_ref(jnp.asarray(X), h_0, c_0, *unpacked, seq_lengths=lengths, **_LSTM_REF)
+    ours = jaxrnn.apply(spec, params, X, (h_0, c_0), lengths=lengths)
+    assert_close([ours[0], *ours[1]], theirs)
+    assert_close(from_flat(spec, flat), params, atol=0)
+    traced = jax.eval_shape(lambda p: from_flat(spec, to_flat(spec, p)) if bias else to_flat(spec, p), params)
+    assert jax.tree.leaves(traced)[0].dtype == jnp.float64
+
+
+_LSTM_REF = {"input_size": F, "hidden_size": H, "num_layers": 2, "dropout": 0.0, "bidirectional": True}
+
+
+def test_flat_weights_that_do_not_fit() -> None:
+    spec = jaxrnn.Spec(jaxrnn.GRU_CELL, F, H)
+    flat = to_flat(spec, parameters(spec))
+    with pytest.raises(CheckpointError, match=rf"flat is of shape \({flat.size - 1},\), should be \({flat.size},\)"):
+        from_flat(spec, flat[1:])
+    without = dataclasses.replace(spec, bias=False)
+    with pytest.raises(CheckpointError, match=rf"biases up to {np.abs(flat[-24:]).max():.3g}, which bias=False"):
+        from_flat(without, flat)
+    assert_close(from_flat(without, flat[:-24])["weight_hh_l0"], flat[36:84].reshape(12, 4), atol=0)
+    with pytest.raises(CheckpointError, match="no place for proj_size"):
+        to_flat(jaxrnn.Spec(jaxrnn.LSTM_CELL, F, H, proj_size=2), {})
 
 
 def test_every_library_is_in_the_table() -> None:

@@ -5,6 +5,7 @@ Each library lays the same numbers out in its own way: the order of the gates, t
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ import numpy as np
 
 from jaxrnn.checkpoint.arrays import to_numpy
 from jaxrnn.checkpoint.errors import CheckpointError, listed
+from jaxrnn.spec import Spec
 
 Weights = dict[str, np.ndarray]  # torch's, by role: weight_ih, weight_hh, bias_ih, bias_hh
 _GATES = {"LSTM": "ifgo", "GRU": "rzn", "RNN": "h"}  # torch's order
@@ -248,3 +250,74 @@ DIALECTS = {
     ("onnx", "GRU"): Dialect("ONNX's GRU (linear_before_reset=1)", "GRU", _onnx("zrn")),
     ("onnx", "RNN"): Dialect("ONNX's RNN", "RNN", _onnx("h"), {}, ("tanh", "relu")),
 }
+
+
+def to_flat(spec: Spec, params: Mapping[str, Any]) -> Any:
+    """All weights of layers in one array, as cuDNN takes them: all weights by layer and direction, then all biases.
+
+    That is what `jax.experimental.rnn` calls weights, and what torch makes of its own on a GPU.
+
+    Args:
+        spec: the layers' settings, without a projection.
+        params: from name to array of numpy or jax; inside jit, too. Without biases, theirs are zeros.
+
+    Returns:
+        A one-dimensional array of the same library and dtype.
+
+    Raises:
+        CheckpointError: the layers have a projection, or parameters of their own.
+
+    >>> import jax, jaxrnn
+    >>> spec = jaxrnn.Spec(jaxrnn.LSTM_CELL, 2, 3)
+    >>> jaxrnn.checkpoint.dialects.to_flat(spec, spec.init(jax.random.key(0))).shape  # 12 * 2 + 12 * 3 + 12 + 12
+    (84,)
+    """
+    shapes = _flat_shapes(spec)
+    library = next(iter(params.values())).__array_namespace__()
+    dtype = next(iter(params.values())).dtype
+    return library.concatenate(
+        [params[name].reshape(-1) if name in params else library.zeros(shape, dtype) for name, shape in shapes.items()]
+    )
+
+
+def from_flat(spec: Spec, flat: Any) -> dict[str, Any]:
+    """The inverse of `to_flat`: the parameters by torch's names.
+
+    Args:
+        spec: the layers' settings, without a projection.
+        flat: all weights and biases in one array; with `bias=False` the biases may be missing.
+
+    Raises:
+        CheckpointError: the array has another size; with `bias=False` a bias is not zero; or as `to_flat`.
+
+    >>> import numpy as np, jaxrnn
+    >>> spec = jaxrnn.Spec(jaxrnn.GRU_CELL, 2, 3, bias=False)
+    >>> params = jaxrnn.checkpoint.dialects.from_flat(spec, np.zeros(9 * 2 + 9 * 3))
+    >>> {name: array.shape for name, array in params.items()}
+    {'weight_ih_l0': (9, 2), 'weight_hh_l0': (9, 3)}
+    """
+    shapes = _flat_shapes(spec)
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+    total = sum(sizes.values())
+    weights = sum(size for name, size in sizes.items() if name.startswith("weight"))
+    if flat.ndim != 1 or (flat.size != total and (spec.bias or flat.size != weights)):
+        cause = f"flat is of shape {flat.shape}, should be {(total,)} for {spec}"
+        raise CheckpointError(f"{cause}\ngive the settings with which it was made")
+    if not spec.bias and np.any(biases := np.asarray(flat[weights:])):
+        cause = f"flat has biases up to {np.max(np.abs(biases)):.3g}, which bias=False would lose"
+        raise CheckpointError(f"{cause}\ngive a spec with bias=True")
+    found, begin = {}, 0
+    for name, shape in shapes.items():
+        if name in spec.shapes():
+            found[name] = flat[begin : begin + sizes[name]].reshape(shape)
+        begin += sizes[name]
+    return {name: found[name] for name in spec.shapes()}
+
+
+def _flat_shapes(spec: Spec) -> dict[str, tuple[int, ...]]:
+    """The shapes by torch's names, in cuDNN's order, always with biases."""
+    if spec.proj_size or spec.cell.own:
+        cause = "proj_size" if spec.proj_size else listed(spec.cell.own)
+        raise CheckpointError(f"cuDNN's layout has no place for {cause}\nkeep the weights by name")
+    shapes = dataclasses.replace(spec, bias=True).shapes()
+    return {name: shapes[name] for name in sorted(shapes, key=lambda name: name.startswith("bias"))}
