@@ -79,7 +79,7 @@ def _main(argv: Sequence[str], prog: str) -> int:
     parser = argparse.ArgumentParser(prog=prog, description="PyTorch's recurrent weights: in checkpoint files, in JAX.")
     parser.add_argument("--version", action="version", version=f"jaxrnn {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    file = "a safetensors file, a torch.save file of a state dict, or an orbax checkpoint"
+    file = "a safetensors file, a torch.save file of a state dict, an orbax checkpoint, or a file of ONNX or Keras"
     command = commands.add_parser("inspect", help="list the recurrent modules in a checkpoint")
     command.set_defaults(run=_inspect)
     command.add_argument("file", metavar="FILE", help=file)

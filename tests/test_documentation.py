@@ -31,23 +31,34 @@ def _run(test: doctest.DocTest) -> doctest.TestResults:
         return doctest.DocTestRunner().run(test)
 
 
+def _missing(text: str) -> list[str]:
+    """Packages that examples import, and that need not be installed."""
+    imported = [name for line in re.findall(r"^ *>>> import (.+)", text, re.M) for name in line.split(", ")]
+    return [name for name in ("torch", "onnx") if name in imported and importlib.util.find_spec(name) is None]
+
+
 @pytest.mark.parametrize("module", MODULES)
 def test_docstring_examples(module: str) -> None:
-    without_torch = importlib.util.find_spec("torch") is None
     skipped = []
     for test in _examples(module):
-        if without_torch and "import jaxrnn, torch" in (test.docstring or ""):
-            skipped.append(test.name)
+        if missing := _missing(test.docstring or ""):
+            skipped.append(f"{test.name} ({', '.join(missing)} is not installed)")
         else:
             assert _run(test).failed == 0, test.name
     if skipped:
-        pytest.skip(f"PyTorch is not installed: the examples of {', '.join(skipped)} did not run")
+        pytest.skip(f"examples that did not run: {', '.join(skipped)}")
 
 
-@pytest.mark.parametrize("path", ["README.md", "examples/README.md", "examples/own_cell.md", "examples/from_flax.md"])
+GUIDES = ["README.md", "examples/README.md", "examples/own_cell.md", "examples/other_libraries.md"]
+
+
+@pytest.mark.parametrize("path", GUIDES)
 def test_readme_examples(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    result = _run(doctest.DocTestParser().get_doctest(Path(path).read_text(), {}, path, path, 0))
+    text = Path(path).read_text()
+    if missing := _missing(text):
+        pytest.skip(f"{', '.join(missing)} is not installed")
+    result = _run(doctest.DocTestParser().get_doctest(text, {}, path, path, 0))
     assert result.failed == 0
     assert result.attempted > 10
 

@@ -35,8 +35,10 @@ def load(path: Path, key: str | None = None, only_tensors: bool = False) -> dict
 
     Args:
         path: a safetensors file, a torch.save file of a dict of tensors, such as a state dict, or the directory of an
-            orbax checkpoint, whose nested names are joined by dots. Of a checkpoint in several files, the index, such
-            as model.safetensors.index.json, its folder, or any of the files.
+            orbax checkpoint, whose nested names are joined by dots; or an ONNX model or a file of Keras (.keras,
+            .weights.h5, .h5), whose recurrent layers get torch's names and layouts, and which need the extras onnx and
+            keras. Of a checkpoint in several files, the index, such as model.safetensors.index.json, its folder, or any
+            of the files.
         key: the key of that dict in a nested file, dotted if it is deeper ("trainer.model"). If None, the dict is at
             the top, or in a torch.save file under one of "state_dict", "model_state_dict", "model_state" and "model".
             A number is an index of a list.
@@ -47,11 +49,12 @@ def load(path: Path, key: str | None = None, only_tensors: bool = False) -> dict
         A dict from name to NumPy array, with the file's dtypes (bfloat16 as `ml_dtypes.bfloat16`).
 
     Raises:
-        CheckpointError: the file is missing, unreadable, damaged, or not a checkpoint; nothing is under `key`; or torch
-            is needed and is missing or too old.
+        CheckpointError: the file is missing, unreadable, damaged, or not a checkpoint; nothing is under `key`; or a
+            package is needed and is missing or too old.
 
     Warns:
-        UserWarning: what `only_tensors` left out.
+        UserWarning: what `only_tensors` left out; of ONNX and Keras, layers that are left out because torch has nothing
+            like them, and settings that no weights hold.
 
     >>> import os, tempfile
     >>> import numpy as np

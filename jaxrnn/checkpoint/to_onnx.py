@@ -45,9 +45,8 @@ def to_onnx(
             file cannot be written; or onnx is not installed.
 
     >>> import os, tempfile
-    >>> import jaxrnn, pytest
+    >>> import jaxrnn, onnx
     >>> from flax import nnx
-    >>> _ = pytest.importorskip("onnx")
     >>> gru = jaxrnn.GRU(3, 4, bidirectional=True, rngs=nnx.Rngs(0))
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     path = os.path.join(folder, "gru.onnx")
