@@ -1,6 +1,7 @@
 """The names that weights have in checkpoints: what torch's own utilities made of them, put together again."""
 
 import importlib
+import re
 import types
 import warnings
 from collections.abc import Callable
@@ -248,3 +249,41 @@ def test_spectral_norm_of_a_square_convolution(torch, make, parametrized):
     module(torch.ones(1, 4, 5, dtype=torch.float64))
     folded = checkpoint.fold(module.state_dict())["weight"]
     assert_close(folded, module.weight.detach().numpy(), atol=1e-12)
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("name", ["orthogonal", "custom", "custom, of all weights", "custom, after weight_norm"])
+def test_other_parametrizations_are_named_and_their_remedy_works(name: str, torch: types.ModuleType) -> None:
+    parametrize = torch.nn.utils.parametrize
+
+    class Doubled(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = torch.nn.Parameter(torch.tensor(2.0, dtype=torch.float64))
+
+        def forward(self, weight: Any) -> Any:
+            return weight * self.scale
+
+    model = torch.nn.ModuleDict({"lstm": torch.nn.LSTM(3, 4).double()})
+    if name == "orthogonal":
+        torch.nn.utils.parametrizations.orthogonal(model["lstm"], "weight_hh_l0")
+    if name == "custom, after weight_norm":
+        torch.nn.utils.parametrizations.weight_norm(model["lstm"], "weight_hh_l0")
+    if "custom" in name:
+        names = [n for n, _ in model["lstm"].named_parameters()] if "all" in name else ["weight_hh_l0"]
+        for each in names:
+            parametrize.register_parametrization(model["lstm"], each, Doubled())
+    tensors = model.state_dict()
+    ours = filled(lambda: jaxrnn.LSTM(3, 4, param_dtype=jnp.float64, rngs=nnx.Rngs(0)))
+    words = r"a parametrization computes lstm\.weight_hh_l0 from lstm\.parametrizations\.weight_hh_l0\.original"
+    with pytest.raises(CheckpointError, match=words) as caught:
+        checkpoint.find_rnns(tensors)
+    with pytest.raises(CheckpointError, match=words):
+        jaxrnn.load_state_dict(ours, tensors, prefix="lstm.")
+    calls = re.findall(r"call torch.nn.utils.parametrize.(remove_parametrizations)\(lstm, '(\w+)'\)", str(caught.value))
+    for call, each in calls:
+        getattr(parametrize, call)(model["lstm"], each)
+    jaxrnn.load_state_dict(ours, model.state_dict(), prefix="lstm.")
+    assert_close(
+        jaxrnn.state_dict(ours), {key: value.numpy() for key, value in model["lstm"].state_dict().items()}, atol=0
+    )

@@ -184,7 +184,13 @@ def find_rnns(tensors: Mapping[str, Any], cells: Sequence[Cell] = ()) -> list[Fo
             names = [key.removeprefix(prefix) for key in others]
             beside = tuple(name for name in names if _LIKE_OURS.fullmatch(name) and name not in group)
             found.append(FoundRNN(prefix, spec, dtype_of(next(iter(group.values()))), beside))
-    problems += [text for target, text in misfits(tensors).items() if f"{target} is missing" in problems]
+    for target, text in misfits(tensors).items():
+        prefix, dot, leaf = target.rpartition(".")
+        alone = (
+            (match := _LAYER_NAME.fullmatch(leaf)) and match["role"] in ROLES and (prefix + dot, False) not in groups
+        )
+        if f"{target} is missing" in problems or alone:
+            problems.append(text)
     if problems:
         lines = "\n  ".join(problems)
         raise CheckpointError(

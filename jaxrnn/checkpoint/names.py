@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 
 from jaxrnn.checkpoint.arrays import to_numpy
-from jaxrnn.checkpoint.errors import CheckpointError
+from jaxrnn.checkpoint.errors import CheckpointError, listed
 
 # What torch.compile, FSDP and activation checkpointing put into names.
 _WRAPPED = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _PARALLEL = re.compile(r"(?<![^.])module\.")
-_PARAMETRIZED = re.compile(r"(?P<path>|.*\.)parametrizations\.(?P<name>[^.]+)\.(?P<part>original[01]?|0\._[uv])", re.S)
+_PARAMETRIZED = re.compile(r"(?P<path>|.*\.)parametrizations\.(?P<name>[^.]+)\.(?P<part>.+)", re.S)
 _PARAMETRIZED_PARTS = {"original0": "g", "original1": "v", "original": "orig", "0._u": "u", "0._v": "v"}
 _SUFFIXED = re.compile(r"(?P<target>(?:.*\.)?(?:weight|bias)[^.]*)_(?P<part>g|v|u|orig|mask|raw)", re.S)
 
@@ -96,7 +96,13 @@ def misfits(tensors: Mapping[str, Any]) -> dict[str, str]:
     """For each weight that `fold` could not fold, by name: what is wrong with its parts."""
     found = {}
     for target, names in _parts(tensors).items():
-        if _RECIPES.get(frozenset(names), _raw) is not _raw and target not in tensors:
+        recipe = _RECIPES.get(frozenset(names))
+        if recipe is None and (odd := [name for name in names.values() if "parametrizations." in name]):
+            path, _, leaf = target.rpartition(".")
+            call = f"torch.nn.utils.parametrize.remove_parametrizations({path or 'module'}, {leaf!r})"
+            cause = f"a parametrization computes {target} from {listed(odd)}, and files do not say how"
+            found[target] = f"{cause}: before saving, call {call}"
+        elif recipe not in (None, _raw) and target not in tensors:
             shapes = ", ".join(f"{name} {tuple(tensors[name].shape)}" for name in names.values())
             found[target] = f"the parts of {target} do not fit together: {shapes}"
         if "raw" in names and target not in tensors:
@@ -110,8 +116,8 @@ def _parts(names: Iterable[str]) -> dict[str, dict[str, str]]:
     parts: dict[str, dict[str, str]] = {}
     for name in filter(lambda name: isinstance(name, str), names):
         if match := _PARAMETRIZED.fullmatch(name):
-            target, part = match["path"] + match["name"], _PARAMETRIZED_PARTS[match["part"]]
-            parts.setdefault(target, {})[part] = name
+            part = _PARAMETRIZED_PARTS.get(match["part"], match["part"])
+            parts.setdefault(match["path"] + match["name"], {})[part] = name
         elif match := _SUFFIXED.fullmatch(name):
             parts.setdefault(match["target"], {})[match["part"]] = name
     return parts
