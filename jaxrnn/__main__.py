@@ -24,6 +24,7 @@ from jaxrnn.checkpoint import CheckpointError, FoundRNN, find_rnns, fold, save
 from jaxrnn.checkpoint.check import LIMIT, check, installed_torch
 from jaxrnn.checkpoint.errors import about, listed
 from jaxrnn.checkpoint.files import Tensors, opened
+from jaxrnn.checkpoint.formats.reading import Reading
 from jaxrnn.checkpoint.names import under
 from jaxrnn.checkpoint.stored import Value, equal, not_finite, read
 
@@ -110,6 +111,7 @@ def _main(argv: Sequence[str], prog: str) -> int:
         command.add_argument(
             "--only-tensors", action="store_true", help="leave out objects beside the tensors, whose code is not run"
         )
+        command.add_argument("--dequantize", action="store_true", help="compute the weights of quantized modules")
         command.add_argument("--json", action="store_true", help="print it as JSON")
     for name, (_, words) in SUITE.items():
         commands.add_parser(name, help=words, add_help=False)
@@ -138,7 +140,7 @@ def _load(path: str, key: str | None, arguments: argparse.Namespace) -> Tensors:
     """Read all tensors of a file, and fold weights that are in parts."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        tensors = opened(path, key, arguments.only_tensors)
+        tensors = opened(path, Reading(key, arguments.only_tensors, arguments.dequantize))
     for warning in caught:
         _print(f"warning: {warning.message}", sys.stderr)
     with about(path):

@@ -10,10 +10,12 @@ import numpy as np
 
 from jaxrnn.checkpoint.errors import AGAIN, CheckpointError, about, is_text, listed
 from jaxrnn.checkpoint.formats import FILES, Format, index, orbax
+from jaxrnn.checkpoint.formats.reading import Reading
 from jaxrnn.checkpoint.stored import Value, read
 
 Path = str | os.PathLike[str]
 Tensors = dict[str, Value]
+_ALL = Reading()
 
 _SAVE = "save the tensors as a .safetensors file, or with torch.save(model.state_dict(), path)"
 _MOST_MEMBERS = 1000
@@ -26,7 +28,9 @@ _NOT_CHECKPOINTS = {
 }
 
 
-def load(path: Path, key: str | None = None, only_tensors: bool = False) -> dict[str, np.ndarray]:
+def load(
+    path: Path, key: str | None = None, only_tensors: bool = False, dequantize: bool = False
+) -> dict[str, np.ndarray]:
     """Read every tensor of a checkpoint file.
 
     The first bytes decide the format, not the name. Code in a checkpoint never runs: files of torch.save are read
@@ -44,6 +48,8 @@ def load(path: Path, key: str | None = None, only_tensors: bool = False) -> dict
             A number is an index of a list.
         only_tensors: whether to leave out objects that a torch.save file holds beside tensors, such as a config of
             omegaconf, rather than refuse the file. Nothing of them is built.
+        dequantize: whether to compute the weights of modules that torch quantized dynamically, such as an LSTM, with
+            torch's usual names. They are rounded; the warning says how far.
 
     Returns:
         A dict from name to NumPy array, with the file's dtypes (bfloat16 as `ml_dtypes.bfloat16`).
@@ -53,8 +59,8 @@ def load(path: Path, key: str | None = None, only_tensors: bool = False) -> dict
             package is needed and is missing or too old.
 
     Warns:
-        UserWarning: what `only_tensors` left out; of ONNX and Keras, layers that are left out because torch has nothing
-            like them, and settings that no weights hold.
+        UserWarning: what `only_tensors` left out; how much quantized weights are rounded; of ONNX and Keras, layers
+            that are left out because torch has nothing like them, and settings that no weights hold.
 
     >>> import os, tempfile
     >>> import numpy as np
@@ -65,16 +71,16 @@ def load(path: Path, key: str | None = None, only_tensors: bool = False) -> dict
     ...     checkpoint.load(path)
     {'scale': array([1., 2.])}
     """
-    return {name: read(value) for name, value in opened(path, key, only_tensors).items()}
+    return {name: read(value) for name, value in opened(path, Reading(key, only_tensors, dequantize)).items()}
 
 
-def opened(path: Path, key: str | None = None, only_tensors: bool = False) -> Tensors:
+def opened(path: Path, what: Reading = _ALL) -> Tensors:
     """As `load`, but tensors whose bytes can be used directly are not read: they are `Stored`."""
     with about(path):
         check_path(path)
         if (several := index.index_of(path)) is not None:
-            return index.read(several, key, only_tensors)
-        return _format(path).read(path, key, only_tensors)
+            return index.read(several, what)
+        return _format(path).read(path, what)
 
 
 def load_tree(path: Path, key: str | None = None) -> Any:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import IO, Protocol
 
 from jaxrnn.checkpoint.formats import keras, onnx, orbax, safetensors, torch_legacy, torch_zip
+from jaxrnn.checkpoint.formats.reading import Reading
 from jaxrnn.checkpoint.stored import Value
 
 Writer = Callable[[IO[bytes], Mapping[str, Value], Callable[[int], None]], str]
@@ -18,8 +19,8 @@ class Format(Protocol):
     the path it wrote: the file's, or that of a directory beside it.
     """
 
-    def read(self, path: str | os.PathLike[str], key: str | None, only_tensors: bool = False) -> dict[str, Value]:
-        """The tensors, or those under a key of nested dicts; with `only_tensors` whatever objects are beside them."""
+    def read(self, path: str | os.PathLike[str], what: Reading) -> dict[str, Value]:
+        """The tensors by name."""
 
 
 class FileFormat(Format, Protocol):

@@ -6,6 +6,7 @@ import re
 
 from jaxrnn.checkpoint.errors import AGAIN, CheckpointError, listed
 from jaxrnn.checkpoint.formats import safetensors, torch_zip
+from jaxrnn.checkpoint.formats.reading import Reading
 from jaxrnn.checkpoint.stored import Value
 
 _LARGEST = 100 << 20  # bytes of an index
@@ -38,7 +39,7 @@ def index_of(path: str | os.PathLike[str]) -> str | None:
     return beside
 
 
-def read(path: str | os.PathLike[str], key: str | None, only_tensors: bool = False) -> dict[str, Value]:
+def read(path: str | os.PathLike[str], what: Reading) -> dict[str, Value]:
     folder, names = os.path.dirname(path), _names(path)
     tensors: dict[str, Value] = {}
     for name in dict.fromkeys(names.values()):
@@ -51,7 +52,7 @@ def read(path: str | os.PathLike[str], key: str | None, only_tensors: bool = Fal
         if each is None:
             raise CheckpointError(f"its file {name} is neither safetensors nor a file of torch.save\n{AGAIN}")
         try:
-            found = each.read(shard, key, only_tensors)
+            found = each.read(shard, what)
         except CheckpointError as error:
             raise CheckpointError(f"its file {name}: {error}") from error
         if missing := [tensor for tensor, where in names.items() if where == name and tensor not in found]:

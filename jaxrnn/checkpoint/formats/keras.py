@@ -20,8 +20,8 @@ from jaxrnn.checkpoint.arrays import NO_NUMBERS, dtype_of
 from jaxrnn.checkpoint.dialects import DIALECTS
 from jaxrnn.checkpoint.errors import AGAIN, CheckpointError, as_text, check_unicode, listed
 from jaxrnn.checkpoint.formats.bombs import Budget, largest
+from jaxrnn.checkpoint.formats.reading import Reading, warn
 from jaxrnn.checkpoint.stored import Value
-from jaxrnn.spec import level_outside
 
 _HDF5 = b"\x89HDF\r\n\x1a\n"
 _CONFIG, _WEIGHTS = "config.json", "model.weights.h5"  # in a .keras file
@@ -42,7 +42,7 @@ def sniff(head: bytes) -> bool:
     return head.startswith(_HDF5) or (head.startswith(b"PK\x03\x04") and head[30:].startswith(_FIRST_ENTRIES))
 
 
-def read(path: str | os.PathLike[str], key: str | None, only_tensors: bool = False) -> dict[str, Value]:
+def read(path: str | os.PathLike[str], what: Reading) -> dict[str, Value]:
     """The weights of recurrent layers by torch's names, and the other variables by their own.
 
     A layer's prefix is its name in Keras, or the attribute of a subclassed model. A model's configuration, if the file
@@ -51,8 +51,7 @@ def read(path: str | os.PathLike[str], key: str | None, only_tensors: bool = Fal
     Warns:
         UserWarning: layers that compute what torch has not, and are left out; settings to give to the module.
     """
-    if key is not None:
-        raise CheckpointError(f"a file of Keras nests no dicts under keys such as {key!r}\nload it without a key")
+    what.check_no_key("a file of Keras")
     try:
         # In Python alone: what is damaged raises, where HDF5's own library may crash, or never return.
         pyfive = importlib.import_module("pyfive")
@@ -75,7 +74,7 @@ def read(path: str | os.PathLike[str], key: str | None, only_tensors: bool = Fal
             raise CheckpointError(f"{cause}\n{AGAIN}") from error
     tensors, words = _converted(variables, _settings(config))
     for text in words:
-        warnings.warn(f"{os.fspath(path)}: {text}", stacklevel=level_outside())
+        warn(path, text)
     for name in tensors:
         check_unicode(name)
     return tensors

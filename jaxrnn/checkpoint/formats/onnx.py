@@ -2,7 +2,6 @@
 
 import importlib
 import os
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -12,8 +11,9 @@ from jaxrnn.checkpoint.arrays import NO_NUMBERS, dtype_of
 from jaxrnn.checkpoint.dialects import DIALECTS
 from jaxrnn.checkpoint.errors import AGAIN, CheckpointError, as_text, check_unicode, listed
 from jaxrnn.checkpoint.formats.bombs import Budget
+from jaxrnn.checkpoint.formats.reading import Reading, warn
 from jaxrnn.checkpoint.stored import Value
-from jaxrnn.spec import Spec, level_outside
+from jaxrnn.spec import Spec
 
 # What nodes compute unless their attributes say otherwise, which is what torch computes.
 _ACTIVATIONS = {"LSTM": ["Sigmoid", "Tanh", "Tanh"], "GRU": ["Sigmoid", "Tanh"], "RNN": ["Tanh"]}
@@ -36,7 +36,7 @@ def sniff(head: bytes) -> bool:
     return head[:1] == b"\x08" and 0 < head[1] < 64 and head[2:3] in (b"\x12", b"\x1a", b"\x22", b"\x3a", b"\x42")
 
 
-def read(path: str | os.PathLike[str], key: str | None, only_tensors: bool = False) -> dict[str, Value]:
+def read(path: str | os.PathLike[str], what: Reading) -> dict[str, Value]:
     """The weights of recurrent nodes by torch's names, and the graph's other arrays by their own.
 
     A node's prefix is its name, or the path of the module that torch exported. Consecutive nodes that torch made of the
@@ -46,8 +46,7 @@ def read(path: str | os.PathLike[str], key: str | None, only_tensors: bool = Fal
         UserWarning: nodes that compute what torch has not, and are left out; a nonlinearity or an initial state, which
             no weights hold.
     """
-    if key is not None:
-        raise CheckpointError(f"an ONNX file nests no dicts under keys such as {key!r}\nload it without a key")
+    what.check_no_key("an ONNX file")
     onnx = _library()
     size = os.path.getsize(path)
     with open(path, "rb") as file:
@@ -67,7 +66,7 @@ def read(path: str | os.PathLike[str], key: str | None, only_tensors: bool = Fal
     except RecursionError as error:
         raise CheckpointError(f"an ONNX file nested too deeply\n{AGAIN}") from error
     for text in words:
-        warnings.warn(f"{os.fspath(path)}: {text}", stacklevel=level_outside())
+        warn(path, text)
     for name, array in tensors.items():
         check_unicode(name)
         if dtype_of(array) == NO_NUMBERS:

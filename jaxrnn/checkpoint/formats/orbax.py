@@ -18,6 +18,7 @@ import numpy as np
 from jaxrnn._compat import is_orbax_tree
 from jaxrnn.checkpoint import stored
 from jaxrnn.checkpoint.errors import AGAIN, CheckpointError, check_unicode, listed
+from jaxrnn.checkpoint.formats.reading import Reading
 from jaxrnn.checkpoint.stored import Value
 
 # Far above what compression gains on weights. Data that is not stored would be read as zeros, however many.
@@ -27,7 +28,7 @@ SUFFIXES = (".orbax",)
 NEW = ".new"  # what the directory's name has more than the file's
 
 
-def read(path: str | os.PathLike[str], key: str | None, only_tensors: bool = False) -> dict[str, Value]:
+def read(path: str | os.PathLike[str], what: Reading) -> dict[str, Value]:
     import orbax.checkpoint as ocp
 
     path = _tree_in(os.path.abspath(path))
@@ -43,13 +44,13 @@ def read(path: str | os.PathLike[str], key: str | None, only_tensors: bool = Fal
     except Exception as error:  # on damage, orbax, tensorstore and JSON raise almost anything
         cause = f"{type(error).__name__}: {error}".partition("\n")[0][:200]
         raise CheckpointError(f"a damaged orbax checkpoint, or of another kind ({cause})\n{AGAIN}") from error
-    start = "" if key is None else f"{key}."
+    start = "" if what.key is None else f"{what.key}."
     chosen: dict[str, Value] = {}
     for name, value in arrays.items():
         if name.startswith(start):
             chosen[name.removeprefix(start)] = np.ascontiguousarray(value).reshape(np.shape(value))
     if arrays and not chosen:
-        raise CheckpointError(f"it has nothing under {key!r}\nits keys: {listed(arrays)}")
+        raise CheckpointError(f"it has nothing under {what.key!r}\nits keys: {listed(arrays)}")
     return chosen
 
 

@@ -31,10 +31,12 @@ _STORAGES = {f"torch.{name}Storage": jnp.dtype(dtype) for name, dtype in _DTYPES
 _NAMED = {f"torch.{name}": jnp.dtype(name) for name in (*_DTYPES.values(), "uint16", "uint32", "uint64")}
 _NAMED |= {f"torch.float8_{name}": jnp.dtype(f"float8_{name}") for name in ("e4m3fn", "e5m2", "e4m3fnuz", "e5m2fnuz")}
 _NAMED |= {"torch.float8_e8m0fnu": jnp.dtype("float8_e8m0fnu")}
+_PACKED = "torch.ScriptObject"
 _NO_NUMPY = "torch.complex32"
 # Storages of raw bytes: the dtype is given separately, or is quantized.
-_BYTES = ("torch.storage.UntypedStorage", *(f"torch.Q{name}Storage" for name in ("Int8", "UInt8", "Int32")))
-_BYTES += ("torch.QUInt4x2Storage", "torch.QUInt2x4Storage")
+_BYTES = ("torch.storage.UntypedStorage", "torch.QUInt4x2Storage", "torch.QUInt2x4Storage")
+_QUANTIZED = {f"torch.q{name}": jnp.dtype(name) for name in ("int8", "uint8", "int32")}
+_QUANTIZED_STORAGES = {f"torch.Q{name}Storage": jnp.dtype(name.lower()) for name in ("Int8", "UInt8", "Int32")}
 # Calls whose results are not tensors of numbers: only their descriptions are kept.
 _OTHER_CALLS = {
     "torch._utils._rebuild_meta_tensor_no_storage": "meta tensor",
@@ -89,9 +91,28 @@ class Global(NamedTuple):
 
 
 class Other(NamedTuple):
-    """A value that is not a tensor of numbers: only what it is."""
+    """A value that is not a tensor of numbers: only what it is.
+
+    Attributes:
+        what: what it is.
+        quantized: of a quantized tensor, its stored numbers and torch's parameters of the quantizer.
+    """
 
     what: str
+    quantized: tuple[Any, tuple] | None = None
+
+
+class Packed:
+    """An object of torch's own code that holds the weights of a quantized module, as data."""
+
+    state: Any = None
+
+    def contents(self) -> Any:
+        """What torch would restore it from, less the name of its class."""
+        contents, name = self.state
+        if type(contents) is not tuple or type(name) is not str:
+            raise ValueError("a packed module")
+        return contents
 
 
 class LeftOut(NamedTuple):
@@ -151,17 +172,17 @@ def is_known(dtype: np.dtype) -> bool:
     return dtype in _NAMED.values()
 
 
-def unpickle(data: bytes, left_out: set[str] | None = None) -> Any:
+def unpickle(data: bytes, left_out: set[str] | None = None, packed: bool = False) -> Any:
     """Read a pickle of torch.save: dicts, lists, tuples, numbers, strings, `StoredTensor`s and `Other`s.
 
     With a set `left_out`, each object whose class or function is not on the list becomes a `LeftOut`, and the set gets
-    its name. Nothing of it is built.
+    its name. Nothing of it is built. With `packed`, the weights of quantized modules are `Packed`.
 
     Raises:
         CheckpointError: it names a global that is not on the list, does what torch.save never does, or is damaged.
     """
     try:
-        return _Machine(left_out).run(pickletools.genops(data))
+        return _Machine(left_out, packed).run(pickletools.genops(data))
     except _Refused as refusal:
         if is_object(pickletools.genops(data)):
             cause, remedy = f"a whole module, not a state_dict: {refusal}", "save model.state_dict() instead"
@@ -169,7 +190,7 @@ def unpickle(data: bytes, left_out: set[str] | None = None) -> Any:
             cause, remedy = f"it holds more than tensors, and its code is not run: {refusal}", _WITHOUT
             if "torch.ScriptObject" in str(refusal):
                 cause = f"a quantized model, whose weights are packed by torch's own code: {refusal}"
-                remedy = "save the state_dict() of the model before it was quantized"
+                remedy = "read its rounded weights: dequantize=True, on the command line --dequantize"
         raise CheckpointError(f"{cause}\n{remedy}") from refusal
     except _DAMAGE as damage:
         cause = str(damage).partition("\n")[0][:100]
@@ -191,8 +212,9 @@ def is_object(operations: Iterable) -> bool:
 class _Machine:
     """The pickle machine: stack, marks and memo."""
 
-    def __init__(self, left_out: set[str] | None) -> None:
+    def __init__(self, left_out: set[str] | None, packed: bool) -> None:
         self.left_out = left_out
+        self.packed = packed
         self.stack: list[Any] = []
         self.marked: list[list[Any]] = []
         self.memo: dict[int, Any] = {}
@@ -205,7 +227,7 @@ class _Machine:
                 self.stack.append(argument)
             elif opcode.name in _CONSTANTS:
                 self.stack.append(_CONSTANTS[opcode.name])
-            elif opcode.name in _OBJECTS and self.left_out is None:
+            elif opcode.name in _OBJECTS and self.left_out is None and not (self.packed and opcode.name == "NEWOBJ"):
                 raise _Refused(f"its pickle has the operation {opcode.name}")
             elif method := getattr(self, f"_{opcode.name.lower()}", None):
                 method(argument)
@@ -313,7 +335,12 @@ class _Machine:
         self.stack.append({_key(item) for item in items})
 
     def _newobj(self, _: None) -> None:
-        self._reduce(None)
+        if self.packed and self.stack[-2:] == [Global(_PACKED), ()]:
+            self.stack[-2:] = [Packed()]
+        elif self.left_out is None:
+            raise _Refused("its pickle has the operation NEWOBJ")
+        else:
+            self._reduce(None)
 
     def _newobj_ex(self, _: None) -> None:
         self.stack.pop()
@@ -338,8 +365,18 @@ class _Machine:
         self._push_global(f"{module}.{name}")
 
     def _push_global(self, name: str) -> None:
-        known = (_CALLS, _STORAGES, _BYTES, _TENSOR_TYPES, _SCHEMES, _NAMED, (_NO_NUMPY,))
-        if any(name in names for names in known):
+        known = (
+            _CALLS,
+            _STORAGES,
+            _QUANTIZED_STORAGES,
+            _BYTES,
+            _TENSOR_TYPES,
+            _SCHEMES,
+            _NAMED,
+            _QUANTIZED,
+            (_NO_NUMPY,),
+        )
+        if any(name in names for names in known) or (self.packed and name == _PACKED):
             self.stack.append(Global(name))
         elif self.left_out is not None:
             self.left_out.add(name[:200])
@@ -351,7 +388,8 @@ class _Machine:
         kind, storage, key, _location, size = self.stack.pop()
         if kind != "storage" or type(storage) is not Global or type(key) is not str or type(size) is not int:
             raise ValueError("what it says of a storage")
-        dtype = jnp.dtype(np.uint8) if storage.name in _BYTES else _STORAGES[storage.name]
+        dtypes = _STORAGES | _QUANTIZED_STORAGES | dict.fromkeys(_BYTES, jnp.dtype(np.uint8))
+        dtype = dtypes[storage.name]
         self.stack.append(Storage(key, dtype, size))
 
     def _reduce(self, _: None) -> None:
@@ -359,10 +397,12 @@ class _Machine:
         self.stack.append(function if type(function) is LeftOut else _call(function, arguments))
 
     def _build(self, _: None) -> None:
-        self.stack.pop()
+        state = self.stack.pop()
         if type(self.stack[-1]) is LeftOut:
             return
-        if type(self.stack[-1]) is not dict:  # torch stores the version of a state dict's format
+        if type(self.stack[-1]) is Packed:
+            self.stack[-1].state = state
+        elif type(self.stack[-1]) is not dict:  # torch stores the version of a state dict's format
             raise ValueError("it sets attributes")
 
 
@@ -425,8 +465,16 @@ def _call(function: Any, arguments: Any) -> Any:
         what = _OTHER_CALLS[name]
         if what == "sparse tensor" and type(arguments[0]) is Other:
             what = f"{arguments[0].what} tensor"
-        return Other(what)
+        return Other(what, _quantized(*arguments) if what == "quantized tensor" else None)
     return _tensor(name, *arguments)
+
+
+def _quantized(
+    storage: Any, offset: Any, shape: Any, strides: Any, quantizer: Any, *_more: Any
+) -> tuple[Any, tuple] | None:
+    if type(quantizer) is not tuple or len(quantizer) not in (3, 4):
+        return None
+    return _tensor("torch._utils._rebuild_tensor_v2", storage, offset, shape, strides), quantizer
 
 
 def _tensor(

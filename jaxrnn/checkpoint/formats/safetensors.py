@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from jaxrnn.checkpoint import stored
 from jaxrnn.checkpoint.errors import AGAIN, CheckpointError, check_unicode, is_text
+from jaxrnn.checkpoint.formats.reading import Reading
 from jaxrnn.checkpoint.stored import Source, Stored, Value, pieces
 
 SUFFIXES = (".safetensors",)
@@ -27,9 +28,8 @@ def sniff(head: bytes) -> bool:
     return head[8:9] == b"{" and not is_text(head[:8])
 
 
-def read(path: str | os.PathLike[str], key: str | None, only_tensors: bool = False) -> dict[str, Value]:
-    if key is not None:
-        raise CheckpointError(f"a safetensors file nests no dicts under keys such as {key!r}\nload it without a key")
+def read(path: str | os.PathLike[str], what: Reading) -> dict[str, Value]:
+    what.check_no_key("a safetensors file")
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         size = os.fstat(file.fileno()).st_size - 8

@@ -12,6 +12,7 @@ from jaxrnn.checkpoint.arrays import is_torch_tensor, to_numpy
 from jaxrnn.checkpoint.errors import AGAIN, CheckpointError
 from jaxrnn.checkpoint.formats.nested import check_expanded, choose, mapped, under_key
 from jaxrnn.checkpoint.formats.pickles import STATE_DICT, is_object
+from jaxrnn.checkpoint.formats.reading import Reading
 from jaxrnn.checkpoint.stored import Value
 
 # The first number in such a file.
@@ -24,8 +25,8 @@ def sniff(head: bytes) -> bool:
     return MAGIC in head[:32]
 
 
-def read(path: str | os.PathLike[str], key: str | None, only_tensors: bool = False) -> dict[str, Value]:
-    tensors = choose(_load_legacy(path), key, is_torch_tensor)
+def read(path: str | os.PathLike[str], what: Reading) -> dict[str, Value]:
+    tensors = choose(_load_legacy(path), what.key, is_torch_tensor)
     return {name: _from_torch(name, tensor) for name, tensor in tensors.items()}
 
 

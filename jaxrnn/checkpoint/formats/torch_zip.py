@@ -4,7 +4,6 @@ import os
 import re
 import struct
 import sys
-import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping
@@ -14,6 +13,7 @@ import numpy as np
 
 from jaxrnn.checkpoint import stored
 from jaxrnn.checkpoint.errors import AGAIN, CheckpointError, listed
+from jaxrnn.checkpoint.formats import quantized
 from jaxrnn.checkpoint.formats.bombs import largest
 from jaxrnn.checkpoint.formats.nested import check_expanded, choose, mapped, under_key
 from jaxrnn.checkpoint.formats.pickles import (
@@ -26,8 +26,8 @@ from jaxrnn.checkpoint.formats.pickles import (
     pickle_tensors,
     unpickle,
 )
+from jaxrnn.checkpoint.formats.reading import Reading, warn
 from jaxrnn.checkpoint.stored import Source, Stored, Value, pieces
-from jaxrnn.spec import level_outside
 
 _PIECE = 1 << 20  # bytes read at a time
 
@@ -39,14 +39,29 @@ def sniff(head: bytes) -> bool:
     return head.startswith(b"PK\x03\x04")
 
 
-def read(path: str | os.PathLike[str], key: str | None, only_tensors: bool = False) -> dict[str, Value]:
-    left_out: set[str] | None = set() if only_tensors else None
-    tensors = _read_zip(path, lambda checkpoint: _tensors(checkpoint, key), left_out)[1]
+def read(path: str | os.PathLike[str], what: Reading) -> dict[str, Value]:
+    left_out: set[str] | None = set() if what.only_tensors else None
+    plan = quantized.Plan()
+
+    def chosen(checkpoint: Any) -> dict[str, StoredTensor]:
+        nonlocal plan
+        if not what.dequantize:
+            return _checked(choose(checkpoint, what.key, _is_tensor))
+        packed = choose(checkpoint, what.key, lambda value: _is_tensor(value) or quantized.is_packed(value))
+        plan = quantized.Plan.of(packed)
+        return _checked(plan.stored)
+
+    tensors = _read_zip(path, chosen, left_out, what.dequantize)[1]
     if left_out:
-        warnings.warn(
-            f"{os.fspath(path)}: left out what is no tensor: {listed(sorted(left_out))}", stacklevel=level_outside()
-        )
+        warn(path, f"left out what is no tensor: {listed(sorted(left_out))}")
+    tensors, words = plan.dequantized(tensors)
+    for text in words:
+        warn(path, text)
     return tensors
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, StoredTensor | Other)
 
 
 def read_tree(path: str | os.PathLike[str], key: str | None) -> Any:
@@ -80,14 +95,17 @@ def read_tree(path: str | os.PathLike[str], key: str | None) -> Any:
 
 
 def _read_zip(
-    path: str | os.PathLike[str], choose: Callable[[Any], dict[str, StoredTensor]], left_out: set[str] | None
+    path: str | os.PathLike[str],
+    choose: Callable[[Any], dict[str, StoredTensor]],
+    left_out: set[str] | None,
+    packed: bool = False,
 ) -> tuple[Any, dict[str, Value]]:
     """The contents of a file's pickle, with the chosen tensors read."""
     try:
         with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
             size = os.fstat(file.fileno()).st_size
             entries = _entries(archive.infolist(), size)
-            checkpoint = unpickle(_read(archive, entries["data.pkl"]).tobytes(), left_out)
+            checkpoint = unpickle(_read(archive, entries["data.pkl"]).tobytes(), left_out, packed)
             tensors = choose(checkpoint)
             if (total := sum(tensor.nbytes for tensor in tensors.values())) > largest(size):
                 cause = f"a zip bomb: its tensors have {total} bytes, in a file of {size}"
@@ -153,10 +171,6 @@ def _read(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> np.ndarray:
     if start < len(data):
         raise EOFError(f"its entry {entry.filename} ends early")
     return data
-
-
-def _tensors(checkpoint: Any, key: str | None) -> dict[str, StoredTensor]:
-    return _checked(choose(checkpoint, key, lambda value: isinstance(value, StoredTensor | Other)))
 
 
 def _checked(tensors: dict[str, Any]) -> dict[str, StoredTensor]:

@@ -1,0 +1,155 @@
+"""Weights of torch's quantized modules: what the pickle says of them, and the numbers that they stand for."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from jaxrnn.checkpoint.errors import AGAIN, CheckpointError, listed
+from jaxrnn.checkpoint.formats.pickles import Other, Packed, StoredTensor
+from jaxrnn.checkpoint.stored import Value, read
+
+_BEFORE = "save the state_dict() of the model before it was quantized"
+_LAYERS = "._all_weight_values.0.param"
+_CELL = ("._packed_weight_ih", "._packed_weight_hh")
+_LINEAR = "._packed_params._packed_params"
+_UNUSED = ("._packed_params.dtype", ".scale", ".zero_point")  # of a linear layer, whose activations they are for
+_AFFINE, _PER_CHANNEL = "torch.per_tensor_affine", "torch.per_channel_affine"
+
+
+def is_packed(value: Any) -> bool:
+    """Whether a value in a state dict holds tensors of a quantized module."""
+    first = value[0] if type(value) is tuple and value else None
+    return isinstance(value, Packed) or (isinstance(first, StoredTensor | Other) and len(value) == 2)
+
+
+def _unpacked(tensors: Mapping[str, Any], halves: list[str]) -> dict[str, Any]:
+    """A state dict with torch's usual names for the weights of quantized modules.
+
+    The list `halves` gets the modules whose weights are rounded to float16.
+
+    Raises:
+        CheckpointError: a module is packed in a way that torch does not pack it, or its settings are in doubt.
+    """
+    found: dict[str, Any] = {}
+    linear = {name.removesuffix(_LINEAR) for name in tensors if name.endswith(_LINEAR)}
+    for name, value in tensors.items():
+        module, _, leaf = name.rpartition(".")
+        if any(name == prefix + each for each in _UNUSED for prefix in (name.removesuffix(each),) if prefix in linear):
+            continue
+        if not is_packed(value):
+            found[name] = value
+            continue
+        try:
+            if name.endswith(_LAYERS):
+                found |= _layers(name.removesuffix(_LAYERS[1:]), tensors, halves)
+            elif name.endswith(_CELL):
+                role = leaf.removeprefix("_packed_weight_")
+                found |= _named(f"{module}.weight_{role}", f"{module}.bias_{role}", value)
+            elif name.endswith(_LINEAR):
+                layer = name.removesuffix(_LINEAR)
+                found |= _named(f"{layer}.weight", f"{layer}.bias", value)
+            elif "._all_weight_values." not in name:
+                raise ValueError(f"{name} is packed in an unknown way")
+        except (ValueError, TypeError, IndexError, KeyError, AttributeError) as error:
+            cause = f"damaged: what it says of the quantized {module} does not fit together: {error}"
+            raise CheckpointError(f"{cause}\n{AGAIN}") from error
+    return found
+
+
+def _named(weight: str, bias: str, packed: Any) -> dict[str, Any]:
+    """A weight and its bias, which may be None."""
+    pair = packed.contents() if isinstance(packed, Packed) else packed
+    if len(pair) != 2 or not isinstance(pair[0], StoredTensor | Other):
+        raise ValueError("no weight")
+    return {weight: pair[0]} | ({} if pair[1] is None else {bias: pair[1]})
+
+
+def _layers(prefix: str, tensors: Mapping[str, Any], halves: list[str]) -> dict[str, Any]:
+    """The weights of an LSTM or a GRU."""
+    cells, index = [], 0
+    while (packed := tensors.get(f"{prefix}_all_weight_values.{index}.param")) is not None:
+        kind, _biases, _numbers, _reduce_range, pairs = packed.contents()
+        cells.append(pairs)
+        if kind == "quantized_fp16" and index == 0:
+            halves.append(prefix)
+        index += 1
+    columns = [[_shape(pair.contents()[0])[1] for pair in pairs] for pairs in cells]
+    inputs, hidden = [each[0] for each in columns], columns[0][1]
+    fits = [
+        directions
+        for directions in (1, 2)
+        if len(cells) % directions == 0
+        and inputs == [inputs[0] if i < directions else directions * hidden for i in range(len(cells))]
+    ]
+    if len(fits) != 1:
+        raise CheckpointError(f"{prefix} has two layers, or one in both directions: no name says which\n{_BEFORE}")
+    found: dict[str, Any] = {}
+    for index, pairs in enumerate(cells):
+        suffix = f"_l{index // fits[0]}" + "_reverse" * (index % fits[0])
+        for role, pair in zip(("ih", "hh"), pairs, strict=True):
+            found |= _named(f"{prefix}weight_{role}{suffix}", f"{prefix}bias_{role}{suffix}", pair)
+    order = sorted(found, key=lambda name: (name.rpartition("_l")[2], "bias" in name))
+    return {name: found[name] for name in order}
+
+
+def _shape(tensor: StoredTensor | Other) -> tuple[int, ...]:
+    stored = tensor.quantized[0] if isinstance(tensor, Other) and tensor.quantized else tensor
+    if not isinstance(stored, StoredTensor) or len(stored.shape) != 2:
+        raise ValueError("a weight that is no matrix")
+    return stored.shape
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How to compute the numbers of quantized tensors.
+
+    Attributes:
+        stored: all tensors to read, with the numbers of quantized ones, and their scales under names of their own.
+        scales: for each quantized tensor the scale and the zero, or the names under which they are stored, and the
+            axis along which they go.
+        halves: the modules whose weights are rounded to float16.
+    """
+
+    stored: dict[str, Any] = dataclasses.field(default_factory=dict)
+    scales: dict[str, tuple[Any, Any, int]] = dataclasses.field(default_factory=dict)
+    halves: list[str] = dataclasses.field(default_factory=list)
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Any]) -> "Plan":
+        """Plan for a state dict that may have quantized modules in it."""
+        plan = cls()
+        for name, value in _unpacked(tensors, plan.halves).items():
+            plan.stored[name] = value
+            if not (isinstance(value, Other) and value.quantized):
+                continue
+            tensor, (scheme, scale, zero, *axis) = value.quantized
+            scheme = getattr(scheme, "name", None)
+            if scheme == _PER_CHANNEL and all(isinstance(each, StoredTensor) for each in (scale, zero)):
+                scale_name, zero_name = f"{name}\0scale", f"{name}\0zero"
+                plan.stored.update({name: tensor, scale_name: scale, zero_name: zero})
+                plan.scales[name] = scale_name, zero_name, int(axis[0])
+            elif scheme == _AFFINE and type(scale) is float and type(zero) is int:
+                plan.stored[name] = tensor
+                plan.scales[name] = scale, zero, 0
+        return plan
+
+    def dequantized(self, arrays: Mapping[str, Value]) -> tuple[dict[str, Value], list[str]]:
+        """All arrays, and what to warn of."""
+        beside = {each for scales in self.scales.values() for each in scales[:2] if isinstance(each, str)}
+        found, worst = {name: array for name, array in arrays.items() if name not in beside}, 0.0
+        for name, (scale, zero, axis) in self.scales.items():
+            array = read(arrays[name])
+            if isinstance(scale, str):
+                along = [1] * array.ndim
+                along[axis] = -1
+                scale, zero = (read(arrays[each]).reshape(along) for each in (scale, zero))
+            scale = np.asarray(scale, np.float32)
+            found[name] = (array.astype(np.float32) - np.asarray(zero, np.float32)) * scale
+            worst = max(worst, float(np.max(scale, initial=0)) / 2)
+        words = [f"the weights of {listed(self.halves)} are rounded to float16"] if self.halves else []
+        if self.scales:
+            cause = f"each number is at most {worst:.2g} from the one before quantization"  # half a scale
+            words.append(f"dequantized {listed(self.scales)}: {cause}; the quantized model also rounds what goes in")
+        return found, words

@@ -1,0 +1,31 @@
+"""What all formats share: what is to be read, and how they warn."""
+
+import os
+import warnings
+from typing import NamedTuple
+
+from jaxrnn.checkpoint.errors import CheckpointError
+from jaxrnn.spec import level_outside
+
+
+class Reading(NamedTuple):
+    """What to read from a file.
+
+    Attributes:
+        key: the key of nested dicts under which the tensors are; None for those at the top.
+        only_tensors: whether to leave out objects beside the tensors.
+        dequantize: whether to compute the weights of quantized modules.
+    """
+
+    key: str | None = None
+    only_tensors: bool = False
+    dequantize: bool = False
+
+    def check_no_key(self, what: str) -> None:
+        """Refuse a key for a format that nests no dicts."""
+        if self.key is not None:
+            raise CheckpointError(f"{what} nests no dicts under keys such as {self.key!r}\nload it without a key")
+
+
+def warn(path: str | os.PathLike[str], text: str) -> None:
+    warnings.warn(f"{os.fspath(path)}: {text}", stacklevel=level_outside())
