@@ -39,7 +39,7 @@ def optax_from_torch(
         state: torch's `optimizer.state_dict()`, with tensors of torch, numpy or jax.
         params: from name to array, as `spec.init` and `jaxrnn.state_dict` return.
         names: the parameters' names in the order in which torch's optimizer got them, group after group; by default
-            those of params. Other parameters are not trained. Those for which torch has no state, because they are
+            those of params. Other parameters are not trained. Those with which torch has made no step, because they are
             frozen or were never used, may be left out.
         learning_rate: a number, or a schedule of the number of steps, which includes torch's; by default each group's
             last one. As in torch, Adagrad divides it as its `lr_decay` says.
@@ -53,7 +53,7 @@ def optax_from_torch(
             a state that does not match the parameters.
 
     Warns:
-        UserWarning: a parameter among names has no state in torch, so it is not trained.
+        UserWarning: torch has made no step with a parameter among names, so it is not trained.
 
     >>> import jax, jaxrnn, numpy as np, optax
     >>> params = jaxrnn.Spec(jaxrnn.GRU_CELL, 2, 3, bias=False).init(jax.random.key(0))
@@ -247,14 +247,14 @@ def resumed(
     if unknown := [name for name in names if name not in params]:
         raise CheckpointError(f"no parameters are named {listed(unknown)}\nthe parameters: {listed(params)}")
     indices = [index for group in groups for index in group["params"]]
-    used = [index for index in indices if any(value is not None for value in (states.get(index) or {}).values())]
+    used = [index for index in indices if _used(states.get(index) or {})]
     unused = {index for index in indices if index not in used} if used else set()
     if len(names) == count - len(unused):
         named = dict(zip([index for index in indices if index not in unused], names, strict=True))
     elif len(names) == count:
         named = dict(zip(indices, names, strict=True))
         if unused:
-            cause = "torch's optimizer has no state for them, as for frozen or never used parameters"
+            cause = "torch's optimizer has made no step with them, as with frozen or never used parameters"
             words = f"{listed(named[index] for index in indices if index in unused)} are not trained: {cause}"
             warnings.warn(f"{words}. To train them, start a fresh optax optimizer", stacklevel=3)
     else:
@@ -274,9 +274,8 @@ def resumed(
             param = params[name := named[index]]
             labels[param.place] = label
             kept = states.get(index, {})
-            step = kept.get(STEP, 0)
             if STEP in kept or ("betas" in group and states):
-                steps.add(int(step if isinstance(step, int | float) else to_numpy(STEP, step)))
+                steps.add(_steps(kept))
             for theirs, field in kind.fields.items():
                 if kept.get(theirs) is not None:
                     moments[param.place][field] = _moment(f"{theirs} of {name}", kept[theirs], param)
@@ -285,6 +284,16 @@ def resumed(
             cause = f"{label} does not say how many steps it has made, where the schedule is to go on"
             raise CheckpointError(f"{cause}\ngive steps_made=")
     return Resumed(transformations, counts, labels, moments)
+
+
+def _used(kept: Mapping[str, Any]) -> bool:
+    """Whether a parameter's state comes from a step: Adagrad stores one for each parameter before the first."""
+    return any(value is not None for value in kept.values()) and (STEP not in kept or _steps(kept) > 0)
+
+
+def _steps(kept: Mapping[str, Any]) -> int:
+    step = kept.get(STEP, 0)
+    return int(step if isinstance(step, int | float) else to_numpy(STEP, step))
 
 
 def _moment(name: str, value: Any, param: Parameter) -> np.ndarray:
