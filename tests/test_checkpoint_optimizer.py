@@ -11,7 +11,8 @@ import numpy as np
 import optax
 import pytest
 from comparing import assert_close
-from flax import nnx
+from flax import linen, nnx
+from making import filled_variables
 
 import jaxrnn
 from jaxrnn import checkpoint
@@ -387,3 +388,114 @@ def test_numbers_of_steps_are_one_where_optax_counts() -> None:
     optimizer, resumed = checkpoint.optax_from_torch(state, params, None, lambda count: 2.0**-count)
     updates, _ = optimizer.update(params, resumed, params)
     assert_close(updates, {"a": np.full(2, -(2.0**-7) / 4.5 / 2), "b": np.full(2, -(2.0**-1) / 1.5 / 2)})
+
+
+class LinenModel(linen.Module):
+    boxed: bool = False
+
+    def setup(self) -> None:
+        init = linen.initializers.lecun_normal()
+        init = linen.with_partitioning(init, ("in", "out")) if self.boxed else init
+        self.rnn = jaxrnn.linen.LSTM(2, 4, param_dtype=jnp.float64)
+        self.norm = linen.BatchNorm(momentum=0.9, param_dtype=jnp.float64, use_running_average=True)
+        self.head = linen.Sequential([linen.Dense(1, param_dtype=jnp.float64, kernel_init=init)])
+
+    def __call__(self, x: Any) -> Any:
+        return self.head(self.norm(self.rnn(x)[0]))
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("boxed", [False, True])
+@pytest.mark.parametrize(("kind", "grouped"), [("RMSprop", False), ("AdamW", True)])
+def test_the_next_steps_of_a_linen_module_are_torchs(
+    torch: types.ModuleType, kind: str, grouped: bool, boxed: bool
+) -> None:
+    theirs = _theirs(torch)
+    named = dict(theirs.named_parameters())
+    names: list[str] | None = list(theirs.state_dict()) if boxed else None  # with the statistics, which are not trained
+    groups: list[dict[str, Any]] = [{"params": list(named.values())}]
+    if grouped:  # in another order than the module's, and the head is frozen
+        names = ["norm.weight", "norm.bias", *(name for name in named if name.startswith("rnn"))]
+        groups = [{"params": [named[name] for name in names[:2]], "weight_decay": 0.0}]
+        groups += [{"params": [named[name] for name in names[2:]], "lr": 0.03}]
+        names = [f"model.{name}" for name in names]
+    optimizer = getattr(torch.optim, kind)(groups, lr=0.1, weight_decay=0.1)
+
+    def their_step(count: int) -> None:
+        for param in named.values():
+            param.grad = torch.tensor(_gradient_of(param.detach(), count))
+        optimizer.step()
+
+    for count in (1, 2, 3):
+        their_step(count)
+    model, load = LinenModel(boxed), checkpoint.linen.load_state_dict
+    variables = load(model, filled_variables(model, X), theirs.state_dict(), X).variables
+    variables = linen.FrozenDict(variables) if boxed else variables
+    ours, state = checkpoint.linen.optax_from_torch(
+        optimizer.state_dict(), model, variables, X, names=names, prefix="model." if grouped else ""
+    )
+    assert isinstance(variables["params"]["head"]["layers_0"]["kernel"], linen.Partitioned) == boxed
+    for count in (4, 5, 6):
+        their_step(count)
+        tensors = checkpoint.linen.state_dict(model, variables, X)
+        tensors = {name: _gradient_of(value, count) for name, value in tensors.items()}
+        gradient = load(model, variables, tensors, X).variables["params"]  # which only has their layouts changed
+        updates, state = ours.update(gradient, state, variables["params"])
+        variables = {**variables, "params": optax.apply_updates(variables["params"], updates)}
+        variables = linen.FrozenDict(variables) if boxed else variables
+    found = checkpoint.linen.state_dict(model, variables, X)
+    assert_close({name: found[name] for name in named}, {name: value.detach().numpy() for name, value in named.items()})
+
+
+class LinenAlike(linen.Module):
+    """Two submodules that only their order tells apart, and layers in a list: those with these names are called."""
+
+    calls: tuple[str | int, ...]
+
+    def setup(self) -> None:
+        self.lower, self.head = linen.Dense(3), linen.Dense(3)
+        self.layers = [linen.Dense(4) for _ in range(3)]
+
+    def __call__(self, x: Any) -> Any:
+        for name in self.calls:
+            x = self.layers[name](x) if isinstance(name, int) else getattr(self, name)(x)
+        return x
+
+
+class LinenOwn(linen.Module):
+    """Two parameters that only their order tells apart."""
+
+    @linen.compact
+    def __call__(self, x: Any) -> Any:
+        return x * self.param("scale", linen.initializers.ones, 3) + self.param("shift", linen.initializers.zeros, 3)
+
+
+@pytest.mark.parametrize(
+    ("model", "doubtful"),
+    [
+        (LinenAlike((0, 1, 2)), None),
+        (LinenAlike(("lower", 0, 1)), None),
+        (LinenAlike(("lower", "head")), "lower, head"),
+        (LinenAlike((1, 0, 2)), "1, 0, 2"),
+        (LinenAlike((0, "lower", 1)), "layers, lower"),
+        (LinenOwn(), "scale, shift"),
+    ],
+)
+def test_the_order_of_calls_is_not_taken_for_that_of_definition(model: linen.Module, doubtful: str | None) -> None:
+    x = np.ones((2, 3), np.float32)
+    variables = filled_variables(model, x)
+    tensors = checkpoint.linen.state_dict(model, variables, x)
+    torchs = tensors  # in torch's order: here that of names, with weights before biases, where the calls have another
+    if doubtful:
+        torchs = dict(sorted(tensors.items(), key=lambda item: item[0].removesuffix("weight")))
+    group = {"lr": 0.1, "momentum": 0.9, "dampening": 0, "nesterov": False, "params": list(range(len(torchs)))}
+    kept = {k: {"momentum_buffer": np.full_like(value, k)} for k, value in enumerate(torchs.values())}
+    state = {"state": kept, "param_groups": [group]}
+    names = None
+    if doubtful:
+        with pytest.raises(CheckpointError, match=f"the order of {doubtful} may not be torch's.*calls\ngive names="):
+            checkpoint.linen.optax_from_torch(state, model, variables, x)
+        names = list(torchs)  # as the message says
+    _, resumed = checkpoint.linen.optax_from_torch(state, model, variables, x, names=names)
+    found = checkpoint.linen.state_dict(model, {"params": resumed[0].trace}, x)
+    assert {name: int(array.flat[0]) for name, array in found.items()} == {name: k for k, name in enumerate(torchs)}
