@@ -71,7 +71,7 @@ def _radam(group: _Group) -> _Steps:
     b1, b2, eps = _betas_and_eps(group)
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        # torch adds eps before it corrects the second moment, optax after. With 1 for 1.0 it would have a dtype.
+        # torch adds eps before it corrects the second moment, optax after. 1.0 keeps eps weakly typed, as a float is.
         corrected = eps / jnp.sqrt(1 - b2 ** (state.count + 1.0))
         return optax.scale_by_radam(b1, b2, corrected).update(updates, state)
 
