@@ -1,5 +1,6 @@
 """Training goes on in optax where torch stopped: torch's next steps and ours are the same."""
 
+import operator
 import types
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ import numpy as np
 import optax
 import pytest
 from comparing import assert_close
-from flax import nnx
+from flax import linen, nnx
+from making import filled_variables
 
 import jaxrnn
 from jaxrnn import checkpoint
@@ -23,6 +25,7 @@ OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
     "adam": ("Adam", {"lr": 0.01}),
     "adam with decay": ("Adam", {"lr": 0.01, "betas": (0.8, 0.99), "eps": 1e-4, "weight_decay": 0.1}),
     "adamw": ("AdamW", {"lr": 0.01, "weight_decay": 0.1}),
+    "adagrad": ("Adagrad", {"lr": 0.1, "lr_decay": 0.1, "weight_decay": 0.1}),
 }
 X = np.random.RandomState(0).randn(7, 3, 2)
 
@@ -86,7 +89,7 @@ def test_the_next_steps_are_torchs(torch: types.ModuleType, name: str, tmp_path:
     ours = Model(1)
     jaxrnn.load_state_dict(ours, checkpoint.load(tmp_path / "a.pt"))
     resumed = checkpoint.optimizer_from_torch(checkpoint.load_tree(tmp_path / "a.pt", "optimizer"), ours)
-    assert int(resumed.step[...]) == (3 if "adam" in name else 0)
+    assert int(resumed.step[...]) == (0 if kind == "SGD" else 3)
 
     update = nnx.jit(lambda optimizer, model, gradient: optimizer.update(model, gradient))
     for _ in range(5):
@@ -95,6 +98,64 @@ def test_the_next_steps_are_torchs(torch: types.ModuleType, name: str, tmp_path:
     for key, value in jaxrnn.state_dict(ours).items():
         atol = 1e-7 if "running" in key else 1e-12
         assert_close({key: value}, {key: theirs.state_dict()[key].numpy()}, atol=atol)
+
+
+CONTINUED: list[tuple[str, dict[str, Any]]] = [
+    ("Adam", {"amsgrad": True, "betas": (0.9, 0.5)}),
+    ("AdamW", {"amsgrad": True, "betas": (0.9, 0.5)}),
+    ("Adamax", {}),
+    ("RAdam", {}),
+    ("RAdam", {"decoupled_weight_decay": True}),
+    ("RMSprop", {}),
+    ("RMSprop", {"centered": True}),
+    ("RMSprop", {"momentum": 0.9, "alpha": 0.8}),
+    ("RMSprop", {"momentum": 0.9, "centered": True}),
+    ("Adagrad", {}),
+    ("Adagrad", {"lr_decay": 0.3, "initial_accumulator_value": 0.2}),
+    ("Adadelta", {"rho": 0.8}),
+]
+SHAPES = {"w": (2, 3), "b": (3,), "v": (4,)}
+
+
+def _gradient_of(value: Any, count: int) -> Any:
+    """That of some loss, smaller and smaller, as the maximum in amsgrad wants it."""
+    return np.cos(np.asarray(value) * 3 + count) / count
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize(("kind", "settings"), CONTINUED, ids=lambda value: str(value))
+def test_the_next_steps_of_every_optimizer_are_torchs(
+    torch: types.ModuleType, kind: str, settings: dict[str, Any], groups: int
+) -> None:
+    theirs = {k: torch.nn.Parameter(torch.tensor(np.random.RandomState(0).randn(*s))) for k, s in SHAPES.items()}
+    w, b, v = theirs.values()
+    if groups == 2:
+        settings = {"eps": 1e-3, "weight_decay": 0.1, **settings}
+        optimizer = getattr(torch.optim, kind)([{"params": [w]}, {"params": [b, v], "lr": 0.03}], lr=0.1, **settings)
+    else:
+        optimizer = getattr(torch.optim, kind)([w, b, v], lr=0.1, weight_decay=0, **settings)
+
+    def their_step(count: int) -> None:
+        for param in theirs.values():
+            param.grad = torch.tensor(_gradient_of(param.detach(), count))
+        optimizer.step()
+
+    for count in (1, 2, 3):
+        their_step(count)
+    params = {name: jnp.array(value.detach().numpy()) for name, value in theirs.items()}
+    ours, state = checkpoint.optax_from_torch(optimizer.state_dict(), params)
+    for count in (4, 5, 6):  # at the sixth, RAdam has seen enough to use the second moment
+        their_step(count)
+        gradient = {name: jnp.array(_gradient_of(value, count)) for name, value in params.items()}
+        updates, state = ours.update(gradient, state, params)
+        params = optax.apply_updates(params, updates)
+    assert_close(params, {name: value.detach().numpy() for name, value in theirs.items()})
+    single = jax.tree.map(lambda array: jnp.asarray(array, jnp.float32), params)
+    ours, state = checkpoint.optax_from_torch(optimizer.state_dict(), single, list(SHAPES))
+    updates, after = jax.eval_shape(ours.update, single, state, single)
+    kept = {array.dtype for array in jax.tree.leaves((updates, after)) if array.ndim}
+    assert kept == {jnp.dtype("float32")}
 
 
 class Alike(nnx.Module):
@@ -223,13 +284,12 @@ def _undecided() -> dict[str, Any]:
     [
         ({}, "state is no state dict of an optimizer: it has no 'param_groups'"),
         (_state(params=[0]), "torch's optimizer has 1 parameters, and 2 are named: weight_ih_l0, weight_hh_l0"),
-        (_state(amsgrad=True), "optax has nothing that equals torch's amsgrad=True"),
         (_state(maximize=True), "optax has nothing that equals torch's maximize=True"),
         (_state(params=[1, 0]), r"exp_avg of weight_hh_l0 is \(12, 2\), should be \(12, 3\)"),
         (_state() | {"state": {0: {"step": 1}, 1: {"step": 2}}}, "have made different numbers of steps, "),
         (
             {"state": {}, "param_groups": [{"lr": 0.1, "alpha": 0.9, "params": [0, 1]}]},
-            "an optimizer that is none of SGD, Adam and AdamW: its settings are lr, alpha",
+            "an optimizer not known as one of SGD, Adam, AdamW, .*: its settings are lr, alpha\nstart a fresh optax",
         ),
         (
             _undecided(),
@@ -249,15 +309,54 @@ def test_unknown_names() -> None:
         checkpoint.optax_from_torch(_state(), params, ["weight_ih_l0", "nobody"])
 
 
+REFUSED = {
+    "NAdam": "its momentum grows, by momentum_decay",
+    "SparseAdam": "it skips the rows that a sparse gradient lacks",
+    "ASGD": "it decays parameters and rate by lambd, alpha and t0",
+    "Rprop": "optax.rprop makes each step one gradient later",
+    "LBFGS": "it computes the loss several times a step",
+    "Adafactor": "it caps the learning rate at 1 / sqrt(step)",
+    "Muon": "it makes matrices orthogonal in bfloat16",
+}
+
+
 @pytest.mark.torch
-@pytest.mark.parametrize("name", ["Adamax", "NAdam", "RAdam", "Adagrad", "RMSprop", "Rprop", "ASGD", "Adadelta"])
-def test_other_optimizers_are_refused(torch: types.ModuleType, name: str) -> None:
-    param = torch.nn.Parameter(torch.ones(2, 2))
-    optimizer = getattr(torch.optim, name)([param])
-    param.grad = torch.ones(2, 2)
-    optimizer.step()
-    with pytest.raises(CheckpointError, match="none of SGD, Adam and AdamW"):
-        checkpoint.optax_from_torch(optimizer.state_dict(), {"w": np.ones((2, 2), np.float32)})
+@pytest.mark.parametrize("name", REFUSED)
+def test_optimizers_without_an_equal_are_refused(torch: types.ModuleType, name: str) -> None:
+    weights = [torch.nn.Parameter(torch.ones(2, 3)) for _ in range(2)]
+    optimizer = getattr(torch.optim, name)(weights, lr=0.1)
+    params = {"a": np.ones((2, 3), np.float32), "b": np.ones((2, 3), np.float32)}
+    for stepped in (False, True):
+        if stepped:
+            for weight in weights:
+                weight.grad = torch.ones(2, 3).to_sparse() if name == "SparseAdam" else torch.ones(2, 3)
+            optimizer.step(lambda: sum(weight.detach().sum() for weight in weights))
+        with pytest.raises(CheckpointError) as caught:
+            checkpoint.optax_from_torch(optimizer.state_dict(), params)
+        cause, remedy = str(caught.value).split("\n")
+        assert cause == f"optax has nothing that equals torch's {name}: {REFUSED[name]}"
+    start, _, nearest = remedy.partition(", such as optax.")
+    assert start == "start a fresh optax optimizer on the loaded parameters"
+    fresh = operator.attrgetter(nearest)(optax)(0.1)
+    state = fresh.init(params)
+    if name != "LBFGS":  # which wants the loss, too
+        for _ in range(2):  # because of Rprop's delay
+            updates, state = fresh.update(params, state, params)
+        assert np.all(updates["a"] < 0)
+
+
+@pytest.mark.parametrize(
+    ("group", "kept"),
+    [
+        ({"betas": (0.9, 0.999), "amsgrad": False}, "exp_avg_var"),  # AdaBelief
+        ({"alpha": 0.9, "centered": False, "momentum": 0.9, "lr_in_momentum": True}, "square_avg"),  # timm's RMSpropTF
+        ({"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0}, "exp_avg_sq"),  # LAMB, and RAdam before torch 2.1
+    ],
+)
+def test_what_only_resembles_an_optimizer_of_torch_is_refused(group: dict, kept: str) -> None:
+    state = {"state": {0: {"step": 1, kept: np.ones(2)}}, "param_groups": [{"lr": 0.1, "params": [0], **group}]}
+    with pytest.raises(CheckpointError, match=r"not known as one of .*\nstart a fresh optax optimizer"):
+        checkpoint.optax_from_torch(state, {"w": np.ones(2)})
 
 
 def test_a_schedule_has_to_know_where_it_is() -> None:
@@ -268,3 +367,136 @@ def test_a_schedule_has_to_know_where_it_is() -> None:
     optimizer, resumed = checkpoint.optax_from_torch(state, params, None, lambda count: 0.5**count, steps_made=3)
     updates, _ = optimizer.update({"w": jnp.ones(2)}, resumed, params)
     assert_close(updates["w"], np.full(2, -(0.5**3)))
+
+
+def _counted(lr_decay: float) -> tuple[dict[str, Any], dict[str, Any]]:
+    """State and parameters of Adagrad, one of which was used in the last step only."""
+    group = {"lr": 0.1, "lr_decay": lr_decay, "eps": 0, "weight_decay": 0, "initial_accumulator_value": 0}
+    kept = {index: {"step": np.float32(step), "sum": np.full(2, 3.0)} for index, step in enumerate((7, 1))}
+    return {"state": kept, "param_groups": [group | {"params": [0, 1]}]}, {"a": np.ones(2), "b": np.ones(2)}
+
+
+def test_numbers_of_steps_are_one_where_optax_counts() -> None:
+    state, params = _counted(0.0)
+    optimizer, resumed = checkpoint.optax_from_torch(state, params)
+    updates, _ = optimizer.update(params, resumed, params)
+    assert_close(updates, {name: np.full(2, -0.1 / 2) for name in params})
+    state, params = _counted(0.5)
+    with pytest.raises(CheckpointError, match=r"made different numbers of steps, \[1, 7\]\noptax counts for all"):
+        checkpoint.optax_from_torch(state, params)
+    group = state["param_groups"][0]
+    state["param_groups"] = [group | {"params": [0]}, group | {"params": [1]}]  # as the message says
+    optimizer, resumed = checkpoint.optax_from_torch(state, params, None, lambda count: 2.0**-count)
+    updates, _ = optimizer.update(params, resumed, params)
+    assert_close(updates, {"a": np.full(2, -(2.0**-7) / 4.5 / 2), "b": np.full(2, -(2.0**-1) / 1.5 / 2)})
+
+
+class LinenModel(linen.Module):
+    boxed: bool = False
+
+    def setup(self) -> None:
+        init = linen.initializers.lecun_normal()
+        init = linen.with_partitioning(init, ("in", "out")) if self.boxed else init
+        self.rnn = jaxrnn.linen.LSTM(2, 4, param_dtype=jnp.float64)
+        self.norm = linen.BatchNorm(momentum=0.9, param_dtype=jnp.float64, use_running_average=True)
+        self.head = linen.Sequential([linen.Dense(1, param_dtype=jnp.float64, kernel_init=init)])
+
+    def __call__(self, x: Any) -> Any:
+        return self.head(self.norm(self.rnn(x)[0]))
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("boxed", [False, True])
+@pytest.mark.parametrize(("kind", "grouped"), [("RMSprop", False), ("AdamW", True)])
+def test_the_next_steps_of_a_linen_module_are_torchs(
+    torch: types.ModuleType, kind: str, grouped: bool, boxed: bool
+) -> None:
+    theirs = _theirs(torch)
+    named = dict(theirs.named_parameters())
+    names: list[str] | None = list(theirs.state_dict()) if boxed else None  # with the statistics, which are not trained
+    groups: list[dict[str, Any]] = [{"params": list(named.values())}]
+    if grouped:  # in another order than the module's, and the head is frozen
+        names = ["norm.weight", "norm.bias", *(name for name in named if name.startswith("rnn"))]
+        groups = [{"params": [named[name] for name in names[:2]], "weight_decay": 0.0}]
+        groups += [{"params": [named[name] for name in names[2:]], "lr": 0.03}]
+        names = [f"model.{name}" for name in names]
+    optimizer = getattr(torch.optim, kind)(groups, lr=0.1, weight_decay=0.1)
+
+    def their_step(count: int) -> None:
+        for param in named.values():
+            param.grad = torch.tensor(_gradient_of(param.detach(), count))
+        optimizer.step()
+
+    for count in (1, 2, 3):
+        their_step(count)
+    model, load = LinenModel(boxed), checkpoint.linen.load_state_dict
+    variables = load(model, filled_variables(model, X), theirs.state_dict(), X).variables
+    variables = linen.FrozenDict(variables) if boxed else variables
+    ours, state = checkpoint.linen.optax_from_torch(
+        optimizer.state_dict(), model, variables, X, names=names, prefix="model." if grouped else ""
+    )
+    assert isinstance(variables["params"]["head"]["layers_0"]["kernel"], linen.Partitioned) == boxed
+    for count in (4, 5, 6):
+        their_step(count)
+        tensors = checkpoint.linen.state_dict(model, variables, X)
+        tensors = {name: _gradient_of(value, count) for name, value in tensors.items()}
+        gradient = load(model, variables, tensors, X).variables["params"]  # which only has their layouts changed
+        updates, state = ours.update(gradient, state, variables["params"])
+        variables = {**variables, "params": optax.apply_updates(variables["params"], updates)}
+        variables = linen.FrozenDict(variables) if boxed else variables
+    found = checkpoint.linen.state_dict(model, variables, X)
+    assert_close({name: found[name] for name in named}, {name: value.detach().numpy() for name, value in named.items()})
+
+
+class LinenAlike(linen.Module):
+    """Two submodules that only their order tells apart, and layers in a list: those with these names are called."""
+
+    calls: tuple[str | int, ...]
+
+    def setup(self) -> None:
+        self.lower, self.head = linen.Dense(3), linen.Dense(3)
+        self.layers = [linen.Dense(4) for _ in range(3)]
+
+    def __call__(self, x: Any) -> Any:
+        for name in self.calls:
+            x = self.layers[name](x) if isinstance(name, int) else getattr(self, name)(x)
+        return x
+
+
+class LinenOwn(linen.Module):
+    """Two parameters that only their order tells apart."""
+
+    @linen.compact
+    def __call__(self, x: Any) -> Any:
+        return x * self.param("scale", linen.initializers.ones, 3) + self.param("shift", linen.initializers.zeros, 3)
+
+
+@pytest.mark.parametrize(
+    ("model", "doubtful"),
+    [
+        (LinenAlike((0, 1, 2)), None),
+        (LinenAlike(("lower", 0, 1)), None),
+        (LinenAlike(("lower", "head")), "lower, head"),
+        (LinenAlike((1, 0, 2)), "1, 0, 2"),
+        (LinenAlike((0, "lower", 1)), "layers, lower"),
+        (LinenOwn(), "scale, shift"),
+    ],
+)
+def test_the_order_of_calls_is_not_taken_for_that_of_definition(model: linen.Module, doubtful: str | None) -> None:
+    x = np.ones((2, 3), np.float32)
+    variables = filled_variables(model, x)
+    tensors = checkpoint.linen.state_dict(model, variables, x)
+    torchs = tensors  # in torch's order: here that of names, with weights before biases, where the calls have another
+    if doubtful:
+        torchs = dict(sorted(tensors.items(), key=lambda item: item[0].removesuffix("weight")))
+    group = {"lr": 0.1, "momentum": 0.9, "dampening": 0, "nesterov": False, "params": list(range(len(torchs)))}
+    kept = {k: {"momentum_buffer": np.full_like(value, k)} for k, value in enumerate(torchs.values())}
+    state = {"state": kept, "param_groups": [group]}
+    names = None
+    if doubtful:
+        with pytest.raises(CheckpointError, match=f"the order of {doubtful} may not be torch's.*calls\ngive names="):
+            checkpoint.linen.optax_from_torch(state, model, variables, x)
+        names = list(torchs)  # as the message says
+    _, resumed = checkpoint.linen.optax_from_torch(state, model, variables, x, names=names)
+    found = checkpoint.linen.state_dict(model, {"params": resumed[0].trace}, x)
+    assert {name: int(array.flat[0]) for name, array in found.items()} == {name: k for k, name in enumerate(torchs)}

@@ -302,11 +302,11 @@ def test_names_through_wrappers(wrapper: str, torch: types.ModuleType) -> None:
     assert jaxrnn.load_state_dict(module, inner, prefix=f"rnn.{prefix}") == ([], [])
 
 
-@pytest.mark.parametrize("kind", ["SGD", "Adam", "AdamW"])
+@pytest.mark.parametrize("kind", ["SGD", "Adam", "AdamW", "RMSprop", "Adagrad"])
 @pytest.mark.parametrize("named", [True, False])
 def test_frozen_and_unused_parameters_do_not_move(kind: str, named: bool, torch: types.ModuleType) -> None:
     """Whatever momentum and weight decay would do: two more steps in optax are torch's."""
-    settings = {"SGD": {"momentum": 0.9, "weight_decay": 0.1}, "Adam": {}, "AdamW": {"weight_decay": 0.1}}[kind]
+    settings = {} if kind == "Adam" else {"weight_decay": 0.1, **({"momentum": 0.9} if kind == "SGD" else {})}
     values = {"frozen": normal(3), "trained": normal(3, seed=1), "unused": normal(3, seed=2)}
     theirs = {name: torch.nn.Parameter(torch.tensor(value)) for name, value in values.items()}
     theirs["frozen"].requires_grad_(False)

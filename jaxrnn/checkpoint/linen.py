@@ -1,17 +1,20 @@
 """Load tensors by name into the variables of a Linen module, and back."""
 
+import itertools
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import linen
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jaxrnn import _compat
 from jaxrnn.checkpoint.flax_layers import Entry, kind_of
-from jaxrnn.checkpoint.matching import Contents, Parameter, fit
+from jaxrnn.checkpoint.matching import Contents, Parameter, fit, interchangeable
+from jaxrnn.checkpoint.optimizer import order_lost, resumed, trained
 from jaxrnn.spec import CellSpec, Spec
 
 Path = tuple[str, ...]
@@ -121,6 +124,90 @@ def state_dict(module: linen.Module, variables: Mapping[str, Any], *args: Any, *
     for text in contents.differences(type(module).__name__, contents.params):
         warnings.warn(text, stacklevel=2)
     return {name: param.to_torch(name) for name, param in contents.params.items()}
+
+
+def optax_from_torch(
+    state: Mapping[str, Any],
+    module: linen.Module,
+    variables: Mapping[str, Any],
+    *args: Any,
+    names: Sequence[str] | None = None,
+    learning_rate: optax.ScalarOrSchedule | None = None,
+    steps_made: int | None = None,
+    prefix: str = "",
+    **kwargs: Any,
+) -> tuple[optax.GradientTransformation, optax.OptState]:
+    """As `jaxrnn.checkpoint.optax_from_torch`, for a Linen module: make the optax optimizer of its "params".
+
+    Args:
+        state: torch's `optimizer.state_dict()`, with tensors of torch, numpy or jax.
+        module, variables, args, kwargs: as for `load_state_dict`.
+        names: the parameters' names in the order in which torch's optimizer got them, such as the keys of torch's
+            `model.state_dict()`; those of buffers are skipped. By default those of `state_dict`, which are in the order
+            of the calls.
+        learning_rate, steps_made: as for `jaxrnn.checkpoint.optax_from_torch`.
+        prefix: as for `load_state_dict`, for names.
+
+    Returns:
+        The transformation and its state for `variables["params"]`, whose layout the state has.
+
+    Raises:
+        CheckpointError: as `jaxrnn.checkpoint.optax_from_torch`; the module is a stack of several, as for `state_dict`;
+            or names are needed, because submodules may be called in another order than torch defines them, and shapes
+            would not reveal it.
+
+    Warns:
+        UserWarning: as `jaxrnn.checkpoint.optax_from_torch`.
+
+    >>> import jax, jax.numpy as jnp, jaxrnn, numpy as np
+    >>> from flax import linen
+    >>> model, x = linen.Sequential([jaxrnn.linen.GRUCell(3, 4, bias=False), linen.Dense(5)]), jnp.ones((2, 3))
+    >>> variables = model.init(jax.random.key(0), x)
+    >>> shapes = [(12, 3), (12, 4), (5, 4), (5,)]
+    >>> group = {"lr": 0.1, "momentum": 0.9, "dampening": 0, "weight_decay": 0, "nesterov": False}
+    >>> momentum = {index: {"momentum_buffer": np.ones(shape)} for index, shape in enumerate(shapes)}
+    >>> torch_state = {"state": momentum, "param_groups": [{**group, "params": [0, 1, 2, 3]}]}
+    >>> optimizer, state = jaxrnn.checkpoint.linen.optax_from_torch(torch_state, model, variables, x)
+    >>> params = variables["params"]
+    >>> updates, state = optimizer.update(jax.tree.map(jnp.zeros_like, params), state, params)
+    >>> updates["layers_1"]["kernel"].shape  # in torch (5, 4)
+    (4, 5)
+    """
+    contents = _contents(module, variables, args, kwargs)
+    described = {
+        name: param._replace(place=param.place[1:])
+        for name, param in contents.params.items()
+        if param.place[0] == "params"
+    }
+    if names is not None:
+        names = trained(names, described, contents, prefix)
+    elif doubtful := _order_in_doubt([(tuple(name.split(".")), param) for name, param in described.items()]):
+        raise order_lost(doubtful, "Linen has that of the calls")
+    return resumed(state, described, names, learning_rate, steps_made).for_tree(variables["params"])
+
+
+def _order_in_doubt(params: list[tuple[Path, Parameter]]) -> list[str]:
+    """Attributes that torch may have defined in another order, where the shapes cannot reveal it.
+
+    Args:
+        params: with the parts of their names.
+    """
+    below = itertools.groupby((item for item in params if len(item[0]) > 1), lambda item: item[0][0])
+    runs = [(name, [(path[1:], param) for path, param in items]) for name, items in below]
+    children = dict(runs)
+    submodules = {name: tuple(param.shape for _, param in items) for name, items in children.items()}
+    own = {
+        path[0]: (param.shape,)
+        for path, param in params
+        if len(path) == 1 and (param.layer is None or param.entry.attribute not in _order(param.layer))
+    }
+    numbers = [int(name) for name in children if name.isdigit()]
+    ordered = len(numbers) == len(children) and numbers == sorted(numbers)  # of a list
+    if len(children) < len(runs) or (not ordered and interchangeable(submodules)):
+        return list(submodules)
+    if interchangeable(own):
+        return list(own)
+    return next(filter(None, map(_order_in_doubt, children.values())), [])
 
 
 def _flat(variables: Mapping[str, Any]) -> dict[Path, Any]:

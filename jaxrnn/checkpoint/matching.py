@@ -1,6 +1,7 @@
 """Match tensors to the parameters of a Flax module of either API: names, layouts and dtypes."""
 
 import hashlib
+import itertools
 import re
 from collections.abc import Container, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -93,6 +94,16 @@ class Contents(NamedTuple):
             if not own or any(name in names for name in own):
                 for text in kind_of(layer).differences(layer):
                     yield f"{owner}: {prefix}{text}"
+
+
+def interchangeable(parts: Mapping[str, tuple]) -> bool:
+    """Whether another order of the parts would have the same sequence of shapes.
+
+    Args:
+        parts: by name the shapes of the parameters of each.
+    """
+    orders = itertools.islice(itertools.permutations(parts.values()), 1, 5040)
+    return len(set(parts.values())) < len(parts) or sum(parts.values(), ()) in (sum(o, ()) for o in orders)
 
 
 class Fit(NamedTuple):

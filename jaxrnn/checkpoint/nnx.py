@@ -1,7 +1,6 @@
 """Load tensors by name into NNX modules, and back; and convert torch's modules to ours."""
 
 import inspect
-import itertools
 import sys
 import warnings
 from collections.abc import Mapping
@@ -15,7 +14,7 @@ import jaxrnn.nnx
 from jaxrnn import _compat, flax_sharding
 from jaxrnn.checkpoint.arrays import dtype_of
 from jaxrnn.checkpoint.flax_layers import Entry, kind_of
-from jaxrnn.checkpoint.matching import Contents, Parameter, fit
+from jaxrnn.checkpoint.matching import Contents, Parameter, fit, interchangeable
 from jaxrnn.spec import CellSpec, Spec
 
 _CLASSES = ("RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell")
@@ -235,10 +234,8 @@ def order_in_doubt(node: object, above: tuple[int, ...] = ()) -> list[str]:
             if isinstance(children[name], nnx.Param) == own:
                 shapes = tuple(param.shape for param in _under({name: children[name]}).params.values())
                 parts |= {name: shapes} if shapes else {}
-        if len(parts) > 1 and _compat.may_be_sorted(list(parts)):
-            orders = itertools.islice(itertools.permutations(parts.values()), 1, 5040)
-            if len(set(parts.values())) < len(parts) or sum(parts.values(), ()) in (sum(o, ()) for o in orders):
-                return list(parts)
+        if len(parts) > 1 and _compat.may_be_sorted(list(parts)) and interchangeable(parts):
+            return list(parts)
     return []
 
 

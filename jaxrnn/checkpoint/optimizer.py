@@ -13,18 +13,13 @@ from flax import nnx
 from jaxrnn.checkpoint.arrays import to_numpy
 from jaxrnn.checkpoint.errors import CheckpointError, listed
 from jaxrnn.checkpoint.flax_layers import Entry
-from jaxrnn.checkpoint.matching import Parameter
+from jaxrnn.checkpoint.matching import Contents, Parameter
 from jaxrnn.checkpoint.names import as_in_module
 from jaxrnn.checkpoint.nnx import contents_of, order_in_doubt
+from jaxrnn.checkpoint.torch_optimizers import STEP, kind_of_optimizer, transformation
 
-# The fields of optax's states, by torch's names.
-_FIELDS = {"mu": "exp_avg", "nu": "exp_avg_sq", "trace": "momentum_buffer"}
 _COUNT = "count"
-# What the three optimizers store for a parameter. Other optimizers store other names.
-_KNOWN = {"step", *_FIELDS.values()}
 _FROZEN = "frozen"
-_NONE = "an optimizer that is none of SGD, Adam and AdamW"
-_START_ANEW = "start a fresh optax optimizer on the loaded parameters"
 _SAVE = "give torch's optimizer.state_dict(), as it is or from jaxrnn.checkpoint.load_tree"
 
 
@@ -37,26 +32,28 @@ def optax_from_torch(
 ) -> tuple[optax.GradientTransformation, optax.OptState]:
     """Make the optax optimizer that continues where torch's stopped, for parameters with torch's names and layouts.
 
-    Knows torch.optim.SGD, Adam and AdamW, with momentum, Nesterov momentum, weight decay and parameter groups.
+    Knows torch.optim.SGD, Adam, AdamW, Adamax, RAdam, RMSprop, Adagrad and Adadelta, with all their settings but for
+    dampening and `maximize`, and parameter groups.
 
     Args:
         state: torch's `optimizer.state_dict()`, with tensors of torch, numpy or jax.
         params: from name to array, as `spec.init` and `jaxrnn.state_dict` return.
         names: the parameters' names in the order in which torch's optimizer got them, group after group; by default
-            those of params. Other parameters are not trained. Those for which torch has no state, because they are
+            those of params. Other parameters are not trained. Those with which torch has made no step, because they are
             frozen or were never used, may be left out.
         learning_rate: a number, or a schedule of the number of steps, which includes torch's; by default each group's
-            last one.
+            last one. As in torch, Adagrad divides it as its `lr_decay` says.
         steps_made: how many steps torch has made. Only a schedule needs it, with SGD, whose state does not hold it.
 
     Returns:
         The transformation and its state for `params`.
 
     Raises:
-        CheckpointError: another optimizer, a setting that optax lacks, or a state that does not match the parameters.
+        CheckpointError: another optimizer, such as NAdam, which is another one in optax; a setting that optax lacks; or
+            a state that does not match the parameters.
 
     Warns:
-        UserWarning: a parameter among names has no state in torch, so it is not trained.
+        UserWarning: torch has made no step with a parameter among names, so it is not trained.
 
     >>> import jax, jaxrnn, numpy as np, optax
     >>> params = jaxrnn.Spec(jaxrnn.GRU_CELL, 2, 3, bias=False).init(jax.random.key(0))
@@ -69,10 +66,7 @@ def optax_from_torch(
     -0.09
     """
     described = {name: Parameter((name,), value, None, Entry(name, name)) for name, value in params.items()}
-    resumed = _resumed(state, described, names, learning_rate, steps_made)
-    tree = dict(params)
-    optimizer = resumed.transformation(tree)
-    return optimizer, resumed.fill(optimizer.init(tree))
+    return resumed(state, described, names, learning_rate, steps_made).for_tree(dict(params))
 
 
 def optimizer_from_torch(
@@ -122,18 +116,15 @@ def optimizer_from_torch(
             seen.add(id(param.place))
             described[name] = param._replace(place=places[id(param.place)])
     if names is not None:
-        buffers = (contents.params.keys() | contents.ignored) - described.keys()
-        names = [name for name in as_in_module(names, contents.params, prefix) if name not in buffers]
+        names = trained(names, described, contents, prefix)
     elif doubtful := order_in_doubt(module):
-        cause = (
-            f"the order of {listed(doubtful)} may not be torch's, for Flax sorts attributes in nnx.jit and in copies"
-        )
-        raise CheckpointError(f"{cause}\ngive names=, such as list(tensors) of the model's state dict")
-    resumed = _resumed(state, described, names, learning_rate, steps_made)
+        raise order_lost(doubtful, "Flax sorts attributes in nnx.jit and in copies")
+    found = resumed(state, described, names, learning_rate, steps_made)
     params = nnx.as_pure(nnx.state(module, nnx.Param))
-    optimizer = nnx.Optimizer(module, resumed.transformation(params), wrt=nnx.Param)
-    nnx.update(optimizer.opt_state, nnx.state(resumed.fill(nnx.as_pure(optimizer.opt_state))))
-    optimizer.step[...] = jnp.asarray(max(resumed.counts.values(), default=0), optimizer.step.dtype)
+    optimizer = nnx.Optimizer(module, found.transformation(params), wrt=nnx.Param)
+    nnx.update(optimizer.opt_state, nnx.state(found.fill(nnx.as_pure(optimizer.opt_state))))
+    steps = max((max(counts) for counts in found.counts.values()), default=0)
+    optimizer.step[...] = jnp.asarray(steps, optimizer.step.dtype)
     return optimizer
 
 
@@ -161,20 +152,37 @@ def clip_grad_norm(max_norm: float) -> optax.GradientTransformation:
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
-class _Resumed(NamedTuple):
+def trained(names: Sequence[str], described: Mapping[str, Parameter], contents: Contents, prefix: str) -> list[str]:
+    """Names in a checkpoint as a module has them, without those of buffers."""
+    buffers = (contents.params.keys() | contents.ignored) - described.keys()
+    return [name for name in as_in_module(names, contents.params, prefix) if name not in buffers]
+
+
+def order_lost(doubtful: Sequence[str], reason: str) -> CheckpointError:
+    """The refusal of parameters whose order may not be that in torch's optimizer."""
+    cause = f"the order of {listed(doubtful)} may not be torch's, for {reason}"
+    return CheckpointError(f"{cause}\ngive names=, such as list(tensors) of the model's state dict")
+
+
+class Resumed(NamedTuple):
     """The contents of torch's state dict, by parameter.
 
     Attributes:
         groups: the transformation of each parameter group.
-        counts: how many steps each group has made.
+        counts: how many steps the parameters of each group have made.
         labels: each parameter's group, or `_FROZEN`.
         moments: each parameter's moments, in its layout, by optax's field names.
     """
 
     groups: dict[str, optax.GradientTransformation]
-    counts: dict[str, int]
+    counts: dict[str, set[int]]
     labels: dict[tuple, str]
     moments: dict[tuple, dict[str, np.ndarray]]
+
+    def for_tree(self, params: Any) -> tuple[optax.GradientTransformation, optax.OptState]:
+        """The transformation and its filled state for a tree of parameters."""
+        optimizer = self.transformation(params)
+        return optimizer, self.fill(optimizer.init(params))
 
     def transformation(self, params: Any) -> optax.GradientTransformation:
         if len(set(self.labels.values())) == 1:
@@ -186,45 +194,67 @@ class _Resumed(NamedTuple):
         """Fill the state with torch's moments and counts."""
 
         def filled(path: tuple, leaf: Any) -> Any:
-            last = max(index for index, key in enumerate(path) if isinstance(key, jax.tree_util.GetAttrKey))
-            field = path[last].name
-            if field == _COUNT:
+            fields = [index for index, key in enumerate(path) if isinstance(key, jax.tree_util.GetAttrKey)]
+            if path[fields[-1]].name == _COUNT:
                 group = next((key.key for key in path if isinstance(key, jax.tree_util.DictKey)), None)
-                return jnp.asarray(self.counts[group or next(iter(self.labels.values()))], leaf.dtype)
-            moment = self.moments[_keys(path[last + 1 :])].get(field)
+                return jnp.asarray(self._count(group or next(iter(self.labels.values()))), leaf.dtype)
+            # The last field may be that of a box around the array, such as `linen.Partitioned`.
+            found = [self.moments.get(_keys(path[index:]), {}).get(path[index].name) for index in fields[-2:]]
+            moment = next((moment for moment in found if moment is not None), None)
             return leaf if moment is None else jnp.asarray(moment, leaf.dtype)
 
         return jax.tree_util.tree_map_with_path(filled, state)
 
+    def _count(self, group: str) -> int:
+        if len(self.counts[group]) > 1:
+            cause = f"the parameters of {group} have made different numbers of steps, {sorted(self.counts[group])}"
+            raise CheckpointError(f"{cause}\noptax counts for all of them: put them into groups of their own")
+        return max(self.counts[group])
+
 
 def _keys(path: tuple) -> tuple:
-    return tuple(getattr(key, "key", getattr(key, "idx", None)) for key in path)
+    """The place of a parameter in a path."""
+    keys = [key for key in path if not isinstance(key, jax.tree_util.GetAttrKey)]
+    return tuple(getattr(key, "key", getattr(key, "idx", None)) for key in keys)
 
 
-def _resumed(
+def resumed(
     state: Mapping[str, Any],
     params: Mapping[str, Parameter],
     names: Sequence[str] | None,
     learning_rate: optax.ScalarOrSchedule | None,
     steps_made: int | None,
-) -> _Resumed:
+) -> Resumed:
+    """Read torch's state dict.
+
+    Args:
+        state, names, learning_rate, steps_made: as for `optax_from_torch`.
+        params: by name; a `place` is the path in the tree of parameters.
+
+    Raises:
+        CheckpointError: as `optax_from_torch`.
+    """
     names = list(params if names is None else names)
     try:
         groups, states = list(state["param_groups"]), state["state"]
         count = sum(len(group["params"]) for group in groups)
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"state is no state dict of an optimizer: it has no {error}\n{_SAVE}") from error
+    kinds = [
+        kind_of_optimizer(group, {name for index in group["params"] for name in states.get(index) or {}})
+        for group in groups
+    ]
     if unknown := [name for name in names if name not in params]:
         raise CheckpointError(f"no parameters are named {listed(unknown)}\nthe parameters: {listed(params)}")
     indices = [index for group in groups for index in group["params"]]
-    used = [index for index in indices if any(value is not None for value in (states.get(index) or {}).values())]
+    used = [index for index in indices if _used(states.get(index) or {})]
     unused = {index for index in indices if index not in used} if used else set()
     if len(names) == count - len(unused):
         named = dict(zip([index for index in indices if index not in unused], names, strict=True))
     elif len(names) == count:
         named = dict(zip(indices, names, strict=True))
         if unused:
-            cause = "torch's optimizer has no state for them, as for frozen or never used parameters"
+            cause = "torch's optimizer has made no step with them, as with frozen or never used parameters"
             words = f"{listed(named[index] for index in indices if index in unused)} are not trained: {cause}"
             warnings.warn(f"{words}. To train them, start a fresh optax optimizer", stacklevel=3)
     else:
@@ -234,31 +264,36 @@ def _resumed(
     moments: dict[tuple, dict[str, np.ndarray]] = {param.place: {} for param in params.values()}
     transformations = {_FROZEN: optax.set_to_zero()}
     counts = {}
-    for number, group in enumerate(groups):
+    for number, (group, kind) in enumerate(zip(groups, kinds, strict=True)):
         label, steps = f"group {number}", set()
-        transformations[label] = _transformation(group, learning_rate)
+        rate = float(group["lr"]) if learning_rate is None else learning_rate
+        transformations[label] = transformation(kind, group, rate)
         for index in group["params"]:
             if index in unused:
                 continue
             param = params[name := named[index]]
             labels[param.place] = label
             kept = states.get(index, {})
-            if others := kept.keys() - _KNOWN:
-                raise CheckpointError(f"{_NONE}: it has {listed(others)}\n{_START_ANEW}")
-            step = kept.get("step", 0)
-            if "step" in kept or ("betas" in group and states):
-                steps.add(int(step if isinstance(step, int | float) else to_numpy("step", step)))
-            for field, theirs in _FIELDS.items():
+            if STEP in kept or ("betas" in group and states):
+                steps.add(_steps(kept))
+            for theirs, field in kind.fields.items():
                 if kept.get(theirs) is not None:
                     moments[param.place][field] = _moment(f"{theirs} of {name}", kept[theirs], param)
-        if len(steps) > 1:
-            cause = f"the parameters of {label} have made different numbers of steps, {sorted(steps)}"
-            raise CheckpointError(f"{cause}\noptax counts for all of them: put them into groups of their own")
-        counts[label] = max(steps, default=steps_made or 0)
+        counts[label] = steps or {steps_made or 0}
         if callable(learning_rate) and not steps and steps_made is None:
             cause = f"{label} does not say how many steps it has made, where the schedule is to go on"
             raise CheckpointError(f"{cause}\ngive steps_made=")
-    return _Resumed(transformations, counts, labels, moments)
+    return Resumed(transformations, counts, labels, moments)
+
+
+def _used(kept: Mapping[str, Any]) -> bool:
+    """Whether a parameter's state comes from a step: Adagrad stores one for each parameter before the first."""
+    return any(value is not None for value in kept.values()) and (STEP not in kept or _steps(kept) > 0)
+
+
+def _steps(kept: Mapping[str, Any]) -> int:
+    step = kept.get(STEP, 0)
+    return int(step if isinstance(step, int | float) else to_numpy(STEP, step))
 
 
 def _moment(name: str, value: Any, param: Parameter) -> np.ndarray:
@@ -266,30 +301,3 @@ def _moment(name: str, value: Any, param: Parameter) -> np.ndarray:
     if array.shape != param.shape:
         raise CheckpointError(f"{name} is {array.shape}, should be {param.shape}\ngive names= in torch's order")
     return param.entry.to_flax(array, param.layer)
-
-
-def _transformation(
-    group: Mapping[str, Any], learning_rate: optax.ScalarOrSchedule | None
-) -> optax.GradientTransformation:
-    """The optimizer of a parameter group."""
-    for setting in ("maximize", "amsgrad", "dampening"):
-        if group.get(setting):
-            cause = f"optax has nothing that equals torch's {setting}={group[setting]}"
-            raise CheckpointError(f"{cause}\ntrain on without it, and say so in param_groups")
-    decay = float(group.get("weight_decay", 0))
-    decays = [optax.add_decayed_weights(decay)] if decay else []
-    rate = optax.scale_by_learning_rate(float(group["lr"]) if learning_rate is None else learning_rate)
-    if "betas" in group and "amsgrad" in group and "momentum_decay" not in group:
-        adam = optax.scale_by_adam(*map(float, group["betas"]), eps=float(group["eps"]))
-        if decay and "decoupled_weight_decay" not in group:
-            remedy = 'say which: set "decoupled_weight_decay" in its param_groups to False for Adam, to True for AdamW'
-            raise CheckpointError(f"an optimizer with weight_decay={decay} that may be Adam or AdamW\n{remedy}")
-        if group.get("decoupled_weight_decay"):
-            return optax.chain(adam, *decays, rate)
-        return optax.chain(*decays, adam, rate)
-    if "nesterov" in group and "dampening" in group:
-        momentum = float(group["momentum"])
-        trace = [optax.trace(momentum, nesterov=bool(group["nesterov"]))] if momentum else []
-        return optax.chain(*decays, *trace, rate)
-    settings = listed(name for name in group if name != "params")
-    raise CheckpointError(f"{_NONE}: its settings are {settings}\n{_START_ANEW}")

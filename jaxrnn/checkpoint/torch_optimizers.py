@@ -1,0 +1,200 @@
+"""One table of torch's optimizers: what tells them, what equals them in optax, and where that keeps torch's state."""
+
+from collections.abc import Callable, Mapping, Set
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxrnn.checkpoint.errors import CheckpointError, listed
+
+STEP = "step"
+_Group = Mapping[str, Any]
+_Steps = list[optax.GradientTransformation]
+
+
+class Kind(NamedTuple):
+    """A row of the table: a kind of optimizer.
+
+    Attributes:
+        name: its class in torch.
+        told_by: its settings, or names in its state, that tell it.
+        lacks: those that tell others.
+        fields: from the names in torch's state to the fields of optax's.
+        step: what makes a step of learning rate 1 of a gradient, from a group's settings.
+        unequal: where optax has nothing that equals it: what differs.
+        nearest: and what of optax is most like it.
+    """
+
+    name: str
+    told_by: Set[str]
+    lacks: Set[str] = frozenset()
+    fields: Mapping[str, str] = {}
+    step: Callable[[_Group], _Steps] = lambda group: []
+    unequal: str = ""
+    nearest: str = ""
+
+
+def _sgd(group: _Group) -> _Steps:
+    if group.get("dampening"):
+        raise _without("dampening", group)
+    momentum = float(group["momentum"])
+    return [optax.trace(momentum, nesterov=bool(group["nesterov"]))] if momentum else []
+
+
+def _adam(group: _Group) -> _Steps:
+    if (decay := group.get("weight_decay")) and "decoupled_weight_decay" not in group:
+        remedy = 'say which: set "decoupled_weight_decay" in its param_groups to False for Adam, to True for AdamW'
+        raise CheckpointError(f"an optimizer with weight_decay={decay} that may be Adam or AdamW\n{remedy}")
+    b1, b2, eps = _betas_and_eps(group)
+    if not group["amsgrad"]:
+        return [optax.scale_by_adam(b1, b2, eps)]
+    moments = optax.scale_by_amsgrad(b1, b2)
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        _, new = moments.update(updates, state)
+        # optax takes the maximum of corrected moments, torch corrects the maximum.
+        new = new._replace(nu_max=jax.tree.map(jnp.maximum, state.nu_max, new.nu))
+        mu = optax.tree.bias_correction(new.mu, b1, new.count)
+        nu = optax.tree.bias_correction(new.nu_max, b2, new.count)
+        return jax.tree.map(lambda mu, nu: mu / (jnp.sqrt(nu) + eps), mu, nu), new
+
+    return [optax.GradientTransformation(moments.init, update)]
+
+
+def _adamax(group: _Group) -> _Steps:
+    return [optax.scale_by_adamax(*_betas_and_eps(group))]
+
+
+def _radam(group: _Group) -> _Steps:
+    b1, b2, eps = _betas_and_eps(group)
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        # torch adds eps before it corrects the second moment, optax after. 1.0 keeps eps weakly typed, as a float is.
+        corrected = eps / jnp.sqrt(1 - b2 ** (state.count + 1.0))
+        return optax.scale_by_radam(b1, b2, corrected).update(updates, state)
+
+    return [optax.GradientTransformation(optax.scale_by_radam(b1, b2).init, update)]
+
+
+def _rmsprop(group: _Group) -> _Steps:
+    scale = optax.scale_by_stddev if group["centered"] else optax.scale_by_rms
+    momentum = float(group["momentum"])
+    trace = [optax.trace(momentum)] if momentum else []
+    return [scale(float(group["alpha"]), float(group["eps"]), eps_in_sqrt=False), *trace]
+
+
+def _adagrad(group: _Group) -> _Steps:
+    eps, decay = float(group["eps"]), float(group["lr_decay"])
+    sums = optax.scale_by_rss(float(group["initial_accumulator_value"]))
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        _, new = sums.update(updates, state)
+        # optax adds eps inside the root.
+        return jax.tree.map(lambda g, squares: g / (jnp.sqrt(squares) + eps), updates, new.sum_of_squares), new
+
+    slower = [optax.scale_by_schedule(lambda count: 1 / (1 + count * decay))] if decay else []
+    return [optax.GradientTransformation(sums.init, update), *slower]
+
+
+def _adadelta(group: _Group) -> _Steps:
+    return [optax.scale_by_adadelta(float(group["rho"]), float(group["eps"]))]
+
+
+def _betas_and_eps(group: _Group) -> tuple[float, float, float]:
+    b1, b2 = map(float, group["betas"])
+    return b1, b2, float(group["eps"])
+
+
+_MOMENTS = {"exp_avg": "mu", "exp_avg_sq": "nu"}
+_TABLE = (
+    Kind("SGD", {"momentum", "dampening", "nesterov"}, fields={"momentum_buffer": "trace"}, step=_sgd),
+    Kind(
+        "Adam, AdamW",
+        {"betas", "amsgrad"},
+        lacks={"momentum_decay"},
+        fields=_MOMENTS | {"max_exp_avg_sq": "nu_max"},
+        step=_adam,
+    ),
+    Kind("Adamax", {"betas", "eps", "exp_inf"}, fields={"exp_avg": "mu", "exp_inf": "nu"}, step=_adamax),
+    Kind(
+        "RAdam",
+        {"betas", "decoupled_weight_decay"},
+        lacks={"amsgrad", "momentum_decay"},
+        fields=_MOMENTS,
+        step=_radam,
+    ),
+    Kind(
+        "RMSprop",
+        {"alpha", "centered", "momentum"},
+        lacks={"lr_in_momentum"},  # of timm's, which adds eps inside the root
+        fields={"square_avg": "nu", "grad_avg": "mu", "momentum_buffer": "trace"},
+        step=_rmsprop,
+    ),
+    Kind("Adagrad", {"lr_decay", "initial_accumulator_value"}, fields={"sum": "sum_of_squares"}, step=_adagrad),
+    Kind("Adadelta", {"rho", "eps"}, fields={"square_avg": "e_g", "acc_delta": "e_x"}, step=_adadelta),
+    Kind("NAdam", {"momentum_decay"}, unequal="its momentum grows, by momentum_decay", nearest="nadam"),
+    Kind(
+        "SparseAdam",
+        {"betas", "eps"},
+        lacks={"weight_decay", "amsgrad"},
+        unequal="it skips the rows that a sparse gradient lacks",
+        nearest="adam",
+    ),
+    Kind("ASGD", {"lambd", "t0"}, unequal="it decays parameters and rate by lambd, alpha and t0", nearest="sgd"),
+    Kind(
+        "Rprop",
+        {"etas", "step_sizes"},
+        unequal="optax.rprop makes each step one gradient later",
+        nearest="rprop",
+    ),
+    Kind("LBFGS", {"history_size"}, unequal="it computes the loss several times a step", nearest="lbfgs"),
+    Kind("Adafactor", {"beta2_decay"}, unequal="it caps the learning rate at 1 / sqrt(step)", nearest="adafactor"),
+    Kind("Muon", {"ns_steps"}, unequal="it makes matrices orthogonal in bfloat16", nearest="contrib.muon"),
+)
+_KNOWN = listed(kind.name for kind in _TABLE if not kind.unequal)
+_START_ANEW = "start a fresh optax optimizer on the loaded parameters"
+
+
+def kind_of_optimizer(group: _Group, state: Set[str]) -> Kind:
+    """The table's row for a group of parameters.
+
+    Args:
+        group: its settings.
+        state: the names under which the state of its parameters is stored.
+
+    Raises:
+        CheckpointError: optax has nothing that equals it, or it is not known.
+    """
+    present = group.keys() | state
+    kind = next((kind for kind in _TABLE if kind.told_by <= present and not kind.lacks & present), None)
+    if kind is None:
+        settings = listed(name for name in group if name != "params")
+        raise CheckpointError(f"an optimizer not known as one of {_KNOWN}: its settings are {settings}\n{_START_ANEW}")
+    if kind.unequal:
+        cause = f"optax has nothing that equals torch's {kind.name}: {kind.unequal}"
+        raise CheckpointError(f"{cause}\n{_START_ANEW}, such as optax.{kind.nearest}")
+    if others := state - kind.fields.keys() - {STEP}:
+        raise CheckpointError(f"an optimizer not known as one of {_KNOWN}: it has {listed(others)}\n{_START_ANEW}")
+    return kind
+
+
+def transformation(kind: Kind, group: _Group, learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
+    """The optax transformation that equals torch's, for a group's settings.
+
+    Raises:
+        CheckpointError: optax has nothing that equals a setting, or it is not known whether weight decay is decoupled.
+    """
+    if group.get("maximize"):
+        raise _without("maximize", group)
+    decay = float(group.get("weight_decay", 0))
+    decays = [optax.add_decayed_weights(decay)] if decay else []
+    step, rate = kind.step(group), optax.scale_by_learning_rate(learning_rate)
+    return optax.chain(*([*step, *decays] if group.get("decoupled_weight_decay") else [*decays, *step]), rate)
+
+
+def _without(setting: str, group: _Group) -> CheckpointError:
+    """The refusal of a setting."""
+    cause = f"optax has nothing that equals torch's {setting}={group[setting]}"
+    return CheckpointError(f"{cause}\ntrain on without it, and say so in param_groups")
