@@ -106,7 +106,8 @@ CONTINUED: list[tuple[str, dict[str, Any]]] = [
     ("Adamax", {}),
     ("RAdam", {}),
     ("RAdam", {"decoupled_weight_decay": True}),
-    ("RMSprop", {}),
+    ("AdamW", {"maximize": True}),
+    ("RMSprop", {"maximize": True}),
     ("RMSprop", {"centered": True}),
     ("RMSprop", {"momentum": 0.9, "alpha": 0.8}),
     ("RMSprop", {"momentum": 0.9, "centered": True}),
@@ -272,6 +273,11 @@ def _state(**changes: Any) -> dict[str, Any]:
     return {"state": {0: {"step": np.array(2.0), **moments}, 1: {"step": 2}}, "param_groups": [group]}
 
 
+def _sgd(**settings: Any) -> dict[str, Any]:
+    group = {"lr": 0.1, "momentum": 0.9, "dampening": 0, "nesterov": False, "params": [0, 1]}
+    return {"state": {}, "param_groups": [group | settings]}
+
+
 def _undecided() -> dict[str, Any]:
     """As torch wrote it before it said which of the two it is."""
     state = _state()
@@ -284,13 +290,13 @@ def _undecided() -> dict[str, Any]:
     [
         ({}, "state is no state dict of an optimizer: it has no 'param_groups'"),
         (_state(params=[0]), "torch's optimizer has 1 parameters, and 2 are named: weight_ih_l0, weight_hh_l0"),
-        (_state(maximize=True), "optax has nothing that equals torch's maximize=True"),
         (_state(params=[1, 0]), r"exp_avg of weight_hh_l0 is \(12, 2\), should be \(12, 3\)"),
         (_state() | {"state": {0: {"step": 1}, 1: {"step": 2}}}, "have made different numbers of steps, "),
         (
             {"state": {}, "param_groups": [{"lr": 0.1, "alpha": 0.9, "params": [0, 1]}]},
             "an optimizer not known as one of SGD, Adam, AdamW, .*: its settings are lr, alpha\nstart a fresh optax",
         ),
+        (_sgd(dampening=0.5), "optax has nothing that equals torch's dampening=0.5\nset it to 0 in param_groups"),
         (
             _undecided(),
             "an optimizer with weight_decay=0.1 that may be Adam or AdamW",

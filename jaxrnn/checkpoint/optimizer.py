@@ -33,7 +33,7 @@ def optax_from_torch(
     """Make the optax optimizer that continues where torch's stopped, for parameters with torch's names and layouts.
 
     Knows torch.optim.SGD, Adam, AdamW, Adamax, RAdam, RMSprop, Adagrad and Adadelta, with all their settings but for
-    dampening and `maximize`, and parameter groups.
+    dampening, and parameter groups.
 
     Args:
         state: torch's `optimizer.state_dict()`, with tensors of torch, numpy or jax.

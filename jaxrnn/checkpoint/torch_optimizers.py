@@ -38,7 +38,8 @@ class Kind(NamedTuple):
 
 def _sgd(group: _Group) -> _Steps:
     if group.get("dampening"):
-        raise _without("dampening", group)
+        cause = f"optax has nothing that equals torch's dampening={group['dampening']}"
+        raise CheckpointError(f"{cause}\nset it to 0 in param_groups to train on without it")
     momentum = float(group["momentum"])
     return [optax.trace(momentum, nesterov=bool(group["nesterov"]))] if momentum else []
 
@@ -186,15 +187,8 @@ def transformation(kind: Kind, group: _Group, learning_rate: optax.ScalarOrSched
     Raises:
         CheckpointError: optax has nothing that equals a setting, or it is not known whether weight decay is decoupled.
     """
-    if group.get("maximize"):
-        raise _without("maximize", group)
     decay = float(group.get("weight_decay", 0))
     decays = [optax.add_decayed_weights(decay)] if decay else []
+    sign = [optax.scale(-1.0)] if group.get("maximize") else []
     step, rate = kind.step(group), optax.scale_by_learning_rate(learning_rate)
-    return optax.chain(*([*step, *decays] if group.get("decoupled_weight_decay") else [*decays, *step]), rate)
-
-
-def _without(setting: str, group: _Group) -> CheckpointError:
-    """The refusal of a setting."""
-    cause = f"optax has nothing that equals torch's {setting}={group[setting]}"
-    return CheckpointError(f"{cause}\ntrain on without it, and say so in param_groups")
+    return optax.chain(*sign, *([*step, *decays] if group.get("decoupled_weight_decay") else [*decays, *step]), rate)
