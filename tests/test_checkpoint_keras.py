@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from arrays import normal
 from comparing import assert_close
+from memory import memory_to_refuse
 
 import jaxrnn
 from jaxrnn.checkpoint import CheckpointError, find_rnns, load
@@ -215,6 +216,11 @@ def test_damaged_and_hostile_files_are_refused(name: str, tmp_path: Path) -> Non
     data, words = HOSTILE[name]
     with pytest.raises(CheckpointError, match=rf"model\.h5: .*{words}.*\n"):
         load(_saved(tmp_path, data))
+
+
+def test_bombs_take_no_memory(tmp_path: Path) -> None:
+    names = ["a cycle", "huge, not stored", "huge, compressed", "a deep config", "a zip bomb"]
+    assert memory_to_refuse([_saved(tmp_path, HOSTILE[n][0], f"{n}.h5") for n in names], "pyfive") < 100_000_000
 
 
 def test_links_to_other_files_are_not_followed(tmp_path: Path) -> None:

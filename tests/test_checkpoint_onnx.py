@@ -16,9 +16,11 @@ from arrays import named, normal, parameters
 from comparing import assert_close
 from flax import nnx
 from making import filled, filled_variables
+from memory import memory_to_refuse
 
 import jaxrnn
 from jaxrnn.checkpoint import CheckpointError, find_rnns, load, to_onnx
+from jaxrnn.checkpoint.dialects import DIALECTS
 
 onnx = pytest.importorskip("onnx", reason="onnx is not installed")
 CELLS = {"LSTM": jaxrnn.LSTM_CELL, "GRU": jaxrnn.GRU_CELL, "RNN": jaxrnn.RNN_TANH}
@@ -213,6 +215,13 @@ def test_damaged_and_hostile_files_are_refused(name: str, tmp_path: Path) -> Non
         load(tmp_path / "model.onnx")
 
 
+def test_bombs_take_no_memory(tmp_path: Path) -> None:
+    for name in ("a bomb", "a chain"):
+        (tmp_path / name).write_bytes(HOSTILE[name](b""))
+    paths = [tmp_path / name for name in ("a bomb", "a chain")]
+    assert memory_to_refuse(paths, "onnx onnx.reference") < 100_000_000
+
+
 def test_mutated_files_are_read_or_refused(tmp_path: Path) -> None:
     random_numbers, path = random.Random(0), tmp_path / "model.onnx"
     data = _model(_exported("one"), _weights("GRU", "a", directions=2) | _weights("GRU", "b", 6, 2)).SerializeToString()
@@ -293,6 +302,38 @@ def test_linen_and_what_onnx_has_not(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["model.onnx"]
     with pytest.raises(CheckpointError, match="no such file"):
         to_onnx(module, tmp_path / "nowhere" / "model.onnx", variables)
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+def test_torch_to_flax_to_keras_to_onnx_to_torch(kind: str, torch: Any, tmp_path: Path) -> None:
+    """Weights bit for bit; biases too, once they are added up, within one rounding of their sum."""
+    torch.manual_seed(0)
+    theirs = getattr(torch.nn, kind)(F, H, 2, bidirectional=True, dtype=torch.float64)
+    module = jaxrnn.from_torch(theirs)
+    params = {name: np.asarray(value[...]) for name, value in nnx.to_flat_state(nnx.state(module))}
+    params = {name[0]: value for name, value in params.items()}
+    for library, cell in (("flax.nnx" if kind == "LSTM" else "flax.linen", f"{kind}Cell"), ("keras", kind)):
+        dialect = DIALECTS[library, cell]
+        for layer in range(2):
+            for direction in range(2):
+                names = module.spec.names(layer, direction)
+                back = dialect.read(dialect.write({role: params[name] for role, name in names.items()}))
+                params |= {names[role]: array for role, array in back.items()}
+    nnx.update(module, nnx.State({name: jnp.asarray(value) for name, value in params.items()}))
+    to_onnx(module, tmp_path / "model.onnx")
+    again = getattr(torch.nn, kind)(F, H, 2, bidirectional=True, dtype=torch.float64)
+    again.load_state_dict({name: torch.tensor(value) for name, value in load(tmp_path / "model.onnx").items()})
+    for (name, before), after in zip(theirs.state_dict().items(), again.state_dict().values(), strict=True):
+        if name.startswith("weight"):
+            assert torch.equal(before, after), name
+        elif name.startswith("bias_ih"):
+            other = name.replace("ih", "hh")
+            wanted, found = (each.state_dict()[name] + each.state_dict()[other] for each in (theirs, again))
+            assert_close(found.numpy(), wanted.numpy(), rtol=2**-52, atol=0)
+    x = torch.tensor(normal(5, 2, F))
+    with torch.no_grad():
+        assert_close(again(x)[0].numpy(), theirs(x)[0].numpy(), atol=1e-15)
 
 
 def test_around_and_back_bit_for_bit(tmp_path: Path) -> None:

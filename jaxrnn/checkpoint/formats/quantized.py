@@ -61,8 +61,9 @@ def _unpacked(tensors: Mapping[str, Any], halves: list[str]) -> dict[str, Any]:
 def _named(weight: str, bias: str, packed: Any) -> dict[str, Any]:
     """A weight and its bias, which may be None."""
     pair = packed.contents() if isinstance(packed, Packed) else packed
-    if len(pair) != 2 or not isinstance(pair[0], StoredTensor | Other):
-        raise ValueError("no weight")
+    tensors = [each for each in pair if isinstance(each, StoredTensor | Other)]
+    if len(pair) != 2 or not tensors or pair[0] is not tensors[0] or len(tensors) + (pair[1] is None) != 2:
+        raise ValueError("what is no weight and bias")
     return {weight: pair[0]} | ({} if pair[1] is None else {bias: pair[1]})
 
 
@@ -129,8 +130,8 @@ class Plan:
             if scheme == _PER_CHANNEL and all(isinstance(each, StoredTensor) for each in (scale, zero)):
                 scale_name, zero_name = f"{name}\0scale", f"{name}\0zero"
                 plan.stored.update({name: tensor, scale_name: scale, zero_name: zero})
-                plan.scales[name] = scale_name, zero_name, int(axis[0])
-            elif scheme == _AFFINE and type(scale) is float and type(zero) is int:
+                plan.scales[name] = scale_name, zero_name, axis[0]
+            elif scheme == _AFFINE and type(scale) is float and type(zero) is int and abs(zero) < 1 << 31:
                 plan.stored[name] = tensor
                 plan.scales[name] = scale, zero, 0
         return plan
@@ -141,12 +142,15 @@ class Plan:
         found, worst = {name: array for name, array in arrays.items() if name not in beside}, 0.0
         for name, (scale, zero, axis) in self.scales.items():
             array = read(arrays[name])
-            if isinstance(scale, str):
-                along = [1] * array.ndim
-                along[axis] = -1
-                scale, zero = (read(arrays[each]).reshape(along) for each in (scale, zero))
-            scale = np.asarray(scale, np.float32)
-            found[name] = (array.astype(np.float32) - np.asarray(zero, np.float32)) * scale
+            try:
+                if isinstance(scale, str):
+                    along = [1] * array.ndim
+                    along[axis] = array.shape[axis]
+                    scale, zero = (read(arrays[each]).reshape(along) for each in (scale, zero))
+                scale = np.asarray(scale, np.float32)
+                found[name] = (array.astype(np.float32) - np.asarray(zero, np.float32)) * scale
+            except (ValueError, TypeError, IndexError) as error:
+                raise CheckpointError(f"damaged: the scales of {name} do not fit it: {error}\n{AGAIN}") from error
             worst = max(worst, float(np.max(scale, initial=0)) / 2)
         words = [f"the weights of {listed(self.halves)} are rounded to float16"] if self.halves else []
         if self.scales:
