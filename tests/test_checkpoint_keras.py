@@ -148,6 +148,13 @@ def test_what_weights_do_not_hold_is_said(kind: str, settings: dict[str, Any], w
     assert len(find_rnns(tensors)) == ("left out" not in words)
 
 
+def test_a_layer_of_cudnn_is_left_out(tmp_path: Path) -> None:
+    arrays = [*_arrays("LSTM", bias=False), normal(8 * H)]
+    groups = {"cu_dnnlstm_1/cu_dnnlstm_1": arrays, "lstm_1/lstm_1": _arrays("LSTM")}
+    with pytest.warns(UserWarning, match=r"left out.*: cu_dnnlstm_1 \(CuDNNLSTM's layout\)"):
+        assert [rnn.prefix for rnn in find_rnns(load(_saved(tmp_path, _hdf5(groups))))] == ["lstm_1."]
+
+
 def test_halves_that_are_not_concatenated(tmp_path: Path) -> None:
     layer = {
         "class_name": "Bidirectional",

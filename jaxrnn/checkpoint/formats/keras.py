@@ -262,6 +262,8 @@ def _kind(layer: _Layer) -> tuple[str, list[str]]:
         if (value := settings.get(setting, values[0])) not in values:
             reasons.append(f"{setting}={value}"[:80])
     bias = layer.arrays.get("bias")
+    if bias is not None and bias.shape == (2 * columns,):
+        return kind, [f"CuDNN{kind}'s layout"]
     if kind == "GRU" and not settings.get("reset_after", bias is None or bias.ndim == 2):
         reasons.append("reset_after=False, another GRU")
     return kind, reasons
