@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from jaxrnn._tables import print_table
 from jaxrnn._version import __version__
 from jaxrnn.checkpoint import CheckpointError, FoundRNN, find_rnns, fold, save
 from jaxrnn.checkpoint.check import LIMIT, check, installed_torch
@@ -211,19 +212,11 @@ def _print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print a table whose first column is a prefix, which may hold any text. No prefix is ever split over lines."""
     rows = [(_printable(prefix) or '""', *row) for prefix, *row in rows]
     table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False, show_edge=False)
-    table.add_column(columns[0], no_wrap=True)
-    for name in columns[1:]:
-        table.add_column(name, justify="left" if name in ("kind", "dtype", "verdict") else "right", no_wrap=True)
+    for name in columns:
+        table.add_column(name, justify="left" if name in ("prefix", "kind", "dtype", "verdict") else "right")
     for row in rows:
         table.add_row(*row)
-    plain: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False}  # a prefix may look like markup
-    console = Console(**plain)
-    width = console.measure(table, options=console.options.update(max_width=sys.maxsize)).maximum
-    if not console.is_terminal or width <= console.width:
-        Console(**plain, width=width).print(table)
-        return
-    for row in rows:
-        print(*(f"{name}: {value}" for name, value in zip(columns, row, strict=True)), sep="\n", end="\n\n")
+    print_table(table, Console(markup=False, emoji=False, highlight=False))  # a prefix may look like markup
 
 
 def _print_assumed(found: list[FoundRNN]) -> None:

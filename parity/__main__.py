@@ -156,10 +156,11 @@ def _model(options: argparse.Namespace) -> int:
         print(error, file=sys.stderr)
         return 2
     options.live = options.live or "cpu"
+    cases = [model.with_limit(case, options.live) for case in cases]
     return _judge(cases, [], ["float64"], options)
 
 
-def _judge(cases: list[Case], runs: list[training.Run], dtypes: Sequence[str], options: argparse.Namespace) -> int:
+def _judge(cases: Sequence[Case], runs: list[training.Run], dtypes: Sequence[str], options: argparse.Namespace) -> int:
     """Compare, and say what came of it."""
     outcomes, trained, torch = _outcomes(cases, runs, options.side, dtypes, options.live)
     report = Report.of(options.side, outcomes, trained, torch, _places(outcomes, options.side))
@@ -200,7 +201,7 @@ def _compile(cases: list[Case], dtypes: Sequence[str], console: Console, out: Pa
 
 
 def _outcomes(
-    cases: list[Case], runs: list[training.Run], side: str, dtypes: Sequence[str], live: str | None
+    cases: Sequence[Case], runs: list[training.Run], side: str, dtypes: Sequence[str], live: str | None
 ) -> tuple[list[Outcome], list[training.Trained], str]:
     """The outcomes of the cases and of the training runs, in their order, and which torch they were compared with."""
     columns = (*Progress.get_default_columns(), MofNCompleteColumn())

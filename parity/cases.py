@@ -79,6 +79,7 @@ class Case:
         way: how the sequence is fed, a key of `WAYS`.
         lengths: of the rows, for the ways that have any.
         second: whether it is differentiated twice, and forward: see `tangents`.
+        limit: the largest float64 error that counts as right; None for that of all cases.
     """
 
     name: str
@@ -92,6 +93,7 @@ class Case:
     way: str = "whole"
     lengths: tuple[int, ...] | None = None
     second: bool = False
+    limit: float | None = None
 
     @property
     def inexact(self) -> str | None:

@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxrnn._compat import tpu_devices
+from jaxrnn._tables import print_table
 
 from . import sides
 from .cases import Case
@@ -166,7 +167,7 @@ def show(found: Sequence[Program], console: Console) -> int:
         table.add_column(heading, justify="right", no_wrap=True)
     for program in sorted(found, key=lambda program: -program.operations)[:10]:
         table.add_row(program.name, f"{program.memory:,} bytes", f"{program.operations:,}", str(program.collectives))
-    console.print(table)
+    print_table(table, console)
     failures = [program for program in found if program.problem]
     for program in failures:
         console.print(f"[red]FAIL[/] {program.name}: ", program.problem, sep="", highlight=False, soft_wrap=True)

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 import jaxrnn
+from jaxrnn._tables import print_table
 
 from .cases import ENOUGH, LONG
 from .compare import Histogram, Outcome, Row, histograms, pool, products_are_float32
@@ -38,6 +39,7 @@ class Report:
         histograms: errors by their size.
         drift: the error over time of long sequences and of what failed: `{"RNN-long in float32": {"torch": [...]}}`.
         environment: versions and the device.
+        limits: of cases with a limit of their own in float64.
     """
 
     side: str
@@ -50,6 +52,7 @@ class Report:
     histograms: list[Histogram]
     drift: dict[str, dict[str, list[float]]]
     environment: dict[str, str]
+    limits: dict[str, float]
 
     @classmethod
     def of(
@@ -79,6 +82,7 @@ class Report:
             histograms=histograms(outcomes),
             drift={name: lines for outcome in shown for name, lines in _drift(outcome, side).items()},
             environment=_environment(torch),
+            limits={outcome.case.name: outcome.case.limit for outcome in outcomes if outcome.case.limit is not None},
         )
 
     @property
@@ -94,6 +98,12 @@ class Report:
         exact = [row.float64 for row in self.overall if row.float64 is not None]
         if exact:
             words.append(f"In float64 they are at most {max(exact):.1e} apart.")
+        if self.limits:
+            name = max(self.limits, key=lambda name: self.limits[name])
+            words.append(
+                f"Up to {self.limits[name]:.0e} counts as right for {name}: so much may change in torch's own results "
+                "when hidden units are renumbered."
+            )
         for overall in self.overall:
             if overall.worst is None:
                 continue
@@ -143,7 +153,7 @@ class Report:
                     cells = [f"{row.count:,}", *("" if number is None else f"{number:.1e}" for number in numbers)]
                     cells.append("" if row.ratio is None else f"{row.ratio:.2f}")
                     table.add_row(f" {row.quantity}", *cells, style="red" if row.name in self.failures else "")
-            console.print(table)
+            print_table(table, console)
         if self.training:
             title = f"training for {STEPS} steps in float64, in step with torch"
             table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
@@ -154,7 +164,7 @@ class Report:
                 means = (f"{mean:.4f}" for mean in (run.first, run.torch, run.ours))
                 style = "red" if run.name in self.failures else ""
                 table.add_row(run.name, *means, f"{run.losses:.1e}", f"{run.weights:.1e}", style=style)
-            console.print(table)
+            print_table(table, console)
         for name, failure in self.failures.items():
             console.print(f"[red]FAIL[/] {name}: ", failure, sep="", highlight=False, soft_wrap=True)
         for name, place in self.places.items():

@@ -32,6 +32,7 @@ from rich.progress import track
 from rich.table import Table
 
 import jaxrnn
+from jaxrnn._tables import print_table
 
 from .workloads import WORKLOADS, Torch, Workload, forms, torch_device
 
@@ -244,7 +245,7 @@ class Results:
             cells += [" ".join(f"{_figure(timed.temporary_mb):>6}" for timed in both)]
             cells += [" ".join(f"{_figure(timed.compile_s):>6}" for timed in both)]
             table.add_row(workload, program, *cells, f"{100 * both[0].share:.0f}")
-        console.print(table)
+        print_table(table, console)
         others = "".join(f", {rate:.0f} {side}" for side, rate in rates.items() if side in ("sharded", "torch"))
         lines = [
             "Ratios: their time over that of our one device; torch's, on all cores, over the faster of ours.",
@@ -351,7 +352,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = f"python -m {__pack
                 "summary": results.summary(),
             }
             options.json.write_text(json.dumps(everything, indent=1) + "\n")
-    results.show(Console(width=None if sys.stdout.isatty() else 170), rates)
+    results.show(Console(), rates)
     print(", ".join(f"{name} {value}" for name, value in _environment().items()))
     if left_out:
         print(f"Not to be had here: {', '.join(EXTRAS.get(side, side) for side in left_out)}.")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from comparing import assert_close
 
 import jaxrnn
 from parity import __main__ as runner
@@ -81,6 +82,73 @@ def test_a_fault_in_a_model_is_located(
     printed = capsys.readouterr().out
     assert "FAIL decoder (GRU) on random inputs: h_n in float64 is off by" in printed
     assert "WHERE decoder (GRU) on random inputs: first off at only h_n; no known mistake" in printed
+
+
+def _chaotic(tmp_path: Path, scale: float, cell: jaxrnn.Cell, steps: int = 40, **settings: int) -> list[model.Module]:
+    """Weights so large that rounding errors grow from step to step."""
+    specs: Specs = {"a.": jaxrnn.Spec(cell, 3, 12, num_layers=2, bidirectional=True, **settings)}
+    random = np.random.RandomState(0)
+    tensors = _tensors(specs, lambda shape: random.uniform(-scale, scale, shape))
+    jaxrnn.checkpoint.save(tmp_path / "a.pt", {name: array.astype(np.float64) for name, array in tensors.items()})
+    np.save(tmp_path / "x.npy", random.standard_normal((steps, 2, 3)))
+    return model.cases(str(tmp_path / "a.pt"), None, str(tmp_path / "x.npy"))
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize(("cell", "settings"), [(jaxrnn.GRU_CELL, {}), (jaxrnn.LSTM_CELL, {"proj_size": 5})])
+def test_renumbering_changes_nothing_but_rounding(
+    cell: jaxrnn.Cell, settings: dict[str, int], torch: types.ModuleType, tmp_path: Path
+) -> None:
+    for case in _chaotic(tmp_path, 0.3, cell, **settings):
+        renumbering = model.Renumbering(case, seed=0)
+        found, wanted = (sides.run_torch(each, "float64") for each in (renumbering.case, case))
+        assert_close({name: renumbering.back(name, array) for name, array in found.items()}, wanted, atol=1e-13)
+        assert all(not np.array_equal(found[name], wanted[name]) for name in wanted if name != "input.grad")
+        assert model.with_limit(case, "cpu").limit is None
+    cell_spec: Specs = {"c.": jaxrnn.CellSpec(cell, 3, 12)}
+    jaxrnn.checkpoint.save(tmp_path / "c.pt", _tensors(cell_spec, np.random.RandomState(0).standard_normal))
+    [case] = model.cases(str(tmp_path / "c.pt"), None, None)
+    assert model.with_limit(case, "cpu").limit is None
+
+
+@pytest.mark.torch
+def test_the_limit_is_what_the_model_allows(
+    torch: types.ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """torch's own results, renumbered and renumbered back, stand for ours: right, but not to 1e-12."""
+    [_, case] = _chaotic(tmp_path, 10.0, jaxrnn.GRU_CELL)
+    limit = model.with_limit(case, "cpu").limit
+    assert limit is not None
+    assert 1e-11 < limit < 1e-7
+    mistake = 0.0
+
+    def right(case: Case, dtype: str) -> Arrays:
+        assert isinstance(case, model.Module)
+        again = model.Renumbering(case, seed=99)
+        found = {name: again.back(name, array) for name, array in sides.run_torch(again.case, dtype).items()}
+        return found | {"h_n": found["h_n"] + mistake}
+
+    monkeypatch.setitem(sides.SIDES, "jaxrnn", right)
+    arguments = ["--model", str(tmp_path / "a.pt"), "--inputs", str(tmp_path / "x.npy")]
+    monkeypatch.setenv("COLUMNS", "20")
+    assert runner.main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert " a (GRU) on given inputs " in printed  # a name is never folded
+    printed = " ".join(printed.split())
+    assert f"Up to {limit:.0e} counts as right for a (GRU) on given inputs" in printed
+    mistake = 3 * limit
+    assert runner.main(arguments) == 1
+    assert "FAIL a (GRU) on given inputs: h_n in float64 is off by" in capsys.readouterr().out
+
+
+@pytest.mark.torch
+def test_chaos_is_not_judged(
+    torch: types.ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _chaotic(tmp_path, 10.0, jaxrnn.GRU_CELL, steps=300)
+    monkeypatch.setitem(sides.SIDES, "jaxrnn", sides.run_torch)
+    assert runner.main(["--model", str(tmp_path / "a.pt"), "--inputs", str(tmp_path / "x.npy")]) == 1
+    assert "FAIL a (GRU) on given inputs: not to be judged: torch's own results change by" in capsys.readouterr().out
 
 
 @pytest.mark.torch
