@@ -25,6 +25,7 @@ from jaxrnn.checkpoint import CheckpointError, FoundRNN, find_rnns, fold, save
 from jaxrnn.checkpoint.check import LIMIT, check, installed_torch
 from jaxrnn.checkpoint.errors import about, listed
 from jaxrnn.checkpoint.files import Tensors, opened
+from jaxrnn.checkpoint.flax_cells import with_torchs_names
 from jaxrnn.checkpoint.formats.reading import Reading
 from jaxrnn.checkpoint.names import under
 from jaxrnn.checkpoint.stored import Value, equal, not_finite, read
@@ -175,7 +176,7 @@ def _found(path: str, tensors: Tensors) -> list[FoundRNN]:
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
-    found = _found(arguments.file, _load(arguments.file, arguments.key, arguments))
+    found = _found(arguments.file, with_torchs_names(_load(arguments.file, arguments.key, arguments)))
     if arguments.json:
         names = ["prefix", "input_size", "hidden_size", "num_layers", "bidirectional", "bias", "proj_size"]
         names += ["num_parameters", "assumed", "beside"]
@@ -234,6 +235,7 @@ def _convert(arguments: argparse.Namespace) -> int:
         raise CheckpointError(f"{arguments.out}: it exists already\ngive another name, or --force to replace it")
     tensors = _load(arguments.file, arguments.key, arguments)
     if arguments.only_rnn:
+        tensors = with_torchs_names(tensors)
         found = _found(arguments.file, tensors)
         tensors = {key: tensors[key] for key in (rnn.prefix + name for rnn in found for name in rnn.spec.shapes())}
     prefix = arguments.prefix
@@ -317,7 +319,7 @@ def _difference(one: Value | None, other: Value | None) -> str:
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    tensors = _load(arguments.file, arguments.key, arguments)
+    tensors = with_torchs_names(_load(arguments.file, arguments.key, arguments))
     found = _found(arguments.file, tensors)
     torch = installed_torch()
     checked = [check(rnn, tensors, torch) for rnn in found]

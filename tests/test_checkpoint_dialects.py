@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import os
 import types
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,10 +14,11 @@ import pytest
 from arrays import normal, parameters
 from comparing import assert_close
 from flax import linen, nnx
-from flax.traverse_util import unflatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 import jaxrnn
-from jaxrnn.checkpoint import CheckpointError
+from jaxrnn.__main__ import main
+from jaxrnn.checkpoint import CheckpointError, load, save
 from jaxrnn.checkpoint.dialects import DIALECTS, Weights, from_flat, to_flat
 
 F, H, T, N = 3, 4, 5, 2
@@ -211,6 +213,40 @@ def test_a_linen_module_as_ours(name: str) -> None:
     variables = jax.tree.map(lambda a: jnp.asarray(normal(*a.shape), jnp.float32), shapes)
     ours, converted = jaxrnn.from_flax(theirs, variables)
     assert_close(ours.apply(converted, x)[0], theirs.apply(variables, x), atol=1e-5)
+
+
+def test_weights_alone_as_ours() -> None:
+    x = jnp.asarray(X, jnp.float32)
+    theirs = LINEN["both ways"]()
+    shapes = jax.eval_shape(theirs.init, jax.random.key(0), x)
+    variables = jax.tree.map(lambda a: jnp.asarray(normal(*a.shape), jnp.float32), shapes)
+    for weights in (variables, variables["params"], flatten_dict(variables["params"], sep=".")):
+        ours, converted = jaxrnn.from_flax(weights)
+        assert ours.bidirectional
+        assert_close(ours.apply(converted, x)[0], theirs.apply(variables, x), atol=1e-5)
+    for make, name in ((NNX["optimized, time-major"], "LSTM"), (NNX["relu"], "RNN"), (NNX["both ways"], "GRU")):
+        module = make(nnx.Rngs(0))
+        assert_close(
+            jaxrnn.state_dict(jaxrnn.from_flax(nnx.state(module))), jaxrnn.state_dict(jaxrnn.from_flax(module)), atol=0
+        )
+        assert type(jaxrnn.from_flax(nnx.state(module))).__name__ == name
+    two = {"a": variables["params"], "b": variables["params"]}
+    with pytest.raises(CheckpointError, match=r"but its cells are a\.backward_rnn\.cell\., "):
+        jaxrnn.from_flax(two)
+    with pytest.raises(CheckpointError, match=r"its cells are none; the names are kernel"):
+        jaxrnn.from_flax({"kernel": np.ones((2, 2))})
+
+
+def test_the_command_line_finds_flaxs_cells(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weights = {name: a.astype("f4") for name, a in DIALECTS["flax.linen", "GRUCell"].write(_weights("GRU")).items()}
+    tree = {f"params.encoder.cell.{name}": a for name, a in weights.items()} | {"params.head.kernel": np.ones((4, 2))}
+    save(tmp_path / "flax.orbax", tree)
+    assert main(["inspect", str(tmp_path / "flax.orbax")]) == 0
+    assert "encoder. GRU      3      4" in capsys.readouterr().out
+    assert main(["convert", str(tmp_path / "flax.orbax"), str(tmp_path / "a.pt"), "--only-rnn"]) == 0
+    assert_close(load(tmp_path / "a.pt")["encoder.weight_hh_l0"], _weights("GRU")["weight_hh"].astype("f4"), atol=0)
+    assert main(["convert", str(tmp_path / "flax.orbax"), str(tmp_path / "b.pt")]) == 0
+    assert load(tmp_path / "b.pt").keys() == tree.keys()
 
 
 def test_cells_and_what_is_refused() -> None:

@@ -125,6 +125,14 @@ class Dialect:
             for source in "ih"
         }
 
+    def fits(self, arrays: Mapping[str, Any]) -> bool:
+        """Whether `read` takes these arrays, by their names and shapes."""
+        try:
+            self.read({name: np.broadcast_to(np.float32(0), np.shape(array)) for name, array in arrays.items()})
+        except CheckpointError:
+            return False
+        return True
+
     def _join_biases(self, gate: str, parts: dict[tuple[str, str, bool], np.ndarray]) -> None:
         """Where the library has one bias for a gate, add the other to it, or refuse to lose it."""
         holders = self._holders(gate)

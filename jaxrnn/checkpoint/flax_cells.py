@@ -1,6 +1,7 @@
 """Flax's recurrent modules, and their weights, as ours."""
 
 import inspect
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +15,7 @@ import jaxrnn.linen
 import jaxrnn.nnx
 from jaxrnn.checkpoint.dialects import DIALECTS, Dialect, Weights
 from jaxrnn.checkpoint.errors import CheckpointError, listed
+from jaxrnn.checkpoint.find import find_rnns
 
 _REMEDY = "take its weights by hand: jaxrnn.checkpoint.dialects has their layouts"
 
@@ -23,7 +25,8 @@ def from_flax(module: Any, variables: Mapping[str, Any] | None = None, rngs: nnx
 
     Args:
         module: of flax.nnx, an RNN, a Bidirectional of two, or an LSTMCell, OptimizedLSTMCell, GRUCell or SimpleCell;
-            or of flax.linen the same, with its variables.
+            or of flax.linen the same, with its variables. Or the weights of one such module alone: Linen's variables or
+            an NNX state, nested or with dotted names. They are taken for layers with the usual activations.
         variables: those of a Linen module, as from `module.init`.
         rngs: nnx.Rngs for the new NNX module; `nnx.Rngs(0)` if None.
 
@@ -44,6 +47,8 @@ def from_flax(module: Any, variables: Mapping[str, Any] | None = None, rngs: nnx
     >>> bool(jnp.allclose(ours(x)[0], theirs(x), atol=1e-6))
     True
     """
+    if isinstance(module, Mapping):
+        return _from_weights(module, rngs)
     library: Any = linen if isinstance(module, linen.Module) else nnx
     if library is linen and variables is None:
         raise TypeError("variables should be those of the Linen module, as from module.init, got None")
@@ -74,16 +79,77 @@ def from_flax(module: Any, variables: Mapping[str, Any] | None = None, rngs: nnx
     name = dialect.kind + ("Cell" if time_major is None else "")
     suffixes = [""] if time_major is None else ["_l0", "_l0_reverse"]
     converted = {
-        role + suffix: jnp.asarray(array)
+        role + suffix: array
         for suffix, (_, _, arrays) in zip(suffixes, layers, strict=False)
         for role, array in arrays.items()
     }
+    return _built(library, name, settings, converted, rngs)
+
+
+def _built(library: Any, name: str, settings: dict[str, Any], params: Mapping[str, Any], rngs: nnx.Rngs | None) -> Any:
+    arrays = {key: jnp.asarray(array) for key, array in params.items()}
     if library is linen:
-        return getattr(jaxrnn.linen, name)(**settings), {"params": converted}
+        return getattr(jaxrnn.linen, name)(**settings), {"params": arrays}
     ours = getattr(jaxrnn.nnx, name)(**settings, rngs=rngs or nnx.Rngs(0))
-    for key, array in converted.items():
+    for key, array in arrays.items():
         getattr(ours, key)[...] = array
     return ours
+
+
+def _from_weights(weights: Mapping[str, Any], rngs: nnx.Rngs | None) -> Any:
+    """As `from_flax`, of the weights of one module."""
+    tree = nnx.to_pure_dict(weights) if isinstance(weights, nnx.State) else linen.unbox(dict(weights))
+    named = {".".join(map(str, path)): array for path, array in flatten_dict(tree).items()}
+    flat = {name: np.asarray(array) for name, array in named.items() if jnp.issubdtype(array.dtype, jnp.floating)}
+    cells = flax_cells(flat)
+    found = find_rnns(with_torchs_names(flat))
+    if len(found) != 1 or not cells:
+        prefixes = listed(cells) if cells else f"none; the names are {listed(flat)}"
+        cause = f"the weights should be those of one recurrent module of Flax, but its cells are {prefixes}"
+        raise CheckpointError(f"{cause}\ngive the part of one")
+    [rnn] = found
+    params = with_torchs_names(flat)
+    settings = rnn.arguments | {"batch_first": True, "param_dtype": rnn.dtype}
+    arrays = {name: params[rnn.prefix + name] for name in rnn.spec.shapes()}
+    library = linen if any(dialect.title.startswith("flax.linen") for dialect, _ in cells.values()) else nnx
+    return _built(library, rnn.class_name, settings, arrays, rngs)
+
+
+def flax_cells(tensors: Mapping[str, Any]) -> dict[str, tuple[Dialect, dict[str, Any]]]:
+    """The cells of Flax in a flat dict, by prefix: their kind, and their arrays by name."""
+    groups: dict[str, dict[str, Any]] = {}
+    for key, value in tensors.items():
+        prefix, _, leaf = key.rpartition(".")
+        above, _, layer = prefix.rpartition(".")
+        groups.setdefault(f"{above}." * bool(above), {})[f"{layer}.{leaf}"] = value
+    found = {}
+    for prefix, arrays in groups.items():
+        for (library, _), dialect in DIALECTS.items():
+            names = {entry.name for entry in dialect.entries}
+            if library.startswith("flax.") and names == arrays.keys() and dialect.fits(arrays):
+                found[prefix] = dialect, arrays
+                break
+    return found
+
+
+def with_torchs_names(tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """A flat dict in which the weights of Flax's cells have torch's names and layouts, each as a layer.
+
+    The two of a Bidirectional are one layer. Its prefix, and that of an RNN, is without the names inside it.
+    """
+    cells = flax_cells(tensors)
+    converted = dict(tensors)
+    for prefix, (dialect, arrays) in cells.items():
+        for name in arrays:
+            del converted[prefix + name]
+        short = _INSIDE.sub("", f".{prefix}").removeprefix(".")
+        suffix = "_l0_reverse" if "backward_rnn." in prefix else "_l0"
+        converted |= {f"{short}{role}{suffix}": array for role, array in dialect.read(arrays).items()}
+    return converted
+
+
+# What RNN and Bidirectional add to names, and the collection of Linen's.
+_INSIDE = re.compile(r"(?<=\.)((forward_rnn|backward_rnn)\.)?cell\.$|(?<=^\.)params\.")
 
 
 def _cell(library: Any, cell: Any, params: Mapping[str, Any]) -> tuple[Dialect, str, Weights]:
