@@ -104,7 +104,7 @@ def test_order_is_the_file_s(tmp_path):
         (b"\n <!DOCTYPE html><html>", "an HTML page"),
         (b"<html><body>404", "an HTML page"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "a Git LFS pointer"),
-        (b"\x89HDF\r\n\x1a\n" + bytes(50), "an HDF5 file"),
+        (b"\x89HDF\r\n\x1a\n" + bytes(50), "HDF5"),
         (b"\x93NUMPY\x01\x00" + bytes(50), "a NumPy .npy file"),
         (b"\x1f\x8b\x08" + bytes(50), "compressed by gzip"),
         (b"\x80\x04}\x94.", "a pickle"),

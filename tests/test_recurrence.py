@@ -174,8 +174,8 @@ def _transforms(function: Callable) -> Callable:
 MARKED = [f"{kind} {mark}" for kind in ("lstm_projected", "gru") for mark in ("ends", "reset")]
 MARKED += ["peephole_lstm ends", "ind_rnn reset"]
 # Between them the quick ones have both directions, a projection and every mark; the slow ones every kind.
-QUICK = ("lstm_projected ends", "gru reset", "ind_rnn reset")
-SLOW = ("rnn_relu", "lstm_projected reset", "peephole_lstm ends", "min_gru")
+QUICK = ("gru reset", "ind_rnn reset")
+SLOW = ("rnn_relu", "lstm_projected ends", "peephole_lstm ends", "min_gru")
 
 
 def _mark(name: str) -> Any:
