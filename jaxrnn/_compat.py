@@ -27,14 +27,14 @@ def manual_axes(value: jax.Array) -> frozenset[Any]:
     return jax.typeof(value).manual_axis_type.varying
 
 
-def tpu_devices(topology: str) -> list[jax.Device]:
-    """The devices of a TPU such as "v5e:2x2", to compile for; the TPU need not be there. Needs libtpu.
+def described_devices(platform: str, topology_name: str, **settings: str) -> list[jax.Device]:
+    """Devices to compile for, such as those of the TPU "v5e:2x2", which need not be there. Needs their compiler.
 
     Only `jax.experimental` describes absent devices.
     """
     from jax.experimental import topologies
 
-    return topologies.get_topology_desc(topology, "tpu").devices
+    return topologies.get_topology_desc(topology_name, platform, **settings).devices
 
 
 def sharded_at_creation() -> bool:

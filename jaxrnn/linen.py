@@ -56,7 +56,7 @@ class _Layers(_Module, Generic[StateT]):
     _: dataclasses.KW_ONLY
     remat: Remat = "none"
     hidden_axis: MeshAxis | None = None
-    unroll: int = 1
+    unroll: int | None = None
     engine: str = "auto"
     deterministic: bool | None = None
     rng_collection: str = "dropout"

@@ -242,7 +242,7 @@ class RNN(_Layers[jax.Array]):
             are recomputed. An integer k: the state before every k-th step; the rest is recomputed.
         hidden_axis: mesh axis, or Flax logical axis, over which hidden units are sharded; stored in the parameters'
             metadata. If a mesh is set, parameters are created on it.
-        unroll: how many steps the loop makes at a time, as for `jax.lax.scan`.
+        unroll: how many steps the loop makes at a time, as for `jax.lax.scan`; if None, 4 on a GPU and 1 elsewhere.
         engine: what runs the loop over time: "auto", or a name in `jaxrnn.engines.ENGINES`.
         rngs: nnx.Rngs for the initial parameters (uniform within 1/sqrt(hidden_size) of 0, as torch's) and, where it
             is used, for dropout.

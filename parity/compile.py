@@ -21,7 +21,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from jaxrnn._compat import tpu_devices
+from jaxrnn._compat import described_devices
 from jaxrnn._tables import print_table
 
 from . import sides
@@ -73,7 +73,7 @@ def compile_all(
     """Compile the forward and the training program of every case, for one device and for all, in order."""
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no metadata server to ask
     try:
-        devices = tpu_devices(topology)
+        devices = described_devices("tpu", topology)
     except Exception as error:  # whatever JAX and XLA raise where there is no libtpu, or none that fits
         cause = f"{type(error).__name__}: {error}".splitlines()[0]
         raise SystemExit(

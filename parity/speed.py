@@ -34,6 +34,7 @@ from rich.table import Table
 import jaxrnn
 from jaxrnn._tables import print_table
 
+from . import ahead
 from .workloads import WORKLOADS, Torch, Workload, forms, torch_device
 
 SIDES = ("jaxrnn", "sharded", "flax.nnx", "flax.linen", "keras", "cudnn", "torch")
@@ -320,6 +321,12 @@ def main(arguments: Sequence[str] | None = None, prog: str = f"python -m {__pack
     parser.add_argument("--quick", action="store_true", help="only the small workloads, in about two minutes")
     parser.add_argument("--json", type=Path, metavar="OUT", help="also write everything to this file")
     parser.add_argument("--plot", type=Path, metavar="OUT", help="also draw the ratios to this .svg or .png file")
+    parser.add_argument("--compile-only", action="store_true", help="only compile, for a device that need not be here")
+    parser.add_argument(
+        "--platform",
+        choices=["tpu", "cuda", *ahead.TARGETS],
+        help="the device for --compile-only: all TPUs, a GPU, or one of them",
+    )
     options = parser.parse_args(arguments)
     asked = {"jaxrnn", *options.sides.split(",")}
     if unknown := asked - set(SIDES):
@@ -327,8 +334,12 @@ def main(arguments: Sequence[str] | None = None, prog: str = f"python -m {__pack
     if options.plot and not importlib.util.find_spec("matplotlib"):
         parser.error("--plot draws with matplotlib: pip install 'jaxrnn[report]'")
     chosen = [w for w in WORKLOADS if options.filter in w.name and (not options.quick or w.operations() < SMALL)]
+    if options.platform and not options.compile_only:
+        parser.error("--platform is for --compile-only")
     if not chosen:
         parser.error(f"no workload has {options.filter!r} in its name; the first is {WORKLOADS[0].name}")
+    if options.compile_only:
+        return _compile_only(chosen, options)
     jax.config.update("jax_num_cpu_devices", options.devices)
     absent = {side for side in ("keras", "torch") if not importlib.util.find_spec(side)}
     absent |= {"sharded"} if len(jax.devices()) == 1 else set()
@@ -359,6 +370,19 @@ def main(arguments: Sequence[str] | None = None, prog: str = f"python -m {__pack
     if options.plot:
         plot(results, options.plot)
     return 0
+
+
+def _compile_only(chosen: Sequence[Workload], options: argparse.Namespace) -> int:
+    """Compile for devices that need not be here, and print what came of it."""
+    jax.config.update("jax_platforms", "cpu")
+    found: list[ahead.Compiled] = []
+    for target, (kind, _) in ahead.TARGETS.items():
+        if options.platform in (None, target, kind):
+            programs, count = ahead.compile_for(target, chosen), len(chosen) * len(ahead.PROGRAMS) * len(ahead.SIDES)
+            found += track(programs, target, count, console=Console(stderr=True), transient=True)
+    if options.json:
+        options.json.write_text(json.dumps([dataclasses.asdict(each) for each in found], indent=1) + "\n")
+    return ahead.show(found, chosen, Console())
 
 
 if __name__ == "__main__":

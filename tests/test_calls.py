@@ -126,7 +126,7 @@ def test_unrolled_steps_are_the_same_steps(unroll: int) -> None:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"unroll": 0}, ValueError, "unroll should be an integer above 0, got 0"),
+        ({"unroll": 0}, ValueError, "unroll should be an integer above 0, or None, got 0"),
         ({"remat": "all"}, ValueError, "remat should be 'none', 'gates' or an integer above 0, got 'all'"),
         ({"remat": True}, ValueError, "remat should be .* got True"),
         ({"dtype": int}, TypeError, "dtype should be floating, got int64"),

@@ -1,5 +1,6 @@
 """Engines: the table, which one is chosen, and an engine with a backward pass of its own."""
 
+import functools
 import re
 from typing import Any
 
@@ -13,6 +14,7 @@ from jax import lax
 
 import jaxrnn
 from jaxrnn import engines, steps
+from jaxrnn.engines import scan
 from jaxrnn.engines.scan import Scan
 
 F, H, T, N = 7, 5, 4, 2  # sizes of no other test, whose programs would be found compiled
@@ -124,3 +126,63 @@ def test_an_unknown_engine_is_an_error_where_it_is_given() -> None:
         jaxrnn.linen.GRU(F, H, engine="fast")
     with pytest.raises(ValueError, match=message):
         jaxrnn.apply(spec, parameters(spec), normal(T, N, F), engine="fast")
+
+
+FORMS = {"GPU": scan._GPU, "narrow on a TPU": scan._NARROW}
+MARKED: dict[str, tuple[jaxrnn.Cell, dict[str, Any], dict[str, Any]]] = {
+    "GRU both ways, with lengths": (jaxrnn.GRU_CELL, {"bidirectional": True}, {"lengths": jnp.array([4, 2])}),
+    "LSTM with resets": (jaxrnn.LSTM_CELL, {}, {"reset": jnp.arange(T * N).reshape(T, N) == 5}),
+    "projected LSTM, gates recomputed": (jaxrnn.LSTM_CELL, {"proj_size": 3}, {"remat": "gates"}),
+    "layer-normalised LSTM": (jaxrnn.LAYER_NORM_LSTM_CELL, {}, {}),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.thorough if "layer" in n else pytest.mark.slow) for n in MARKED]
+)
+def test_forms_for_other_platforms_compute_the_same(name: str, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As they are on a GPU or a TPU, but on a CPU: values, gradients, their tangents, and mapped."""
+    cell, settings, options = MARKED[name]
+    spec = jaxrnn.Spec(cell, F, H + 1, **settings)
+    arguments = parameters(spec), normal(T, N, F)
+
+    def results() -> Any:
+        def loss(*arguments: Any) -> jax.Array:
+            output, state = jaxrnn.apply(spec, *arguments, engine="scan", **options)
+            return sum(jnp.sum(jnp.sin(a)) for a in jax.tree.leaves((output, state)))
+
+        gradient = jax.grad(loss, (0, 1))
+        every = jax.tree.map(jnp.cos, arguments)
+        found = loss(*arguments), jax.jvp(gradient, arguments, every)
+        return found, jax.vmap(lambda x: gradient(arguments[0], x))(jnp.stack([arguments[1], every[1]]))
+
+    jax.clear_caches()
+    expected = results()
+    chosen = []
+
+    def in_one_form(function: Any, run: Any, *arguments: Any) -> Any:
+        chosen.append(form)
+        return function(FORMS[form], *arguments)
+
+    monkeypatch.setattr(scan, "_by_platform", in_one_form)
+    jax.clear_caches()
+    assert_close(results(), expected, atol=1e-13)
+    assert chosen
+    jax.clear_caches()
+
+
+def test_the_time_major_product_is_the_same() -> None:
+    """Under every transform; its barriers are for a TPU, but do no harm elsewhere."""
+    a, weight = normal(T, N, F), normal(F, H)
+
+    def results(product: Any) -> Any:
+        def loss(a: Any, weight: Any) -> jax.Array:
+            return jnp.sum(jnp.sin(product(a, weight)))
+
+        gradient = jax.grad(loss, (0, 1))
+        mapped = jax.jit(jax.vmap(gradient, (0, None)))(jnp.stack([a, a + 1]), weight)
+        return jax.jit(product)(a, weight), jax.jvp(gradient, (a, weight), (a + 1, weight)), mapped
+
+    time_major = functools.partial(steps._time_major, jnp.matmul)
+    assert_close(results(time_major), results(jnp.matmul), atol=1e-13)

@@ -2,13 +2,38 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 from jaxrnn import steps
 from jaxrnn.cells import Arrays
 from jaxrnn.steps import Marks, Run, Steps
+
+
+class Form(NamedTuple):
+    """How loops are written for a platform.
+
+    Attributes:
+        unroll: steps made at a time, unless the options say it.
+        joined: whether the sums of all gates are stacked as one array: one update a step.
+        packed: whether all arrays of a step are side by side in one.
+    """
+
+    unroll: int = 1
+    joined: bool = False
+    packed: bool = False
+
+
+_CPU = Form()
+# On a GPU, every update of an array is a launch, and a launch takes longer than most steps.
+_GPU = Form(unroll=4, joined=True)
+# A TPU's tiles are 128 numbers wide. XLA lays narrower arrays out with the time inside the tiles, to fill them, and
+# then gathers every step.
+_NARROW = Form(packed=True)
+_LANES = 128
 
 
 class Scan:
@@ -18,55 +43,122 @@ class Scan:
         return None
 
     def forward(self, run: Run) -> tuple[Steps, Arrays]:
-        def body(state: Arrays, step: tuple[Arrays, Marks]) -> tuple[Arrays, Steps]:
-            gates, marks = step
-            state, sums = steps.advance(run, gates, marks, state)
-            return state, steps.returned(run, marks, state, sums)
-
-        last, every = _scan(run)(body, run.state, (run.gates, run.marks))
-        return every, last
+        return _by_platform(_forward, run, run)
 
     def states_and_sums(self, run: Run) -> tuple[Arrays, Arrays | None, Arrays]:
-        recompute = run.settings.options.remat == "gates"
-
-        def body(state: Arrays, step: tuple[Arrays, Marks]) -> tuple[Arrays, tuple]:
-            gates, marks = step
-            state, sums = steps.advance(run, gates, marks, state)
-            return state, (state, None if recompute else sums)
-
-        last, (states, sums) = _scan(run)(body, run.state, (run.gates, run.marks))
-        return states, sums, last
+        return _by_platform(_states_and_sums, run, run)
 
     def tangents(self, run: Run, before: Arrays, sums: Arrays, tangent: Run, d_sums: jax.Array) -> tuple[Steps, Arrays]:
-        cell, recurrent, lay = run.settings.cell, run.recurrent, run.settings.layout
-        product = functools.partial(steps.product, run.settings)
-
-        def step(*a: Arrays) -> tuple[Arrays, Callable]:
-            return jax.linearize(cell.step, *a, *steps.own(cell, recurrent.own), *run.captured)
-
-        after, push = jax.vmap(step)(*steps.arguments(cell, run.gates, sums), before)
-        d_inputs = tuple(d if name in cell.apart else None for name, d in zip(cell.gates, tangent.gates, strict=True))
-        d_projected, weight_hr = None, None
-        if recurrent.weight_hr is not None and tangent.recurrent.weight_hr is not None:
-            d_projected, weight_hr = product(after[0], tangent.recurrent.weight_hr), recurrent.weight_hr.T
-        transposed = None if recurrent.weight_hh is None else lay.transposed(recurrent.weight_hh)
-        others = (*steps.own(cell, tangent.recurrent.own), *tangent.captured)
-
-        def body(d_state: Arrays, step: tuple) -> tuple[Arrays, Steps]:
-            push, d_sums, d_inputs, d_projected, marks = step
-            d_before = steps.select(marks.reset, tangent.reset_state, d_state)
-            if transposed is not None:
-                d_sums = d_sums + product(d_before[0], *transposed)
-            d_sums = lay.split(d_sums)
-            d_after = tuple(push(*steps.arguments(cell, d_inputs, d_sums), d_before, *others))
-            if weight_hr is not None:
-                d_after = (product(d_after[0], weight_hr, contract=1) + d_projected, *d_after[1:])
-            d_state = steps.select(marks.ended, d_state, d_after)
-            return d_state, steps.returned(run, marks, d_state, d_sums)
-
-        d_last, every = _scan(run)(body, tangent.state, (push, d_sums, d_inputs, d_projected, run.marks))
-        return every, d_last
+        return _by_platform(_tangents, run, run, before, sums, tangent, d_sums)
 
 
-def _scan(run: Run) -> Callable:
-    return functools.partial(lax.scan, reverse=run.settings.reverse, unroll=run.settings.options.unroll)
+def _by_platform(function: Callable, run: Run, *arguments: Any) -> Any:
+    """Call a function of a form and arguments, in the form for the platform that it is compiled for."""
+    narrow = run.gates[0].shape[-1] < _LANES and run.settings.options.hidden_axis is None
+    forms = {"cuda": _GPU, "rocm": _GPU, "tpu": _NARROW if narrow else _CPU}
+    branches = {form: functools.partial(function, form, *arguments) for form in {*forms.values(), _CPU}}
+    named = {platform: branches[form] for platform, form in forms.items() if form != _CPU}
+    return lax.platform_dependent(**named, default=branches[_CPU])
+
+
+def _forward(form: Form, run: Run) -> tuple[Steps, Arrays]:
+    def body(state: Arrays, step: tuple[Arrays, Marks]) -> tuple[Arrays, Steps]:
+        gates, marks = step
+        state, sums = steps.advance(run, gates, marks, state)
+        return state, steps.returned(run, marks, state, sums)
+
+    last, every = _scan(form, run)(body, run.state, (run.gates, run.marks))
+    return every, last
+
+
+def _states_and_sums(form: Form, run: Run) -> tuple[Arrays, Arrays | None, Arrays]:
+    recompute, lay = run.settings.options.remat == "gates", run.settings.layout
+
+    def body(state: Arrays, step: tuple[Arrays, Marks]) -> tuple[Arrays, tuple]:
+        gates, marks = step
+        state, sums = steps.advance(run, gates, marks, state)
+        saved: Any = lay.join(sums) if form.joined else sums
+        return state, (state, None if recompute else saved)
+
+    last, (states, saved) = _scan(form, run)(body, run.state, (run.gates, run.marks))
+    return states, lay.split(saved) if form.joined and not recompute else saved, last
+
+
+def _tangents(
+    form: Form, run: Run, before: Arrays, sums: Arrays, tangent: Run, d_sums: jax.Array
+) -> tuple[Steps, Arrays]:
+    cell, recurrent, lay = run.settings.cell, run.recurrent, run.settings.layout
+    product = functools.partial(steps.product, run.settings)
+
+    def step(*a: Arrays) -> tuple[Arrays, Callable]:
+        return jax.linearize(cell.step, *a, *steps.own(cell, recurrent.own), *run.captured)
+
+    after, push = jax.vmap(step)(*steps.arguments(cell, run.gates, sums), before)
+    d_inputs = tuple(d if name in cell.apart else None for name, d in zip(cell.gates, tangent.gates, strict=True))
+    d_projected, weight_hr = None, None
+    if recurrent.weight_hr is not None and tangent.recurrent.weight_hr is not None:
+        d_projected, weight_hr = product(after[0], tangent.recurrent.weight_hr), recurrent.weight_hr.T
+    transposed = None if recurrent.weight_hh is None else lay.transposed(recurrent.weight_hh)
+    others = (*steps.own(cell, tangent.recurrent.own), *tangent.captured)
+
+    def body(d_state: Arrays, step: tuple) -> tuple[Arrays, Steps]:
+        push, d_sums, d_inputs, d_projected, marks = step
+        d_before = steps.select(marks.reset, tangent.reset_state, d_state)
+        if transposed is not None:
+            d_sums = d_sums + product(d_before[0], *transposed)
+        d_sums = lay.split(d_sums)
+        d_after = tuple(push(*steps.arguments(cell, d_inputs, d_sums), d_before, *others))
+        if weight_hr is not None:
+            d_after = (product(d_after[0], weight_hr, contract=1) + d_projected, *d_after[1:])
+        d_state = steps.select(marks.ended, d_state, d_after)
+        return d_state, steps.returned(run, marks, d_state, d_sums)
+
+    d_last, every = _scan(form, run)(body, tangent.state, (push, d_sums, d_inputs, d_projected, run.marks))
+    return every, d_last
+
+
+def _scan(form: Form, run: Run) -> Callable:
+    known = isinstance(run.gates[0].shape[0], int)  # a symbolic time axis, in an export, cannot be split
+    unroll = run.settings.options.unroll or (form.unroll if known else 1)
+    scan = functools.partial(lax.scan, reverse=run.settings.reverse, unroll=unroll)
+    return functools.partial(_packed, scan) if form.packed else scan
+
+
+def _packed(scan: Callable, body: Callable, state: Any, every: tuple) -> tuple[Any, Any]:
+    """Scan over arrays of all steps that are side by side in one: those of each argument."""
+    # Each by itself, for what is linear in the tangents must not be mixed with what is not.
+    places, packed = zip(*map(_side_by_side, every), strict=True)
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)  # or JAX takes what is known apart before the loop
+    def of_packed(state: Any, step: Any) -> tuple[Any, Any]:
+        return body(state, tuple(each.apart(part) for each, part in zip(places, step, strict=True)))
+
+    # All steps on one axis, between barriers: otherwise XLA takes the one array apart again.
+    return scan(of_packed, state, jax.tree.map(steps.row_by_row, packed))
+
+
+class _Places(NamedTuple):
+    """Where the arrays of a tree are, some of them side by side along the last axis of one."""
+
+    tree: Any
+    widths: list[int]  # of each leaf; 0 for one that is by itself
+
+    def apart(self, packed: tuple[jax.Array | None, list]) -> Any:
+        whole, others = packed[0], iter(packed[1])
+        leaves, begin = [], 0
+        for width in self.widths:
+            leaves.append(whole[..., begin : begin + width] if width and whole is not None else next(others))
+            begin += width
+        return jax.tree.unflatten(self.tree, leaves)
+
+
+def _side_by_side(tree: Any) -> tuple[_Places, tuple[jax.Array | None, list]]:
+    """Arrays of one shape but for the last axis, and of the commonest dtype, side by side; others by themselves."""
+    leaves, structure = jax.tree.flatten(tree)
+    floating = [a for a in leaves if a.ndim > 1 and jnp.issubdtype(a.dtype, jnp.floating)]
+    like = max(floating, key=lambda a: a.ndim, default=None)
+    fits = [like is not None and (a.dtype, a.shape[:-1]) == (like.dtype, like.shape[:-1]) for a in leaves]
+    widths = [a.shape[-1] if fit else 0 for a, fit in zip(leaves, fits, strict=True)]
+    side = [a for a, fit in zip(leaves, fits, strict=True) if fit]
+    whole = jnp.concatenate(side, axis=-1) if side else None
+    return _Places(structure, widths), (whole, [a for a, fit in zip(leaves, fits, strict=True) if not fit])

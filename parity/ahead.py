@@ -1,0 +1,312 @@
+"""Compile workloads for accelerators that are not here, and count what their compilers made of the loops over time.
+
+A TPU's compiler (libtpu) and a GPU's (JAX's CUDA plugin) compile ahead of time, for a described device. What they say
+is no time: a TPU's estimate of cycles leaves out what overlaps, and puts some 2,000 on every pointwise fusion, however
+small; how long a GPU's launch takes is up to its driver.
+"""
+
+import dataclasses
+import importlib.resources
+import itertools
+import os
+import re
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from jaxrnn._compat import described_devices
+from jaxrnn._tables import print_table
+
+from .workloads import Workload, forms
+
+# By name: the platform, and how JAX describes it. Of a GPU, a text of XLA's has its sizes.
+TARGETS = {
+    "v5e": ("tpu", {"topology_name": "v5e:2x2"}),
+    "v6e": ("tpu", {"topology_name": "v6e:2x2"}),
+    "v5p": ("tpu", {"topology_name": "v5p:2x2x1"}),
+    "h100": ("cuda", {"topology_name": "", "topology": "1x1x1"}),
+}
+SIDES = ("jaxrnn", "flax.nnx")
+PROGRAMS = ("forward", "training")
+# Let XLA make one CUDA graph of a loop that has nothing in it but kernels.
+GRAPHS = {
+    "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,WHILE",
+    "xla_gpu_graph_min_graph_size": "1",
+}
+_FREE = {"parameter", "get-tuple-element", "tuple", "constant", "bitcast", "after-all", "compare"}
+_SIZES = {"f64": 8, "f32": 4, "bf16": 2, "f16": 2, "s64": 8, "s32": 4, "u32": 4, "s8": 1, "u8": 1, "pred": 1}
+_ARRAY = re.compile(r"\b(" + "|".join(_SIZES) + r")\[([\d,]*)\](?:\{([\d,]*)(:[^}]*)?\})?")
+
+
+@dataclasses.dataclass(frozen=True)
+class Loop:
+    """A loop over time, as compiled. Counts are those of one trip, which may make several steps.
+
+    Attributes:
+        trips: how often it runs.
+        operations: fusions and other operations; on a GPU, kernels and copies that are launched.
+        copies: those that only move numbers: copies, slices, transpositions.
+        hbm_bytes: bytes of operands that are read from memory outside the chip. What is sliced counts as the slice.
+        not_time_major: arrays of all steps that have another axis than time outermost.
+        cycles: the TPU's compiler's estimate; 0 on a GPU.
+        in_graph: whether the whole loop is in a CUDA graph.
+    """
+
+    trips: int
+    operations: int
+    copies: int
+    hbm_bytes: int = 0
+    not_time_major: int = 0
+    cycles: int = 0
+    in_graph: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """A program, as compiled.
+
+    Attributes:
+        target, workload, program, side: what was compiled.
+        loops: its loops over time, in their order.
+        temporary: the temporary memory that it takes, in bytes.
+        cycles: a TPU's, of the whole program with every loop's times its trips.
+        problem: why it does not compile.
+    """
+
+    target: str
+    workload: str
+    program: str
+    side: str
+    loops: tuple[Loop, ...] = ()
+    temporary: int = 0
+    cycles: int = 0
+    problem: str = ""
+
+    def a_step(self, steps: int) -> float:
+        """Operations of all loops for each time step; of several layers and directions, their sum."""
+        return sum(loop.operations * loop.trips for loop in self.loops) / steps
+
+
+def compile_for(target: str, workloads: Sequence[Workload], sides: Sequence[str] = SIDES) -> Iterator[Compiled]:
+    """Compile every workload's forward and training program on each side."""
+    devices = _devices(target)
+    sharding = NamedSharding(Mesh(np.array(devices[:1]), "one"), PartitionSpec())
+
+    def described(tree: Any) -> Any:
+        return jax.tree.map(lambda a: jax.ShapeDtypeStruct(jnp.shape(a), a.dtype, sharding=sharding), tree)
+
+    for workload, program in itertools.product(workloads, PROGRAMS):
+        x, lengths = workload.inputs()
+        made: dict[str, list[Compiled]] = {}
+        for form in forms(workload, [side for side in SIDES if side in sides]):
+            function = _programs(form.run)[program]
+            arguments = described((form.parameters, x, None if lengths is None else lengths.astype(np.int32)))
+            made.setdefault(form.side, []).append(
+                _compiled(target, workload, program, form.side, jax.jit(function), arguments)
+            )
+        for compiled in made.values():  # Flax has two LSTMs: the one that takes fewer cycles, or operations
+            yield min(compiled, key=lambda each: (each.problem != "", each.cycles, each.a_step(workload.time)))
+
+
+def _programs(run: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
+    def training(parameters: Any, x: Any, lengths: Any) -> Any:
+        return jax.value_and_grad(lambda p, x: jnp.sum(run(p, x, lengths) ** 2), (0, 1))(parameters, x)
+
+    return {"forward": run, "training": training}
+
+
+def _devices(target: str) -> list[Any]:
+    platform, settings = TARGETS[target]
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no metadata server to ask
+    os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # nor a driver
+    if platform == "cuda":
+        settings = settings | {"target_config": (importlib.resources.files(__package__) / "h100.txt").read_text()}
+    try:
+        return described_devices(platform, **settings)
+    except Exception as error:  # whatever JAX and XLA raise where the compiler is not installed
+        packages = "libtpu" if platform == "tpu" else "jax-cuda12-plugin jax-cuda12-pjrt"
+        cause = f"{type(error).__name__}: {error}".splitlines()[0]
+        remedy = f"pip install --no-deps --target DIR {packages}, and put DIR on PYTHONPATH"
+        raise SystemExit(f"cannot describe {target} ({cause})\n{remedy}") from error
+
+
+def _compiled(target: str, workload: Workload, program: str, side: str, function: Any, arguments: Any) -> Compiled:
+    key = target, workload.name, program, side
+    on_gpu = TARGETS[target][0] == "cuda"
+    with tempfile.TemporaryDirectory() as folder:
+        options = {"xla_dump_to": folder, **GRAPHS} if on_gpu else {}
+        try:
+            compiled = function.lower(*arguments).compile(compiler_options=options)
+        except Exception as problem:  # what does not compile is one of the results
+            return Compiled(*key, problem=f"{type(problem).__name__}: {problem}".splitlines()[0])
+        memory: Any = compiled.memory_analysis()
+        dumped = sorted(Path(folder).glob("*thunk_sequence_after_thunk_passes.txt"))
+        if on_gpu:
+            launches = _launches(dumped[-1].read_text()) if dumped else []
+            trips = [loop.trips for loop in loops(compiled.as_text() or "", workload)]
+            found = [dataclasses.replace(loop, trips=n) for loop, n in zip(launches, trips, strict=False)]
+            return Compiled(*key, tuple(found), memory.temp_size_in_bytes)
+    text = compiled.as_text() or ""
+    found = loops(text, workload)
+    own = _cycles(_computations(text).get("ENTRY", []))
+    cycles = own + sum(loop.cycles * loop.trips for loop in found)
+    return Compiled(*key, tuple(found), memory.temp_size_in_bytes, cycles)
+
+
+def loops(text: str, workload: Workload) -> list[Loop]:
+    """The loops over time in a program's optimised HLO."""
+    computations = _computations(text)
+    found = []
+    for lines in list(computations.values()):
+        for line in lines:
+            if not (match := re.search(r" while\(.*body=%?([\w.\-]+)", line)):
+                continue
+            body = computations.get(match[1], [])
+            count = _trips(line, computations)
+            if count < 2 or (workload.time % count > 1 and count > workload.time):
+                continue
+            found.append(_loop(body, count, workload.time))
+    return found
+
+
+def _computations(text: str) -> dict[str, list[str]]:
+    """The lines of every computation, by name; those of the program itself under ENTRY."""
+    found: dict[str, list[str]] = {}
+    lines: list[str] = []
+    for line in text.splitlines():
+        if line.endswith("{") and (match := re.match(r"(ENTRY )?%?([\w.\-]+) \(", line)):
+            lines = found["ENTRY" if match[1] else match[2]] = []
+        elif line.startswith("  "):
+            lines.append(line.strip())
+    return found
+
+
+def _trips(line: str, computations: dict[str, list[str]]) -> int:
+    """How often a loop runs: as XLA noted, or what its condition compares with."""
+    if match := re.search(r'known_trip_count"?:\s*\{"n":\s*"(\d+)"', line):
+        return int(match[1])
+    if match := re.search(r"condition=%?([\w.\-]+)", line):
+        numbers = [int(n) for each in computations.get(match[1], []) for n in re.findall(r"constant\((\d+)\)", each)]
+        return max(numbers, default=1)
+    return 1
+
+
+def _loop(body: list[str], trips: int, time: int) -> Loop:
+    shapes = {}
+    operations = copies = read = other_layout = cycles = 0
+    for line in body:
+        if not (match := re.match(r"(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*?)\)", line)):
+            continue
+        name, shape, operation, operands = match.groups()
+        shapes[name] = shape
+        if operation == "parameter":
+            arrays = _ARRAY.findall(shape)
+            other_layout = sum(_is_not_time_major(dims, order, time) for _, dims, order, _ in arrays)
+        if operation in _FREE:
+            continue
+        operations += 1
+        copies += operation in ("copy", "slice", "dynamic-slice", "dynamic-update-slice", "transpose", "copy-start")
+        cycles += _cycles([line])
+        for operand in re.findall(r"%([\w.\-]+)", operands):
+            for kind, dims, _, tiling in _ARRAY.findall(shapes.get(operand, "")):
+                if "S(" not in tiling:
+                    sizes = [int(n) for n in dims.split(",") if n]
+                    whole = sizes[1:] if len(sizes) > 2 and sizes[0] == time else sizes
+                    read += _SIZES[kind] * int(np.prod(whole))
+    return Loop(trips, operations, copies, read, other_layout, cycles)
+
+
+def _is_not_time_major(dims: str, order: str, time: int) -> bool:
+    """Whether an array of all steps, (time, ...), has another axis outermost in memory."""
+    sizes, axes = dims.split(","), [n for n in order.split(",") if n]
+    return len(sizes) > 2 and sizes[0] == str(time) and bool(axes) and axes[-1] != "0"
+
+
+def _cycles(lines: Sequence[str]) -> int:
+    return sum(int(n) for line in lines for n in re.findall(r'"estimated_cycles":"(\d+)"', line))
+
+
+def _launches(thunks: str) -> list[Loop]:
+    """The loops in a GPU's list of launches. An operation is a kernel, a product of a library, or a copy."""
+    found: list[Loop] = []
+    inside: list[tuple[int, bool]] = []  # of loops whose body this is: the indentation, and whether in a graph
+    graph = [-1]
+    in_body, counts, copies = False, 0, 0
+    where = 0
+
+    def close() -> None:
+        nonlocal in_body, counts, copies
+        if in_body:
+            found.append(Loop(1, counts, copies, in_graph=inside[-1][1]))
+            inside.pop()
+        in_body, counts, copies = False, 0, 0
+
+    for line in thunks.splitlines():
+        text = line.strip()
+        indent = len(line) - len(line.lstrip())
+        match = re.match(r"\d+: (k\w+)", text)
+        if in_body and match and indent <= where:
+            close()
+        if match and indent <= graph[-1]:
+            graph[-1] = -1
+        if match and match[1] == "kWhile":
+            close()
+            inside.append((indent, 0 <= graph[-1] < indent))
+            where = indent
+        elif text == "body:" and inside:
+            in_body = True
+        elif match and in_body and match[1] not in ("kCommandBuffer", "kDynamicSliceFusion", "kSequential"):
+            counts += 1
+            copies += match[1] == "kCopy"
+        elif match and match[1] == "kCommandBuffer" and not in_body:
+            graph[-1] = indent
+    close()
+    return found
+
+
+def show(found: Sequence[Compiled], workloads: Sequence[Workload], console: Console) -> int:
+    """Print a table for each target, ours beside flax's; return the exit code."""
+    steps = {workload.name: workload.time for workload in workloads}
+    for target, group in itertools.groupby(found, lambda each: each.target):
+        on_tpu = TARGETS[target][0] == "tpu"
+        title = f"compiled for {target}: " + ("estimates by its compiler" if on_tpu else "launches")
+        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+        table.add_column("workload")
+        table.add_column("program")
+        headings = ["M cycles\nours", "\nflax", "\nratio"] if on_tpu else []
+        headings += ["a step\nours", "\nflax", "copies", "HBM kB\na step" if on_tpu else "in a\ngraph"]
+        headings += ["not\ntime-major"] if on_tpu else []
+        for heading in (*headings, "memory MB\nours", "\nflax"):
+            table.add_column(heading, justify="right")
+        for (name, program), pair in itertools.groupby(group, lambda each: (each.workload, each.program)):
+            sides = {each.side: each for each in pair}
+            ours, theirs = sides["jaxrnn"], sides.get("flax.nnx")
+            both = [each for each in (ours, theirs) if each]
+            cells = []
+            if on_tpu:
+                cells = [f"{each.cycles / 1e6:.2f}" for each in both] + [""] * (2 - len(both))
+                cells += [f"{theirs.cycles / ours.cycles:.2f}" if theirs and ours.cycles else ""]
+            cells += [f"{each.a_step(steps[name]):.1f}" for each in both] + [""] * (2 - len(both))
+            cells.append(f"{sum(loop.copies * loop.trips for loop in ours.loops) / steps[name]:.1f}")
+            if on_tpu:
+                cells.append(f"{sum(loop.hbm_bytes * loop.trips for loop in ours.loops) / steps[name] / 1e3:,.0f}")
+                cells.append(str(sum(loop.not_time_major for loop in ours.loops)))
+            else:
+                cells.append(f"{sum(loop.in_graph for loop in ours.loops)} of {len(ours.loops)}")
+            cells += [f"{each.temporary / 1e6:.1f}" for each in both] + [""] * (2 - len(both))
+            table.add_row(name, program, *cells)
+        print_table(table, console)
+    failures = [each for each in found if each.problem]
+    for each in failures:
+        words = f"[red]FAIL[/] {each.workload}, {each.program}, {each.side} for {each.target}: "
+        console.print(words, each.problem, sep="", highlight=False, soft_wrap=True)
+    return 1 if failures else 0

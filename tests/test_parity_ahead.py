@@ -1,0 +1,98 @@
+"""Programs compiled for accelerators that are not here: what is counted in them, and what may not get worse.
+
+The compilers are beside the environment, if they are there: see .ci/run.
+"""
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from parity import ahead
+from parity.workloads import WORKLOADS
+
+NAMED = {workload.name: workload for workload in WORKLOADS}
+THUNKS = """000: kCommandBuffer [source       | next=017 (1)]
+    001: kCustomKernel [source] a fusion grid: [1, 1, 1]
+017: kWhile         [prev=000 (1) | next=000 (1)]
+condition:
+    018: kCustomKernel [source | sink] loop_compare_fusion
+  body:
+    000: kCommandBuffer      [source       | next=021 (1)]
+        019: kCustomKernel [source       | next=020 (1)] gemm
+        020: kCustomKernel [prev=019 (1) | sink        ] multiply
+    021: kDynamicSliceFusion [prev=000 (1) | next=023 (1)] params=1, results=1
+        022: kCopy [source | sink] kCopy
+000: kCommandBuffer [prev=017 (1) | sink        ]
+    030: kCustomKernel [source       | next=031 (1)] divide
+    038: kWhile        [prev=037 (1) | next=046 (1)]
+condition:
+        039: kCustomKernel [source | sink] loop_compare_fusion
+      body:
+        040: kCustomKernel [source       | next=041 (1)] concatenate
+    046: kCustomKernel [prev=038 (1) | next=047 (1)] concatenate
+"""
+HLO = """HloModule jit_f
+
+%body.1 (arg: (s32[], f32[8,2,128], f32[8,2,128], f32[128,128])) -> (s32[], f32[8,2,128]) {
+  %arg = (s32[], f32[8,2,128]{2,1,0:T(2,128)S(1)}, f32[8,2,128]{0,1,2:T(8)}, f32[128,128]{1,0:T(8,128)}) parameter(0)
+  %get.1 = f32[8,2,128]{2,1,0:T(2,128)S(1)} get-tuple-element(%arg), index=1
+  %get.2 = f32[8,2,128]{0,1,2:T(8,128)} get-tuple-element(%arg), index=2
+  %get.3 = f32[128,128]{1,0:T(8,128)} get-tuple-element(%arg), index=3
+  %copy.1 = f32[2,128]{1,0:T(2,128)S(1)} copy(%get.1), backend_config={"estimated_cycles":"17"}
+  ROOT %fusion.1 = f32[2,128]{1,0} fusion(%copy.1, %get.2, %get.3), backend_config={"estimated_cycles":"300"}
+}
+
+ENTRY %main (x: f32[8,2,128]) -> f32[2,128] {
+  %while.1 = (s32[]) while(%tuple.1), condition=%cond, body=%body.1, backend_config={"known_trip_count":{"n":"8"}}
+}
+"""
+
+
+def test_launches_are_counted() -> None:
+    first, second = ahead._launches(THUNKS)
+    assert (first.operations, first.copies, first.in_graph) == (3, 1, False)
+    assert (second.operations, second.copies, second.in_graph) == (1, 0, True)
+
+
+def test_loops_are_read() -> None:
+    workload = NAMED["small LSTM"]._replace(time=8)
+    [loop] = ahead.loops(HLO, workload)
+    assert (loop.trips, loop.operations, loop.copies, loop.cycles, loop.not_time_major) == (8, 2, 1, 317, 1)
+    assert loop.hbm_bytes == 4 * (2 * 128 + 128 * 128)  # a step of what is sliced, and all of the weights
+
+
+def _compiled(target: str, name: str) -> dict[str, ahead.Compiled]:
+    package = "libtpu" if ahead.TARGETS[target][0] == "tpu" else "jax_plugins"
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"{package} is not here to compile for {target}")
+    found = {each.program: each for each in ahead.compile_for(target, [NAMED[name]], ["jaxrnn"])}
+    assert {each.problem for each in found.values()} == {""}
+    return found
+
+
+@pytest.mark.parametrize(("name", "most"), [("small LSTM", 7), ("small GRU", 6)])
+def test_a_step_on_a_gpu_takes_few_launches_in_one_graph(name: str, most: int) -> None:
+    found = _compiled("h100", name)
+    assert found["training"].a_step(NAMED[name].time) <= most
+    assert all(loop.in_graph for program in found.values() for loop in program.loops)
+    assert len(found["training"].loops) == 2
+
+
+@pytest.mark.parametrize("name", ["small LSTM", "small GRU", "char-LM GRU", "PTB LSTM", "RL GRU"])
+def test_no_step_on_a_tpu_gathers(name: str) -> None:
+    found = _compiled("v5e", name)
+    assert found["training"].cycles > 0
+    assert [loop.not_time_major for loop in found["training"].loops] == [0] * len(found["training"].loops)
+
+
+def test_what_cannot_be_described_is_said() -> None:
+    """In a process of its own, which finds no compiler."""
+    command = [sys.executable, "-m", "parity.speed", "--compile-only", "--platform", "v5e", "--filter", "small LSTM"]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1], check=False)
+    if importlib.util.find_spec("libtpu") is None:
+        assert run.returncode == 1
+        assert "cannot describe v5e" in run.stderr
+        assert "pip install --no-deps --target DIR libtpu" in run.stderr
