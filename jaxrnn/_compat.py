@@ -8,7 +8,11 @@ import os
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import linen, nnx
+from jax.experimental.layout import Layout, with_layout_constraint
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
 
 
 def is_traced(value: object) -> bool:
@@ -35,6 +39,39 @@ def described_devices(platform: str, topology_name: str, **settings: str) -> lis
     from jax.experimental import topologies
 
     return topologies.get_topology_desc(topology_name, platform, **settings).devices
+
+
+def time_major(array: jax.Array) -> jax.Array:
+    """The same array, (time, ...), which on a TPU is laid out in memory with the time outermost.
+
+    `jax.experimental.layout` constrains layouts, but `jax.export` refuses programs that do: in them, nothing is done.
+    """
+    return _time_major.bind(array)
+
+
+_time_major = Primitive("time_major")
+_time_major.def_impl(lambda array: array)
+_time_major.def_abstract_eval(lambda array: array)
+ad.deflinear2(_time_major, lambda cotangent, _: [_time_major.bind(cotangent)])
+mlir.register_lowering(_time_major, lambda context, array: [array])
+
+
+def _mapped(arrays: Any, axes: Any) -> tuple[jax.Array, int]:
+    return _time_major.bind(jnp.moveaxis(arrays[0], axes[0], 1)), 1
+
+
+def _laid_out(context: Any, array: Any) -> Any:
+    if context.module_context.lowering_parameters.for_export:
+        return [array]
+
+    def constrained(array: jax.Array) -> jax.Array:
+        return with_layout_constraint(array, Layout(major_to_minor=tuple(range(array.ndim))))
+
+    return mlir.lower_fun(constrained, multiple_results=False)(context, array)
+
+
+batching.primitive_batchers[_time_major] = _mapped
+mlir.register_lowering(_time_major, _laid_out, platform="tpu")
 
 
 def sharded_at_creation() -> bool:

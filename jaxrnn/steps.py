@@ -1,13 +1,13 @@
 """One step of a layer: the recurrent product, the cell, the projection, and the marks. Engines run it over time."""
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxrnn._compat import time_major
 from jaxrnn.cells import Arrays, Cell
 from jaxrnn.layouts import Layout, layout
 from jaxrnn.options import Options
@@ -82,36 +82,16 @@ def accumulator(dtype: jnp.dtype) -> jnp.dtype:
 
 def product(settings: Settings, a: jax.Array, weight: jax.Array, contract: int = 0) -> jax.Array:
     """Multiply, and sum over the last axis of `a` and the axis `contract` of the weight."""
-    multiply = functools.partial(_multiply, settings, contract)
-    if a.ndim == 2 or settings.options.hidden_axis is not None:
-        return multiply(a, weight)
-    return lax.platform_dependent(a, weight, tpu=functools.partial(_time_major, multiply), default=multiply)
-
-
-def _time_major(multiply: Callable, a: jax.Array, weight: jax.Array) -> jax.Array:
-    """A product for all steps, (time, batch, features).
-
-    XLA lays some such products out with the units or the batch outermost, and the loop then gathers a row of every tile
-    at each step. Of the rows of all steps on one axis it does not; the barriers keep it from seeing through that.
-    """
-    rows = lax.optimization_barrier(a.reshape(-1, a.shape[-1]))
-    rows = lax.optimization_barrier(multiply(rows, weight))
-    return rows.reshape(*a.shape[:-1], *rows.shape[1:])
-
-
-def row_by_row(a: jax.Array) -> jax.Array:
-    """An array of all steps, which XLA lays out with the time outermost."""
-    return lax.optimization_barrier(a.reshape(-1, a.shape[-1])).reshape(a.shape)
-
-
-def _multiply(settings: Settings, contract: int, a: jax.Array, weight: jax.Array) -> jax.Array:
-    return lax.dot_general(
+    multiplied = lax.dot_general(
         a.astype(weight.dtype),
         weight,
         (((a.ndim - 1,), (contract,)), ((), ())),
         precision=settings.options.precision,
         preferred_element_type=accumulator(weight.dtype),
     )
+    # Of all steps: on a TPU, XLA lays some such products out with the units or the batch outermost, and the loop then
+    # gathers a row of every tile at each step.
+    return time_major(multiplied) if a.ndim > 2 and settings.options.hidden_axis is None else multiplied
 
 
 def plus(a: jax.Array, bias: jax.Array) -> jax.Array:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxrnn import steps
+from jaxrnn._compat import time_major
 from jaxrnn.cells import Arrays
 from jaxrnn.steps import Marks, Run, Steps
 
@@ -54,7 +55,9 @@ class Scan:
 
 def _by_platform(function: Callable, run: Run, *arguments: Any) -> Any:
     """Call a function of a form and arguments, in the form for the platform that it is compiled for."""
-    narrow = run.gates[0].shape[-1] < _LANES and run.settings.options.hidden_axis is None
+    if run.settings.options.hidden_axis is not None:  # what is exchanged at each step takes far longer than launches
+        return function(_CPU, *arguments)
+    narrow = run.gates[0].shape[-1] < _LANES
     forms = {"cuda": _GPU, "rocm": _GPU, "tpu": _NARROW if narrow else _CPU}
     branches = {form: functools.partial(function, form, *arguments) for form in {*forms.values(), _CPU}}
     named = {platform: branches[form] for platform, form in forms.items() if form != _CPU}
@@ -133,8 +136,7 @@ def _packed(scan: Callable, body: Callable, state: Any, every: tuple) -> tuple[A
     def of_packed(state: Any, step: Any) -> tuple[Any, Any]:
         return body(state, tuple(each.apart(part) for each, part in zip(places, step, strict=True)))
 
-    # All steps on one axis, between barriers: otherwise XLA takes the one array apart again.
-    return scan(of_packed, state, jax.tree.map(steps.row_by_row, packed))
+    return scan(of_packed, state, jax.tree.map(time_major, packed))
 
 
 class _Places(NamedTuple):
