@@ -3,6 +3,7 @@
 The compilers are beside the environment, if they are there: see .ci/run.
 """
 
+import ast
 import importlib.util
 import subprocess
 import sys
@@ -86,6 +87,12 @@ def test_no_step_on_a_tpu_gathers(name: str) -> None:
     found = _compiled("v5e", name)
     assert found["training"].cycles > 0
     assert [loop.not_time_major for loop in found["training"].loops] == [0] * len(found["training"].loops)
+
+
+def test_the_guide_gives_the_same_options() -> None:
+    guide = (Path(__file__).parents[1] / "examples" / "accelerators.md").read_text()
+    _, _, rest = guide.partition("graphs = ")
+    assert ast.literal_eval(rest.partition("\nstep")[0]) == ahead.GRAPHS
 
 
 def test_what_cannot_be_described_is_said() -> None:
