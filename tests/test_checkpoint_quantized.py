@@ -102,6 +102,10 @@ def test_what_is_in_doubt_is_refused_and_what_is_not_is_read(torch: types.Module
         )
         [found] = find_rnns(load(path, dequantize=True))
         assert (found.num_layers, found.bidirectional) == (layers, both)
+    alone = _quantized(torch, torch.nn.ModuleList([torch.nn.GRU(3, 4), torch.nn.LSTMCell(3, 4)]))
+    for module, name in ((alone[0], "GRU"), (alone[1], "LSTMCell")):
+        [found] = find_rnns(load(_saved(torch, module, tmp_path), dequantize=True))
+        assert (found.prefix, found.class_name) == ("", name)
     plain = torch.nn.GRU(4, 4)
     assert list(load(_saved(torch, plain, tmp_path), dequantize=True)) == list(plain.state_dict())
 

@@ -163,7 +163,7 @@ def test_forms_for_other_platforms_compute_the_same(name: str, form: str, monkey
 
     def in_one_form(function: Any, run: Any, *arguments: Any) -> Any:
         chosen.append(form)
-        return function(FORMS[form], *arguments)
+        return function(FORMS[form], run, *arguments)
 
     monkeypatch.setattr(scan, "_by_platform", in_one_form)
     jax.clear_caches()

@@ -20,7 +20,7 @@ class Form(NamedTuple):
     Attributes:
         unroll: steps made at a time, unless the options say it.
         joined: whether the sums of all gates are stacked as one array: one update a step.
-        packed: whether all arrays of a step are side by side in one.
+        packed: whether the arrays of a step that a loop reads are side by side in one.
     """
 
     unroll: int = 1
@@ -44,22 +44,22 @@ class Scan:
         return None
 
     def forward(self, run: Run) -> tuple[Steps, Arrays]:
-        return _by_platform(_forward, run, run)
+        return _by_platform(_forward, run)
 
     def states_and_sums(self, run: Run) -> tuple[Arrays, Arrays | None, Arrays]:
-        return _by_platform(_states_and_sums, run, run)
+        return _by_platform(_states_and_sums, run)
 
     def tangents(self, run: Run, before: Arrays, sums: Arrays, tangent: Run, d_sums: jax.Array) -> tuple[Steps, Arrays]:
-        return _by_platform(_tangents, run, run, before, sums, tangent, d_sums)
+        return _by_platform(_tangents, run, before, sums, tangent, d_sums)
 
 
 def _by_platform(function: Callable, run: Run, *arguments: Any) -> Any:
-    """Call a function of a form and arguments, in the form for the platform that it is compiled for."""
+    """Call a function of a form, a run and more, with the form for the platform that the program is lowered for."""
     if run.settings.options.hidden_axis is not None:  # what is exchanged at each step takes far longer than launches
-        return function(_CPU, *arguments)
+        return function(_CPU, run, *arguments)
     narrow = run.gates[0].shape[-1] < _LANES
     forms = {"cuda": _GPU, "rocm": _GPU, "tpu": _NARROW if narrow else _CPU}
-    branches = {form: functools.partial(function, form, *arguments) for form in {*forms.values(), _CPU}}
+    branches = {form: functools.partial(function, form, run, *arguments) for form in {*forms.values(), _CPU}}
     named = {platform: branches[form] for platform, form in forms.items() if form != _CPU}
     return lax.platform_dependent(**named, default=branches[_CPU])
 
@@ -155,7 +155,7 @@ class _Places(NamedTuple):
 
 
 def _side_by_side(tree: Any) -> tuple[_Places, tuple[jax.Array | None, list]]:
-    """Arrays of one shape but for the last axis, and of the commonest dtype, side by side; others by themselves."""
+    """The floating arrays with the most axes side by side, if shapes but for the last axis agree; others apart."""
     leaves, structure = jax.tree.flatten(tree)
     floating = [a for a in leaves if a.ndim > 1 and jnp.issubdtype(a.dtype, jnp.floating)]
     like = max(floating, key=lambda a: a.ndim, default=None)

@@ -11,10 +11,11 @@ from jaxrnn.checkpoint.formats.pickles import Other, Packed, StoredTensor
 from jaxrnn.checkpoint.stored import Value, read
 
 _BEFORE = "save the state_dict() of the model before it was quantized"
-_LAYERS = "._all_weight_values.0.param"
-_CELL = ("._packed_weight_ih", "._packed_weight_hh")
-_LINEAR = "._packed_params._packed_params"
-_UNUSED = ("._packed_params.dtype", ".scale", ".zero_point")  # of a linear layer, whose activations they are for
+# The ends of names, after that of the module and a dot, or alone.
+_LAYERS = "_all_weight_values.0.param"
+_CELL = ("_packed_weight_ih", "_packed_weight_hh")
+_LINEAR = "_packed_params._packed_params"
+_UNUSED = ("_packed_params.dtype", "scale", "zero_point")  # of a linear layer, whose activations they are for
 _AFFINE, _PER_CHANNEL = "torch.per_tensor_affine", "torch.per_channel_affine"
 
 
@@ -35,22 +36,22 @@ def _unpacked(tensors: Mapping[str, Any], halves: list[str]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     linear = {name.removesuffix(_LINEAR) for name in tensors if name.endswith(_LINEAR)}
     for name, value in tensors.items():
-        module, _, leaf = name.rpartition(".")
-        if any(name == prefix + each for each in _UNUSED for prefix in (name.removesuffix(each),) if prefix in linear):
+        module, dot, leaf = name.rpartition(".")
+        if any(name.endswith(each) and name.removesuffix(each) in linear for each in _UNUSED):
             continue
         if not is_packed(value):
             found[name] = value
             continue
         try:
             if name.endswith(_LAYERS):
-                found |= _layers(name.removesuffix(_LAYERS[1:]), tensors, halves)
+                found |= _layers(name.removesuffix(_LAYERS), tensors, halves)
             elif name.endswith(_CELL):
                 role = leaf.removeprefix("_packed_weight_")
-                found |= _named(f"{module}.weight_{role}", f"{module}.bias_{role}", value)
+                found |= _named(f"{module}{dot}weight_{role}", f"{module}{dot}bias_{role}", value)
             elif name.endswith(_LINEAR):
-                layer = name.removesuffix(_LINEAR)
-                found |= _named(f"{layer}.weight", f"{layer}.bias", value)
-            elif "._all_weight_values." not in name:
+                prefix = name.removesuffix(_LINEAR)
+                found |= _named(f"{prefix}weight", f"{prefix}bias", value)
+            elif "_all_weight_values." not in name:
                 raise ValueError(f"{name} is packed in an unknown way")
         except (ValueError, TypeError, IndexError, KeyError, AttributeError) as error:
             cause = f"damaged: what it says of the quantized {module} does not fit together: {error}"
@@ -89,10 +90,12 @@ def _layers(prefix: str, tensors: Mapping[str, Any], halves: list[str]) -> dict[
     found: dict[str, Any] = {}
     for index, pairs in enumerate(cells):
         suffix = f"_l{index // fits[0]}" + "_reverse" * (index % fits[0])
-        for role, pair in zip(("ih", "hh"), pairs, strict=True):
-            found |= _named(f"{prefix}weight_{role}{suffix}", f"{prefix}bias_{role}{suffix}", pair)
-    order = sorted(found, key=lambda name: (name.rpartition("_l")[2], "bias" in name))
-    return {name: found[name] for name in order}
+        both = [
+            _named(f"{prefix}weight_{role}{suffix}", f"{prefix}bias_{role}{suffix}", pair)
+            for role, pair in zip(("ih", "hh"), pairs, strict=True)
+        ]
+        found |= dict(sorted((both[0] | both[1]).items(), key=lambda item: item[0].startswith(f"{prefix}bias")))
+    return found
 
 
 def _shape(tensor: StoredTensor | Other) -> tuple[int, ...]:
