@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 import jaxrnn
@@ -147,7 +148,7 @@ class Report:
             rows = [row for row in (*self.rows, overall) if row.dtype == dtype]
             for kind, group in itertools.groupby(rows, lambda row: row.kind):
                 table.add_section()
-                table.add_row(kind, style="bold")
+                table.add_row(escape(kind), style="bold")
                 for row in group:
                     numbers = (row.float64, row.worst, row.rms, row.torch_rms)
                     cells = [f"{row.count:,}", *("" if number is None else f"{number:.1e}" for number in numbers)]
@@ -166,9 +167,9 @@ class Report:
                 table.add_row(run.name, *means, f"{run.losses:.1e}", f"{run.weights:.1e}", style=style)
             print_table(table, console)
         for name, failure in self.failures.items():
-            console.print(f"[red]FAIL[/] {name}: ", failure, sep="", highlight=False, soft_wrap=True)
+            console.print(f"[red]FAIL[/] {escape(name)}: ", failure, sep="", highlight=False, soft_wrap=True)
         for name, place in self.places.items():
-            console.print(f"[red]WHERE[/] {name}: ", place, sep="", highlight=False, soft_wrap=True)
+            console.print(f"[red]WHERE[/] {escape(name)}: ", place, sep="", highlight=False, soft_wrap=True)
         console.print(self.verdict, style="red" if self.failures else "green", highlight=False)
         console.print(", ".join(f"{name} {value}" for name, value in self.environment.items()), highlight=False)
 
