@@ -48,7 +48,7 @@ class Parameter(NamedTuple):
 class _Parameters(dict[str, Parameter]):
     """A dict that can be hashed, because a cell is hashed."""
 
-    def __hash__(self) -> int:  # type: ignore[override]
+    def __hash__(self) -> int:  # type: ignore[override]  # dict has none, which mypy wants kept
         return hash(tuple(self.items()))
 
 

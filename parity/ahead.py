@@ -172,7 +172,7 @@ def loops(text: str, workload: Workload) -> list[Loop]:
                 continue
             body = computations.get(match[1], [])
             count = _trips(line, computations)
-            if count < 2 or (workload.time % count > 1 and count > workload.time):
+            if not 2 <= count <= workload.time:  # a loop over something else
                 continue
             found.append(_loop(body, count, workload.time))
     return found

@@ -241,8 +241,10 @@ def test_the_command_line_finds_flaxs_cells(tmp_path: Path, capsys: pytest.Captu
     weights = {name: a.astype("f4") for name, a in DIALECTS["flax.linen", "GRUCell"].write(_weights("GRU")).items()}
     tree = {f"params.encoder.cell.{name}": a for name, a in weights.items()} | {"params.head.kernel": np.ones((4, 2))}
     save(tmp_path / "flax.orbax", tree)
-    assert main(["inspect", str(tmp_path / "flax.orbax")]) == 0
-    assert "encoder. GRU      3      4" in capsys.readouterr().out
+    save(tmp_path / "flax.safetensors", tree)
+    for name in ("flax.orbax", "flax.safetensors"):
+        assert main(["inspect", str(tmp_path / name)]) == 0
+        assert "encoder. GRU      3      4" in capsys.readouterr().out
     assert main(["convert", str(tmp_path / "flax.orbax"), str(tmp_path / "a.pt"), "--only-rnn"]) == 0
     assert_close(load(tmp_path / "a.pt")["encoder.weight_hh_l0"], _weights("GRU")["weight_hh"].astype("f4"), atol=0)
     assert main(["convert", str(tmp_path / "flax.orbax"), str(tmp_path / "b.pt")]) == 0

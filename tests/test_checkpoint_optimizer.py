@@ -2,6 +2,7 @@
 
 import operator
 import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,17 @@ def _gradient_of(value: Any, count: int) -> Any:
     return np.cos(np.asarray(value) * 3 + count) / count
 
 
+def _steps_of(torch: types.ModuleType, optimizer: Any, params: dict[str, Any]) -> Callable[[int], None]:
+    """What makes torch's step of a number."""
+
+    def step(count: int) -> None:
+        for param in params.values():
+            param.grad = torch.tensor(_gradient_of(param.detach(), count))
+        optimizer.step()
+
+    return step
+
+
 @pytest.mark.torch
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize(("kind", "settings"), CONTINUED, ids=lambda value: str(value))
@@ -137,11 +149,7 @@ def test_the_next_steps_of_every_optimizer_are_torchs(
     else:
         optimizer = getattr(torch.optim, kind)([w, b, v], lr=0.1, weight_decay=0, **settings)
 
-    def their_step(count: int) -> None:
-        for param in theirs.values():
-            param.grad = torch.tensor(_gradient_of(param.detach(), count))
-        optimizer.step()
-
+    their_step = _steps_of(torch, optimizer, theirs)
     for count in (1, 2, 3):
         their_step(count)
     params = {name: jnp.array(value.detach().numpy()) for name, value in theirs.items()}
@@ -428,11 +436,7 @@ def test_the_next_steps_of_a_linen_module_are_torchs(
         names = [f"model.{name}" for name in names]
     optimizer = getattr(torch.optim, kind)(groups, lr=0.1, weight_decay=0.1)
 
-    def their_step(count: int) -> None:
-        for param in named.values():
-            param.grad = torch.tensor(_gradient_of(param.detach(), count))
-        optimizer.step()
-
+    their_step = _steps_of(torch, optimizer, named)
     for count in (1, 2, 3):
         their_step(count)
     model, load = LinenModel(boxed), checkpoint.linen.load_state_dict

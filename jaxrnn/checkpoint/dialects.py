@@ -104,13 +104,13 @@ class Dialect:
             raise CheckpointError(f"{self.title} should have {listed(missing)}\nthere are: {listed(arrays)}")
         gates, parts = _GATES[self.kind], dict[tuple[str, str, bool], np.ndarray]()
         state = next(entry for entry in entries if "h" in entry.sources and not entry.bias)
-        rows = np.shape(arrays[state.name])[1 if state.transposed else 0 :][:1]
+        rows = tuple(arrays[state.name].shape)[1 if state.transposed else 0 :][:1]
         hidden = sum(rows) // len(state.gates)
         for entry in entries:
             try:
                 parts |= _parted(entry, to_numpy(entry.name, arrays[entry.name]), hidden)
             except ValueError as error:
-                shape = np.shape(arrays[entry.name])
+                shape = tuple(arrays[entry.name].shape)
                 cause = f"{entry.name} of {self.title} is {shape}, which does not fit hidden_size={hidden}"
                 raise CheckpointError(f"{cause}\ngive the arrays of one layer in one direction") from error
         zero = np.zeros(hidden, next(iter(parts.values())).dtype)
@@ -126,12 +126,12 @@ class Dialect:
         }
 
     def fits(self, arrays: Mapping[str, Any]) -> bool:
-        """Whether `read` takes these arrays, by their names and shapes."""
-        try:
-            self.read({name: np.broadcast_to(np.float32(0), np.shape(array)) for name, array in arrays.items()})
-        except CheckpointError:
+        """Whether arrays have the names of this class, and the state's weights as many gates."""
+        if {entry.name for entry in self.entries} != arrays.keys():
             return False
-        return True
+        state = next(entry for entry in self.entries if entry.sources == "h" and not entry.bias)
+        shape = tuple(arrays[state.name].shape)[:: -1 if state.transposed else 1]
+        return len(shape) == 2 and bool(shape[0] == len(state.gates) * shape[1])
 
     def _join_biases(self, gate: str, parts: dict[tuple[str, str, bool], np.ndarray]) -> None:
         """Where the library has one bias for a gate, add the other to it, or refuse to lose it."""

@@ -101,22 +101,21 @@ def _from_weights(weights: Mapping[str, Any], rngs: nnx.Rngs | None) -> Any:
     tree = nnx.to_pure_dict(weights) if isinstance(weights, nnx.State) else linen.unbox(dict(weights))
     named = {".".join(map(str, path)): array for path, array in flatten_dict(tree).items()}
     flat = {name: np.asarray(array) for name, array in named.items() if jnp.issubdtype(array.dtype, jnp.floating)}
-    cells = flax_cells(flat)
-    found = find_rnns(with_torchs_names(flat))
+    cells, params = flax_cells(flat), with_torchs_names(flat)
+    found = find_rnns(params)
     if len(found) != 1 or not cells:
         prefixes = listed(cells) if cells else f"none; the names are {listed(flat)}"
         cause = f"the weights should be those of one recurrent module of Flax, but its cells are {prefixes}"
         raise CheckpointError(f"{cause}\ngive the part of one")
     [rnn] = found
-    params = with_torchs_names(flat)
     settings = rnn.arguments | {"batch_first": True, "param_dtype": rnn.dtype}
     arrays = {name: params[rnn.prefix + name] for name in rnn.spec.shapes()}
-    library = linen if any(dialect.title.startswith("flax.linen") for dialect, _ in cells.values()) else nnx
+    library = linen if any(library == "flax.linen" for library, _, _ in cells.values()) else nnx
     return _built(library, rnn.class_name, settings, arrays, rngs)
 
 
-def flax_cells(tensors: Mapping[str, Any]) -> dict[str, tuple[Dialect, dict[str, Any]]]:
-    """The cells of Flax in a flat dict, by prefix: their kind, and their arrays by name."""
+def flax_cells(tensors: Mapping[str, Any]) -> dict[str, tuple[str, Dialect, dict[str, Any]]]:
+    """The cells of Flax in a flat dict, by prefix: Flax's module, the dialect, and the arrays by name."""
     groups: dict[str, dict[str, Any]] = {}
     for key, value in tensors.items():
         prefix, _, leaf = key.rpartition(".")
@@ -125,9 +124,8 @@ def flax_cells(tensors: Mapping[str, Any]) -> dict[str, tuple[Dialect, dict[str,
     found = {}
     for prefix, arrays in groups.items():
         for (library, _), dialect in DIALECTS.items():
-            names = {entry.name for entry in dialect.entries}
-            if library.startswith("flax.") and names == arrays.keys() and dialect.fits(arrays):
-                found[prefix] = dialect, arrays
+            if library.startswith("flax.") and dialect.fits(arrays):
+                found[prefix] = library, dialect, arrays
                 break
     return found
 
@@ -139,7 +137,7 @@ def with_torchs_names(tensors: Mapping[str, Any]) -> dict[str, Any]:
     """
     cells = flax_cells(tensors)
     converted = dict(tensors)
-    for prefix, (dialect, arrays) in cells.items():
+    for prefix, (_, dialect, arrays) in cells.items():
         for name in arrays:
             del converted[prefix + name]
         short = _INSIDE.sub("", f".{prefix}").removeprefix(".")

@@ -18,12 +18,10 @@ import numpy as np
 from jaxrnn._compat import is_orbax_tree
 from jaxrnn.checkpoint import stored
 from jaxrnn.checkpoint.errors import AGAIN, CheckpointError, check_unicode, listed
+from jaxrnn.checkpoint.formats.bombs import largest
 from jaxrnn.checkpoint.formats.reading import Reading
 from jaxrnn.checkpoint.stored import Value
 
-# Far above what compression gains on weights. Data that is not stored would be read as zeros, however many.
-_LARGEST_INFLATION = 100
-_SMALL = 64 << 20  # this many bytes are harmless, however few are stored
 SUFFIXES = (".orbax",)
 NEW = ".new"  # what the directory's name has more than the file's
 
@@ -122,7 +120,7 @@ def _check(described: Mapping[str, Any], path: str) -> None:
         size += math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize
     files = (os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names)
     stored = sum(map(os.path.getsize, files))
-    if size > max(_SMALL, _LARGEST_INFLATION * stored):
+    if size > largest(stored):  # data that is not stored would be read as zeros, however many
         cause = f"a bomb: its tensors have {size} bytes, in files of {stored}"
         raise CheckpointError(f"{cause}\nget it from a source that you trust")
 
