@@ -67,7 +67,8 @@ def apply(
         hidden_axis: the axis, or axes, of the mesh in `jax.set_mesh`, of type Auto, over which to shard hidden units,
             and so gates and states; None leaves sharding to XLA.
         unroll: how many steps the loop makes at a time, as for `jax.lax.scan`; if None, 4 on a GPU and 1 elsewhere.
-        engine: what runs the loop over time: "auto", or a name in `jaxrnn.engines.ENGINES`.
+        engine: what runs the loop over time: "auto"; a name in `jaxrnn.engines.ENGINES`; or a tuple of such names, of
+            which the first that can run it does.
 
     Returns:
         `(output, h_n)`, or for a cell of several states `(output, (h_n, c_n))`. output: the last layer's outputs, laid

@@ -16,7 +16,7 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxrnn import engines, flax_cell, flax_sharding
 from jaxrnn.calls import HX, Output, Pair, State, StateT, call, call_cell
 from jaxrnn.cells import GRU_CELL, LSTM_CELL, Cell, rnn_cell
-from jaxrnn.options import CellKeywords, Keywords, MeshAxis, Options, Remat
+from jaxrnn.options import CellKeywords, Engine, Keywords, MeshAxis, Options, Remat
 from jaxrnn.packed import PackedSequence
 from jaxrnn.spec import CellSpec, Spec
 
@@ -33,7 +33,7 @@ class _Module(linen.Module):
         settings = {f.name: getattr(self, f.name) for f in dataclasses.fields(self._Spec) if f.name != "cell"}
         self.spec = self._Spec(self._cell, **settings)
         self.options = Options(**{name: getattr(self, name) for name in self._Keywords.__annotations__})
-        engines.engine(self.options)
+        engines.asked(self.options)
         super().__post_init__()
 
     def _initializers(self) -> dict[str, Callable[..., Any]]:
@@ -57,7 +57,7 @@ class _Layers(_Module, Generic[StateT]):
     remat: Remat = "none"
     hidden_axis: MeshAxis | None = None
     unroll: int | None = None
-    engine: str = "auto"
+    engine: Engine = "auto"
     deterministic: bool | None = None
     rng_collection: str = "dropout"
 

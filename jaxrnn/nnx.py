@@ -69,7 +69,7 @@ class _Module(nnx.Module):
     ) -> None:
         self.spec = spec
         self.options = Options.of(type(self).__name__, options, self._Keywords)
-        engines.engine(self.options)
+        engines.asked(self.options)
         self.param_dtype = param_dtype
         self._add_params(spec.init(rngs.params(), param_dtype))
 
@@ -243,7 +243,8 @@ class RNN(_Layers[jax.Array]):
         hidden_axis: mesh axis, or Flax logical axis, over which hidden units are sharded; stored in the parameters'
             metadata. If a mesh is set, parameters are created on it.
         unroll: how many steps the loop makes at a time, as for `jax.lax.scan`; if None, 4 on a GPU and 1 elsewhere.
-        engine: what runs the loop over time: "auto", or a name in `jaxrnn.engines.ENGINES`.
+        engine: what runs the loop over time: "auto"; a name in `jaxrnn.engines.ENGINES`; or a tuple of such names, of
+            which the first that can run it does.
         rngs: nnx.Rngs for the initial parameters (uniform within 1/sqrt(hidden_size) of 0, as torch's) and, where it
             is used, for dropout.
 

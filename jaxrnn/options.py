@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 # See `Options`.
 Remat = str | int
 MeshAxis = str | tuple[str, ...]
-
+Engine = str | tuple[str, ...]
 
 Function = TypeVar("Function", bound=Callable)
 
@@ -32,7 +32,7 @@ class Keywords(CellKeywords, total=False):
     remat: Remat
     hidden_axis: MeshAxis | None
     unroll: int | None
-    engine: str
+    engine: Engine
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,8 +47,8 @@ class Options:
             recomputed.
         hidden_axis: the mesh axis, or axes, of type Auto, over which hidden units are sharded.
         unroll: how many steps the loop makes at a time, as for `jax.lax.scan`; if None, 4 on a GPU and 1 elsewhere.
-        engine: what runs the loop: "auto" for the first of `jaxrnn.engines.AUTO` that can, or a name in
-            `jaxrnn.engines.ENGINES`.
+        engine: what runs the loop over time: a name in `jaxrnn.engines.ENGINES`; a tuple of such names, of which the
+            first that can run it does; "auto" for those in `jaxrnn.engines.AUTO`.
 
     Raises:
         TypeError: dtype is not floating.
@@ -61,7 +61,7 @@ class Options:
     remat: Remat = "none"
     hidden_axis: MeshAxis | None = None
     unroll: int | None = None
-    engine: str = "auto"
+    engine: Engine = "auto"
 
     def __post_init__(self) -> None:
         if self.dtype is not None:
@@ -70,6 +70,8 @@ class Options:
             object.__setattr__(self, "dtype", jnp.dtype(self.dtype))  # so that "float32" and jnp.float32 compare equal
         if self.remat not in ("none", "gates") and not _is_count(self.remat):
             raise ValueError(f"remat should be 'none', 'gates' or an integer above 0, got {self.remat!r}")
+        if isinstance(self.engine, list):
+            object.__setattr__(self, "engine", tuple(self.engine))
         if self.unroll is not None and not _is_count(self.unroll):
             raise ValueError(f"unroll should be an integer above 0, or None, got {self.unroll!r}")
 

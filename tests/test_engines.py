@@ -1,5 +1,6 @@
 """Engines: the table, which one is chosen, and an engine with a backward pass of its own."""
 
+import ast
 import re
 from typing import Any
 
@@ -113,19 +114,46 @@ def test_auto_takes_the_first_engine_that_does_not_refuse() -> None:
 
 def test_an_engine_says_why_it_refuses() -> None:
     spec = jaxrnn.Spec(jaxrnn.GRU_CELL, F, H)
-    with pytest.raises(ValueError, match=r"'handwritten' cannot run this: it runs RNN_TANH .* Use engine='auto'"):
+    with pytest.raises(ValueError, match=r"'handwritten' cannot run this: it runs RNN_TANH") as raised:
         jaxrnn.apply(spec, parameters(spec), normal(T, N, F), engine="handwritten")
+    remedy = re.search(r"Use engine=(\(.*?\)), which runs it by scan, or engine='auto'", str(raised.value))
+    assert remedy
+    assert ast.literal_eval(remedy[1]) == ("handwritten", "scan")
 
 
-def test_an_unknown_engine_is_an_error_where_it_is_given() -> None:
-    message = re.escape(f"engine should be 'auto' or one of {list(engines.ENGINES)}, got 'fast'")
+def test_engines_are_tried_in_the_order_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(engines.ENGINES, "never", Never())
+    jax.clear_caches()
+
+    def ran(cell: jaxrnn.Cell, *engine: str) -> bool:
+        CALLED.clear()
+        spec = jaxrnn.Spec(cell, F, H)
+        jax.grad(lambda p: jnp.sum(jaxrnn.apply(spec, p, normal(T, N, F), engine=engine)[0]))(parameters(spec))
+        return bool(CALLED)
+
+    assert ran(jaxrnn.RNN_TANH, "never", "handwritten", "scan")
+    assert not ran(jaxrnn.RNN_TANH, "scan", "handwritten")
+    assert not ran(jaxrnn.GRU_CELL, "never", "handwritten", "scan")
+    with pytest.raises(ValueError, match="cannot run this: never: it never runs; handwritten: it runs RNN_TANH"):
+        ran(jaxrnn.GRU_CELL, "never", "handwritten")
+
+
+class Never(Scan):
+    def refuses(self, run: steps.Run) -> str | None:
+        return "it never runs"
+
+
+@pytest.mark.parametrize("engine", ["fast", ("scan", "fast"), (), None], ids=str)
+def test_an_unknown_engine_is_an_error_where_it_is_given(engine: Any) -> None:
+    wanted = f"'auto', one of {list(engines.ENGINES)}, or a tuple of these in the order in which to try them"
+    message = re.escape(f"engine should be {wanted}, got {engine!r}")
     spec = jaxrnn.Spec(jaxrnn.GRU_CELL, F, H)
     with pytest.raises(ValueError, match=message):
-        jaxrnn.GRU(F, H, engine="fast", rngs=nnx.Rngs(0))
+        jaxrnn.GRU(F, H, engine=engine, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match=message):
-        jaxrnn.linen.GRU(F, H, engine="fast")
+        jaxrnn.linen.GRU(F, H, engine=engine)
     with pytest.raises(ValueError, match=message):
-        jaxrnn.apply(spec, parameters(spec), normal(T, N, F), engine="fast")
+        jaxrnn.apply(spec, parameters(spec), normal(T, N, F), engine=engine)
 
 
 FORMS = {"GPU": scan._GPU, "narrow on a TPU": scan._NARROW}

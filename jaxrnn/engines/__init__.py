@@ -66,28 +66,33 @@ ENGINES: dict[str, Engine] = {"scan": Scan()}
 AUTO = ["scan"]
 
 
-def engine(options: Options) -> Engine | None:
-    """The engine that was asked for; None for "auto".
+def asked(options: Options) -> list[Engine]:
+    """The engines that may run, in the order in which they are tried.
 
     Raises:
-        ValueError: there is no such engine.
+        ValueError: there is no engine of such a name.
     """
-    if options.engine == "auto":
-        return None
-    if options.engine not in ENGINES:
-        raise ValueError(f"engine should be 'auto' or one of {list(ENGINES)}, got {options.engine!r}")
-    return ENGINES[options.engine]
+    given = options.engine
+    names = AUTO if given == "auto" else [given] if isinstance(given, str) else given
+    if not isinstance(names, list | tuple) or not names or not set(names) <= set(ENGINES):
+        wanted = f"'auto', one of {list(ENGINES)}, or a tuple of these in the order in which to try them"
+        raise ValueError(f"engine should be {wanted}, got {given!r}")
+    return [ENGINES[name] for name in names]
 
 
 def engine_for(run: Run) -> Engine:
-    """The engine that was asked for, or else the first of `AUTO` that does not refuse.
+    """The first engine of those asked for that does not refuse.
 
     Raises:
-        ValueError: the engine that was asked for refuses.
+        ValueError: all of them refuse.
     """
-    asked = engine(run.settings.options)
-    if asked is None:
-        return next(each for each in map(ENGINES.__getitem__, AUTO) if each.refuses(run) is None)
-    if reason := asked.refuses(run):
-        raise ValueError(f"engine={run.settings.options.engine!r} cannot run this: {reason}. Use engine='auto'")
-    return asked
+    reasons = {}
+    for each in asked(run.settings.options):
+        reason = each.refuses(run)
+        if reason is None:
+            return each
+        reasons[next(name for name, engine in ENGINES.items() if engine is each)] = reason
+    given = run.settings.options.engine
+    said = "; ".join(reasons.values()) if len(reasons) == 1 else "; ".join(f"{n}: {r}" for n, r in reasons.items())
+    remedy = f"Use engine={(*reasons, 'scan')}, which runs it by scan, or engine='auto'"
+    raise ValueError(f"engine={given!r} cannot run this: {said}. {remedy}")
