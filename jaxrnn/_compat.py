@@ -4,14 +4,16 @@ These libraries promise what their API references document. JAX promises nothing
 `jax.interpreters` and `jax.experimental`. When a release breaks something here, mend this file.
 """
 
+import functools
 import os
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen, nnx
 from jax.experimental.layout import Layout, with_layout_constraint
-from jax.extend.core import Primitive
+from jax.extend.core import ClosedJaxpr, Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
 
 
@@ -29,6 +31,15 @@ def manual_axes(value: jax.Array) -> frozenset[Any]:
     `jax.typeof` is public, but the attribute of its result is not documented, and was renamed once.
     """
     return jax.typeof(value).manual_axis_type.varying
+
+
+def varying_like(shape: tuple[int, ...], dtype: Any, array: jax.Array) -> jax.ShapeDtypeStruct:
+    """The shape of a result that inside `jax.shard_map` varies over the same mesh axes as an array.
+
+    The argument is as new as the attribute that `manual_axes` reads.
+    """
+    axes = manual_axes(array)
+    return jax.ShapeDtypeStruct(shape, dtype, **({"vma": axes} if axes else {}))
 
 
 def described_devices(platform: str, topology_name: str, **settings: str) -> list[jax.Device]:
@@ -72,6 +83,149 @@ def _laid_out(context: Any, array: Any) -> Any:
 
 batching.primitive_batchers[_time_major] = _mapped
 mlir.register_lowering(_time_major, _laid_out, platform="tpu")
+
+
+def with_kernel(
+    plain: Callable[[Any, Any], Any],
+    constants: Any,
+    linear: Any = (),
+    *,
+    platform: str | None,
+    kernel: Callable[[Any, Any], Any] | None = None,
+    transposed: Callable[[Any, Any], Any] | None = None,
+) -> Any:
+    """Compute `plain(constants, linear)`, by a kernel where the program is lowered for the kernel's platform.
+
+    JAX's custom derivatives are for forward mode, or for reverse mode alone, and what can be transposed by hand,
+    `jax.custom_derivatives.linear_call`, can be neither mapped nor differentiated again. Here, whatever has no kernel
+    is what JAX makes of `plain`.
+
+    Args:
+        plain: a function of two pytrees of arrays, linear in the second.
+        constants, linear: its arguments.
+        platform: of the kernels, as JAX calls it; None for all.
+        kernel: computes the same as `plain`; None for `plain` itself.
+        transposed: `transposed(constants, cotangents)` computes the cotangents of `linear`, a pytree like it, from
+            those of the result, a pytree like it with None where they are zero.
+    """
+    tree: Any
+    shape: Any
+    arguments, tree = jax.tree.flatten((constants, linear))
+    count = len(jax.tree.leaves(linear))
+    program, result = jax.make_jaxpr(lambda *flat: plain(*tree.unflatten(flat)), return_shape=True)(*arguments)
+    shape = jax.tree.structure(result)
+
+    def flat_kernel(*flat: Any) -> list[Any]:
+        return jax.tree.leaves(kernel(*tree.unflatten(flat)) if kernel else jaxpr_as_fun(program)(*flat))
+
+    def flat_transposed(*flat: Any) -> list[Any]:
+        constants, _ = tree.unflatten([*flat[: -shape.num_leaves], *[None] * count])
+        assert transposed
+        return jax.tree.leaves(transposed(constants, shape.unflatten(flat[-shape.num_leaves :])))
+
+    found = _with_kernel.bind(
+        *arguments,
+        plain=program,
+        count=count,
+        platform=platform,
+        kernel=flat_kernel,
+        transposed=flat_transposed if transposed else None,
+    )
+    return shape.unflatten(found)
+
+
+_with_kernel = Primitive("with_kernel")
+_with_kernel.multiple_results = True
+
+
+def _plain(*arguments: Any, plain: ClosedJaxpr, **_: Any) -> list[Any]:
+    return jaxpr_as_fun(plain)(*arguments)
+
+
+def _derivative(primals: Any, tangents: Any, *, count: int, **settings: Any) -> tuple[Any, Any]:
+    """The function is linear in the last `count` arguments; by the others, its derivative is JAX's."""
+    first = len(primals) - count
+    active = [k for k in range(first) if not isinstance(tangents[k], ad.Zero)]
+
+    def plain(*some: Any) -> list[Any]:
+        given = dict(zip(active, some, strict=True))
+        return _plain(*(given.get(k, primal) for k, primal in enumerate(primals)), **settings)
+
+    if active:
+        results, sums = jax.jvp(plain, [primals[k] for k in active], [tangents[k] for k in active])
+    else:
+        results, sums = _with_kernel.bind(*primals, count=count, **settings), None
+    if not all(isinstance(tangent, ad.Zero) for tangent in tangents[first:]):
+        pushed = map(ad.instantiate_zeros, tangents[first:])
+        terms = _with_kernel.bind(*primals[:first], *pushed, count=count, **settings)
+        sums = [a + b for a, b in zip(sums, terms, strict=True)] if sums else terms
+    return results, sums
+
+
+def _transposition(cotangents: Any, *arguments: Any, count: int, **settings: Any) -> list[Any]:
+    first = len(arguments) - count
+    wanted = [k for k in range(first, len(arguments)) if ad.is_undefined_primal(arguments[k])]
+    given = [k for k, cotangent in enumerate(cotangents) if not isinstance(cotangent, ad.Zero)]
+    by_hand = settings["transposed"]
+
+    def zeros(like: jax.Array) -> jax.Array:
+        return jnp.zeros(like.shape, like.dtype)
+
+    def plain(constants: Any, some: Any) -> list[Any]:
+        def forward(*active: Any) -> list[Any]:
+            linear = dict(zip(wanted, active, strict=True))
+            whole = [linear[k] if k in linear else zeros(arguments[k]) for k in range(first, len(arguments))]
+            results = _plain(*constants, *whole, **settings)
+            return [results[k] for k in given]
+
+        shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for k in wanted for a in [arguments[k].aval]]
+        return list(jax.linear_transpose(forward, *shapes)(some))
+
+    def kernel(constants: Any, some: Any) -> list[Any]:
+        active = dict(zip(given, some, strict=True))
+        results = by_hand(*constants, *(active.get(k) for k in range(len(cotangents))))
+        return [results[k - first] for k in wanted]
+
+    found = with_kernel(
+        plain,
+        list(arguments[:first]),
+        [cotangents[k] for k in given],
+        platform=settings["platform"],
+        kernel=kernel if by_hand else None,
+    )
+    by_place = dict(zip(wanted, found, strict=True))
+    return [by_place.get(k) for k in range(len(arguments))]
+
+
+def _mapped_plain(arguments: Any, axes: Any, **settings: Any) -> tuple[list[Any], list[int]]:
+    results = jax.vmap(lambda *a: _plain(*a, **settings), in_axes=tuple(axes))(*arguments)
+    return results, [0] * len(results)
+
+
+def _lowered(here: str, context: Any, *arguments: Any, platform: str | None, **settings: Any) -> Any:
+    function = settings["kernel"] if platform in (None, here) else functools.partial(_plain, plain=settings["plain"])
+    return mlir.lower_fun(function, multiple_results=True)(context, *arguments)
+
+
+_with_kernel.def_impl(_plain)
+_with_kernel.def_abstract_eval(lambda *_, plain, **settings: plain.out_avals)
+ad.primitive_jvps[_with_kernel] = _derivative
+ad.primitive_transposes[_with_kernel] = _transposition
+batching.primitive_batchers[_with_kernel] = _mapped_plain
+mlir.register_lowering(_with_kernel, functools.partial(_lowered, "others"))
+for _name in ("tpu", "cuda"):
+    mlir.register_lowering(_with_kernel, functools.partial(_lowered, _name), platform=_name)
+
+
+def pallas() -> tuple[Any, Any]:
+    """JAX's language for kernels, and its part for TPUs: `pl` and `pltpu`. They are imported when they are used.
+
+    All of it is in `jax.experimental`.
+    """
+    from jax.experimental import pallas
+    from jax.experimental.pallas import tpu
+
+    return pallas, tpu
 
 
 def sharded_at_creation() -> bool:

@@ -83,7 +83,8 @@ def _run(
     given = (like,) * len(cell.gates), (like,) * len(cell.apart), state, *steps.own(cell, rounded.recurrent.own)
     # A custom_jvp ignores the derivative by an array that a function closes over, unless it is an argument.
     step, captured = jax.closure_convert(cell.step, *given)
-    settings = settings._replace(cell=dataclasses.replace(cell, step=step))
+    if captured:
+        settings = settings._replace(cell=dataclasses.replace(cell, step=step))
     arrays = rounded.recurrent, gates, state, marks, reset_state, tuple(captured)
     every, last = _run_over_time(settings, x.dtype, *arrays)
     if settings.every:

@@ -13,6 +13,7 @@ from typing import Protocol
 import jax
 
 from jaxrnn.cells import Arrays
+from jaxrnn.engines.pallas import Pallas
 from jaxrnn.engines.scan import Scan
 from jaxrnn.options import Options
 from jaxrnn.steps import Run, Steps
@@ -61,7 +62,7 @@ class Engine(Protocol):
         """
 
 
-ENGINES: dict[str, Engine] = {"scan": Scan()}
+ENGINES: dict[str, Engine] = {"scan": Scan(), "pallas": Pallas()}
 # What "auto" tries, in this order. The last runs everything.
 AUTO = ["scan"]
 

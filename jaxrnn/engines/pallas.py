@@ -1,0 +1,362 @@
+"""Kernels for TPUs, in Pallas: the recurrent weights and the state stay on the chip over all steps.
+
+The gates stream in from memory, and what is returned or saved streams out, while the chip computes the steps before.
+One kernel runs forward and one backward. The cell's own step is traced into the first, and its derivative into the
+second. What is lowered for another platform, mapped, differentiated forward, or for a second time, is the scan.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import AxisType
+
+from jaxrnn import meshes, steps
+from jaxrnn._compat import pallas, varying_like, with_kernel
+from jaxrnn.cells import GRU_CELL, LSTM_CELL, RNN_RELU, RNN_TANH, Arrays, Cell
+from jaxrnn.engines.scan import Scan
+from jaxrnn.steps import Run, Settings, Steps
+
+_MIB, _LANES = 2**20, 128
+_SPARE = 8 * _MIB  # for what the compiler itself keeps on the chip
+_BLOCKS = (16, 8, 4, 2, 1)  # steps that stream in at a time: the first of these for which there is memory
+_WHOLE = (lax.Precision.HIGHEST, "highest", "float32")
+_ROUNDED = (lax.Precision.DEFAULT, "default", "bfloat16", "fastest", None)
+
+
+class _Linear(NamedTuple):
+    """What the tangents of a run are linear in."""
+
+    sums: jax.Array
+    inputs: Arrays  # the input's part of the gates that are apart
+    state: Arrays
+    reset_state: Arrays | None
+    own: dict[str, jax.Array]
+
+
+class Pallas(Scan):
+    """Kernels for TPUs, and the scan for all else.
+
+    Attributes:
+        memory: the bytes that a kernel may take of the chip's memory. A v5p has 64 MiB; a v5e and a v6e have 128.
+        platform: where the kernels are used; None for everywhere.
+        interpret: as for `pallas_call`: whether JAX computes what a TPU would, on any platform.
+    """
+
+    def __init__(self, memory: int = 56 * _MIB, platform: str | None = "tpu", interpret: Any = False) -> None:
+        self.memory, self.platform, self.interpret = memory, platform, interpret
+
+    def refuses(self, run: Run) -> str | None:
+        cell, options, (time, batch, hidden) = run.settings.cell, run.settings.options, run.gates[0].shape
+        mesh = jax.sharding.get_abstract_mesh()
+        kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+        shared_out = [name for name, kind in kinds if kind != AxisType.Manual and mesh.shape[name] > 1]
+        if run.gates[0].dtype != jnp.float32:
+            return f"it computes in float32 or bfloat16, and this is {run.gates[0].dtype}"
+        if run.recurrent.weight_hr is not None or run.recurrent.weight_hh is None:
+            return "it runs recurrent cells without a projection"
+        if run.captured or any("hidden" not in each.axes for each in cell.own.values()):
+            return "the cell's step closes over arrays, or has a parameter without an axis 'hidden'"
+        if options.hidden_axis is not None or shared_out:
+            return (
+                f"no kernel is shared out over mesh axes {shared_out or options.hidden_axis}; jax.shard_map can do it"
+            )
+        if not all(isinstance(size, int) for size in (time, batch)):
+            return "the number of steps or rows is symbolic"
+        if options.precision not in (*_WHOLE, *_ROUNDED):
+            return f"its precision is 'highest' or the default, and this is {options.precision!r}"
+        if self._block(run) == 0:
+            return f"hidden_size={hidden} with {batch} rows takes more than {self.memory // _MIB} MiB on the chip"
+        return None if self.interpret else _why_not_lowered(cell)
+
+    def forward(self, run: Run) -> tuple[Steps, Arrays]:
+        def kernel(run: Run) -> tuple[Steps, Arrays]:
+            if run.settings.every:
+                (states, sums), last = self._forward(run, saved=True)
+                return steps.returned(run, run.marks, states, sums), last
+            output, last = self._forward(run, saved=False)
+            return Steps(output), last
+
+        return self._of_run(super().forward, kernel, run)
+
+    def states_and_sums(self, run: Run) -> tuple[Arrays, Arrays | None, Arrays]:
+        def kernel(run: Run) -> tuple[Arrays, Arrays | None, Arrays]:
+            (states, sums), last = self._forward(run, saved=True)
+            return states, None if run.settings.options.remat == "gates" else sums, last
+
+        return self._of_run(super().states_and_sums, kernel, run)
+
+    def _of_run(self, plain: Callable[[Run], Any], kernel: Callable[[Run], Any], run: Run) -> Any:
+        settings, dtype, *arrays = run
+        arrays = meshes.varying_with(arrays, arrays)
+        functions = [lambda a, _, f=f: f(Run(settings, dtype, *a)) for f in (plain, kernel)]
+        return with_kernel(functions[0], arrays, platform=self.platform, kernel=functions[1])
+
+    def tangents(self, run: Run, before: Arrays, sums: Arrays, tangent: Run, d_sums: jax.Array) -> tuple[Steps, Arrays]:
+        (settings, dtype, *arrays), cell = run, run.settings.cell
+        d_inputs = tuple(d for name, d in zip(cell.gates, tangent.gates, strict=True) if name in cell.apart)
+        linear = _Linear(d_sums, d_inputs, tangent.state, tangent.reset_state, tangent.recurrent.own)
+        constants = arrays, before, sums
+        constants, linear = meshes.varying_with((constants, linear), (constants, linear))
+        by_scan = super().tangents
+
+        def plain(constants: Any, linear: _Linear) -> tuple[Steps, Arrays]:
+            arrays, before, sums = constants
+            run, inputs = Run(settings, dtype, *arrays), iter(linear.inputs)
+            gates: Any = tuple(next(inputs) if name in cell.apart else None for name in cell.gates)
+            recurrent = run.recurrent._replace(weight_hh=None, own=linear.own)
+            tangent = Run(settings, dtype, recurrent, gates, linear.state, run.marks, linear.reset_state)
+            return by_scan(run, before, sums, tangent, linear.sums)
+
+        def transposed(constants: Any, cotangents: tuple[Steps, Any]) -> _Linear:
+            arrays, before, sums = constants
+            return self._backward(Run(settings, dtype, *arrays), before, sums, *cotangents)
+
+        return with_kernel(plain, constants, linear, platform=self.platform, transposed=transposed)
+
+    def _forward(self, run: Run, saved: bool) -> tuple[Any, Arrays]:
+        """The outputs of every step, or what the derivative needs: states and sums; and the last state."""
+        cell, marks, gates, count = run.settings.cell, run.marks, run.gates, len(run.gates)
+
+        def body(kept: _Kept, time: Any, state: Arrays, step: tuple[Arrays, Any]) -> tuple[Arrays, Any]:
+            gates, reset = step
+            before = steps.select(_marked(reset), _read(kept.reset_state), state)
+            hidden = tuple(self._product(run, before[0], kept.weight[k]) + kept.bias[k] for k in range(count))
+            sums = steps.added(cell, gates, hidden)
+            after = cell.step(*steps.arguments(cell, gates, sums), before, *steps.own(cell, _read(kept.own)))
+            ended = kept.ended(time)
+            after = steps.select(ended, state, tuple(after))
+            shown = steps.returned(run, marks._replace(ended=ended), after, None).output
+            return after, (after, sums) if saved else shown
+
+        like = functools.partial(varying_like, gates[0].shape, array=gates[0])
+        of_gates, of_states = ([like(dtype=jnp.float32)] * len(names) for names in (cell.gates, cell.states))
+        results = (tuple(of_states), tuple(of_gates)) if saved else like(dtype=run.dtype)
+        streams = gates, _numbers(marks.reset)
+        state, results = self._scan(body, run, run.state, streams, results, reverse=run.settings.reverse)
+        return results, state
+
+    def _backward(self, run: Run, before: Arrays, sums: Arrays, d_every: Steps, d_last: Any) -> _Linear:
+        """The cotangents of what the tangents are linear in, from those of `forward`; None for zeros."""
+        cell, lay = run.settings.cell, run.settings.layout
+
+        def body(kept: _Kept, time: Any, carry: Any, step: Any) -> tuple[Any, Any]:
+            d_state, d_reset, d_own = carry
+            sums, inputs, before, reset, d_every = step
+            ended, reset = kept.ended(time), _marked(reset)
+            d_output = None if d_every.output is None else d_every.output.astype(jnp.float32)
+            if d_output is not None:
+                (d_output,) = _unless(ended, (d_output,))
+            d_state = tuple(map(_added, d_state, (d_output, *[None] * (len(d_state) - 1))))
+            d_state = tuple(map(_added, d_state, d_every.state or [None] * len(d_state)))
+            named = dict(zip(cell.apart, inputs, strict=True))
+            gates = [named.get(name) for name in cell.gates]
+            states = tuple(jnp.zeros_like(d_state[0]) if a is None else a for a in before)
+            arguments = (*steps.arguments(cell, gates, sums), states, *steps.own(cell, _read(kept.own)))
+            _, pull = jax.vjp(lambda *a: tuple(cell.step(*a)), *arguments)
+            d_gates, d_hidden, d_before, *d_params = pull(_unless(ended, d_state))
+            apart = dict(zip(cell.apart, d_hidden, strict=True))
+            d_sums = tuple(apart.get(name, d) for name, d in zip(cell.gates, d_gates, strict=True))
+            d_sums = tuple(map(_added, d_sums, d_every.sums or [None] * len(d_sums)))
+            products = [self._product(run, d, kept.weight[k], 1) for k, d in enumerate(d_sums)]
+            d_before = (functools.reduce(jnp.add, products, d_before[0]), *d_before[1:])
+            if reset is not None:
+                d_reset = tuple(
+                    a + jnp.where(reset, d, jnp.zeros_like(d)) for a, d in zip(d_reset, d_before, strict=True)
+                )
+                d_before = _unless(reset, d_before)
+            if ended is not None:
+                held = _unless(~ended, d_state)
+                d_before = tuple(map(jnp.add, d_before, held))
+            d_own = jax.tree.map(jnp.add, d_own, *d_params) if d_params else d_own
+            d_inputs = tuple(d for name, d in zip(cell.gates, d_gates, strict=True) if name in cell.apart)
+            return (d_before, d_reset, d_own), (lay.join(d_sums) if joined else d_sums, d_inputs)
+
+        inputs = tuple(gate for name, gate in zip(cell.gates, run.gates, strict=True) if name in cell.apart)
+        needed = (None, *before[1:]) if cell.projects else before  # such a step does not read the first state
+        streams = sums, inputs, needed, _numbers(run.marks.reset), d_every
+        d_state = tuple(jnp.zeros_like(a) if d is None else d for a, d in zip(run.state, d_last, strict=True))
+        zeros = jax.tree.map(
+            jnp.zeros_like, (run.reset_state if run.marks.reset is not None else None, run.recurrent.own)
+        )
+        shape = run.gates[0].shape
+        joined = shape[-1] % _LANES == 0  # or else the parts of a row of numbers begin between its tiles
+        like = functools.partial(varying_like, dtype=jnp.float32, array=run.gates[0])
+        of_gates = tuple(like(shape) for _ in cell.gates)
+        results = like((*shape[:-1], shape[-1] * len(cell.gates))) if joined else of_gates, of_gates[: len(inputs)]
+        carry, (d_sums, d_inputs) = self._scan(
+            body, run, (d_state, *zeros), streams, results, reverse=not run.settings.reverse
+        )
+        return _Linear(d_sums if joined else lay.join(d_sums), d_inputs, *carry)
+
+    def _product(self, run: Run, a: jax.Array, weight: jax.Array, contract: int = 0) -> jax.Array:
+        exact = run.settings.options.precision in _WHOLE
+        return lax.dot_general(
+            a.astype(weight.dtype),
+            weight,
+            (((1,), (contract,)), ((), ())),
+            precision=lax.Precision.HIGHEST if exact else lax.Precision.DEFAULT,
+            preferred_element_type=jnp.float32,
+        )
+
+    def _block(self, run: Run) -> int:
+        """How many steps stream in at a time; 0 if not even one fits on the chip."""
+        cell, (time, batch, hidden) = run.settings.cell, run.gates[0].shape
+        gates, apart, states = len(cell.gates), len(cell.apart), len(cell.states)
+        row = _up(batch, 8) * _up(hidden, _LANES) * 4
+        weights = gates * _up(hidden, 16) * _up(hidden, _LANES) * _weight_dtype(run).itemsize
+        streams, others = (
+            2 * (2 * gates + 2 * apart + states + 2),
+            2 * gates + 4 * states,
+        )  # two buffers for each stream
+        fits = [n for n in _BLOCKS if n <= time and weights + (n * streams + others) * row <= self.memory]
+        return max(fits, default=0)
+
+    def _scan(self, body: Any, run: Run, carry: Any, every: Any, results: Any, *, reverse: bool) -> tuple[Any, Any]:
+        """As `jax.lax.scan` of `body(kept, time, carry, step)`, on the chip.
+
+        The carry stays there, and so does what is kept, which `body` reads at each step. The arrays of every step
+        stream in, and the results stream out, by blocks of steps.
+        """
+        pl, pltpu = pallas()
+        kept = _Kept.of(run)
+        time, block = len(run.gates[0]), self._block(run)
+        count = pl.cdiv(time, block)
+        tree: Any
+        out_tree: Any
+        given, tree = jax.tree.flatten((every, kept, carry))
+        shapes, out_tree = jax.tree.flatten((results, jax.tree.map(lambda a: varying_like(a.shape, a.dtype, a), carry)))
+
+        def kernel(*refs: Any) -> None:
+            every, kept, first = tree.unflatten(refs[: len(given)])
+            results, last = out_tree.unflatten(refs[len(given) :])
+            first_step = (count - 1 - pl.program_id(0) if reverse else pl.program_id(0)) * block
+
+            @pl.when(pl.program_id(0) == 0)
+            def _() -> None:
+                jax.tree.map(lambda ref, a: _write(ref, ..., a[...]), last, first)
+
+            def one(index: Any, carry: Any) -> Any:
+                k = block - 1 - index if reverse else index
+                after, result = body(kept, first_step + k, carry, jax.tree.map(lambda ref: ref[k], every))
+                jax.tree.map(lambda ref, a: _write(ref, k, a), results, result)
+                if time % block == 0:
+                    return after
+                # The last block goes on past the end, over whatever is there.
+                return jax.tree.map(lambda a, b: jnp.where(first_step + k < time, a, b), after, carry)
+
+            carry = lax.fori_loop(np.int32(0), np.int32(block), one, _read(last))
+            jax.tree.map(lambda ref, a: _write(ref, ..., a), last, carry)
+
+        def stream(a: Any) -> Any:
+            rest = (0,) * (a.ndim - 1)
+            return pl.BlockSpec((block, *a.shape[1:]), lambda i: (count - 1 - i if reverse else i, *rest))
+
+        def whole(a: Any, **settings: Any) -> Any:
+            return pl.BlockSpec(a.shape, lambda i: (0,) * a.ndim, **settings)
+
+        once = functools.partial(whole, pipeline_mode=pl.Buffered(1))
+        found = pl.pallas_call(
+            kernel,
+            name=f"jaxrnn_{run.settings.cell.name}",
+            grid=(count,),
+            in_specs=[*map(stream, jax.tree.leaves(every)), *map(once, jax.tree.leaves((kept, carry)))],
+            out_specs=[*map(stream, jax.tree.leaves(results)), *map(whole, jax.tree.leaves(carry))],
+            out_shape=shapes,
+            interpret=self.interpret,
+            compiler_params=pltpu.CompilerParams(
+                dimension_semantics=("arbitrary",), vmem_limit_bytes=self.memory + _SPARE
+            ),
+        )(*given)
+        results, carry = out_tree.unflatten(found)
+        return carry, results
+
+
+class _Kept(NamedTuple):
+    """What stays on the chip."""
+
+    weight: jax.Array  # (gates, hidden_size, hidden_size)
+    bias: jax.Array  # (gates, 1, hidden_size)
+    own: dict[str, jax.Array]
+    reset_state: Arrays | None
+    ends: jax.Array | None  # how many steps each row has, (batch, 1)
+
+    @classmethod
+    def of(cls, run: Run) -> "_Kept":
+        recurrent, marks, gates = run.recurrent, run.marks, len(run.settings.cell.gates)
+        assert recurrent.weight_hh is not None
+        hidden = len(recurrent.weight_hh)
+        weight = recurrent.weight_hh.astype(_weight_dtype(run)).reshape(hidden, gates, hidden).swapaxes(0, 1)
+        ends = None if marks.ended is None else jnp.sum(~marks.ended, 0, dtype=jnp.int32)
+        reset_state = None if marks.reset is None else run.reset_state
+        return cls(weight, recurrent.bias.reshape(gates, 1, hidden), recurrent.own, reset_state, ends)
+
+    def ended(self, time: Any) -> Any:
+        return None if self.ends is None else time >= self.ends[...]
+
+
+def _weight_dtype(run: Run) -> np.dtype:
+    """With the default precision, a TPU multiplies in bfloat16: then the weights take half of the memory."""
+    assert run.recurrent.weight_hh is not None
+    exact = run.settings.options.precision in _WHOLE
+    return np.dtype(run.recurrent.weight_hh.dtype if exact else jnp.bfloat16)
+
+
+def _up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
+
+
+def _read(refs: Any) -> Any:
+    return jax.tree.map(lambda ref: ref[...], refs)
+
+
+def _write(ref: Any, where: Any, value: jax.Array) -> None:
+    ref[where] = value.astype(ref.dtype)
+
+
+def _numbers(mark: jax.Array | None) -> jax.Array | None:
+    """A mark as a kernel can read it."""
+    return None if mark is None else mark.astype(jnp.int32)
+
+
+def _marked(number: jax.Array | None) -> jax.Array | None:
+    return None if number is None else number != 0
+
+
+def _unless(mark: jax.Array | None, arrays: Arrays) -> Arrays:
+    return steps.select(mark, tuple(map(jnp.zeros_like, arrays)), arrays)
+
+
+def _added(a: jax.Array, b: jax.Array | None) -> jax.Array:
+    return a if b is None else a + b
+
+
+@functools.lru_cache
+def _why_not_lowered(cell: Cell) -> str | None:
+    """Why the kernels of a cell cannot be lowered for a TPU, by trying it."""
+    if cell in (RNN_TANH, RNN_RELU, LSTM_CELL, GRU_CELL):
+        return None
+
+    def every(*shape: int) -> Any:
+        return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+    gates, engine, size = len(cell.gates), Pallas(), _LANES
+    own = {n: every(*(gates,) * ("gates" in p.axes), 1, size) for n, p in cell.own.items()}
+    recurrent = steps.Recurrent(every(size, gates * size), every(gates * size), None, own)
+    state = (every(8, size),) * len(cell.states)
+    arrays = recurrent, (every(8, 8, size),) * gates, state, steps.Marks(), None
+
+    def kernels(*arrays: Any) -> Any:
+        run = Run(Settings(cell), jnp.dtype(jnp.float32), *arrays)
+        (states, sums), last = engine._forward(run, saved=True)
+        return engine._backward(run, states, sums, Steps(states[0]), last)
+
+    try:
+        jax.jit(kernels).trace(*arrays).lower(lowering_platforms=("tpu",))
+    except Exception as error:  # whatever Pallas raises for what it does not have
+        return f"a kernel of its step cannot be made ({type(error).__name__}: {str(error).splitlines()[0]})"
+    return None
