@@ -19,6 +19,7 @@ import jax
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress
 
+from jaxrnn import engines
 from jaxrnn.checkpoint.check import installed_torch
 
 from . import compile, model, reference, sides, training
@@ -32,9 +33,9 @@ MOST_PLACES = 3
 PLATFORMS = {"cpu": "cpu", "gpu": "cuda,rocm", "tpu": "tpu"}
 # The options that each task reads; it refuses the others.
 TASKS = {
-    "compare": {"live", "filter", "dtype", "side", "platform", "precision", "json", "report"},
+    "compare": {"live", "filter", "dtype", "side", "engine", "platform", "precision", "json", "report"},
     "record": set[str](),
-    "--model": {"key", "inputs", "live", "side", "platform", "precision", "json", "report"},
+    "--model": {"key", "inputs", "live", "side", "engine", "platform", "precision", "json", "report"},
     "--compile-only": {"filter", "dtype", "platform", "precision", "json"},
 }
 
@@ -71,6 +72,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = f"python -m {__pack
     parser.add_argument(
         "--side", choices=[s for s in sides.SIDES if s != "torch"], default="jaxrnn", help="what to test"
     )
+    parser.add_argument("--engine", choices=engines.ENGINES, help="what runs the loop over time, where it can")
     parser.add_argument(
         "--model", metavar="FILE", help="your own checkpoint: the recurrent modules in it, beside PyTorch"
     )
@@ -115,6 +117,8 @@ def main(arguments: Sequence[str] | None = None, prog: str = f"python -m {__pack
 
     jax.config.update("jax_enable_x64", True)
     jax.config.update("jax_default_matmul_precision", options.precision)
+    if options.engine:
+        engines.AUTO[:] = dict.fromkeys([options.engine, *engines.AUTO])
     if options.platform:
         jax.config.update("jax_platforms", "cpu" if options.compile_only else PLATFORMS[options.platform])
     console = Console()

@@ -5,15 +5,18 @@ is no time: a TPU's estimate of cycles leaves out what overlaps, and puts some 2
 small; how long a GPU's launch takes is up to its driver.
 """
 
+import atexit
 import dataclasses
+import functools
 import importlib.resources
 import itertools
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +38,7 @@ TARGETS = {
     "v5p": ("tpu", {"topology_name": "v5p:2x2x1"}),
     "h100": ("cuda", {"topology_name": "", "topology": "1x1x1"}),
 }
-SIDES = ("jaxrnn", "flax.nnx")
+SIDES = ("jaxrnn", "pallas", "flax.nnx")
 PROGRAMS = ("forward", "training")
 # Let XLA make one CUDA graph of a loop that has nothing in it but kernels.
 GRAPHS = {
@@ -57,8 +60,9 @@ class Loop:
         copies: those that only move numbers: copies, slices, transpositions.
         hbm_bytes: bytes of operands that are read from memory outside the chip. What is sliced counts as the slice.
         not_time_major: arrays of all steps that have another axis than time outermost.
-        cycles: the TPU's compiler's estimate; 0 on a GPU.
+        cycles: the TPU's compiler's estimate; 0 on a GPU, and for a kernel of ours.
         in_graph: whether the whole loop is in a CUDA graph.
+        bundles: of instructions that a TPU runs, if they were asked for: without what it waits for.
     """
 
     trips: int
@@ -68,6 +72,7 @@ class Loop:
     not_time_major: int = 0
     cycles: int = 0
     in_graph: bool = False
+    bundles: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +85,7 @@ class Compiled:
         temporary: the temporary memory that it takes, in bytes.
         cycles: a TPU's, of the whole program with every loop's times its trips.
         problem: why it does not compile.
+        refused: why the engine does not run it.
     """
 
     target: str
@@ -90,14 +96,23 @@ class Compiled:
     temporary: int = 0
     cycles: int = 0
     problem: str = ""
+    refused: str = ""
+
+    def bundles(self, steps: int) -> float:
+        """Bundles of all loops for each time step."""
+        return sum(loop.bundles * loop.trips for loop in self.loops) / steps
 
     def a_step(self, steps: int) -> float:
         """Operations of all loops for each time step; of several layers and directions, their sum."""
         return sum(loop.operations * loop.trips for loop in self.loops) / steps
 
 
-def compile_for(target: str, workloads: Sequence[Workload], sides: Sequence[str] = SIDES) -> Iterator[Compiled]:
-    """Compile every workload's forward and training program on each side."""
+def compile_for(
+    target: str, workloads: Sequence[Workload], sides: Sequence[str] = SIDES, bundles: bool = False
+) -> Iterator[Compiled]:
+    """Compile every workload's forward and training program on each side; with `bundles`, count those, too."""
+    on_tpu = TARGETS[target][0] == "tpu"
+    dumped = _dumped() if bundles and on_tpu else None
     devices = _devices(target)
     sharding = NamedSharding(Mesh(np.array(devices[:1]), "one"), PartitionSpec())
 
@@ -107,11 +122,11 @@ def compile_for(target: str, workloads: Sequence[Workload], sides: Sequence[str]
     for workload, program in itertools.product(workloads, PROGRAMS):
         x, lengths = workload.inputs()
         made: dict[str, list[Compiled]] = {}
-        for form in forms(workload, [side for side in SIDES if side in sides]):
+        for form in forms(workload, [side for side in SIDES if side in sides and (on_tpu or side != "pallas")]):
             function = _programs(form.run)[program]
             arguments = described((form.parameters, x, None if lengths is None else lengths.astype(np.int32)))
             made.setdefault(form.side, []).append(
-                _compiled(target, workload, program, form.side, jax.jit(function), arguments)
+                _compiled(target, workload, program, form.side, jax.jit(function), arguments, dumped)
             )
         for compiled in made.values():  # Flax has two LSTMs: the one that takes fewer cycles, or operations
             yield min(compiled, key=lambda each: (each.problem != "", each.cycles, each.a_step(workload.time)))
@@ -128,6 +143,7 @@ def _devices(target: str) -> list[Any]:
     platform, settings = TARGETS[target]
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no metadata server to ask
     os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # nor a driver
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no chip that two processes could want
     if platform == "cuda":
         settings = settings | {"target_config": (importlib.resources.files(__package__) / "h100.txt").read_text()}
     try:
@@ -139,42 +155,62 @@ def _devices(target: str) -> list[Any]:
         raise SystemExit(f"cannot describe {target} ({cause})\n{remedy}") from error
 
 
-def _compiled(target: str, workload: Workload, program: str, side: str, function: Any, arguments: Any) -> Compiled:
+@functools.cache
+def _dumped() -> Path:
+    """Where the TPU's compiler writes the bundles of every operation. It must be told before it is loaded."""
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    flags = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true --xla_jf_emit_annotations=true"
+    asked = "--xla_jf_dump_llo_pass_label_regex=.*final_bundles.*"
+    os.environ["LIBTPU_INIT_ARGS"] = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {flags} {asked}"
+    return folder
+
+
+def _compiled(
+    target: str, workload: Workload, program: str, side: str, function: Any, arguments: Any, folder: Path | None
+) -> Compiled:
     key = target, workload.name, program, side
     on_gpu = TARGETS[target][0] == "cuda"
-    with tempfile.TemporaryDirectory() as folder:
-        options = {"xla_dump_to": folder, **GRAPHS} if on_gpu else {}
+    try:
+        lowered = function.lower(*arguments)
+    except ValueError as refusal:  # of an engine
+        return Compiled(*key, refused=str(refusal))
+    with tempfile.TemporaryDirectory() as launched:
+        options = {"xla_dump_to": launched, **GRAPHS} if on_gpu else {}
         try:
-            compiled = function.lower(*arguments).compile(compiler_options=options)
+            compiled = lowered.compile(compiler_options=options)
         except Exception as problem:  # what does not compile is one of the results
             return Compiled(*key, problem=f"{type(problem).__name__}: {problem}".splitlines()[0])
         memory: Any = compiled.memory_analysis()
-        dumped = sorted(Path(folder).glob("*thunk_sequence_after_thunk_passes.txt"))
+        dumped = sorted(Path(launched).glob("*thunk_sequence_after_thunk_passes.txt"))
         if on_gpu:
             launches = _launches(dumped[-1].read_text()) if dumped else []
             trips = [loop.trips for loop in loops(compiled.as_text() or "", workload)]
             found = [dataclasses.replace(loop, trips=n) for loop, n in zip(launches, trips, strict=False)]
             return Compiled(*key, tuple(found), memory.temp_size_in_bytes)
     text = compiled.as_text() or ""
-    found = loops(text, workload)
+    found = loops(text, workload, {} if folder is None else _bundles(folder))
     own = _cycles(_computations(text).get("ENTRY", []))
     cycles = own + sum(loop.cycles * loop.trips for loop in found)
     return Compiled(*key, tuple(found), memory.temp_size_in_bytes, cycles)
 
 
-def loops(text: str, workload: Workload) -> list[Loop]:
-    """The loops over time in a program's optimised HLO."""
-    computations = _computations(text)
+def loops(text: str, workload: Workload, bundles: dict[str, int] | None = None) -> list[Loop]:
+    """The loops over time in a program's optimised HLO, and the kernels of ours; given the bundles of operations."""
+    computations, bundles = _computations(text), bundles or {}
     found = []
     for lines in list(computations.values()):
         for line in lines:
+            if '"tpu_custom_call"' in line and (match := re.match(r"(?:ROOT )?%?([\w.\-]+) = ", line)):
+                count = bundles.get(match[1], 0)
+                found.append(Loop(workload.time, 0, 0, bundles=count))
             if not (match := re.search(r" while\(.*body=%?([\w.\-]+)", line)):
                 continue
             body = computations.get(match[1], [])
             count = _trips(line, computations)
             if not 2 <= count <= workload.time:  # a loop over something else
                 continue
-            found.append(_loop(body, count, workload.time))
+            found.append(_loop(body, count, workload.time, bundles))
     return found
 
 
@@ -200,9 +236,32 @@ def _trips(line: str, computations: dict[str, list[str]]) -> int:
     return 1
 
 
-def _loop(body: list[str], trips: int, time: int) -> Loop:
+def _bundles(folder: Path) -> dict[str, int]:
+    """The bundles of every operation that was dumped, by its name; of a kernel of ours, those of a time step.
+
+    Its grid is one loop, of depth 1, and the steps in a block are the longest loop in it, of depth 2.
+    """
+    found = {}
+    for path in folder.glob("*final_bundles.txt"):
+        match = re.match(r"\d+-(.*?)-\d+-final_bundles", path.name)
+        if match:
+            total, inner, longest = 0, 0, 0
+            for begin, depth, text in re.findall(
+                r"^ *(?:0x)?[0-9a-f]+ +([A-Z]{2})?: (>*)(.*)$", path.read_text(), re.M
+            ):
+                count = 1 + sum(map(int, re.findall(r"vdelay (\d+)", text)))
+                total += count
+                inner = 0 if len(depth) < 2 or (begin == "LB" and len(depth) == 2) else inner
+                inner += count * (len(depth) >= 2)
+                longest = max(longest, inner)
+            found[match[1]] = longest if match[1].startswith("jaxrnn_") and longest else total
+        path.unlink()
+    return found
+
+
+def _loop(body: list[str], trips: int, time: int, bundles: dict[str, int]) -> Loop:
     shapes = {}
-    operations = copies = read = other_layout = cycles = 0
+    operations = copies = read = other_layout = cycles = counted = 0
     for line in body:
         if not (match := re.match(r"(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*?)\)", line)):
             continue
@@ -216,13 +275,14 @@ def _loop(body: list[str], trips: int, time: int) -> Loop:
         operations += 1
         copies += operation in ("copy", "slice", "dynamic-slice", "dynamic-update-slice", "transpose", "copy-start")
         cycles += _cycles([line])
+        counted += bundles.get(name, 0)
         for operand in re.findall(r"%([\w.\-]+)", operands):
             for kind, dims, _, tiling in _ARRAY.findall(shapes.get(operand, "")):
                 if "S(" not in tiling:
                     sizes = [int(n) for n in dims.split(",") if n]
                     whole = sizes[1:] if len(sizes) > 2 and sizes[0] == time else sizes
                     read += _SIZES[kind] * int(np.prod(whole))
-    return Loop(trips, operations, copies, read, other_layout, cycles)
+    return Loop(trips, operations, copies, read, other_layout, cycles, bundles=counted)
 
 
 def _is_not_time_major(dims: str, order: str, time: int) -> bool:
@@ -277,36 +337,67 @@ def show(found: Sequence[Compiled], workloads: Sequence[Workload], console: Cons
     """Print a table for each target, ours beside flax's; return the exit code."""
     steps = {workload.name: workload.time for workload in workloads}
     for target, group in itertools.groupby(found, lambda each: each.target):
+        compiled = list(group)
         on_tpu = TARGETS[target][0] == "tpu"
         title = f"compiled for {target}: " + ("estimates by its compiler" if on_tpu else "launches")
         table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+        columns = _columns(on_tpu, [side for side in SIDES if any(each.side == side for each in compiled)])
+        if not any(loop.bundles for each in compiled for loop in each.loops):
+            columns = [column for column in columns if column.title != "bundles a step"]
         table.add_column("workload")
         table.add_column("program")
-        headings = ["M cycles\nours", "\nflax", "\nratio"] if on_tpu else []
-        headings += ["a step\nours", "\nflax", "copies", "HBM kB\na step" if on_tpu else "in a\ngraph"]
-        headings += ["not\ntime-major"] if on_tpu else []
-        for heading in (*headings, "memory MB\nours", "\nflax"):
-            table.add_column(heading, justify="right")
-        for (name, program), pair in itertools.groupby(group, lambda each: (each.workload, each.program)):
-            sides = {each.side: each for each in pair}
-            ours, theirs = sides["jaxrnn"], sides.get("flax.nnx")
-            both = [each for each in (ours, theirs) if each]
-            cells = []
-            if on_tpu:
-                cells = [f"{each.cycles / 1e6:.2f}" for each in both] + [""] * (2 - len(both))
-                cells += [f"{theirs.cycles / ours.cycles:.2f}" if theirs and ours.cycles else ""]
-            cells += [f"{each.a_step(steps[name]):.1f}" for each in both] + [""] * (2 - len(both))
-            cells.append(f"{sum(loop.copies * loop.trips for loop in ours.loops) / steps[name]:.1f}")
-            if on_tpu:
-                cells.append(f"{sum(loop.hbm_bytes * loop.trips for loop in ours.loops) / steps[name] / 1e3:,.0f}")
-                cells.append(str(sum(loop.not_time_major for loop in ours.loops)))
-            else:
-                cells.append(f"{sum(loop.in_graph for loop in ours.loops)} of {len(ours.loops)}")
-            cells += [f"{each.temporary / 1e6:.1f}" for each in both] + [""] * (2 - len(both))
-            table.add_row(name, program, *cells)
+        for title, block in itertools.groupby(columns, lambda column: column.title):
+            for k, column in enumerate(block):
+                table.add_column(f"{title if k == 0 else ''}\n{column.side}", justify="right")
+        for (name, program), pair in itertools.groupby(compiled, lambda each: (each.workload, each.program)):
+            sides = {each.side: each for each in pair if not each.problem and not each.refused}
+            table.add_row(name, program, *(column.cell(sides, steps[name]) for column in columns))
         print_table(table, console)
-    failures = [each for each in found if each.problem]
-    for each in failures:
-        words = f"[red]FAIL[/] {each.workload}, {each.program}, {each.side} for {each.target}: "
-        console.print(words, each.problem, sep="", highlight=False, soft_wrap=True)
-    return 1 if failures else 0
+    for each in found:
+        words = f"{each.workload}, {each.program}, {each.side} for {each.target}: "
+        if each.problem:
+            console.print(f"[red]FAIL[/] {words}", each.problem, sep="", highlight=False, soft_wrap=True)
+        elif each.refused and each.program == PROGRAMS[0]:
+            console.print(words, each.refused, sep="", markup=False, highlight=False, soft_wrap=True)
+    return 1 if any(each.problem for each in found) else 0
+
+
+class Column(NamedTuple):
+    """A column of the table: what is in a cell, given what was compiled on one side, that on flax's, and the steps."""
+
+    title: str
+    side: str
+    figure: Callable[[Compiled, Compiled | None, int], str]
+
+    def cell(self, sides: dict[str, Compiled], steps: int) -> str:
+        return self.figure(sides[self.side], sides.get("flax.nnx"), steps) if self.side in sides else ""
+
+
+def _columns(on_tpu: bool, present: Sequence[str]) -> list[Column]:
+    def over(title: str, sides: Sequence[str], figure: Callable[[Compiled, Compiled | None, int], str]) -> list[Column]:
+        return [Column(title, side, figure) for side in sides]
+
+    def a_step(of_loop: Callable[[Loop], int]) -> Callable[[Compiled, int], float]:
+        return lambda each, steps: sum(of_loop(loop) * loop.trips for loop in each.loops) / steps
+
+    xla = [side for side in present if side != "pallas"]
+    ours = [side for side in present if side != "flax.nnx"]
+    copies, read = a_step(lambda loop: loop.copies), a_step(lambda loop: loop.hbm_bytes)
+    columns = []
+    if on_tpu:
+        columns += over("M cycles", xla, lambda each, *_: f"{each.cycles / 1e6:.2f}")
+        columns += over("ratio", ours[:1], lambda each, flax, _: f"{flax.cycles / each.cycles:.2f}" if flax else "")
+        columns += over("bundles a step", present, lambda each, _, steps: f"{each.bundles(steps):,.0f}")
+    operations = "operations a step" if on_tpu else "launches a step"
+    columns += over(operations, xla, lambda each, _, steps: f"{each.a_step(steps):.1f}")
+    columns += over("copies", ours[:1], lambda each, _, steps: f"{copies(each, steps):.1f}")
+    if on_tpu:
+        columns += over("HBM kB a step", ours[:1], lambda each, _, steps: f"{read(each, steps) / 1e3:,.0f}")
+        columns += over(
+            "not time-major", ours[:1], lambda each, *_: str(sum(loop.not_time_major for loop in each.loops))
+        )
+    else:
+        columns += over(
+            "in a graph", ours[:1], lambda each, *_: f"{sum(loop.in_graph for loop in each.loops)} of {len(each.loops)}"
+        )
+    return columns + over("memory MB", present, lambda each, *_: f"{each.temporary / 1e6:.1f}")

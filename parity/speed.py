@@ -327,6 +327,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = f"python -m {__pack
         choices=["tpu", "cuda", *ahead.TARGETS],
         help="the device for --compile-only: all TPUs, a GPU, or one of them",
     )
+    parser.add_argument("--bundles", action="store_true", help="with --compile-only, also count a TPU's instructions")
     options = parser.parse_args(arguments)
     asked = {"jaxrnn", *options.sides.split(",")}
     if unknown := asked - set(SIDES):
@@ -334,8 +335,8 @@ def main(arguments: Sequence[str] | None = None, prog: str = f"python -m {__pack
     if options.plot and not importlib.util.find_spec("matplotlib"):
         parser.error("--plot draws with matplotlib: pip install 'jaxrnn[report]'")
     chosen = [w for w in WORKLOADS if options.filter in w.name and (not options.quick or w.operations() < SMALL)]
-    if options.platform and not options.compile_only:
-        parser.error("--platform is for --compile-only")
+    if (options.platform or options.bundles) and not options.compile_only:
+        parser.error("--platform and --bundles are for --compile-only")
     if not chosen:
         parser.error(f"no workload has {options.filter!r} in its name; the first is {WORKLOADS[0].name}")
     if options.compile_only:
@@ -378,7 +379,8 @@ def _compile_only(chosen: Sequence[Workload], options: argparse.Namespace) -> in
     found: list[ahead.Compiled] = []
     for target, (kind, _) in ahead.TARGETS.items():
         if options.platform in (None, target, kind):
-            programs, count = ahead.compile_for(target, chosen), len(chosen) * len(ahead.PROGRAMS) * len(ahead.SIDES)
+            programs = ahead.compile_for(target, chosen, bundles=options.bundles)
+            count = len(chosen) * len(ahead.PROGRAMS) * len(ahead.SIDES)
             found += track(programs, target, count, console=Console(stderr=True), transient=True)
     if options.json:
         options.json.write_text(json.dumps([dataclasses.asdict(each) for each in found], indent=1) + "\n")

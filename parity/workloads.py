@@ -114,9 +114,10 @@ def forms(workload: Workload, sides: Collection[str]) -> Iterator[Form]:
     """The forms on the JAX sides. Flax has two for an LSTM, of which the faster counts. Only ours has a projection."""
     parameters = workload.parameters()
     x = jax.ShapeDtypeStruct((workload.time, workload.batch, workload.input_size), jnp.float32)
-    for side in ("jaxrnn", "sharded"):
+    for side in ("jaxrnn", "sharded", "pallas"):
         if side in sides:
-            graph, state = nnx.split(nnx.eval_shape(lambda: workload.build(jaxrnn, rngs=nnx.Rngs(0))))
+            settings = {"engine": "pallas"} if side == "pallas" else {}
+            graph, state = nnx.split(nnx.eval_shape(lambda s=settings: workload.build(jaxrnn, **s, rngs=nnx.Rngs(0))))
             run = _run_nnx(graph, lambda module, x, lengths: module(x, lengths=lengths)[0])
             yield Form(side, f"jaxrnn.{workload.kind}", run, {name: parameters[name] for name in state})
     for cell in () if workload.proj_size else CELLS[workload.kind]:

@@ -62,7 +62,12 @@ class Engine(Protocol):
         """
 
 
-ENGINES: dict[str, Engine] = {"scan": Scan(), "pallas": Pallas()}
+ENGINES: dict[str, Engine] = {
+    "scan": Scan(),
+    "pallas": Pallas(),
+    # What a TPU would compute by that, on any platform, and slowly.
+    "pallas_interpret": Pallas(platform=None, interpret=True),
+}
 # What "auto" tries, in this order. The last runs everything.
 AUTO = ["scan"]
 

@@ -5,6 +5,7 @@ One kernel runs forward and one backward. The cell's own step is traced into the
 second. What is lowered for another platform, mapped, differentiated forward, or for a second time, is the scan.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -67,8 +68,8 @@ class Pallas(Scan):
             )
         if not all(isinstance(size, int) for size in (time, batch)):
             return "the number of steps or rows is symbolic"
-        if options.precision not in (*_WHOLE, *_ROUNDED):
-            return f"its precision is 'highest' or the default, and this is {options.precision!r}"
+        if (precision := _precision(run)) not in (*_WHOLE, *_ROUNDED):
+            return f"its precision is 'highest' or the default, and this is {precision!r}"
         if self._block(run) == 0:
             return f"hidden_size={hidden} with {batch} rows takes more than {self.memory // _MIB} MiB on the chip"
         return None if self.interpret else _why_not_lowered(cell)
@@ -91,13 +92,13 @@ class Pallas(Scan):
         return self._of_run(super().states_and_sums, kernel, run)
 
     def _of_run(self, plain: Callable[[Run], Any], kernel: Callable[[Run], Any], run: Run) -> Any:
-        settings, dtype, *arrays = run
+        settings, dtype, *arrays = _with_precision(run)
         arrays = meshes.varying_with(arrays, arrays)
         functions = [lambda a, _, f=f: f(Run(settings, dtype, *a)) for f in (plain, kernel)]
         return with_kernel(functions[0], arrays, platform=self.platform, kernel=functions[1])
 
     def tangents(self, run: Run, before: Arrays, sums: Arrays, tangent: Run, d_sums: jax.Array) -> tuple[Steps, Arrays]:
-        (settings, dtype, *arrays), cell = run, run.settings.cell
+        (settings, dtype, *arrays), cell = _with_precision(run), run.settings.cell
         d_inputs = tuple(d for name, d in zip(cell.gates, tangent.gates, strict=True) if name in cell.apart)
         linear = _Linear(d_sums, d_inputs, tangent.state, tangent.reset_state, tangent.recurrent.own)
         constants = arrays, before, sums
@@ -299,10 +300,22 @@ class _Kept(NamedTuple):
         return None if self.ends is None else time >= self.ends[...]
 
 
+def _precision(run: Run) -> Any:
+    config: Any = jax.config  # whose type does not name what it holds
+    given = run.settings.options.precision
+    return config.jax_default_matmul_precision if given is None else given
+
+
+def _with_precision(run: Run) -> Run:
+    """A kernel is made when the program is lowered: then JAX's default may be another."""
+    options = dataclasses.replace(run.settings.options, precision=_precision(run))
+    return run._replace(settings=run.settings._replace(options=options))
+
+
 def _weight_dtype(run: Run) -> np.dtype:
     """With the default precision, a TPU multiplies in bfloat16: then the weights take half of the memory."""
     assert run.recurrent.weight_hh is not None
-    exact = run.settings.options.precision in _WHOLE
+    exact = _precision(run) in _WHOLE
     return np.dtype(run.recurrent.weight_hh.dtype if exact else jnp.bfloat16)
 
 
