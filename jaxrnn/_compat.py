@@ -34,12 +34,11 @@ def manual_axes(value: jax.Array) -> frozenset[Any]:
 
 
 def varying_like(shape: tuple[int, ...], dtype: Any, array: jax.Array) -> jax.ShapeDtypeStruct:
-    """The shape of a result that inside `jax.shard_map` varies over the same mesh axes as an array.
+    """The type of a result that inside `jax.shard_map` varies over the same mesh axes as an array.
 
-    The argument is as new as the attribute that `manual_axes` reads.
+    It is the attribute that `manual_axes` reads.
     """
-    axes = manual_axes(array)
-    return jax.ShapeDtypeStruct(shape, dtype, **({"vma": axes} if axes else {}))
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(array).manual_axis_type)
 
 
 def described_devices(platform: str, topology_name: str, **settings: str) -> list[jax.Device]:
@@ -168,8 +167,11 @@ def _transposition(cotangents: Any, *arguments: Any, count: int, **settings: Any
     given = [k for k, cotangent in enumerate(cotangents) if not isinstance(cotangent, ad.Zero)]
     by_hand = settings["transposed"]
 
-    def zeros(like: jax.Array) -> jax.Array:
-        return jnp.zeros(like.shape, like.dtype)
+    def zeros(like: Any) -> jax.Array:
+        type_ = like.aval if ad.is_undefined_primal(like) else jax.typeof(like)
+        axes = tuple(sorted(type_.manual_axis_type.varying))
+        array = jnp.zeros(type_.shape, type_.dtype)
+        return jax.lax.pcast(array, axes, to="varying") if axes else array
 
     def plain(constants: Any, some: Any) -> list[Any]:
         def forward(*active: Any) -> list[Any]:
@@ -178,8 +180,7 @@ def _transposition(cotangents: Any, *arguments: Any, count: int, **settings: Any
             results = _plain(*constants, *whole, **settings)
             return [results[k] for k in given]
 
-        shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for k in wanted for a in [arguments[k].aval]]
-        return list(jax.linear_transpose(forward, *shapes)(some))
+        return list(jax.linear_transpose(forward, *(zeros(arguments[k]) for k in wanted))(some))
 
     def kernel(constants: Any, some: Any) -> list[Any]:
         active = dict(zip(given, some, strict=True))

@@ -72,7 +72,7 @@ class Pallas(Scan):
             return f"its precision is 'highest' or the default, and this is {precision!r}"
         if self._block(run) == 0:
             return f"hidden_size={hidden} with {batch} rows takes more than {self.memory // _MIB} MiB on the chip"
-        return None if self.interpret else _why_not_lowered(cell)
+        return None if self.interpret else _why_not_lowered(cell, hidden)
 
     def forward(self, run: Run) -> tuple[Steps, Arrays]:
         def kernel(run: Run) -> tuple[Steps, Arrays]:
@@ -261,7 +261,7 @@ class Pallas(Scan):
             return pl.BlockSpec(a.shape, lambda i: (0,) * a.ndim, **settings)
 
         once = functools.partial(whole, pipeline_mode=pl.Buffered(1))
-        found = pl.pallas_call(
+        call = pl.pallas_call(
             kernel,
             name=f"jaxrnn_{run.settings.cell.name}",
             grid=(count,),
@@ -272,7 +272,9 @@ class Pallas(Scan):
             compiler_params=pltpu.CompilerParams(
                 dimension_semantics=("arbitrary",), vmem_limit_bytes=self.memory + _SPARE
             ),
-        )(*given)
+        )
+        with jax.enable_x64(False):  # in which a kernel's own integers would be int64, which a TPU has not
+            found = call(*given)
         results, carry = out_tree.unflatten(found)
         return carry, results
 
@@ -349,15 +351,15 @@ def _added(a: jax.Array, b: jax.Array | None) -> jax.Array:
 
 
 @functools.lru_cache
-def _why_not_lowered(cell: Cell) -> str | None:
-    """Why the kernels of a cell cannot be lowered for a TPU, by trying it."""
+def _why_not_lowered(cell: Cell, size: int) -> str | None:
+    """Why the kernels of a cell of this hidden_size cannot be lowered for a TPU, by trying it."""
     if cell in (RNN_TANH, RNN_RELU, LSTM_CELL, GRU_CELL):
         return None
 
     def every(*shape: int) -> Any:
         return jax.ShapeDtypeStruct(shape, jnp.float32)
 
-    gates, engine, size = len(cell.gates), Pallas(), _LANES
+    gates, engine = len(cell.gates), Pallas()
     own = {n: every(*(gates,) * ("gates" in p.axes), 1, size) for n, p in cell.own.items()}
     recurrent = steps.Recurrent(every(size, gates * size), every(gates * size), None, own)
     state = (every(8, size),) * len(cell.states)
