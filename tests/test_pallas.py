@@ -14,7 +14,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 import jaxrnn
 from jaxrnn import engines
-from jaxrnn.engines.pallas import Pallas
+from jaxrnn.engines.pallas import Pallas, _Kept
 
 T, N, F, H = 7, 3, 5, 6  # no multiple of a block of steps, or of a tile
 LENGTHS = {"lengths": np.array([T, 2, 0])}
@@ -26,6 +26,7 @@ CASES: dict[str, tuple[jaxrnn.Cell, dict[str, Any], dict[str, Any]]] = {
     "GRU, two layers both ways, with lengths": (jaxrnn.GRU_CELL, {"num_layers": 2, "bidirectional": True}, LENGTHS),
     "relu RNN without biases, three steps at a time": (jaxrnn.RNN_RELU, {"bias": False}, {"remat": 3}),
     "peephole LSTM with lengths": (jaxrnn.PEEPHOLE_LSTM_CELL, {}, LENGTHS),
+    "independent RNN": (jaxrnn.IND_RNN_CELL, {}, RESET | {"reset_state": None}),
     "layer-normalised LSTM": (jaxrnn.LAYER_NORM_LSTM_CELL, {}, {}),
 }
 KERNEL = "pallas_interpret"
@@ -156,9 +157,9 @@ def test_bfloat16() -> None:
 
 
 @pytest.mark.parametrize("inside", [True, False])
-def test_rows_are_shared_out_by_shard_map(inside: bool) -> None:
+def test_rows_are_shared_out_by_shard_map(inside: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Differentiated inside of shard_map, or outside. Pallas cannot interpret what JAX checks there, but lower it."""
-    spec = jaxrnn.Spec(jaxrnn.LSTM_CELL, F, H)
+    spec = jaxrnn.Spec(jaxrnn.PEEPHOLE_LSTM_CELL, F, H)
     given = _single((parameters(spec), normal(T, 8, F)))
     mesh = jax.make_mesh((4,), ("rows",), axis_types=(AxisType.Auto,))
     rows, every = PartitionSpec(None, "rows"), PartitionSpec()
@@ -181,6 +182,18 @@ def test_rows_are_shared_out_by_shard_map(inside: bool) -> None:
     assert_close(shared_out(KERNEL, check=False)(*given), expected, atol=1e-5)
     lowered = shared_out("pallas", check=True).trace(*given).lower(lowering_platforms=("tpu",)).as_text()
     assert lowered.count("@tpu_custom_call") == 2
+    monkeypatch.setitem(engines.ENGINES, "scanned", Scanned(platform=None, interpret=True))
+    assert_close(shared_out("scanned", check=True)(*given), expected, atol=1e-5)
+
+
+class Scanned(Pallas):
+    """The kernels' own steps, run by `jax.lax.scan`."""
+
+    def _scan(self, body: Any, run: Any, carry: Any, every: Any, results: Any, *, reverse: bool) -> tuple[Any, Any]:
+        def step(carry: Any, this: Any) -> Any:
+            return body(_Kept.of(run), this[0], carry, this[1])
+
+        return jax.lax.scan(step, carry, (jnp.arange(len(run.gates[0])), every), reverse=reverse)
 
 
 def _lowered(platform: str, engine: Any = "pallas", cell: jaxrnn.Cell = jaxrnn.LSTM_CELL) -> str:
@@ -215,8 +228,7 @@ SORTED = jaxrnn.Cell("sorted", ("a",), ("h",), _sorted)
 SCALED = jaxrnn.Cell("scaled", ("a",), ("h",), _scaled, params={"scale": ()})
 REFUSED: dict[str, tuple[jaxrnn.Cell, dict[str, Any], dict[str, Any]]] = {
     "this is float64": (jaxrnn.GRU_CELL, {}, {"dtype": jnp.float64}),
-    "recurrent cells without a projection": (jaxrnn.LSTM_CELL, {"proj_size": 2}, {}),
-    "recurrent cells": (jaxrnn.MIN_GRU_CELL, {}, {}),
+    "it runs no projection": (jaxrnn.LSTM_CELL, {"proj_size": 2}, {}),
     "the cell's step closes over arrays": (_closing(1), {}, {}),
     "a parameter without an axis 'hidden'": (SCALED, {}, {}),
     "shared out over mesh axes ['units']": (jaxrnn.GRU_CELL, {}, {"hidden_axis": "units"}),

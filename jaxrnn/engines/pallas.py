@@ -16,7 +16,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import AxisType
 
-from jaxrnn import meshes, steps
+from jaxrnn import steps
 from jaxrnn._compat import pallas, varying_like, with_kernel
 from jaxrnn.cells import GRU_CELL, LSTM_CELL, RNN_RELU, RNN_TANH, Arrays, Cell
 from jaxrnn.engines.scan import Scan
@@ -93,7 +93,6 @@ class Pallas(Scan):
 
     def _of_run(self, plain: Callable[[Run], Any], kernel: Callable[[Run], Any], run: Run) -> Any:
         settings, dtype, *arrays = _with_precision(run)
-        arrays = meshes.varying_with(arrays, arrays)
         functions = [lambda a, _, f=f: f(Run(settings, dtype, *a)) for f in (plain, kernel)]
         return with_kernel(functions[0], arrays, platform=self.platform, kernel=functions[1])
 
@@ -102,7 +101,6 @@ class Pallas(Scan):
         d_inputs = tuple(d for name, d in zip(cell.gates, tangent.gates, strict=True) if name in cell.apart)
         linear = _Linear(d_sums, d_inputs, tangent.state, tangent.reset_state, tangent.recurrent.own)
         constants = arrays, before, sums
-        constants, linear = meshes.varying_with((constants, linear), (constants, linear))
         by_scan = super().tangents
 
         def plain(constants: Any, linear: _Linear) -> tuple[Steps, Arrays]:
