@@ -58,8 +58,8 @@ class Pallas(Scan):
         shared_out = [name for name, kind in kinds if kind != AxisType.Manual and mesh.shape[name] > 1]
         if run.gates[0].dtype != jnp.float32:
             return f"it computes in float32 or bfloat16, and this is {run.gates[0].dtype}"
-        if run.recurrent.weight_hr is not None or run.recurrent.weight_hh is None:
-            return "it runs recurrent cells without a projection"
+        if run.recurrent.weight_hr is not None:
+            return "it runs no projection"
         if run.captured or any("hidden" not in each.axes for each in cell.own.values()):
             return "the cell's step closes over arrays, or has a parameter without an axis 'hidden'"
         if options.hidden_axis is not None or shared_out:
@@ -124,7 +124,9 @@ class Pallas(Scan):
         def body(kept: _Kept, time: Any, state: Arrays, step: tuple[Arrays, Any]) -> tuple[Arrays, Any]:
             gates, reset = step
             before = steps.select(_marked(reset), _read(kept.reset_state), state)
-            hidden = tuple(self._product(run, before[0], kept.weight[k]) + kept.bias[k] for k in range(count))
+            hidden = tuple(kept.bias[k] for k in range(count))
+            if kept.weight is not None:
+                hidden = tuple(self._product(run, before[0], kept.weight[k]) + b for k, b in enumerate(hidden))
             sums = steps.added(cell, gates, hidden)
             after = cell.step(*steps.arguments(cell, gates, sums), before, *steps.own(cell, _read(kept.own)))
             ended = kept.ended(time)
@@ -161,8 +163,9 @@ class Pallas(Scan):
             apart = dict(zip(cell.apart, d_hidden, strict=True))
             d_sums = tuple(apart.get(name, d) for name, d in zip(cell.gates, d_gates, strict=True))
             d_sums = tuple(map(_added, d_sums, d_every.sums or [None] * len(d_sums)))
-            products = [self._product(run, d, kept.weight[k], 1) for k, d in enumerate(d_sums)]
-            d_before = (functools.reduce(jnp.add, products, d_before[0]), *d_before[1:])
+            if kept.weight is not None:
+                products = [self._product(run, d, kept.weight[k], 1) for k, d in enumerate(d_sums)]
+                d_before = (functools.reduce(jnp.add, products, d_before[0]), *d_before[1:])
             if reset is not None:
                 d_reset = tuple(
                     a + jnp.where(reset, d, jnp.zeros_like(d)) for a, d in zip(d_reset, d_before, strict=True)
@@ -207,7 +210,7 @@ class Pallas(Scan):
         cell, (time, batch, hidden) = run.settings.cell, run.gates[0].shape
         gates, apart, states = len(cell.gates), len(cell.apart), len(cell.states)
         row = _up(batch, 8) * _up(hidden, _LANES) * 4
-        weights = gates * _up(hidden, 16) * _up(hidden, _LANES) * _weight_dtype(run).itemsize
+        weights = gates * _up(hidden, 16) * _up(hidden, _LANES) * _weight_dtype(run).itemsize * cell.recurrent
         streams, others = (
             2 * (2 * gates + 2 * apart + states + 2),
             2 * gates + 4 * states,
@@ -280,7 +283,7 @@ class Pallas(Scan):
 class _Kept(NamedTuple):
     """What stays on the chip."""
 
-    weight: jax.Array  # (gates, hidden_size, hidden_size)
+    weight: jax.Array | None  # (gates, hidden_size, hidden_size)
     bias: jax.Array  # (gates, 1, hidden_size)
     own: dict[str, jax.Array]
     reset_state: Arrays | None
@@ -289,9 +292,9 @@ class _Kept(NamedTuple):
     @classmethod
     def of(cls, run: Run) -> "_Kept":
         recurrent, marks, gates = run.recurrent, run.marks, len(run.settings.cell.gates)
-        assert recurrent.weight_hh is not None
-        hidden = len(recurrent.weight_hh)
-        weight = recurrent.weight_hh.astype(_weight_dtype(run)).reshape(hidden, gates, hidden).swapaxes(0, 1)
+        hidden, weight = run.gates[0].shape[-1], recurrent.weight_hh
+        if weight is not None:
+            weight = weight.astype(_weight_dtype(run)).reshape(hidden, gates, hidden).swapaxes(0, 1)
         ends = None if marks.ended is None else jnp.sum(~marks.ended, 0, dtype=jnp.int32)
         reset_state = None if marks.reset is None else run.reset_state
         return cls(weight, recurrent.bias.reshape(gates, 1, hidden), recurrent.own, reset_state, ends)
@@ -314,9 +317,8 @@ def _with_precision(run: Run) -> Run:
 
 def _weight_dtype(run: Run) -> np.dtype:
     """With the default precision, a TPU multiplies in bfloat16: then the weights take half of the memory."""
-    assert run.recurrent.weight_hh is not None
-    exact = _precision(run) in _WHOLE
-    return np.dtype(run.recurrent.weight_hh.dtype if exact else jnp.bfloat16)
+    weight = run.recurrent.weight_hh
+    return np.dtype(weight.dtype if weight is not None and _precision(run) in _WHOLE else jnp.bfloat16)
 
 
 def _up(number: int, multiple: int) -> int:
@@ -359,7 +361,8 @@ def _why_not_lowered(cell: Cell, size: int) -> str | None:
 
     gates, engine = len(cell.gates), Pallas()
     own = {n: every(*(gates,) * ("gates" in p.axes), 1, size) for n, p in cell.own.items()}
-    recurrent = steps.Recurrent(every(size, gates * size), every(gates * size), None, own)
+    weight_hh = every(size, gates * size) if cell.recurrent else None
+    recurrent = steps.Recurrent(weight_hh, every(gates * size), None, own)
     state = (every(8, size),) * len(cell.states)
     arrays = recurrent, (every(8, 8, size),) * gates, state, steps.Marks(), None
 
