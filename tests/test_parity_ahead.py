@@ -5,6 +5,7 @@ The compilers are beside the environment, if they are there: see .ci/run.
 
 import ast
 import importlib.util
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -65,11 +66,11 @@ def test_loops_are_read() -> None:
     assert loop.hbm_bytes == 4 * (2 * 128 + 128 * 128)  # a step of what is sliced, and all of the weights
 
 
-def _compiled(target: str, name: str) -> dict[str, ahead.Compiled]:
+def _compiled(target: str, name: str, side: str = "jaxrnn") -> dict[str, ahead.Compiled]:
     package = "libtpu" if ahead.TARGETS[target][0] == "tpu" else "jax_plugins"
     if importlib.util.find_spec(package) is None:
         pytest.skip(f"{package} is not here to compile for {target}")
-    found = {each.program: each for each in ahead.compile_for(target, [NAMED[name]], ["jaxrnn"])}
+    found = {each.program: each for each in ahead.compile_for(target, [NAMED[name]], [side])}
     assert {each.problem for each in found.values()} == {""}
     return found
 
@@ -89,17 +90,38 @@ def test_no_step_on_a_tpu_gathers(name: str) -> None:
     assert [loop.not_time_major for loop in found["training"].loops] == [0] * len(found["training"].loops)
 
 
+@pytest.mark.parametrize("target", [name for name, (platform, _) in ahead.TARGETS.items() if platform == "tpu"])
+def test_kernels_compile_for_every_tpu(target: str) -> None:
+    """On one of them of sizes that are no multiples of tiles: 20 rows of 650 units."""
+    name = "PTB LSTM" if target == "v5p" else "small GRU"
+    counts = {program: len(each.loops) for program, each in _compiled(target, name, "pallas").items()}
+    assert counts == {"forward": NAMED[name].num_layers, "training": 2 * NAMED[name].num_layers}
+
+
+def test_a_kernels_instructions_are_counted(tmp_path: Path) -> None:
+    """In a process of its own: the compiler must be told before it is loaded."""
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip("libtpu is not here to compile for v5e")
+    out = tmp_path / "out.json"
+    command = [sys.executable, "-m", "parity.speed", "--compile-only", "--platform", "v5e", "--filter", "small LSTM"]
+    subprocess.run([*command, "--bundles", "--json", str(out)], cwd=Path(__file__).parents[1], check=True)
+    loops = {(each["side"], each["program"]): each["loops"] for each in json.loads(out.read_text())}
+    a_step = {key: sum(loop["bundles"] * loop["trips"] for loop in each) / 100 for key, each in loops.items()}
+    assert 100 < a_step["pallas", "training"] < 280
+    assert 100 < a_step["jaxrnn", "training"] < 400
+
+
 def test_the_guide_gives_the_same_options() -> None:
     guide = (Path(__file__).parents[1] / "examples" / "accelerators.md").read_text()
     _, _, rest = guide.partition("graphs = ")
     assert ast.literal_eval(rest.partition("\nstep")[0]) == ahead.GRAPHS
 
 
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="libtpu is here")
 def test_what_cannot_be_described_is_said() -> None:
     """In a process of its own, which finds no compiler."""
     command = [sys.executable, "-m", "parity.speed", "--compile-only", "--platform", "v5e", "--filter", "small LSTM"]
     run = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1], check=False)
-    if importlib.util.find_spec("libtpu") is None:
-        assert run.returncode == 1
-        assert "cannot describe v5e" in run.stderr
-        assert "pip install --no-deps --target DIR libtpu" in run.stderr
+    assert run.returncode == 1
+    assert "cannot describe v5e" in run.stderr
+    assert "pip install --no-deps --target DIR libtpu" in run.stderr
