@@ -185,32 +185,41 @@ def _compiled(
         dumped = sorted(Path(launched).glob("*thunk_sequence_after_thunk_passes.txt"))
         if on_gpu:
             launches = _launches(dumped[-1].read_text()) if dumped else []
-            trips = [loop.trips for loop in loops(compiled.as_text() or "", workload)]
+            trips = [loop.trips for loop in loops(compiled.as_text() or "", workload.time)]
             found = [dataclasses.replace(loop, trips=n) for loop, n in zip(launches, trips, strict=False)]
             return Compiled(*key, tuple(found), memory.temp_size_in_bytes)
     text = compiled.as_text() or ""
-    found = loops(text, workload, {} if folder is None else _bundles(folder))
-    own = _cycles(_computations(text).get("ENTRY", []))
-    cycles = own + sum(loop.cycles * loop.trips for loop in found)
-    return Compiled(*key, tuple(found), memory.temp_size_in_bytes, cycles)
+    found = loops(text, workload.time, {} if folder is None else _bundles(folder))
+    return Compiled(*key, tuple(found), memory.temp_size_in_bytes, cycles(text, found))
 
 
-def loops(text: str, workload: Workload, bundles: dict[str, int] | None = None) -> list[Loop]:
-    """The loops over time in a program's optimised HLO, and the kernels of ours; given the bundles of operations."""
+def cycles(text: str, found: Sequence[Loop]) -> int:
+    """A TPU's compiler's estimate for a program: what is outside its loops, and each loop's times its trips.
+
+    XLA's own sum, `cost_analysis`, counts a loop's body once.
+    """
+    return _cycles(_computations(text).get("ENTRY", [])) + sum(loop.cycles * loop.trips for loop in found)
+
+
+def loops(text: str, time: int, bundles: dict[str, int] | None = None) -> list[Loop]:
+    """The loops over so many steps in a program's optimised HLO, and the kernels of ours.
+
+    `bundles` are those of each operation, if they were counted.
+    """
     computations, bundles = _computations(text), bundles or {}
     found = []
     for lines in list(computations.values()):
         for line in lines:
             if '"tpu_custom_call"' in line and (match := re.match(r"(?:ROOT )?%?([\w.\-]+) = ", line)):
                 count = bundles.get(match[1], 0)
-                found.append(Loop(workload.time, 0, 0, bundles=count))
+                found.append(Loop(time, 0, 0, bundles=count))
             if not (match := re.search(r" while\(.*body=%?([\w.\-]+)", line)):
                 continue
             body = computations.get(match[1], [])
             count = _trips(line, computations)
-            if not 2 <= count <= workload.time:  # a loop over something else
+            if not 2 <= count <= time:  # a loop over something else
                 continue
-            found.append(_loop(body, count, workload.time, bundles))
+            found.append(_loop(body, count, time, bundles))
     return found
 
 

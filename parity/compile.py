@@ -24,7 +24,7 @@ from rich.table import Table
 from jaxrnn._compat import described_devices
 from jaxrnn._tables import print_table
 
-from . import sides
+from . import ahead, sides
 from .cases import Case
 
 TOPOLOGY = "v5e:2x2"
@@ -44,14 +44,18 @@ class Program:
     Attributes:
         name: the case's name, its dtype, "forward" or "training", and on how many devices.
         memory: the temporary memory that it takes on a device, in bytes.
-        operations: the floating-point operations that a device makes, by XLA's count.
+        operations: of all loops over time, for each step.
+        cycles: the TPU's compiler's estimate, with every loop's times its trips.
+        not_time_major: arrays of all steps in loops that have another axis than time outermost.
         collectives: how often the devices exchange something.
         problem: why it does not compile, or what it exchanges that it should not.
     """
 
     name: str
     memory: int = 0
-    operations: int = 0
+    operations: float = 0
+    cycles: int = 0
+    not_time_major: int = 0
     collectives: int = 0
     problem: str = ""
 
@@ -150,11 +154,15 @@ def _compile(case: Case, dtype: str, kind: str, mesh: Mesh) -> Program:
             with jax.set_mesh(mesh) if settings else contextlib.nullcontext():
                 compiled = function.lower(*arguments).compile()
         memory: Any = compiled.memory_analysis()
-        operations = int((compiled.cost_analysis() or {}).get("flops", 0))
-        exchanges = COLLECTIVE.findall(compiled.as_text() or "")
+        text, steps = compiled.as_text() or "", case.steps or 1
+        loops = ahead.loops(text, steps)
+        operations = sum(loop.operations * loop.trips for loop in loops) / steps
+        not_time_major = sum(loop.not_time_major for loop in loops)
+        exchanges = COLLECTIVE.findall(text)
         wrong = sorted(set(exchanges) - ({"all-reduce"} if kind == "training" else set()))
         problem = f"{kind} should not need {', '.join(wrong)}" if wrong and not settings else ""
-        return Program(name, memory.temp_size_in_bytes, operations, len(exchanges), problem)
+        counts = operations, ahead.cycles(text, loops), not_time_major, len(exchanges)
+        return Program(name, memory.temp_size_in_bytes, *counts, problem)
     except Exception as problem:  # what does not compile is what is looked for; the others go on
         return Program(name, problem=f"{type(problem).__name__}: {problem}".splitlines()[0])
 
@@ -163,10 +171,16 @@ def show(found: Sequence[Program], console: Console) -> int:
     """Print a table of the largest programs and what failed; return the exit code."""
     table = Table(title=f"compiled ahead of time for {TOPOLOGY}", title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("the largest programs")
-    for heading in ("temporary memory", "operations", "collectives"):
+    for heading in ("temporary\nmemory", "thousand\ncycles", "operations\na step", "not time-\nmajor", "collectives"):
         table.add_column(heading, justify="right", no_wrap=True)
-    for program in sorted(found, key=lambda program: -program.operations)[:10]:
-        table.add_row(program.name, f"{program.memory:,} bytes", f"{program.operations:,}", str(program.collectives))
+    for program in sorted(found, key=lambda program: -program.cycles)[:10]:
+        counts = (
+            f"{program.cycles / 1e3:,.0f}",
+            f"{program.operations:.1f}",
+            program.not_time_major,
+            program.collectives,
+        )
+        table.add_row(program.name, f"{program.memory:,} bytes", *map(str, counts))
     print_table(table, console)
     failures = [program for program in found if program.problem]
     for program in failures:

@@ -34,7 +34,7 @@ def test_every_shape_is_compiled_once() -> None:
 
 
 def test_what_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
-    good = compile.Program("GRU in float32, forward", 12, 3456)
+    good = compile.Program("GRU in float32, forward", 12, 3.5, 3_456_000)
     assert compile.show([good], Console(width=100)) == 0
     printed = capsys.readouterr().out
     assert "12 bytes" in printed
@@ -53,13 +53,13 @@ def test_a_program_is_measured_and_what_it_exchanges_is_seen(monkeypatch: pytest
     mesh = Mesh(np.array(jax.devices()[:1]), "batch")
     program = compile._compile(case, "float32", "training", mesh)
     assert program.name == f"{case.name} in float32, training"
-    assert program.operations > 1000
+    assert program.operations > 5
     assert (program.collectives, program.problem) == (0, "")
 
     shared = Mesh(np.reshape(jax.devices()[:1], (1, 1)), ("batch", "model"))
     program = compile._compile(case, "float32", "training", shared)
     assert program.name == f"{case.name} in float32, training, sharing hidden units"
-    assert (program.operations > 1000, program.problem) == (True, "")
+    assert (program.operations > 5, program.problem) == (True, "")
 
     both = types.SimpleNamespace(findall=lambda text: ["all-reduce", "all-gather"])
     monkeypatch.setattr(compile, "COLLECTIVE", both)
