@@ -6,8 +6,8 @@ These libraries promise what their API references document. JAX promises nothing
 
 import functools
 import os
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -84,61 +84,76 @@ batching.primitive_batchers[_time_major] = _mapped
 mlir.register_lowering(_time_major, _laid_out, platform="tpu")
 
 
-def with_kernel(
-    plain: Callable[[Any, Any], Any],
-    constants: Any,
-    linear: Any = (),
-    *,
-    platform: str | None,
-    kernel: Callable[[Any, Any], Any] | None = None,
-    transposed: Callable[[Any, Any], Any] | None = None,
-) -> Any:
-    """Compute `plain(constants, linear)`, by a kernel where the program is lowered for the kernel's platform.
+class Kernel(NamedTuple):
+    """What is computed on a platform in place of a function; see `by_platform`.
 
-    JAX's custom derivatives are for forward mode, or for reverse mode alone, and what can be transposed by hand,
-    `jax.custom_derivatives.linear_call`, can be neither mapped nor differentiated again. Here, whatever has no kernel
-    is what JAX makes of `plain`.
+    Attributes:
+        function: computes the same as the function; None for the function itself.
+        transposed: `transposed(constants, cotangents)` computes the cotangents of `linear`, a pytree like it, from
+            those of the result, a pytree like it with None where they are zero. None for what JAX makes of `function`.
+        of_jax: whether JAX can map and transpose `function`. If not, its place is taken by the function itself.
+    """
+
+    function: Callable[[Any, Any], Any] | None = None
+    transposed: Callable[[Any, Any], Any] | None = None
+    of_jax: bool = False
+
+
+def by_platform(
+    function: Callable[[Any, Any], Any], kernels: Mapping[str | None, Kernel], constants: Any, linear: Any = ()
+) -> Any:
+    """Compute `function(constants, linear)`, or a kernel where the program is lowered for the kernel's platform.
+
+    `jax.lax.platform_dependent` traces and differentiates every platform's function on all of them. JAX's custom
+    derivatives are for forward mode, or for reverse mode alone, and what can be transposed by hand,
+    `jax.custom_derivatives.linear_call`, can be neither mapped nor differentiated again. Here, a kernel is traced where
+    it is lowered, and whatever it cannot do is what JAX makes of `function`.
 
     Args:
-        plain: a function of two pytrees of arrays, linear in the second.
-        constants, linear: its arguments.
-        platform: of the kernels, as JAX calls it; None for all.
-        kernel: computes the same as `plain`; None for `plain` itself.
-        transposed: `transposed(constants, cotangents)` computes the cotangents of `linear`, a pytree like it, from
-            those of the result, a pytree like it with None where they are zero.
+        function: a function of two pytrees of arrays, linear in the second.
+        kernels: by platform, as JAX calls it; None for all that are not named.
+        constants, linear: the arguments.
     """
     tree: Any
     shape: Any
     arguments, tree = jax.tree.flatten((constants, linear))
-    count = len(jax.tree.leaves(linear))
-    program, result = jax.make_jaxpr(lambda *flat: plain(*tree.unflatten(flat)), return_shape=True)(*arguments)
-    shape = jax.tree.structure(result)
+    program, result = jax.make_jaxpr(lambda *flat: function(*tree.unflatten(flat)), return_shape=True)(*arguments)
+    count, shape = len(jax.tree.leaves(linear)), jax.tree.structure(result)
 
-    def flat_kernel(*flat: Any) -> list[Any]:
-        return jax.tree.leaves(kernel(*tree.unflatten(flat)) if kernel else jaxpr_as_fun(program)(*flat))
+    def flat(function: Callable[[Any, Any], Any]) -> Callable[..., list[Any]]:
+        return lambda *arguments: jax.tree.leaves(function(*tree.unflatten(arguments)))
 
-    def flat_transposed(*flat: Any) -> list[Any]:
-        constants, _ = tree.unflatten([*flat[: -shape.num_leaves], *[None] * count])
-        assert transposed
-        return jax.tree.leaves(transposed(constants, shape.unflatten(flat[-shape.num_leaves :])))
+    def flat_transposed(function: Callable[[Any, Any], Any]) -> Callable[..., list[Any]]:
+        def transposed(*arguments: Any) -> list[Any]:
+            constants, _ = tree.unflatten([*arguments[: -shape.num_leaves], *[None] * count])
+            return jax.tree.leaves(function(constants, shape.unflatten(arguments[-shape.num_leaves :])))
 
-    found = _with_kernel.bind(
-        *arguments,
-        plain=program,
-        count=count,
-        platform=platform,
-        kernel=flat_kernel,
-        transposed=flat_transposed if transposed else None,
+        return transposed
+
+    functions = {
+        platform: Kernel(each.function and flat(each.function), each.transposed and flat_transposed(each.transposed))
+        for platform, each in kernels.items()
+    }
+    flattened = {platform: each._replace(of_jax=kernels[platform].of_jax) for platform, each in functions.items()}
+    return shape.unflatten(
+        _by_platform.bind(*arguments, program=program, kernels=tuple(flattened.items()), count=count)
     )
-    return shape.unflatten(found)
 
 
-_with_kernel = Primitive("with_kernel")
-_with_kernel.multiple_results = True
+Kernels = tuple[tuple[str | None, Kernel], ...]
+_by_platform = Primitive("by_platform")
+_by_platform.multiple_results = True
 
 
-def _plain(*arguments: Any, plain: ClosedJaxpr, **_: Any) -> list[Any]:
-    return jaxpr_as_fun(plain)(*arguments)
+def _bound(
+    function: Callable[..., list[Any]], kernels: dict[str | None, Kernel], arguments: Sequence[Any], count: int
+) -> list[Any]:
+    program = jax.make_jaxpr(function)(*arguments)
+    return _by_platform.bind(*arguments, program=program, kernels=tuple(kernels.items()), count=count)
+
+
+def _plain(*arguments: Any, program: ClosedJaxpr, **_: Any) -> list[Any]:
+    return jaxpr_as_fun(program)(*arguments)
 
 
 def _derivative(primals: Any, tangents: Any, *, count: int, **settings: Any) -> tuple[Any, Any]:
@@ -146,26 +161,25 @@ def _derivative(primals: Any, tangents: Any, *, count: int, **settings: Any) -> 
     first = len(primals) - count
     active = [k for k in range(first) if not isinstance(tangents[k], ad.Zero)]
 
-    def plain(*some: Any) -> list[Any]:
+    def of_active(*some: Any) -> list[Any]:
         given = dict(zip(active, some, strict=True))
         return _plain(*(given.get(k, primal) for k, primal in enumerate(primals)), **settings)
 
     if active:
-        results, sums = jax.jvp(plain, [primals[k] for k in active], [tangents[k] for k in active])
+        results, sums = jax.jvp(of_active, [primals[k] for k in active], [tangents[k] for k in active])
     else:
-        results, sums = _with_kernel.bind(*primals, count=count, **settings), None
+        results, sums = _by_platform.bind(*primals, count=count, **settings), None
     if not all(isinstance(tangent, ad.Zero) for tangent in tangents[first:]):
         pushed = map(ad.instantiate_zeros, tangents[first:])
-        terms = _with_kernel.bind(*primals[:first], *pushed, count=count, **settings)
+        terms = _by_platform.bind(*primals[:first], *pushed, count=count, **settings)
         sums = [a + b for a, b in zip(sums, terms, strict=True)] if sums else terms
     return results, sums
 
 
-def _transposition(cotangents: Any, *arguments: Any, count: int, **settings: Any) -> list[Any]:
+def _transposition(cotangents: Any, *arguments: Any, program: ClosedJaxpr, kernels: Kernels, count: int) -> list[Any]:
     first = len(arguments) - count
     wanted = [k for k in range(first, len(arguments)) if ad.is_undefined_primal(arguments[k])]
     given = [k for k, cotangent in enumerate(cotangents) if not isinstance(cotangent, ad.Zero)]
-    by_hand = settings["transposed"]
 
     def zeros(like: Any) -> jax.Array:
         type_ = like.aval if ad.is_undefined_primal(like) else jax.typeof(like)
@@ -173,49 +187,68 @@ def _transposition(cotangents: Any, *arguments: Any, count: int, **settings: Any
         array = jnp.zeros(type_.shape, type_.dtype)
         return jax.lax.pcast(array, axes, to="varying") if axes else array
 
-    def plain(constants: Any, some: Any) -> list[Any]:
-        def forward(*active: Any) -> list[Any]:
-            linear = dict(zip(wanted, active, strict=True))
-            whole = [linear[k] if k in linear else zeros(arguments[k]) for k in range(first, len(arguments))]
-            results = _plain(*constants, *whole, **settings)
-            return [results[k] for k in given]
+    def by_jax(function: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
+        def transposed(*flat: Any) -> list[Any]:
+            def forward(*active: Any) -> list[Any]:
+                linear = dict(zip(wanted, active, strict=True))
+                whole = [linear[k] if k in linear else zeros(arguments[k]) for k in range(first, len(arguments))]
+                results = function(*flat[:first], *whole)
+                return [results[k] for k in given]
 
-        return list(jax.linear_transpose(forward, *(zeros(arguments[k]) for k in wanted))(some))
+            return list(jax.linear_transpose(forward, *(zeros(arguments[k]) for k in wanted))(list(flat[first:])))
 
-    def kernel(constants: Any, some: Any) -> list[Any]:
-        active = dict(zip(given, some, strict=True))
-        results = by_hand(*constants, *(active.get(k) for k in range(len(cotangents))))
-        return [results[k - first] for k in wanted]
+        return transposed
 
-    found = with_kernel(
-        plain,
-        list(arguments[:first]),
-        [cotangents[k] for k in given],
-        platform=settings["platform"],
-        kernel=kernel if by_hand else None,
-    )
+    def by_hand(function: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
+        def transposed(*flat: Any) -> list[Any]:
+            active = dict(zip(given, flat[first:], strict=True))
+            results = function(*flat[:first], *(active.get(k) for k in range(len(cotangents))))
+            return [results[k - first] for k in wanted]
+
+        return transposed
+
+    others = {}
+    for platform, kernel in kernels:
+        if kernel.transposed:
+            others[platform] = Kernel(by_hand(kernel.transposed))
+        elif kernel.function and kernel.of_jax:
+            others[platform] = Kernel(by_jax(kernel.function), of_jax=True)
+    flat = [*arguments[:first], *(cotangents[k] for k in given)]
+    found = _bound(by_jax(jaxpr_as_fun(program)), others, flat, len(given))
     by_place = dict(zip(wanted, found, strict=True))
     return [by_place.get(k) for k in range(len(arguments))]
 
 
-def _mapped_plain(arguments: Any, axes: Any, **settings: Any) -> tuple[list[Any], list[int]]:
-    results = jax.vmap(lambda *a: _plain(*a, **settings), in_axes=tuple(axes))(*arguments)
+def _mapped_function(
+    arguments: Any, axes: Any, *, program: ClosedJaxpr, kernels: Kernels, count: int
+) -> tuple[list[Any], list[int]]:
+    def mapped(function: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
+        return jax.vmap(function, in_axes=tuple(axes))
+
+    others = {
+        platform: Kernel(mapped(kernel.function), of_jax=True)
+        for platform, kernel in kernels
+        if kernel.function and kernel.of_jax
+    }
+    results = _bound(mapped(jaxpr_as_fun(program)), others, arguments, count)
     return results, [0] * len(results)
 
 
-def _lowered(here: str, context: Any, *arguments: Any, platform: str | None, **settings: Any) -> Any:
-    function = settings["kernel"] if platform in (None, here) else functools.partial(_plain, plain=settings["plain"])
+def _lowered(platform: str | None, context: Any, *arguments: Any, program: ClosedJaxpr, **settings: Any) -> Any:
+    kernels = dict(settings["kernels"])
+    kernel = kernels.get(platform, kernels.get(None, Kernel()))
+    function = kernel.function or jaxpr_as_fun(program)
     return mlir.lower_fun(function, multiple_results=True)(context, *arguments)
 
 
-_with_kernel.def_impl(_plain)
-_with_kernel.def_abstract_eval(lambda *_, plain, **settings: plain.out_avals)
-ad.primitive_jvps[_with_kernel] = _derivative
-ad.primitive_transposes[_with_kernel] = _transposition
-batching.primitive_batchers[_with_kernel] = _mapped_plain
-mlir.register_lowering(_with_kernel, functools.partial(_lowered, "others"))
-for _name in ("tpu", "cuda"):
-    mlir.register_lowering(_with_kernel, functools.partial(_lowered, _name), platform=_name)
+_by_platform.def_impl(_plain)
+_by_platform.def_abstract_eval(lambda *_, program, **settings: program.out_avals)
+ad.primitive_jvps[_by_platform] = _derivative
+ad.primitive_transposes[_by_platform] = _transposition
+batching.primitive_batchers[_by_platform] = _mapped_function
+mlir.register_lowering(_by_platform, functools.partial(_lowered, None))
+for _name in ("tpu", "cuda", "rocm"):
+    mlir.register_lowering(_by_platform, functools.partial(_lowered, _name), platform=_name)
 
 
 def pallas() -> tuple[Any, Any]:

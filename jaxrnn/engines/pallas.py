@@ -17,9 +17,9 @@ from jax import lax
 from jax.sharding import AxisType
 
 from jaxrnn import steps
-from jaxrnn._compat import pallas, varying_like, with_kernel
+from jaxrnn._compat import Kernel, by_platform, pallas, varying_like
 from jaxrnn.cells import GRU_CELL, LSTM_CELL, RNN_RELU, RNN_TANH, Arrays, Cell
-from jaxrnn.engines.scan import Scan
+from jaxrnn.engines.scan import Linear, Scan
 from jaxrnn.steps import Run, Settings, Steps
 
 _MIB, _LANES = 2**20, 128
@@ -27,16 +27,6 @@ _SPARE = 8 * _MIB  # for what the compiler itself keeps on the chip
 _BLOCKS = (16, 8, 4, 2, 1)  # steps that stream in at a time: the first of these for which there is memory
 _WHOLE = (lax.Precision.HIGHEST, "highest", "float32")
 _ROUNDED = (lax.Precision.DEFAULT, "default", "bfloat16", "fastest", None)
-
-
-class _Linear(NamedTuple):
-    """What the tangents of a run are linear in."""
-
-    sums: jax.Array
-    inputs: Arrays  # the input's part of the gates that are apart
-    state: Arrays
-    reset_state: Arrays | None
-    own: dict[str, jax.Array]
 
 
 class Pallas(Scan):
@@ -94,28 +84,18 @@ class Pallas(Scan):
     def _of_run(self, plain: Callable[[Run], Any], kernel: Callable[[Run], Any], run: Run) -> Any:
         settings, dtype, *arrays = _with_precision(run)
         functions = [lambda a, _, f=f: f(Run(settings, dtype, *a)) for f in (plain, kernel)]
-        return with_kernel(functions[0], arrays, platform=self.platform, kernel=functions[1])
+        return by_platform(functions[0], {self.platform: Kernel(functions[1])}, arrays)
 
-    def tangents(self, run: Run, before: Arrays, sums: Arrays, tangent: Run, d_sums: jax.Array) -> tuple[Steps, Arrays]:
-        (settings, dtype, *arrays), cell = _with_precision(run), run.settings.cell
-        d_inputs = tuple(d for name, d in zip(cell.gates, tangent.gates, strict=True) if name in cell.apart)
-        linear = _Linear(d_sums, d_inputs, tangent.state, tangent.reset_state, tangent.recurrent.own)
-        constants = arrays, before, sums
-        by_scan = super().tangents
+    def pushed(self, run: Run, before: Arrays, sums: Arrays, linear: Linear) -> tuple[Steps, Arrays]:
+        settings, dtype, *arrays = _with_precision(run)
+        by_scan = super().pushed
 
-        def plain(constants: Any, linear: _Linear) -> tuple[Steps, Arrays]:
+        def of_run(function: Callable, constants: Any, more: Any) -> Any:
             arrays, before, sums = constants
-            run, inputs = Run(settings, dtype, *arrays), iter(linear.inputs)
-            gates: Any = tuple(next(inputs) if name in cell.apart else None for name in cell.gates)
-            recurrent = run.recurrent._replace(weight_hh=None, own=linear.own)
-            tangent = Run(settings, dtype, recurrent, gates, linear.state, run.marks, linear.reset_state)
-            return by_scan(run, before, sums, tangent, linear.sums)
+            return function(Run(settings, dtype, *arrays), before, sums, more)
 
-        def transposed(constants: Any, cotangents: tuple[Steps, Any]) -> _Linear:
-            arrays, before, sums = constants
-            return self._backward(Run(settings, dtype, *arrays), before, sums, *cotangents)
-
-        return with_kernel(plain, constants, linear, platform=self.platform, transposed=transposed)
+        kernels = {self.platform: Kernel(transposed=functools.partial(of_run, self._backward))}
+        return by_platform(functools.partial(of_run, by_scan), kernels, (arrays, before, sums), linear)
 
     def _forward(self, run: Run, saved: bool) -> tuple[Any, Arrays]:
         """The outputs of every step, or what the derivative needs: states and sums; and the last state."""
@@ -141,8 +121,9 @@ class Pallas(Scan):
         state, results = self._scan(body, run, run.state, streams, results, reverse=run.settings.reverse)
         return results, state
 
-    def _backward(self, run: Run, before: Arrays, sums: Arrays, d_every: Steps, d_last: Any) -> _Linear:
+    def _backward(self, run: Run, before: Arrays, sums: Arrays, cotangents: tuple[Steps, Any]) -> Linear:
         """The cotangents of what the tangents are linear in, from those of `forward`; None for zeros."""
+        d_every, d_last = cotangents
         cell, lay = run.settings.cell, run.settings.layout
 
         def body(kept: _Kept, time: Any, carry: Any, step: Any) -> tuple[Any, Any]:
@@ -193,7 +174,9 @@ class Pallas(Scan):
         carry, (d_sums, d_inputs) = self._scan(
             body, run, (d_state, *zeros), streams, results, reverse=not run.settings.reverse
         )
-        return _Linear(d_sums if joined else lay.join(d_sums), d_inputs, *carry)
+        d_state, d_reset, d_own = carry
+        d_sums = d_sums if joined else lay.join(d_sums)
+        return Linear(d_sums, d_inputs, d_state, d_reset, None, steps.own(cell, d_own))
 
     def _product(self, run: Run, a: jax.Array, weight: jax.Array, contract: int = 0) -> jax.Array:
         exact = run.settings.options.precision in _WHOLE
@@ -369,7 +352,7 @@ def _why_not_lowered(cell: Cell, size: int) -> str | None:
     def kernels(*arrays: Any) -> Any:
         run = Run(Settings(cell), jnp.dtype(jnp.float32), *arrays)
         (states, sums), last = engine._forward(run, saved=True)
-        return engine._backward(run, states, sums, Steps(states[0]), last)
+        return engine._backward(run, states, sums, (Steps(states[0]), last))
 
     try:
         jax.jit(kernels).trace(*arrays).lower(lowering_platforms=("tpu",))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxrnn import steps
-from jaxrnn._compat import time_major
+from jaxrnn._compat import Kernel, by_platform, time_major
 from jaxrnn.cells import Arrays
 from jaxrnn.steps import Marks, Run, Steps
 
@@ -37,6 +37,17 @@ _NARROW = Form(packed=True)
 _LANES = 128
 
 
+class Linear(NamedTuple):
+    """What the tangents of a run are linear in: the tangents of what they are computed from."""
+
+    sums: jax.Array
+    inputs: Arrays  # the input's part of the gates that are apart
+    state: Arrays
+    reset_state: Arrays | None
+    weight_hr: jax.Array | None
+    others: tuple  # of the cell's own parameters, and of what its step closes over
+
+
 class Scan:
     """Loops of `jax.lax.scan`, of which JAX transposes the second into the backward pass."""
 
@@ -50,18 +61,38 @@ class Scan:
         return _by_platform(_states_and_sums, run)
 
     def tangents(self, run: Run, before: Arrays, sums: Arrays, tangent: Run, d_sums: jax.Array) -> tuple[Steps, Arrays]:
-        return _by_platform(_tangents, run, before, sums, tangent, d_sums)
+        cell = run.settings.cell
+        inputs = tuple(d for name, d in zip(cell.gates, tangent.gates, strict=True) if name in cell.apart)
+        others = (*steps.own(cell, tangent.recurrent.own), *tangent.captured)
+        linear = Linear(d_sums, inputs, tangent.state, tangent.reset_state, tangent.recurrent.weight_hr, others)
+        # Of the gates, only those that are apart are read: this way, the others are not kept for the backward pass.
+        whole, _ = steps.arguments(cell, run.gates, sums)
+        return self.pushed(run._replace(gates=whole), before, sums, linear)
+
+    def pushed(self, run: Run, before: Arrays, sums: Arrays, linear: Linear) -> tuple[Steps, Arrays]:
+        """As `tangents`, a function of what it is linear in."""
+        return _by_platform(_pushed, run, (before, sums), linear)
 
 
-def _by_platform(function: Callable, run: Run, *arguments: Any) -> Any:
+def _by_platform(function: Callable, run: Run, others: tuple = (), linear: Any = ()) -> Any:
     """Call a function of a form, a run and more, with the form for the platform that the program is lowered for."""
+    settings, dtype, *arrays = run
+
+    def of(form: Form) -> Callable[[Any, Any], Any]:
+        def call(constants: Any, linear: Any) -> Any:
+            arrays, others = constants
+            return function(form, Run(settings, dtype, *arrays), *others, *(linear and [linear]))
+
+        return call
+
+    kernels = {platform: Kernel(of(form), of_jax=True) for platform, form in _forms(run).items() if form != _CPU}
+    return by_platform(of(_CPU), kernels, (arrays, others), linear)
+
+
+def _forms(run: Run) -> dict[str | None, Form]:
     if run.settings.options.hidden_axis is not None:  # what is exchanged at each step takes far longer than launches
-        return function(_CPU, run, *arguments)
-    narrow = run.gates[0].shape[-1] < _LANES
-    forms = {"cuda": _GPU, "rocm": _GPU, "tpu": _NARROW if narrow else _CPU}
-    branches = {form: functools.partial(function, form, run, *arguments) for form in {*forms.values(), _CPU}}
-    named = {platform: branches[form] for platform, form in forms.items() if form != _CPU}
-    return lax.platform_dependent(**named, default=branches[_CPU])
+        return {}
+    return {"cuda": _GPU, "rocm": _GPU, "tpu": _NARROW if run.gates[0].shape[-1] < _LANES else _CPU}
 
 
 def _forward(form: Form, run: Run) -> tuple[Steps, Arrays]:
@@ -87,9 +118,7 @@ def _states_and_sums(form: Form, run: Run) -> tuple[Arrays, Arrays | None, Array
     return states, lay.split(saved) if form.joined and not recompute else saved, last
 
 
-def _tangents(
-    form: Form, run: Run, before: Arrays, sums: Arrays, tangent: Run, d_sums: jax.Array
-) -> tuple[Steps, Arrays]:
+def _pushed(form: Form, run: Run, before: Arrays, sums: Arrays, linear: Linear) -> tuple[Steps, Arrays]:
     cell, recurrent, lay = run.settings.cell, run.recurrent, run.settings.layout
     product = functools.partial(steps.product, run.settings)
 
@@ -97,26 +126,27 @@ def _tangents(
         return jax.linearize(cell.step, *a, *steps.own(cell, recurrent.own), *run.captured)
 
     after, push = jax.vmap(step)(*steps.arguments(cell, run.gates, sums), before)
-    d_inputs = tuple(d if name in cell.apart else None for name, d in zip(cell.gates, tangent.gates, strict=True))
     d_projected, weight_hr = None, None
-    if recurrent.weight_hr is not None and tangent.recurrent.weight_hr is not None:
-        d_projected, weight_hr = product(after[0], tangent.recurrent.weight_hr), recurrent.weight_hr.T
+    if recurrent.weight_hr is not None and linear.weight_hr is not None:
+        d_projected, weight_hr = product(after[0], linear.weight_hr), recurrent.weight_hr.T
     transposed = None if recurrent.weight_hh is None else lay.transposed(recurrent.weight_hh)
-    others = (*steps.own(cell, tangent.recurrent.own), *tangent.captured)
 
     def body(d_state: Arrays, step: tuple) -> tuple[Arrays, Steps]:
         push, d_sums, d_inputs, d_projected, marks = step
-        d_before = steps.select(marks.reset, tangent.reset_state, d_state)
+        d_before = steps.select(marks.reset, linear.reset_state, d_state)
         if transposed is not None:
             d_sums = d_sums + product(d_before[0], *transposed)
         d_sums = lay.split(d_sums)
-        d_after = tuple(push(*steps.arguments(cell, d_inputs, d_sums), d_before, *others))
+        inputs = iter(d_inputs)
+        d_gates = tuple(next(inputs) if name in cell.apart else None for name in cell.gates)
+        d_after = tuple(push(*steps.arguments(cell, d_gates, d_sums), d_before, *linear.others))
         if weight_hr is not None:
             d_after = (product(d_after[0], weight_hr, contract=1) + d_projected, *d_after[1:])
         d_state = steps.select(marks.ended, d_state, d_after)
         return d_state, steps.returned(run, marks, d_state, d_sums)
 
-    d_last, every = _scan(form, run)(body, tangent.state, (push, d_sums, d_inputs, d_projected, run.marks))
+    xs = push, linear.sums, linear.inputs, d_projected, run.marks
+    d_last, every = _scan(form, run)(body, linear.state, xs)
     return every, d_last
 
 
