@@ -74,6 +74,27 @@ batching.primitive_batchers[_time_major] = _mapped
 mlir.register_lowering(_time_major, _laid_out, platform="tpu")
 
 
+def cudnn_lstm(
+    x: jax.Array, h_0: jax.Array, c_0: jax.Array, weights: jax.Array, lengths: jax.Array, full_float32: bool
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """One LSTM layer by cuDNN, on a GPU: its outputs, h_n and c_n. Only `jax.experimental.rnn` calls cuDNN's RNNs.
+
+    Args:
+        x: (batch, time, features), float32 like all others.
+        h_0, c_0: (directions, batch, hidden_size).
+        weights: flat: weight_ih and weight_hh of each direction, then bias_ih and bias_hh of each, as torch has them.
+        lengths: of the rows, from 1, int32.
+        full_float32: whether products must not be in TF32.
+    """
+    from jax.experimental import rnn
+
+    directions, _, hidden_size = h_0.shape
+    sizes = x.shape[-1], hidden_size, 1  # one layer
+    # It takes no DEFAULT. HIGH allows TF32, as DEFAULT does for JAX's own products.
+    precision = jax.lax.Precision.HIGHEST if full_float32 else jax.lax.Precision.HIGH
+    return rnn.lstm(x, h_0, c_0, weights, lengths, *sizes, 0.0, directions == 2, precision)
+
+
 def sharded_at_creation() -> bool:
     """Whether `nnx.Param` shards a new parameter by itself, which users can turn off.
 
