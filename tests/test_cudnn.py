@@ -1,12 +1,14 @@
 """The engine "cudnn", without a GPU: what it hands to cuDNN, what it makes of the results, and what it refuses.
 
-In place of cuDNN's kernel stands JAX's reference for it. Where JAX's own function is traced, only the size of cuDNN's
-workspace, which the GPU's library tells, is made up: so the arguments, their shapes and the precision are checked up to
-the kernel's call. What the kernel computes is not.
+In place of cuDNN's kernel stands JAX's reference for it. Where JAX's own function is traced, or compiled for a GPU that
+is not here, only the size of cuDNN's workspace, which the GPU's library tells, is made up: so the arguments, their
+shapes, layouts and the precision are checked up to the kernel's call. What the kernel computes is not.
 """
 
 import dataclasses
 import functools
+import importlib.util
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -22,6 +24,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import jaxrnn
 from jaxrnn import engines
 from jaxrnn.engines.cudnn import CuDNN
+from parity import ahead
 
 F, H, T, N = 3, 5, 6, 4
 LENGTHS = np.array([2, 0, T, 1])
@@ -308,6 +311,51 @@ def test_it_hands_on_jaxs_own_setting(traced: None) -> None:
     arguments = parameters(_spec(bidirectional=True), np.float32), _normal(T, N, F)
     with jax.default_matmul_precision("highest"):
         assert str(jax.make_jaxpr(jax.grad(_loss))(*arguments)).count("cudnn_allow_tf32=False") == 2
+
+
+def _equations(jaxpr: Any) -> Iterator[tuple[Any, Any]]:
+    """Every equation, with the program that it is in."""
+    for equation in jaxpr.eqns:
+        yield equation, jaxpr
+        for inner in jax.tree.leaves(equation.params, is_leaf=lambda a: hasattr(a, "jaxpr")):
+            if hasattr(inner, "jaxpr"):
+                yield from _equations(inner.jaxpr)
+
+
+def test_arrays_beside_the_kernel_are_row_major(traced: None) -> None:
+    """What goes in and comes out, forward and backward, has its layout fixed. JAX's function leaves it to XLA."""
+    spec = _spec(bidirectional=True)
+    arguments = parameters(spec, np.float32), _normal(T, N, F), tuple(_normal(*s) for s in spec.state_shapes(N))
+    program = jax.make_jaxpr(jax.grad(_loss, (0, 1, 2)))(*arguments).jaxpr
+    found = {}
+    for equation, around in _equations(program):
+        if (name := equation.primitive.name) in ("rnn_fwd", "rnn_bwd"):
+            fixed = [each for each in around.eqns if each.primitive.name == "layout_constraint"]
+            assert {each.params["layout"].major_to_minor for each in fixed} == {(0, 1, 2)}
+            before, after = {each.outvars[0] for each in fixed}, {each.invars[0] for each in fixed}
+            found[name] = set(equation.invars[:3]) <= before, set(equation.outvars[:3]) <= after
+    assert found == {"rnn_fwd": (True, True), "rnn_bwd": (True, True)}
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("jax_cuda12_plugin"), reason="no compiler for a GPU is here")
+def test_compiled_for_a_gpu_they_are_row_major(traced: None, optimized: None) -> None:
+    spec, sharding = _spec(num_layers=2), jax.sharding.SingleDeviceSharding(ahead._devices("h100")[0])
+    described = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32, sharding=sharding)
+    arguments = {name: described(shape) for name, shape in spec.shapes().items()}, described((T, N, F))
+
+    def loss(*arguments: Any) -> jax.Array:
+        return jnp.sum(jaxrnn.apply(spec, *arguments, engine="cudnn")[0] ** 2)
+
+    with jax.enable_x64(False):
+        text = jax.jit(jax.grad(loss, (0, 1))).lower(*arguments).compile().as_text()
+    types = dict(re.findall(r"^ *(?:ROOT )?(%[\w.-]+) = ((?:\(.*?\)|\S+) )", text, re.M))
+    calls = re.findall(
+        r"^ *(?:ROOT )?(%[\w.-]+) = .*? custom-call\((.*?)\), custom_call_target=\"cudnn_rnn", text, re.M
+    )
+    assert len(calls) == 4
+    for name, operands in calls:
+        beside = "".join(types[each] for each in [name, *re.findall(r"%[\w.-]+", operands)])
+        assert set(re.findall(r"\{\d,\d,\d\}", beside)) == {"{2,1,0}"}
 
 
 def test_a_jvp_raises_jaxs_error(gpu: None) -> None:
