@@ -132,15 +132,27 @@ CASES: dict[str, tuple[dict[str, Any], Any, int | None, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_it_computes_what_the_scan_does(name: str, gpu: None) -> None:
+def _by_engine(name: str, engine: str) -> tuple[jaxrnn.Spec, dict[str, Any]]:
     settings, x, rows, marks = CASES[name]
     spec = _spec(**settings)
     shapes = spec.state_shapes(*() if rows is None else (rows,))
     hx = tuple(_normal(*shape, seed=seed) for seed, shape in enumerate(shapes))
-    found = _results(spec, x, hx, "cudnn", **marks)
+    return spec, _results(spec, x, hx, engine, precision="highest", **marks)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_it_computes_what_the_scan_does(name: str, gpu: None) -> None:
+    spec, found = _by_engine(name, "cudnn")
     assert CALLED.count("backward") == spec.num_layers
-    assert_close(found, _results(spec, x, hx, "scan", **marks), atol=2e-6, rtol=1e-6)
+    assert_close(found, _by_engine(name, "scan")[1], atol=2e-6, rtol=1e-6)
+
+
+def test_cudnn_itself_computes_what_the_scan_does() -> None:
+    """For those who have a GPU: nothing is replaced."""
+    if jax.default_backend() != "gpu":
+        pytest.skip("no GPU is here")
+    for name in CASES:
+        assert_close({name: _by_engine(name, "cudnn")[1]}, {name: _by_engine(name, "scan")[1]}, atol=1e-5, rtol=1e-5)
 
 
 def test_states_keep_their_dtype(gpu: None) -> None:
