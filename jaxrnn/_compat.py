@@ -74,10 +74,7 @@ def _laid_out(context: Any, array: Any) -> Any:
     if context.module_context.lowering_parameters.for_export:
         return [array]
 
-    def constrained(array: jax.Array) -> jax.Array:
-        return with_layout_constraint(array, Layout(major_to_minor=tuple(range(array.ndim))))
-
-    return mlir.lower_fun(constrained, multiple_results=False)(context, array)
+    return mlir.lower_fun(_row_major, multiple_results=False)(context, array)
 
 
 batching.primitive_batchers[_time_major] = _mapped
@@ -260,6 +257,37 @@ def pallas() -> tuple[Any, Any]:
     from jax.experimental.pallas import tpu
 
     return pallas, tpu
+
+
+def cudnn_lstm(
+    x: jax.Array, h_0: jax.Array, c_0: jax.Array, weights: jax.Array, lengths: jax.Array, full_float32: bool
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """One LSTM layer by cuDNN, on a GPU: its outputs, h_n and c_n. Only `jax.experimental.rnn` calls cuDNN's RNNs.
+
+    It does not tell XLA that cuDNN reads and writes row by row (JAX's issue 19177). Where an array beside the call is
+    transposed, XLA would rather lay it out in another order than copy it, and results would be wrong without an error.
+    So the layouts are fixed here; JAX fixes those of the cotangents with them.
+
+    Args:
+        x: (batch, time, features), float32 like all others.
+        h_0, c_0: (directions, batch, hidden_size).
+        weights: flat: weight_ih and weight_hh of each direction, then bias_ih and bias_hh of each, as torch has them.
+        lengths: of the rows, from 1, int32.
+        full_float32: whether products must not be in TF32.
+    """
+    from jax.experimental import rnn
+
+    directions, _, hidden_size = h_0.shape
+    sizes = x.shape[-1], hidden_size, 1  # one layer
+    # It takes no DEFAULT. HIGH allows TF32, as DEFAULT does for JAX's own products.
+    precision = jax.lax.Precision.HIGHEST if full_float32 else jax.lax.Precision.HIGH
+    arguments = weights, lengths, *sizes, 0.0, directions == 2, precision
+    y, h_n, c_n = rnn.lstm(_row_major(x), _row_major(h_0), _row_major(c_0), *arguments)
+    return _row_major(y), _row_major(h_n), _row_major(c_n)
+
+
+def _row_major(array: jax.Array) -> jax.Array:
+    return with_layout_constraint(array, Layout(major_to_minor=tuple(range(array.ndim))))
 
 
 def sharded_at_creation() -> bool:

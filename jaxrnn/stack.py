@@ -6,10 +6,11 @@ import numpy as np
 
 from jaxrnn import meshes, recurrence
 from jaxrnn.cells import Arrays
+from jaxrnn.engines import layer_engine_for
 from jaxrnn.layouts import layout
 from jaxrnn.options import Options
 from jaxrnn.spec import Spec
-from jaxrnn.steps import Marks, Settings, Steps
+from jaxrnn.steps import Layer, Marks, Settings, Steps
 
 
 def run(
@@ -42,22 +43,37 @@ def run(
     """
     sides = layout(len(spec.cell.gates), None if spec.proj_size else options.hidden_axis)
     keys = None if dropout is None or isinstance(dropout, tuple) else jax.random.split(dropout, spec.num_layers)
-    last, runs = [], []
+    last: list[Arrays] = []
+    runs: list[Steps] = []
     for index in range(spec.num_layers):
-        outputs = []
-        for direction in range(spec.num_directions):
-            row = index * spec.num_directions + direction
-            weights = {role: params[name] for role, name in spec.names(index, direction).items()}
-            settings = Settings(spec.cell, options, direction == 1, every)
-            first, restart = jax.tree.map(lambda a, row=row: a[row], (state, reset_state))
-            steps, states = recurrence.layer(settings, weights, x, first, marks, restart)
-            outputs.append(steps.output)
-            last.append(states)
-            runs.append(steps)
-        x = sides.directions(outputs, index == spec.num_layers - 1)
+        rows = slice(index * spec.num_directions, (index + 1) * spec.num_directions)
+        first, restart = jax.tree.map(lambda a, rows=rows: a[rows], (state, reset_state))
+        weights = tuple(
+            {role: params[name] for role, name in spec.names(index, direction).items()}
+            for direction in range(spec.num_directions)
+        )
+        layer = Layer(spec.cell, options, weights, x, first, marks, restart, every)
+        if engine := layer_engine_for(layer):
+            x, states = engine.run_layer(layer)
+            last += zip(*states, strict=True)
+        else:
+            found = _by_loops(layer)
+            runs += [steps for steps, _ in found]
+            last += [states for _, states in found]
+            x = sides.directions([steps.output for steps, _ in found], index == spec.num_layers - 1)
         if index < spec.num_layers - 1 and dropout is not None:
             x = _dropped(spec, x, dropout[index] if keys is None else _kept(spec, keys[index], x))
     return x, tuple(jnp.stack(rows) for rows in zip(*last, strict=True)), runs
+
+
+def _by_loops(layer: Layer) -> list[tuple[Steps, Arrays]]:
+    """Run a layer direction after direction."""
+    found = []
+    for direction, weights in enumerate(layer.weights):
+        settings = Settings(layer.cell, layer.options, direction == 1, layer.every)
+        first, restart = jax.tree.map(lambda a, row=direction: a[row], (layer.state, layer.reset_state))
+        found.append(recurrence.layer(settings, weights, layer.x, first, layer.marks, restart))
+    return found
 
 
 def _kept(spec: Spec, key: jax.Array, like: jax.Array) -> jax.Array:

@@ -66,6 +66,19 @@ class Run(NamedTuple):
     captured: Arrays = ()  # what the cell's step closes over, its last arguments
 
 
+class Layer(NamedTuple):
+    """One layer in all its directions, before the products with the input: what an engine of whole layers needs."""
+
+    cell: Cell
+    options: Options
+    weights: tuple[dict[str, jax.Array], ...]  # of each direction, by role, as torch has them; in x's dtype
+    x: jax.Array  # the input, (time, batch, features); finite in the padding
+    state: Arrays  # the first, (directions, batch, size)
+    marks: Marks
+    reset_state: Arrays | None  # like `state`
+    every: bool  # whether the states and gates of every step are returned
+
+
 class Steps(NamedTuple):
     """What a run returns for each step, or for all steps with time in front."""
 

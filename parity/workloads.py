@@ -13,10 +13,9 @@ import numpy as np
 from flax import linen, nnx
 from flax.nnx.nn.recurrent import flip_sequences
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jax.experimental import rnn as cudnn
 
 import jaxrnn
-from jaxrnn.checkpoint.dialects import DIALECTS, to_flat
+from jaxrnn.checkpoint.dialects import DIALECTS
 
 from .cases import Arrays
 
@@ -114,12 +113,16 @@ def forms(workload: Workload, sides: Collection[str]) -> Iterator[Form]:
     """The forms on the JAX sides. Flax has two for an LSTM, of which the faster counts. Only ours has a projection."""
     parameters = workload.parameters()
     x = jax.ShapeDtypeStruct((workload.time, workload.batch, workload.input_size), jnp.float32)
-    for side in ("jaxrnn", "sharded", "pallas"):
+    ours = dict.fromkeys(("jaxrnn", "sharded"), (f"jaxrnn.{workload.kind}", "auto"))
+    if workload.kind == "LSTM" and not workload.proj_size:
+        ours["cudnn"] = "jaxrnn.LSTM with engine='cudnn'", "cudnn"
+    ours["pallas"] = f"jaxrnn.{workload.kind} with engine='pallas'", "pallas"
+    for side, (name, engine) in ours.items():
         if side in sides:
-            settings = {"engine": "pallas"} if side == "pallas" else {}
-            graph, state = nnx.split(nnx.eval_shape(lambda s=settings: workload.build(jaxrnn, **s, rngs=nnx.Rngs(0))))
+            build = functools.partial(workload.build, jaxrnn, engine=engine)
+            graph, state = nnx.split(nnx.eval_shape(lambda build=build: build(rngs=nnx.Rngs(0))))
             run = _run_nnx(graph, lambda module, x, lengths: module(x, lengths=lengths)[0])
-            yield Form(side, f"jaxrnn.{workload.kind}", run, {name: parameters[name] for name in state})
+            yield Form(side, name, run, {name: parameters[name] for name in state})
     for cell in () if workload.proj_size else CELLS[workload.kind]:
         if "flax.nnx" in sides:
             graph, state = nnx.split(nnx.eval_shape(functools.partial(NNXStack, workload, cell)))
@@ -132,11 +135,8 @@ def forms(workload: Workload, sides: Collection[str]) -> Iterator[Form]:
             yield Form("flax.linen", f"linen.{cell}", functools.partial(_run_linen, stack), converted)
     if "keras" in sides and not workload.proj_size:
         model = keras_model(workload)
-        run = _run_batch_first(functools.partial(_run_keras, model))
+        run = functools.partial(_run_keras, model)
         yield Form("keras", f"keras.{workload.kind}", run, to_keras(workload.kind, parameters))
-    if "cudnn" in sides and workload.kind == "LSTM" and not workload.proj_size:
-        run = _run_batch_first(functools.partial(_run_cudnn, workload))
-        yield Form("cudnn", "jax.experimental.rnn.lstm", run, to_flat(workload.spec, parameters))
 
 
 def _run_nnx(graph: Any, call: Callable[..., Any]) -> Callable[..., Any]:
@@ -147,28 +147,11 @@ def _run_linen(module: linen.Module, parameters: Any, x: jax.Array, lengths: jax
     return module.apply({"params": parameters}, x, lengths)
 
 
-def _run_batch_first(run: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """For those that take the batch first: their time has two transpositions, which are small beside the rest."""
-
-    def call(parameters: Any, x: jax.Array, lengths: jax.Array | None) -> jax.Array:
-        outputs = run(parameters, x.swapaxes(0, 1), lengths).swapaxes(0, 1)
-        return _without_padding(outputs, lengths)
-
-    return call
-
-
 def _run_keras(model: Any, parameters: list[jax.Array], x: jax.Array, lengths: jax.Array | None) -> jax.Array:
-    mask = None if lengths is None else _steps(x.shape[1], lengths).T
-    return model.stateless_call(parameters, model.non_trainable_variables, x, mask=mask)[0]
-
-
-def _run_cudnn(workload: Workload, packed: jax.Array, x: jax.Array, lengths: jax.Array | None) -> jax.Array:
-    batch, time, _ = x.shape
-    directions = 1 + workload.bidirectional
-    zeros = jnp.zeros((directions * workload.num_layers, batch, workload.hidden_size), x.dtype)
-    lengths = jnp.full(batch, time, jnp.int32) if lengths is None else lengths.astype(jnp.int32)
-    sizes = workload.input_size, workload.hidden_size, workload.num_layers  # before the dropout
-    return cudnn.lstm(x, zeros, zeros, packed, lengths, *sizes, 0.0, workload.bidirectional)[0]
+    """Keras takes the batch first: its time has two transpositions, which are small beside the rest."""
+    mask = None if lengths is None else _steps(len(x), lengths).T
+    outputs = model.stateless_call(parameters, model.non_trainable_variables, x.swapaxes(0, 1), mask=mask)[0]
+    return _without_padding(outputs.swapaxes(0, 1), lengths)
 
 
 def _steps(time: int, lengths: jax.Array) -> jax.Array:

@@ -20,6 +20,7 @@ import pytest
 from comparing import assert_close
 from jax.experimental import rnn as cudnn
 
+from jaxrnn.engines.cudnn import CuDNN
 from parity import speed
 from parity.speed import Results, Timed, Turn
 from parity.workloads import WORKLOADS, Torch, Workload, forms, to_keras
@@ -135,11 +136,12 @@ def test_cudnn_computes_the_same(workload: Workload, monkeypatch: pytest.MonkeyP
     """With JAX's reference in place of what only a GPU has."""
 
     def reference(x: Any, h: Any, c: Any, packed: Any, lengths: Any, *arguments: Any) -> Any:
-        *sizes, _, bidirectional = arguments
+        *sizes, dropout, bidirectional, _ = arguments
         assert packed.shape == (cudnn.get_num_params_in_lstm(*sizes, bidirectional),)
         weights = cudnn.unpack_lstm_weights(packed, *sizes, bidirectional)
-        return cudnn.lstm_ref(x, h, c, *weights, lengths, *arguments)
+        return cudnn.lstm_ref(x, h, c, *weights, lengths, *sizes, dropout, bidirectional)
 
+    monkeypatch.setattr(CuDNN, "has_gpu", lambda _: True)
     monkeypatch.setattr(cudnn, "lstm", reference)
     there = workload.kind == "LSTM" and not workload.proj_size
     assert _sides_of_the_truth(workload, ["cudnn"]) == ["cudnn"] * there

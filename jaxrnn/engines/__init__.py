@@ -1,22 +1,30 @@
-"""Engines run a layer's loop over time: `Scan`, and a file for each kernel.
+"""Engines run layers: `Scan`, and a file for each kernel.
 
-To add one, write a file with a class that has the methods of `Engine`, and add it to `ENGINES`; and to `AUTO` if
-`engine="auto"` should use it. No other file has to change. An engine sees a `jaxrnn.steps.Run`, one layer in one
-direction; products with the input, chunks and layers are done outside.
+To add one, write a file with a class, and add it to `ENGINES`; and to `AUTO` if `engine="auto"` should use it. No other
+file has to change. There are two kinds:
+
+- one that runs a layer's loop over time has the methods of `Engine`. It sees a `jaxrnn.steps.Run`, one layer in one
+  direction; products with the input, derivatives by the weights, and chunks are done outside;
+- one that runs whole layers, such as a library's kernel, has the methods of `LayerEngine`. It sees a
+  `jaxrnn.steps.Layer`, one layer in all its directions, and does all of that, with its derivative. It is tried if no
+  engine of the first kind comes before it.
+
+Dropout and the next layer are done outside.
 
 Calls are jitted, so an engine's methods run while JAX traces: once for each spec, options and shapes. `ENGINES` and
 `AUTO` are not part of that key. After changing them, call `jax.clear_caches()`.
 """
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 
 from jaxrnn.cells import Arrays
+from jaxrnn.engines.cudnn import CuDNN
 from jaxrnn.engines.pallas import Pallas
 from jaxrnn.engines.scan import Scan
 from jaxrnn.options import Options
-from jaxrnn.steps import Run, Steps
+from jaxrnn.steps import Layer, Run, Steps
 
 
 class Engine(Protocol):
@@ -62,8 +70,23 @@ class Engine(Protocol):
         """
 
 
-ENGINES: dict[str, Engine] = {
+@runtime_checkable
+class LayerEngine(Protocol):
+    """How to run a whole layer. What it returns is differentiated by JAX, or by a rule of the engine's own."""
+
+    def refuses_layer(self, layer: Layer) -> str | None:
+        """Why this engine cannot run it, as a clause without a full stop; None if it can."""
+
+    def run_layer(self, layer: Layer) -> tuple[jax.Array, Arrays]:
+        """The outputs, and the last states, which are like `layer.state`, in float32 at least.
+
+        The outputs are (time, batch, directions * output size), in x's dtype, and 0 past a row's end.
+        """
+
+
+ENGINES: dict[str, Engine | LayerEngine] = {
     "scan": Scan(),
+    "cudnn": CuDNN(),
     "pallas": Pallas(),
     # What a TPU would compute by that, on any platform, and slowly.
     "pallas_interpret": Pallas(platform=None, interpret=True),
@@ -72,8 +95,8 @@ ENGINES: dict[str, Engine] = {
 AUTO = ["scan"]
 
 
-def asked(options: Options) -> list[Engine]:
-    """The engines that may run, in the order in which they are tried.
+def asked(options: Options) -> dict[str, Engine | LayerEngine]:
+    """The engines that may run, by name, in the order in which they are tried.
 
     Raises:
         ValueError: there is no engine of such a name.
@@ -83,22 +106,45 @@ def asked(options: Options) -> list[Engine]:
     if not isinstance(names, list | tuple) or not names or not set(names) <= set(ENGINES):
         wanted = f"'auto', one of {list(ENGINES)}, or a tuple of these in the order in which to try them"
         raise ValueError(f"engine should be {wanted}, got {given!r}")
-    return [ENGINES[name] for name in names]
+    return {name: ENGINES[name] for name in names}
+
+
+def layer_engine_for(layer: Layer) -> LayerEngine | None:
+    """The engine that runs the whole layer, or None if one of loops comes first.
+
+    Raises:
+        ValueError: all of them run whole layers, and refuse this one.
+    """
+    reasons = {}
+    for name, each in asked(layer.options).items():
+        if not isinstance(each, LayerEngine):
+            return None
+        reason = each.refuses_layer(layer)
+        if reason is None:
+            return each
+        reasons[name] = reason
+    raise _refused(layer.options, reasons)
 
 
 def engine_for(run: Run) -> Engine:
-    """The first engine of those asked for that does not refuse.
+    """The first engine of loops, of those asked for, that does not refuse.
 
     Raises:
         ValueError: all of them refuse.
     """
     reasons = {}
-    for each in asked(run.settings.options):
+    for name, each in asked(run.settings.options).items():
+        if isinstance(each, LayerEngine):
+            reasons[name] = "it runs whole layers, and refused this one or comes after an engine of loops"
+            continue
         reason = each.refuses(run)
         if reason is None:
             return each
-        reasons[next(name for name, engine in ENGINES.items() if engine is each)] = reason
-    given = run.settings.options.engine
+        reasons[name] = reason
+    raise _refused(run.settings.options, reasons)
+
+
+def _refused(options: Options, reasons: dict[str, str]) -> ValueError:
     said = "; ".join(reasons.values()) if len(reasons) == 1 else "; ".join(f"{n}: {r}" for n, r in reasons.items())
     remedy = f"Use engine={(*reasons, 'scan')}, which runs it by scan, or engine='auto'"
-    raise ValueError(f"engine={given!r} cannot run this: {said}. {remedy}")
+    return ValueError(f"engine={options.engine!r} cannot run this: {said}. {remedy}")

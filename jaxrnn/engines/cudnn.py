@@ -1,0 +1,98 @@
+"""The engine "cudnn": LSTM layers by cuDNN, on an NVIDIA GPU, forward and backward.
+
+What cuDNN computes has a first derivative alone, by reverse mode, and cannot be mapped: `jax.jvp`, derivatives of
+derivatives and `jax.vmap` raise JAX's errors for it. Nothing says beforehand that they will be asked for, so the engine
+cannot refuse, and is no part of "auto".
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType
+
+from jaxrnn import steps
+from jaxrnn._compat import cudnn_lstm, manual_axes
+from jaxrnn.cells import LSTM_CELL, Arrays
+from jaxrnn.options import Options
+from jaxrnn.steps import Layer
+
+
+class CuDNN:
+    """Both directions of a layer in one call of cuDNN."""
+
+    def refuses_layer(self, layer: Layer) -> str | None:
+        options, x = layer.options, layer.x
+        reasons = {
+            f"it needs a GPU, and JAX's default backend is {jax.default_backend()!r}": not self.has_gpu(),
+            f"it runs LSTM_CELL, not {layer.cell.name!r}": layer.cell != LSTM_CELL,
+            "it has no projection": "weight_hr" in layer.weights[0],
+            f"it computes in float32, not {x.dtype}": x.dtype != jnp.float32,
+            "it has no resets": layer.marks.reset is not None,
+            "it does not return the states of every step": layer.every,
+            f"it does not recompute, and remat is {options.remat!r}": options.remat != "none",
+            "it does not shard hidden units": options.hidden_axis is not None,
+            "it runs on one device, or in jax.shard_map with check_vma=False": _shared_out(layer),
+            f"it needs sizes that are known and above 0, and x has shape {x.shape}": not _known(x.shape),
+            f"it has no precision {_precision(options)!r}": _full_float32(options) is None,
+        }
+        return next((reason for reason, applies in reasons.items() if applies), None)
+
+    def has_gpu(self) -> bool:
+        """A method, which tests replace where there is none."""
+        return jax.default_backend() == "gpu"
+
+    def run_layer(self, layer: Layer) -> tuple[jax.Array, Arrays]:
+        ended, first = layer.marks.ended, tuple(a.astype(jnp.float32) for a in layer.state)
+        lengths = jnp.full(layer.x.shape[1], len(layer.x), jnp.int32)
+        if ended is not None:
+            lengths = jnp.sum(~ended[..., 0], axis=0, dtype=jnp.int32)
+        lengths = jnp.maximum(lengths, 1)  # cuDNN takes no row of length 0
+        x, weights, full_float32 = layer.x.swapaxes(0, 1), _flat(layer.weights), bool(_full_float32(layer.options))
+        outputs, *last = cudnn_lstm(x, first[0], first[1], weights, lengths, full_float32)
+        # What cuDNN has in the padding, forward and backward, JAX does not say. A row of length 0 made a step.
+        (outputs,) = steps.without_padding(layer.marks, (outputs.swapaxes(0, 1),))
+        return outputs, steps.select(None if ended is None else ended[:1], first, tuple(last))
+
+
+def _known(shape: tuple[Any, ...]) -> bool:
+    """Sizes in an export may be symbols."""
+    return all(isinstance(size, int) and size > 0 for size in shape)
+
+
+def _flat(weights: tuple[dict[str, jax.Array], ...]) -> jax.Array:
+    """The matrices of each direction, then the biases of each."""
+    none = jnp.zeros(len(weights[0]["weight_ih"]), jnp.float32)
+    matrices = [each[role] for each in weights for role in ("weight_ih", "weight_hh")]
+    biases = [each.get(role, none) for each in weights for role in ("bias_ih", "bias_hh")]
+    return jnp.concatenate([a.ravel() for a in matrices + biases])
+
+
+def _precision(options: Options) -> jax.lax.PrecisionLike:
+    """What the options ask for, or JAX's setting, which its types do not list."""
+    default: Any = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
+    return default if options.precision is None else options.precision
+
+
+def _full_float32(options: Options) -> bool | None:
+    """Whether products must not be in TF32, as JAX's are on a GPU unless told so; None if cuDNN cannot do as told."""
+    given = _precision(options)
+    if given is None:
+        return False
+    try:
+        both = [jax.lax.Precision(each) for each in (given if isinstance(given, tuple | list) else [given])]
+    except ValueError:  # one of JAX's algorithms
+        return None
+    return jax.lax.Precision.HIGHEST in both
+
+
+def _shared_out(layer: Layer) -> bool:
+    """Whether several devices share the arrays, as far as that is known when it is traced.
+
+    Each would run the whole batch. And JAX does not know over which axes of `jax.shard_map` cuDNN's results vary.
+    """
+    arrays = layer.weights, layer.x, layer.state
+    meshes = {jax.sharding.get_abstract_mesh()} | {jax.typeof(a).sharding.mesh for a in jax.tree.leaves(arrays)}
+    axes = [axis for mesh in meshes for axis in zip(mesh.axis_sizes, mesh.axis_types, strict=True)]
+    shared = any(size > 1 and kind != AxisType.Manual for size, kind in axes)
+    return shared or any(map(manual_axes, jax.tree.leaves(arrays)))
