@@ -50,6 +50,13 @@ _SIZES = {"f64": 8, "f32": 4, "bf16": 2, "f16": 2, "s64": 8, "s32": 4, "u32": 4,
 _ARRAY = re.compile(r"\b(" + "|".join(_SIZES) + r")\[([\d,]*)\](?:\{([\d,]*)(:[^}]*)?\})?")
 
 
+class Bundles(NamedTuple):
+    """How many bundles of instructions there are, and whether some of them run more than once."""
+
+    number: int = 0
+    at_least: bool = False
+
+
 @dataclasses.dataclass(frozen=True)
 class Loop:
     """A loop over time, as compiled. Counts are those of one trip, which may make several steps.
@@ -63,6 +70,7 @@ class Loop:
         cycles: the TPU's compiler's estimate; 0 on a GPU, and for a kernel of ours.
         in_graph: whether the whole loop is in a CUDA graph.
         bundles: of instructions that a TPU runs, if they were asked for: without what it waits for.
+        at_least: whether an operation has a loop of its own, whose bundles count once.
     """
 
     trips: int
@@ -73,6 +81,7 @@ class Loop:
     cycles: int = 0
     in_graph: bool = False
     bundles: int = 0
+    at_least: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,9 +107,10 @@ class Compiled:
     problem: str = ""
     refused: str = ""
 
-    def bundles(self, steps: int) -> float:
-        """Bundles of all loops for each time step."""
-        return sum(loop.bundles * loop.trips for loop in self.loops) / steps
+    def bundles(self, steps: int) -> str:
+        """Bundles of all loops for each time step, with a plus where an operation has loops of its own."""
+        count = sum(loop.bundles * loop.trips for loop in self.loops) / steps
+        return f"{count:,.0f}{'+' * any(loop.at_least for loop in self.loops)}"
 
     def a_step(self, steps: int) -> float:
         """Operations of all loops for each time step; of several layers and directions, their sum."""
@@ -201,18 +211,21 @@ def cycles(text: str, found: Sequence[Loop]) -> int:
     return _cycles(_computations(text).get("ENTRY", [])) + sum(loop.cycles * loop.trips for loop in found)
 
 
-def loops(text: str, time: int, bundles: dict[str, int] | None = None) -> list[Loop]:
+def loops(text: str, time: int, bundles: dict[str, Bundles] | None = None) -> list[Loop]:
     """The loops over so many steps in a program's optimised HLO, and the kernels of ours.
 
     `bundles` are those of each operation, if they were counted.
     """
     computations, bundles = _computations(text), bundles or {}
+    known: dict[str, Bundles] = {}
     found = []
     for lines in list(computations.values()):
         for line in lines:
             if '"tpu_custom_call"' in line and (match := re.match(r"(?:ROOT )?%?([\w.\-]+) = ", line)):
-                count = bundles.get(match[1], 0)
-                found.append(Loop(time, 0, 0, bundles=count))
+                # One that is there twice is compiled once.
+                kernel = line.partition("backend_config=")[2]
+                known[kernel] = bundles.get(match[1], known.get(kernel, Bundles()))
+                found.append(Loop(time, 0, 0, bundles=known[kernel].number, at_least=known[kernel].at_least))
             if not (match := re.search(r" while\(.*body=%?([\w.\-]+)", line)):
                 continue
             body = computations.get(match[1], [])
@@ -245,32 +258,40 @@ def _trips(line: str, computations: dict[str, list[str]]) -> int:
     return 1
 
 
-def _bundles(folder: Path) -> dict[str, int]:
-    """The bundles of every operation that was dumped, by its name; of a kernel of ours, those of a time step.
-
-    Its grid is one loop, of depth 1, and the steps in a block are the longest loop in it, of depth 2.
-    """
+def _bundles(folder: Path) -> dict[str, Bundles]:
+    """The bundles of every operation that was dumped, by its name; of a kernel of ours, those of a time step."""
     found = {}
     for path in folder.glob("*final_bundles.txt"):
-        match = re.match(r"\d+-(.*?)-\d+-final_bundles", path.name)
-        if match:
-            total, inner, longest = 0, 0, 0
-            for begin, depth, text in re.findall(
-                r"^ *(?:0x)?[0-9a-f]+ +([A-Z]{2})?: (>*)(.*)$", path.read_text(), re.M
-            ):
-                count = 1 + sum(map(int, re.findall(r"vdelay (\d+)", text)))
-                total += count
-                inner = 0 if len(depth) < 2 or (begin == "LB" and len(depth) == 2) else inner
-                inner += count * (len(depth) >= 2)
-                longest = max(longest, inner)
-            found[match[1]] = longest if match[1].startswith("jaxrnn_") and longest else total
+        if match := re.match(r"\d+-(.*?)-\d+-final_bundles", path.name):
+            found[match[1]] = _count(path.read_text(), match[1].startswith("jaxrnn_"))
         path.unlink()
     return found
 
 
-def _loop(body: list[str], trips: int, time: int, bundles: dict[str, int]) -> Loop:
+def _count(dump: str, of_ours: bool) -> Bundles:
+    """Count what was dumped, one line for each bundle, with a mark where a loop begins, and one for each loop it is in.
+
+    The grid of a kernel of ours is one loop. The steps of a block are the longest loop in it.
+    """
+    lines = [
+        (begin, len(depth), 1 + sum(map(int, re.findall(r"vdelay (\d+)", text))))
+        for begin, depth, text in re.findall(r"^ *(?:0x)?[0-9a-f]+ +([A-Z]{2})?: (>*)(.*)$", dump, re.M)
+    ]
+    whole = sum(count for *_, count in lines), any(begin == "LB" for begin, *_ in lines)
+    steps = []
+    for first, (begin, depth, _) in enumerate(lines):
+        if of_ours and begin == "LB" and depth == 2:
+            # Some lines in a loop lack its mark, but never many.
+            ends = (k for k in range(first, len(lines)) if all(d < 2 for _, d, _ in lines[k : k + 6]))
+            loop = lines[first : next(ends, len(lines))]
+            steps.append((sum(count for *_, count in loop), any(begin == "LB" for begin, *_ in loop[1:])))
+    return Bundles(*max(steps, default=whole))
+
+
+def _loop(body: list[str], trips: int, time: int, bundles: dict[str, Bundles]) -> Loop:
     shapes = {}
-    operations = copies = read = other_layout = cycles = counted = 0
+    operations = copies = read = other_layout = cycles = 0
+    counted: list[Bundles] = []
     for line in body:
         if not (match := re.match(r"(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*?)\)", line)):
             continue
@@ -284,14 +305,15 @@ def _loop(body: list[str], trips: int, time: int, bundles: dict[str, int]) -> Lo
         operations += 1
         copies += operation in ("copy", "slice", "dynamic-slice", "dynamic-update-slice", "transpose", "copy-start")
         cycles += _cycles([line])
-        counted += bundles.get(name, 0)
+        counted.append(bundles.get(name, Bundles()))
         for operand in re.findall(r"%([\w.\-]+)", operands):
             for kind, dims, _, tiling in _ARRAY.findall(shapes.get(operand, "")):
                 if "S(" not in tiling:
                     sizes = [int(n) for n in dims.split(",") if n]
                     whole = sizes[1:] if len(sizes) > 2 and sizes[0] == time else sizes
                     read += _SIZES[kind] * int(np.prod(whole))
-    return Loop(trips, operations, copies, read, other_layout, cycles, bundles=counted)
+    number, at_least = sum(each.number for each in counted), any(each.at_least for each in counted)
+    return Loop(trips, operations, copies, read, other_layout, cycles, bundles=number, at_least=at_least)
 
 
 def _is_not_time_major(dims: str, order: str, time: int) -> bool:
@@ -396,7 +418,7 @@ def _columns(on_tpu: bool, present: Sequence[str]) -> list[Column]:
     if on_tpu:
         columns += over("M cycles", xla, lambda each, *_: f"{each.cycles / 1e6:.2f}")
         columns += over("ratio", ours[:1], lambda each, flax, _: f"{flax.cycles / each.cycles:.2f}" if flax else "")
-        columns += over("bundles a step", present, lambda each, _, steps: f"{each.bundles(steps):,.0f}")
+        columns += over("bundles a step", present, lambda each, _, steps: each.bundles(steps))
     operations = "operations a step" if on_tpu else "launches a step"
     columns += over(operations, xla, lambda each, _, steps: f"{each.a_step(steps):.1f}")
     columns += over("copies", ours[:1], lambda each, _, steps: f"{copies(each, steps):.1f}")
