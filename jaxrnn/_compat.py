@@ -117,35 +117,38 @@ def by_platform(
     program, result = jax.make_jaxpr(lambda *flat: function(*tree.unflatten(flat)), return_shape=True)(*arguments)
     count, shape = len(jax.tree.leaves(linear)), jax.tree.structure(result)
 
-    def flat(function: Callable[[Any, Any], Any]) -> Callable[..., list[Any]]:
+    def flat(function: Callable[[Any, Any], Any]) -> FlatFunction:
         return lambda *arguments: jax.tree.leaves(function(*tree.unflatten(arguments)))
 
-    def flat_transposed(function: Callable[[Any, Any], Any]) -> Callable[..., list[Any]]:
+    def flat_transposed(function: Callable[[Any, Any], Any]) -> FlatFunction:
         def transposed(*arguments: Any) -> list[Any]:
             constants, _ = tree.unflatten([*arguments[: -shape.num_leaves], *[None] * count])
             return jax.tree.leaves(function(constants, shape.unflatten(arguments[-shape.num_leaves :])))
 
         return transposed
 
-    functions = {
+    flattened = {
         platform: Kernel(each.function and flat(each.function), each.transposed and flat_transposed(each.transposed))
         for platform, each in kernels.items()
     }
-    flattened = {platform: each._replace(of_jax=kernels[platform].of_jax) for platform, each in functions.items()}
-    return shape.unflatten(
-        _by_platform.bind(*arguments, program=program, kernels=tuple(flattened.items()), count=count)
-    )
+    flattened = {platform: each._replace(of_jax=kernels[platform].of_jax) for platform, each in flattened.items()}
+    return shape.unflatten(_bound(program, flattened, arguments, count))
 
 
+FlatFunction = Callable[..., list[Any]]
 Kernels = tuple[tuple[str | None, Kernel], ...]
 _by_platform = Primitive("by_platform")
 _by_platform.multiple_results = True
 
 
-def _bound(
-    function: Callable[..., list[Any]], kernels: dict[str | None, Kernel], arguments: Sequence[Any], count: int
-) -> list[Any]:
-    program = jax.make_jaxpr(function)(*arguments)
+def _bound(program: ClosedJaxpr, kernels: dict[str | None, Kernel], arguments: Sequence[Any], count: int) -> list[Any]:
+    if jax.sharding.get_abstract_mesh().manual_axes:  # whose names a collective cannot find when it is lowered
+        traced = {
+            platform: kernel._replace(function=jaxpr_as_fun(jax.make_jaxpr(kernel.function)(*arguments)))
+            for platform, kernel in kernels.items()
+            if kernel.function and kernel.of_jax
+        }
+        kernels = kernels | traced
     return _by_platform.bind(*arguments, program=program, kernels=tuple(kernels.items()), count=count)
 
 
@@ -179,12 +182,9 @@ def _transposition(cotangents: Any, *arguments: Any, program: ClosedJaxpr, kerne
     given = [k for k, cotangent in enumerate(cotangents) if not isinstance(cotangent, ad.Zero)]
 
     def zeros(like: Any) -> jax.Array:
-        type_ = like.aval if ad.is_undefined_primal(like) else jax.typeof(like)
-        axes = tuple(sorted(type_.manual_axis_type.varying))
-        array = jnp.zeros(type_.shape, type_.dtype)
-        return jax.lax.pcast(array, axes, to="varying") if axes else array
+        return ad.instantiate_zeros(ad.Zero(like.aval if ad.is_undefined_primal(like) else jax.typeof(like)))
 
-    def by_jax(function: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
+    def by_jax(function: FlatFunction) -> FlatFunction:
         def transposed(*flat: Any) -> list[Any]:
             def forward(*active: Any) -> list[Any]:
                 linear = dict(zip(wanted, active, strict=True))
@@ -196,7 +196,7 @@ def _transposition(cotangents: Any, *arguments: Any, program: ClosedJaxpr, kerne
 
         return transposed
 
-    def by_hand(function: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
+    def by_hand(function: FlatFunction) -> FlatFunction:
         def transposed(*flat: Any) -> list[Any]:
             active = dict(zip(given, flat[first:], strict=True))
             results = function(*flat[:first], *(active.get(k) for k in range(len(cotangents))))
@@ -211,23 +211,26 @@ def _transposition(cotangents: Any, *arguments: Any, program: ClosedJaxpr, kerne
         elif kernel.function and kernel.of_jax:
             others[platform] = Kernel(by_jax(kernel.function), of_jax=True)
     flat = [*arguments[:first], *(cotangents[k] for k in given)]
-    found = _bound(by_jax(jaxpr_as_fun(program)), others, flat, len(given))
+    program = jax.make_jaxpr(by_jax(jaxpr_as_fun(program)))(*flat)
+    found = _bound(program, others, flat, len(given))
     by_place = dict(zip(wanted, found, strict=True))
     return [by_place.get(k) for k in range(len(arguments))]
 
 
 def _mapped_function(
-    arguments: Any, axes: Any, *, program: ClosedJaxpr, kernels: Kernels, count: int
+    axis: Any, arguments: Any, axes: Any, *, program: ClosedJaxpr, kernels: Kernels, count: int
 ) -> tuple[list[Any], list[int]]:
-    def mapped(function: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
-        return jax.vmap(function, in_axes=tuple(axes))
+    def mapped(function: FlatFunction) -> FlatFunction:
+        names = {"axis_name": axis.name, "axis_size": axis.size, "spmd_axis_name": axis.spmd_name}
+        return jax.vmap(function, in_axes=tuple(axes), **names)
 
     others = {
         platform: Kernel(mapped(kernel.function), of_jax=True)
         for platform, kernel in kernels
         if kernel.function and kernel.of_jax
     }
-    results = _bound(mapped(jaxpr_as_fun(program)), others, arguments, count)
+    program = jax.make_jaxpr(mapped(jaxpr_as_fun(program)))(*arguments)
+    results = _bound(program, others, arguments, count)
     return results, [0] * len(results)
 
 
@@ -242,7 +245,7 @@ _by_platform.def_impl(_plain)
 _by_platform.def_abstract_eval(lambda *_, program, **settings: program.out_avals)
 ad.primitive_jvps[_by_platform] = _derivative
 ad.primitive_transposes[_by_platform] = _transposition
-batching.primitive_batchers[_by_platform] = _mapped_function
+batching.fancy_primitive_batchers[_by_platform] = _mapped_function
 mlir.register_lowering(_by_platform, functools.partial(_lowered, None))
 for _name in ("tpu", "cuda", "rocm"):
     mlir.register_lowering(_by_platform, functools.partial(_lowered, _name), platform=_name)
