@@ -34,10 +34,11 @@ from rich.table import Table
 import jaxrnn
 from jaxrnn._tables import print_table
 
-from . import ahead
+from . import ahead, device
 from .workloads import WORKLOADS, Torch, Workload, forms, torch_device
 
-SIDES = ("jaxrnn", "sharded", "flax.nnx", "flax.linen", "keras", "cudnn", "torch")
+SIDES = ("jaxrnn", "sharded", "graphs", "pallas", "cudnn", "flax.nnx", "flax.linen", "keras", "torch")
+OURS = ("graphs", "pallas", "cudnn")  # the loop in a CUDA graph, and other engines
 THEIRS = SIDES[2:]
 EXTRAS = {"keras": "keras (pip install 'jaxrnn[speed]')", "torch": "torch (pip install 'jaxrnn[torch]')"}
 PROGRAMS = ("inference", "training")
@@ -58,6 +59,7 @@ class Timed:
         error: the outputs' rms error beside float64, over the rms of the outputs; for inference.
         times: of all runs, in milliseconds.
         share: of the operations a second that one large product makes.
+        problem: why it does not run.
     """
 
     workload: str
@@ -70,6 +72,7 @@ class Timed:
     error: float | None = None
     times: list[float] = dataclasses.field(default_factory=list)
     share: float = 0.0
+    problem: str = ""
 
     @property
     def ms(self) -> float:
@@ -129,12 +132,19 @@ def prepare(workload: Workload, sides: Collection[str]) -> Iterator[Turn]:
         functions: list[Callable[..., Any]] = [form.run]
         functions += [jax.value_and_grad(functools.partial(_loss, form.run), (0, 1))]
         for program, function in zip(PROGRAMS, functions, strict=True):
-            jitted = jax.jit(function)  # on the devices where its arguments are
+            names = workload.name, program, form.side, form.name
+            # On the devices where its arguments are.
+            jitted = jax.jit(function, compiler_options=ahead.GRAPHS if form.side == "graphs" else None)
             start = time.perf_counter()
-            compiled = jitted.lower(*arguments).compile()  # a call of jitted finds what was compiled here
+            try:
+                compiled = jitted.lower(*arguments).compile()  # a call of jitted finds what was compiled here
+            except Exception as problem:  # an engine refuses, or its kernel does not compile: that is a result
+                if form.side not in OURS:
+                    raise
+                yield Timed(*names, operations[program], problem=str(problem).splitlines()[0]), lambda: None
+                continue
             seconds = time.perf_counter() - start
             memory: Any = compiled.memory_analysis()
-            names = workload.name, program, form.side, form.name
             timed = Timed(*names, operations[program], seconds, memory.temp_size_in_bytes / 1e6)
             yield timed, functools.partial(_run, jitted, arguments)
     if "torch" in sides:
@@ -189,7 +199,8 @@ def measure(
 ) -> list[Timed]:
     """Compile, warm up and time a workload on all sides."""
     exact = truth(workload)
-    turns = list(prepare(workload, sides))
+    prepared = list(prepare(workload, sides))
+    turns = [turn for turn in prepared if not turn[0].problem]
     for timed, call in turns:
         outputs = call()
         if timed.program == "inference":
@@ -198,13 +209,15 @@ def measure(
     found = take_turns(turns, repeats, seconds)
     for timed in found:
         timed.share = timed.gflops / rates[timed.side]
-    return found
+    return found + [timed for timed, _ in prepared if timed.problem]
 
 
 class Results:
     """What was timed, by workload, program and side."""
 
     def __init__(self, found: Sequence[Timed]) -> None:
+        self.refused = [timed for timed in found if timed.problem]
+        found = [timed for timed in found if not timed.problem]
         self.found = {(timed.workload, timed.program, timed.side): timed for timed in found}
         self.names = list(dict.fromkeys(timed.workload for timed in found))
         self.sides = [side for side in SIDES if any(timed.side == side for timed in found)]
@@ -260,6 +273,9 @@ class Results:
         spread = {f"{t.workload}, {t.program}, {t.side}": t.ms / min(t.times) for t in self.found.values()}
         widest = max(spread, key=lambda name: spread[name])
         lines.append(f"Medians are at most {spread[widest]:.1f} of minima, in {widest}; more on a busy machine.")
+        for reason, group in itertools.groupby(self.refused, lambda timed: (timed.side, timed.problem)):
+            names = ", ".join(dict.fromkeys(timed.workload for timed in group))
+            lines.append(f"{reason[0]} does not run {names}: {reason[1]}")
         words = "{program}: {side} takes {mean:.2f} times our time, at worst {worst:.2f}, in {in}"
         for line in (*lines, *(words.format(**line) for line in self.summary())):
             console.print(line, highlight=False, soft_wrap=True)
@@ -321,6 +337,12 @@ def main(arguments: Sequence[str] | None = None, prog: str = f"python -m {__pack
     parser.add_argument("--quick", action="store_true", help="only the small workloads, in about two minutes")
     parser.add_argument("--json", type=Path, metavar="OUT", help="also write everything to this file")
     parser.add_argument("--plot", type=Path, metavar="OUT", help="also draw the ratios to this .svg or .png file")
+    parser.add_argument(
+        "--device-report",
+        type=Path,
+        metavar="OUT",
+        help="run parity, speed, and a profile on this device; write OUT.json and OUT.html, in --seconds (450) in all",
+    )
     parser.add_argument("--compile-only", action="store_true", help="only compile, for a device that need not be here")
     parser.add_argument(
         "--platform",
@@ -339,12 +361,15 @@ def main(arguments: Sequence[str] | None = None, prog: str = f"python -m {__pack
         parser.error("--platform and --bundles are for --compile-only")
     if not chosen:
         parser.error(f"no workload has {options.filter!r} in its name; the first is {WORKLOADS[0].name}")
+    if options.device_report:
+        return device.write(options.device_report, options.seconds or device.SECONDS)
     if options.compile_only:
         return _compile_only(chosen, options)
     jax.config.update("jax_num_cpu_devices", options.devices)
     absent = {side for side in ("keras", "torch") if not importlib.util.find_spec(side)}
     absent |= {"sharded"} if len(jax.devices()) == 1 else set()
-    absent |= {"cudnn"} if jax.default_backend() != "gpu" else set()
+    absent |= {"graphs", "cudnn"} if jax.default_backend() != "gpu" else set()
+    absent |= {"pallas"} if jax.default_backend() != "tpu" else set()
     left_out = [side for side in SIDES if side in asked & absent]
     asked -= absent
     seconds = (5 if options.quick else 20) if options.seconds is None else options.seconds
@@ -352,7 +377,9 @@ def main(arguments: Sequence[str] | None = None, prog: str = f"python -m {__pack
     rates = product_rates([side for side in SIDES if side in asked])
     results = Results([])
     for workload in track(chosen, description="timing", console=Console(stderr=True), transient=True):
-        results = Results([*results.found.values(), *measure(workload, asked, options.repeats, seconds, rates)])
+        results = Results(
+            [*results.found.values(), *results.refused, *measure(workload, asked, options.repeats, seconds, rates)]
+        )
         jax.clear_caches()
         gc.collect()
         if options.json:  # each time, for all of it may take long
@@ -361,6 +388,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = f"python -m {__pack
                 "gemm_gflops": rates,
                 "workloads": [workload._asdict() for workload in chosen],
                 "results": [timed.json() for timed in results.found.values()],
+                "refused": [dataclasses.asdict(timed) for timed in results.refused],
                 "summary": results.summary(),
             }
             options.json.write_text(json.dumps(everything, indent=1) + "\n")

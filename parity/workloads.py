@@ -113,7 +113,7 @@ def forms(workload: Workload, sides: Collection[str]) -> Iterator[Form]:
     """The forms on the JAX sides. Flax has two for an LSTM, of which the faster counts. Only ours has a projection."""
     parameters = workload.parameters()
     x = jax.ShapeDtypeStruct((workload.time, workload.batch, workload.input_size), jnp.float32)
-    ours = dict.fromkeys(("jaxrnn", "sharded"), (f"jaxrnn.{workload.kind}", "auto"))
+    ours = dict.fromkeys(("jaxrnn", "sharded", "graphs"), (f"jaxrnn.{workload.kind}", "auto"))
     if workload.kind == "LSTM" and not workload.proj_size:
         ours["cudnn"] = "jaxrnn.LSTM with engine='cudnn'", "cudnn"
     ours["pallas"] = f"jaxrnn.{workload.kind} with engine='pallas'", "pallas"

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from comparing import assert_close
 from jax.experimental import rnn as cudnn
+from rich.console import Console
 
 from jaxrnn.engines.cudnn import CuDNN
 from parity import speed
@@ -108,9 +109,18 @@ def _sides_of_the_truth(workload: Workload, sides: Collection[str]) -> list[str]
 
 @pytest.mark.parametrize("workload", _few_of(TINY, TINY[0], TINY[3]))
 def test_every_jax_side_computes_the_same(workload: Workload) -> None:
-    names = _sides_of_the_truth(workload, speed.SIDES[:4])
-    assert set(names) == set(speed.SIDES[: 2 if workload.proj_size else 4])  # Flax has no projection
+    sides = ["jaxrnn", "sharded", "flax.nnx", "flax.linen"]
+    names = _sides_of_the_truth(workload, sides)
+    assert set(names) == set(sides[: 2 if workload.proj_size else 4])  # Flax has no projection
     assert len(names) == {"ragged": 6, "projected": 2}.get(workload.name, 4)  # and two cells for an LSTM
+
+
+def test_an_engine_that_refuses_leaves_the_others(capsys: pytest.CaptureFixture[str]) -> None:
+    workload = next(each for each in TINY if each.proj_size)
+    found = speed.measure(workload, ["jaxrnn", "pallas"], 5, 1.0, {"jaxrnn": 1.0, "pallas": 1.0})
+    assert {(each.side, bool(each.problem)) for each in found} == {("jaxrnn", False), ("pallas", True)}
+    speed.Results(found).show(Console(width=150), {"jaxrnn": 1.0})
+    assert f"pallas does not run {workload.name}: engine='pallas' cannot run this" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("keras"), reason="Keras is not installed")

@@ -1,0 +1,200 @@
+"""All that a device shows in a few minutes: `jaxrnn speed --device-report OUT` writes OUT.json and OUT.html.
+
+Each section is a process of its own with a limit of time, so that one that fails, hangs or takes all memory leaves the
+others. What is there is written after each.
+"""
+
+import html
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from .ahead import GRAPHS
+from .workloads import WORKLOADS, forms
+
+SECONDS = 450.0
+STEPS = 5  # training steps in a profile
+
+
+class Section(NamedTuple):
+    """A part of the report.
+
+    Attributes:
+        title: its heading.
+        arguments: of `python -m`. The last is a file to write figures to, which is added.
+        share: of the time.
+        judges: whether it failing is a failure of the whole.
+    """
+
+    title: str
+    arguments: Sequence[str]
+    share: float
+    judges: bool = False
+
+
+def _parity(precision: str) -> Sequence[str]:
+    return (f"{__package__}", "--dtype", "float32", "--filter", "accuracy", "--precision", precision, "--json")
+
+
+SECTIONS = [
+    Section("Versions and the device", (f"{__package__}.device", "environment"), 1),
+    Section("Parity with float32 products", _parity("highest"), 5, judges=True),
+    Section("Parity with JAX's default products", _parity("default"), 5, judges=True),
+    Section("Launches and memory, as profiled", (f"{__package__}.device", "profile"), 3),
+    Section("Speed, small workloads", (f"{__package__}.speed", "--quick", "--seconds", "2", "--json"), 8),
+    Section("Speed, large workloads", (f"{__package__}.speed", "--filter", "char-LM", "--seconds", "5", "--json"), 5),
+]
+
+
+def write(out: Path, seconds: float, sections: Sequence[Section] = SECTIONS) -> int:
+    """Run all sections in so many seconds, and write both files after each. Returns 1 if parity failed, or did not run.
+
+    OUT may have a suffix, which is replaced.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    end = time.monotonic() + seconds
+    found: list[dict[str, Any]] = []
+    for index, section in enumerate(sections):
+        left = sum(each.share for each in sections[index:])
+        print(f"{section.title} ...", flush=True)
+        found.append(_run(section, (end - time.monotonic()) * section.share / left))
+        print(f"  {found[-1]['result']}", flush=True)
+        out.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
+        out.with_suffix(".html").write_text(_page(found))
+    print(f"{out.with_suffix('.html')} shows it, {out.with_suffix('.json')} has all figures.")
+    return int(any(each["failed"] for each in found))
+
+
+def _run(section: Section, seconds: float) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        figures, printed = Path(folder) / "figures.json", Path(folder) / "printed"
+        command = [sys.executable, "-m", *section.arguments, str(figures)]
+        environment = os.environ | {"COLUMNS": "150", "NO_COLOR": "1", "PYTHONUNBUFFERED": "1"}
+        begin = time.monotonic()
+        with printed.open("w") as stream:  # a file, in which what was printed before the limit is left
+            try:
+                run = subprocess.run(
+                    command, stdout=stream, stderr=subprocess.STDOUT, env=environment, timeout=seconds, check=False
+                )
+                code: int | None = run.returncode
+                result = "done" if code == 0 else f"ended with exit code {code}"
+            except subprocess.TimeoutExpired:
+                code, result = None, f"stopped after its {seconds:.0f} seconds: what it had until then"
+        try:
+            numbers = json.loads(figures.read_text())
+        except (OSError, ValueError):  # it wrote none, or was stopped while it did
+            numbers = None
+        return {
+            "section": section.title,
+            "command": " ".join(["python", "-m", *section.arguments, "OUT"]),
+            "result": result,
+            "failed": section.judges and code != 0,
+            "seconds": round(time.monotonic() - begin, 1),
+            "printed": printed.read_text(errors="replace"),
+            "figures": numbers,
+        }
+
+
+def _page(found: Sequence[dict[str, Any]]) -> str:
+    parts = ["<!doctype html>", '<meta charset="utf-8">', "<title>jaxrnn on this device</title>"]
+    parts.append("<style>body{font:15px sans-serif;margin:2em}pre{font:12px monospace;overflow-x:auto}</style>")
+    parts.append("<h1>jaxrnn on this device</h1><ul>")
+    parts += [f"<li>{html.escape(each['section'])}: {html.escape(each['result'])}</li>" for each in found]
+    parts.append("</ul>")
+    for each in found:
+        printed = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", each["printed"]).strip()
+        parts.append(f"<h2>{html.escape(each['section'])}</h2>")
+        parts.append(f"<p><code>{html.escape(each['command'])}</code>, {each['seconds']} s, {each['result']}</p>")
+        parts.append(f"<pre>{html.escape(printed)}</pre>")
+    return "\n".join(parts) + "\n"
+
+
+def environment() -> dict[str, Any]:
+    """Versions, the device, and what was set."""
+    from .speed import _environment
+
+    device = jax.devices()[0]
+    flags = {name: value for name, value in os.environ.items() if name.startswith(("XLA_", "JAX_", "LIBTPU_"))}
+    described = {"platform version": device.client.platform_version, "memory": device.memory_stats()}
+    return _environment() | described | {"set": flags}
+
+
+def profile(names: Sequence[str] = ("small LSTM", "small GRU", "RL GRU")) -> list[dict[str, Any]]:
+    """What a training step launches: kernels and graphs on the device for each time step, and how long it is busy."""
+    platform = jax.default_backend()
+    sides = {"cpu": ("jaxrnn",), "gpu": ("jaxrnn", "graphs", "cudnn"), "tpu": ("jaxrnn", "pallas")}
+    found = []
+    for workload in (each for each in WORKLOADS if each.name in names):
+        for form in forms(workload, (*sides.get(platform, ("jaxrnn",)), "flax.nnx")):
+            figures: dict[str, Any] = {"workload": workload.name, "form": form.name, "side": form.side}
+            try:
+                figures |= _profiled(form, workload.inputs(), workload.time, platform)
+            except Exception as problem:  # an engine refuses, or the profiler fails: the others go on
+                figures["problem"] = f"{type(problem).__name__}: {problem}".splitlines()[0]
+            found.append(figures)
+    return found
+
+
+def _profiled(form: Any, inputs: Any, time_steps: int, platform: str) -> dict[str, Any]:
+    options = GRAPHS if form.side == "graphs" else None
+    step: Callable[..., Any] = jax.jit(
+        jax.value_and_grad(lambda *arguments: jnp.sum(form.run(*arguments) ** 2), (0, 1)), compiler_options=options
+    )
+    arguments = jax.device_put((form.parameters, *inputs))
+    jax.block_until_ready(step(*arguments))
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            begin = time.perf_counter()
+            for _ in range(STEPS):
+                jax.block_until_ready(step(*arguments))
+            wall = (time.perf_counter() - begin) / STEPS
+        events = [] if platform == "cpu" else list(_device_events(folder))
+    memory = jax.devices()[0].memory_stats() or {}
+    figures: dict[str, Any] = {
+        "wall ms": 1e3 * wall,
+        "peak MB so far": memory.get("peak_bytes_in_use", 0) / 1e6 or None,
+    }
+    if platform == "cpu":
+        return figures | {"events": "a CPU launches nothing"}
+    busy = sum(duration for _, duration in events) / STEPS
+    return figures | {"events a time step": len(events) / STEPS / time_steps, "busy ms": busy / 1e6}
+
+
+def _device_events(folder: str) -> Iterator[tuple[str, float]]:
+    """The name and the nanoseconds of all that ran on a device: of a GPU's streams, or of a TPU's operations."""
+    for path in Path(folder).rglob("*.xplane.pb"):
+        for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
+            if not (plane.name or "").startswith("/device:"):
+                continue
+            for line in plane.lines:
+                if re.match(r"Stream|XLA Ops", line.name or ""):
+                    yield from ((event.name, event.duration_ns) for event in line.events)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Print one section's figures, and write them to a file."""
+    name, out = arguments
+    sections: dict[str, Callable[[], Any]] = {"environment": environment, "profile": profile}
+    figures = sections[name]()
+    Path(out).write_text(json.dumps(figures, indent=1, default=str) + "\n")
+    for each in figures if isinstance(figures, list) else [figures]:
+        print(
+            ", ".join(
+                f"{key}: {value:.3g}" if isinstance(value, float) else f"{key}: {value}" for key, value in each.items()
+            )
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
