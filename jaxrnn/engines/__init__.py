@@ -57,7 +57,7 @@ class Engine(Protocol):
 
         It must be linear in the tangents. JAX transposes it into the backward pass, and maps and differentiates it. An
         engine with a backward pass of its own solves the recurrence by `jax.lax.custom_linear_solve`, whose
-        `transpose_solve` is that backward pass.
+        `transpose_solve` is that backward pass; or it is for one platform, and has it as `engines.pallas` does.
 
         Args:
             run: what was run.
