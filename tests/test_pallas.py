@@ -211,6 +211,19 @@ def test_a_training_step_has_two_kernels_on_a_tpu_alone() -> None:
     assert "custom_call" not in _lowered("cpu")
 
 
+def test_a_cells_name_may_be_anything() -> None:
+    lowered = _lowered("tpu", cell=dataclasses.replace(jaxrnn.LSTM_CELL, name="an LSTM, größer"))
+    assert lowered.count("@tpu_custom_call") == 2
+
+
+def test_no_rows() -> None:
+    spec = jaxrnn.Spec(jaxrnn.LSTM_CELL, F, H)
+    output, _ = jaxrnn.apply(
+        spec, _single(parameters(spec)), jnp.zeros((T, 0, F), jnp.float32), engine=(KERNEL, "scan")
+    )
+    assert output.shape == (T, 0, H)
+
+
 def _sorted(gates: Any, hidden: Any, state: Any) -> Any:
     return (jnp.sort(jnp.tanh(gates[0]), axis=-1),)
 
@@ -224,7 +237,7 @@ def _scaled(gates: Any, hidden: Any, state: Any, params: Any) -> Any:
 
 
 SCALE = np.full(H, 0.5, np.float32)
-SORTED = jaxrnn.Cell("sorted", ("a",), ("h",), _sorted)
+SORTED = jaxrnn.Cell("sorted, in a row", ("a",), ("h",), _sorted)
 SCALED = jaxrnn.Cell("scaled", ("a",), ("h",), _scaled, params={"scale": ()})
 REFUSED: dict[str, tuple[jaxrnn.Cell, dict[str, Any], dict[str, Any]]] = {
     "this is float64": (jaxrnn.GRU_CELL, {}, {"dtype": jnp.float64}),
@@ -233,7 +246,7 @@ REFUSED: dict[str, tuple[jaxrnn.Cell, dict[str, Any], dict[str, Any]]] = {
     "a parameter without an axis 'hidden'": (SCALED, {}, {}),
     "shared out over mesh axes ['units']": (jaxrnn.GRU_CELL, {}, {"hidden_axis": "units"}),
     "shared out over mesh axes ['rows']": (jaxrnn.GRU_CELL, {}, {}),
-    "the number of steps or rows is symbolic": (jaxrnn.GRU_CELL, {}, {}),
+    "the number of steps or rows is symbolic, or 0": (jaxrnn.GRU_CELL, {}, {}),
     "and this is 'high'": (jaxrnn.GRU_CELL, {}, {"precision": "high"}),
     "takes more than 0 MiB on the chip": (jaxrnn.GRU_CELL, {}, {}),
     "a kernel of its step cannot be made (": (SORTED, {}, {}),

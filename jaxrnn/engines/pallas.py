@@ -7,6 +7,7 @@ second. What is lowered for another platform, mapped, differentiated forward, or
 
 import dataclasses
 import functools
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -56,8 +57,8 @@ class Pallas(Scan):
             return (
                 f"no kernel is shared out over mesh axes {shared_out or options.hidden_axis}; jax.shard_map can do it"
             )
-        if not all(isinstance(size, int) for size in (time, batch)):
-            return "the number of steps or rows is symbolic"
+        if not all(isinstance(size, int) and size > 0 for size in (time, batch)):
+            return "the number of steps or rows is symbolic, or 0"
         if (precision := _precision(run)) not in (*_WHOLE, *_ROUNDED):
             return f"its precision is 'highest' or the default, and this is {precision!r}"
         if self._block(run) == 0:
@@ -130,10 +131,9 @@ class Pallas(Scan):
             d_state, d_reset, d_own = carry
             sums, inputs, before, reset, d_every = step
             ended, reset = kept.ended(time), _marked(reset)
-            d_output = None if d_every.output is None else d_every.output.astype(jnp.float32)
-            if d_output is not None:
-                (d_output,) = _unless(ended, (d_output,))
-            d_state = tuple(map(_added, d_state, (d_output, *[None] * (len(d_state) - 1))))
+            if d_every.output is not None:
+                (d_output,) = _unless(ended, (d_every.output.astype(jnp.float32),))
+                d_state = (d_state[0] + d_output, *d_state[1:])
             d_state = tuple(map(_added, d_state, d_every.state or [None] * len(d_state)))
             named = dict(zip(cell.apart, inputs, strict=True))
             gates = [named.get(name) for name in cell.gates]
@@ -194,10 +194,8 @@ class Pallas(Scan):
         gates, apart, states = len(cell.gates), len(cell.apart), len(cell.states)
         row = _up(batch, 8) * _up(hidden, _LANES) * 4
         weights = gates * _up(hidden, 16) * _up(hidden, _LANES) * _weight_dtype(run).itemsize * cell.recurrent
-        streams, others = (
-            2 * (2 * gates + 2 * apart + states + 2),
-            2 * gates + 4 * states,
-        )  # two buffers for each stream
+        streams = 2 * (2 * gates + 2 * apart + states + 2)  # two buffers for each array that streams
+        others = 2 * gates + 4 * states
         fits = [n for n in _BLOCKS if n <= time and weights + (n * streams + others) * row <= self.memory]
         return max(fits, default=0)
 
@@ -247,7 +245,7 @@ class Pallas(Scan):
         once = functools.partial(whole, pipeline_mode=pl.Buffered(1))
         call = pl.pallas_call(
             kernel,
-            name=f"jaxrnn_{run.settings.cell.name}",
+            name=re.sub(r"\W", "_", f"jaxrnn_{run.settings.cell.name}", flags=re.ASCII),
             grid=(count,),
             in_specs=[*map(stream, jax.tree.leaves(every)), *map(once, jax.tree.leaves((kept, carry)))],
             out_specs=[*map(stream, jax.tree.leaves(results)), *map(whole, jax.tree.leaves(carry))],
