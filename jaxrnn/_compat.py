@@ -219,7 +219,11 @@ def _transposition(cotangents: Any, *arguments: Any, program: ClosedJaxpr, kerne
 
 def _mapped_function(
     axis: Any, arguments: Any, axes: Any, *, program: ClosedJaxpr, kernels: Kernels, count: int
-) -> tuple[list[Any], list[int]]:
+) -> tuple[list[Any], list[Any]]:
+    if all(each is None for each in axes):
+        results = _by_platform.bind(*arguments, program=program, kernels=kernels, count=count)
+        return results, [None] * len(results)
+
     def mapped(function: FlatFunction) -> FlatFunction:
         names = {"axis_name": axis.name, "axis_size": axis.size, "spmd_axis_name": axis.spmd_name}
         return jax.vmap(function, in_axes=tuple(axes), **names)

@@ -289,7 +289,7 @@ def test_live_wants_a_torch_that_can(monkeypatch: pytest.MonkeyPatch, capsys: py
 
 # What each option is given.
 VALUES = {"live": "", "filter": "GRUCell-hx", "dtype": "float64", "side": "linen", "key": "net", "inputs": "x.npy"}
-VALUES |= {"platform": "tpu", "precision": "default", "json": "out.json", "report": "out.html"}
+VALUES |= {"platform": "tpu", "engine": "scan", "precision": "default", "json": "out.json", "report": "out.html"}
 
 
 @pytest.fixture
