@@ -293,7 +293,8 @@ def plot(results: Results, path: Path) -> None:
 
     from .plots import COLORS, OURS, STYLE
 
-    colors = {"flax.nnx": OURS, "flax.linen": "#7aa6de", "keras": "#a3293d", "cudnn": "#4f9a4f"} | COLORS
+    colors = {"flax.nnx": OURS, "flax.linen": "#7aa6de", "keras": "#a3293d", "cudnn": "#4f9a4f"}
+    colors |= {"graphs": "#c9a227", "pallas": "#7d5ba6"} | COLORS
     count = len(results.theirs) or 1
     height = 0.81 / count
     with matplotlib.rc_context(STYLE):
