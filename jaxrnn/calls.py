@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from jaxrnn import meshes, recurrence, stack, steps
+from jaxrnn import _docs, meshes, recurrence, stack, steps
 from jaxrnn._compat import is_traced
 from jaxrnn.cells import Arrays
 from jaxrnn.options import CellKeywords, Keywords, Options, spelled_out
@@ -23,6 +23,7 @@ StateT = TypeVar("StateT", jax.Array, Pair)  # of a module
 Output = Any  # a jax.Array, or a PackedSequence if x is one
 
 
+@_docs.described
 @spelled_out
 def apply(
     spec: Spec,
@@ -42,33 +43,10 @@ def apply(
     Args:
         spec: the settings.
         params: the parameters by name, of the shapes in `spec.shapes()`.
-        x: the input, (time, batch, input_size), or (batch, time, input_size) with `batch_first`, or unbatched
-            (time, input_size); floating. Or a PackedSequence of such steps.
-        hx: the initial state h_0, (num_layers * directions, batch, output size), or (num_layers * directions, output
-            size) for unbatched x; zeros if None. For a cell of several states a tuple or list: (h_0, c_0) for an LSTM,
-            where c_0 has hidden_size features, and h_0 has proj_size if that is set. A state that all rows share, such
-            as a learned one, may have a batch of 1, no batch, or the last axis alone.
-        lengths: how many steps each row has, integers from 0 to time, (batch,), or for unbatched x (); all steps if
-            None. Padding in x affects no result and no gradient. Under jit lengths are data, and cannot be checked: a
-            length below 0 counts as 0, and one above time as time.
-        reset: True at the steps before which the state is reset, such as the first of an episode; boolean, of the shape
-            of x, or its data, without features. Ignored past a row's end. Not for a bidirectional network.
-        reset_state: the state that `reset` starts from, like hx; zeros if None.
         dropout_key: a jax random key, for dropout in training; without it or `dropout_masks` there is none.
         dropout_masks: in place of a key: for each layer but the last an array of 0 or 1, 1 where dropout keeps an
             output, (time, batch, directions * output size) even with `batch_first`, without batch for unbatched x, and
             laid out like its data for a PackedSequence.
-        dtype: the floating dtype to compute in, and of the output; by default the promoted dtype of x, params and hx.
-            States have the dtype of hx, if given: a float32 state is returned unrounded, whatever the dtype.
-        precision: the precision of the products, as for `jax.lax.dot_general`.
-        remat: what the forward pass saves for the backward pass. "none": everything, nothing is recomputed. "gates":
-            only the states; gates are recomputed. An integer k: the state before every k-th step; the rest is
-            recomputed. Values and gradients are the same, up to rounding.
-        hidden_axis: the axis, or axes, of the mesh in `jax.set_mesh`, of type Auto, over which to shard hidden units,
-            and so gates and states; None leaves sharding to XLA.
-        unroll: how many steps the loop makes at a time, as for `jax.lax.scan`; if None, 4 on a GPU and 1 elsewhere.
-        engine: what runs the loop over time: "auto"; a name in `jaxrnn.engines.ENGINES`; or a tuple of such names, of
-            which the first that can run it does.
 
     Returns:
         `(output, h_n)`, or for a cell of several states `(output, (h_n, c_n))`. output: the last layer's outputs, laid
@@ -142,6 +120,7 @@ class Trajectory(NamedTuple):
     gates: dict[str, jax.Array]
 
 
+@_docs.described
 @spelled_out
 def trajectory(
     spec: Spec,
@@ -161,10 +140,11 @@ def trajectory(
     Use it to study saturated gates, what a forget gate keeps, or how a cell's state grows. It can be differentiated.
 
     Args:
-        spec, params, x, hx: as for `jaxrnn.apply`. The parameters of an NNX module `m` of spec `m.spec` are
-            `nnx.to_pure_dict(nnx.state(m, nnx.Param))`, those of a Linen module `variables["params"]`.
-        lengths, reset, reset_state, dropout_key, dropout_masks: as for `jaxrnn.apply`.
-        dtype, precision, remat, hidden_axis, unroll, engine: as for `jaxrnn.apply`.
+        spec: the settings.
+        params: the parameters by name, of the shapes in `spec.shapes()`. Those of an NNX module `m`, whose spec is
+            `m.spec`, are `nnx.to_pure_dict(nnx.state(m, nnx.Param))`; those of a Linen module `variables["params"]`.
+        dropout_key: a jax random key, for dropout in training; without it or `dropout_masks` there is none.
+        dropout_masks: in place of a key, as for `jaxrnn.apply`.
 
     Returns:
         A `Trajectory`, whose arrays have the axis of h_n in front: (num_layers * directions, time, batch, features),
@@ -196,6 +176,7 @@ def trajectory(
     return Trajectory(dict(zip(names[0], states, strict=True)), dict(zip(names[1], gates, strict=True)))
 
 
+@_docs.described
 @spelled_out
 def apply_cell(
     spec: CellSpec,
@@ -214,7 +195,6 @@ def apply_cell(
             states a tuple or list, (h, c) for an LSTM. All rows share a state (hidden_size,) or (1, hidden_size).
         dtype: the floating dtype to compute in; by default the promoted dtype of x, params and hx. The next state has
             the dtype of hx, if given.
-        precision: the precision of the products, as for `jax.lax.dot_general`.
 
     Returns:
         The next state, one row for each row of x.

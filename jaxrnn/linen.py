@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import linen
 from jax.typing import ArrayLike, DTypeLike
 
-from jaxrnn import engines, flax_cell, flax_sharding
+from jaxrnn import _docs, engines, flax_cell, flax_sharding
 from jaxrnn.calls import HX, Output, Pair, State, StateT, call, call_cell
 from jaxrnn.cells import GRU_CELL, LSTM_CELL, Cell, rnn_cell
 from jaxrnn.options import CellKeywords, Engine, Keywords, MeshAxis, Options, Remat
@@ -45,7 +45,15 @@ class _Module(linen.Module):
 
     @linen.nowrap
     def initial_state(self, batch: int | None = None, dtype: DTypeLike | None = None) -> State:
-        """The state of zeros that a call without hx starts from; as for `jaxrnn.RNN`."""
+        """The state of zeros that a call without hx starts from. Use it as the first carry of a scan.
+
+        Args:
+            batch: how many rows; None for unbatched input.
+            dtype: the state's floating dtype, which calls keep; by default the module's dtype, or its parameters'.
+
+        Returns:
+            A value for hx.
+        """
         return self.spec.initial_state(batch, dtype or self.dtype or self.param_dtype)
 
 
@@ -73,6 +81,7 @@ class _Layers(_Module, Generic[StateT]):
         return {name: linen.with_partitioning(draw, names[name]) for name, draw in draws.items()}
 
     @linen.compact
+    @_docs.described
     def __call__(
         self,
         x: ArrayLike | PackedSequence,
@@ -84,15 +93,14 @@ class _Layers(_Module, Generic[StateT]):
         deterministic: bool | None = None,
         rng: jax.Array | None = None,
     ) -> tuple[Output, StateT]:
-        """Run over a sequence: as the modules of `jaxrnn`, except for dropout.
+        """Run over a sequence.
 
         Args:
-            x, hx, lengths, reset, reset_state: as for `jaxrnn.apply`.
             deterministic: whether dropout is off. With dropout, give it either here or as a field.
             rng: a jax key for dropout, in place of the one that `apply` was given for `rng_collection`.
 
         Returns:
-            `(output, h_n)`, for an LSTM `(output, (h_n, c_n))`: as `jaxrnn.apply`.
+            `(output, h_n)`, for an LSTM `(output, (h_n, c_n))`; shapes as the class says.
 
         Raises:
             As `jaxrnn.apply`; and ValueError if `deterministic` is given twice, or needed and not given.
@@ -116,13 +124,9 @@ class _Layers(_Module, Generic[StateT]):
         )
 
 
+@_docs.layer("RNN", linen=True)
 class RNN(_Layers[jax.Array]):
-    """A stack of Elman RNN layers: torch.nn.RNN. Equations and arguments as in `jaxrnn.RNN`.
-
-    Torch's arguments are fields in torch's order. The other fields are keyword-only: dtype, param_dtype, precision,
-    remat, hidden_axis, unroll and engine as in `jaxrnn.RNN` (with hidden_axis the parameters are `linen.Partitioned`,
-    as `linen.with_partitioning` makes them), deterministic and rng_collection as in `flax.linen.Dropout`, and Linen's
-    name.
+    """A stack of Elman RNN layers: torch.nn.RNN. Torch's arguments are fields, in torch's order.
 
     Raises:
         TypeError: a size is not an int, or `bias` or `batch_first` is not a bool.
@@ -152,10 +156,9 @@ class RNN(_Layers[jax.Array]):
         return rnn_cell(self.nonlinearity)
 
 
+@_docs.layer("LSTM", linen=True)
 class LSTM(_Layers[Pair]):
-    """A stack of long short-term memory layers: torch.nn.LSTM. Equations and arguments as in `jaxrnn.LSTM`.
-
-    The other fields are those of `jaxrnn.linen.RNN`.
+    """A stack of long short-term memory layers: torch.nn.LSTM. Torch's arguments are fields, in torch's order.
 
     Raises:
         TypeError: a size is not an int, or `bias` or `batch_first` is not a bool.
@@ -184,10 +187,9 @@ class LSTM(_Layers[Pair]):
     proj_size: int = 0
 
 
+@_docs.layer("GRU", linen=True)
 class GRU(_Layers[jax.Array]):
-    """A stack of gated recurrent unit layers: torch.nn.GRU. Equations and arguments as in `jaxrnn.GRU`.
-
-    The other fields are those of `jaxrnn.linen.RNN`.
+    """A stack of gated recurrent unit layers: torch.nn.GRU. Torch's arguments are fields, in torch's order.
 
     Raises:
         TypeError: a size is not an int, or `bias` or `batch_first` is not a bool.
@@ -212,10 +214,16 @@ class GRU(_Layers[jax.Array]):
     proj_size: int = 0
 
 
+@_docs.layer(linen=True)
 class Recurrent(_Layers[Any]):
-    """A stack of layers of any cell, `jaxrnn`'s or your own. Arguments and parameters as in `jaxrnn.Recurrent`.
+    """A stack of layers of any cell: one of `jaxrnn`'s, such as `jaxrnn.LAYER_NORM_LSTM_CELL`, or one of your own.
 
-    The other fields are those of `jaxrnn.linen.RNN`.
+    For a cell of several states, hx and h_n are tuples. A cell's own parameters are named like the weights: their name,
+    then `_l0`, `_l0_reverse` and so on.
+
+    Args:
+        cell: the kind of cell, a `jaxrnn.Cell`.
+        proj_size: features of the projected hidden state; 0 for no projection. Only for a cell that allows it.
 
     Raises:
         TypeError: cell is not a `jaxrnn.Cell`, a size is not an int, or `bias` or `batch_first` is not a bool.
@@ -250,14 +258,17 @@ class _OneStep(_Module, Generic[StateT]):
 
     @linen.compact
     def __call__(self, x: ArrayLike, hx: HX = None) -> StateT:
-        """Make one step. Arguments, result and errors are those of `jaxrnn.apply_cell`."""
+        """Make one step: x and hx to the next state, as the class says. Errors are those of `jaxrnn.apply_cell`."""
         return call_cell(self.options, self.spec, self._params(), x, hx)
 
 
+@_docs.cell("RNN")
 class RNNCell(_OneStep[jax.Array]):
-    """One step of an Elman RNN at a call: torch.nn.RNNCell. Equations and arguments as in `jaxrnn.RNNCell`.
+    """One step of an Elman RNN at a call: torch.nn.RNNCell. Torch's arguments are fields, in torch's order.
 
-    The keyword-only arguments dtype, param_dtype and precision are those of `jaxrnn.RNN`.
+    Args:
+        input_size: features of the input; 0 is allowed, as in torch.
+        bias: whether there are `bias_ih` and `bias_hh`.
 
     Raises:
         TypeError: a size is not an int.
@@ -279,8 +290,17 @@ class RNNCell(_OneStep[jax.Array]):
         return rnn_cell(self.nonlinearity)
 
 
+@_docs.cell("LSTM")
 class LSTMCell(_OneStep[Pair]):
-    """One step of an LSTM at a call: torch.nn.LSTMCell. Equations as in `jaxrnn.LSTM`, arguments as for `RNNCell`.
+    """One step of an LSTM at a call: torch.nn.LSTMCell. Torch's arguments are fields, in torch's order.
+
+    Args:
+        input_size: features of the input; 0 is allowed, as in torch.
+        bias: whether there are `bias_ih` and `bias_hh`.
+
+    Raises:
+        TypeError: a size is not an int.
+        ValueError: a size is negative.
 
     >>> import jax, jax.numpy as jnp, jaxrnn
     >>> cell = jaxrnn.linen.LSTMCell(10, 20)
@@ -295,8 +315,17 @@ class LSTMCell(_OneStep[Pair]):
     bias: bool | int = True
 
 
+@_docs.cell("GRU")
 class GRUCell(_OneStep[jax.Array]):
-    """One step of a GRU at a call: torch.nn.GRUCell. Equations as in `jaxrnn.GRU`, arguments as for `RNNCell`.
+    """One step of a GRU at a call: torch.nn.GRUCell. Torch's arguments are fields, in torch's order.
+
+    Args:
+        input_size: features of the input; 0 is allowed, as in torch.
+        bias: whether there are `bias_ih` and `bias_hh`.
+
+    Raises:
+        TypeError: a size is not an int.
+        ValueError: a size is negative.
 
     >>> import jax, jax.numpy as jnp, jaxrnn
     >>> cell = jaxrnn.linen.GRUCell(10, 20, bias=False)

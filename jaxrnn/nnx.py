@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import ArrayLike, DTypeLike
 
-from jaxrnn import _compat, engines, flax_cell, flax_sharding
+from jaxrnn import _compat, _docs, engines, flax_cell, flax_sharding
 from jaxrnn.calls import HX, Output, Pair, State, StateT, call, call_cell
 from jaxrnn.cells import GRU_CELL, LSTM_CELL, RNN_RELU, Cell, rnn_cell
 from jaxrnn.options import CellKeywords, Keywords, Options, spelled_out
@@ -150,6 +150,7 @@ class _Layers(_Module, Generic[StateT]):
     def _drops(self) -> bool:
         return self.dropout > 0 and self.num_layers > 1
 
+    @_docs.described
     def __call__(
         self,
         x: ArrayLike | PackedSequence,
@@ -164,16 +165,6 @@ class _Layers(_Module, Generic[StateT]):
         """Run over a sequence.
 
         Args:
-            x: the input, (time, batch, input_size), or (batch, time, input_size) with `batch_first`, or unbatched
-                (time, input_size); floating. Or a PackedSequence of such steps.
-            hx: the initial state h_0, for an LSTM (h_0, c_0), of the shapes that are returned; zeros if None. A state
-                that all rows share, such as a learned one, may have a batch of 1, or none.
-            lengths: how many steps each row has, integers from 0 to time, (batch,), or for unbatched x (); all steps if
-                None. Padding in x affects no result and no gradient. Under jit lengths are data, and cannot be
-                checked: a length below 0 counts as 0, and one above time as time.
-            reset: True at the steps before which the state is reset, such as the first of an episode; boolean, of the
-                shape of x, or its data, without features. Not for a bidirectional module.
-            reset_state: the state that `reset` starts from, like hx; zeros if None.
             deterministic: whether dropout is off; the module's `deterministic` if None, which `train()` sets to
                 False and `eval()` to True.
             rngs: nnx.Rngs, an nnx.RngStream or a jax key for dropout, in place of the module's own.
@@ -214,46 +205,13 @@ class _Layers(_Module, Generic[StateT]):
             self.deterministic = deterministic
 
 
+@_docs.layer("RNN")
 class RNN(_Layers[jax.Array]):
-    r"""A stack of Elman RNN layers: torch.nn.RNN.
-
-    Each layer computes, for each step t of its input x,
-
-        h_t = tanh(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh)
-
-    or relu in place of tanh.
-
-    Args:
-        input_size: features of the input at each step.
-        hidden_size: features of the hidden state.
-        num_layers: how many layers are stacked.
-        nonlinearity: "tanh" or "relu".
-        bias: whether there are `bias_ih` and `bias_hh`.
-        batch_first: whether batched input and output are (batch, time, features) rather than (time, batch,
-            features); touches neither hx nor h_n.
-        dropout: the probability with which an output of each layer but the last is zeroed in training.
-        bidirectional: whether each layer also runs backward in time.
-        proj_size: 0; only an LSTM projects.
-        dtype: the floating dtype to compute in, and of the output; by default the promoted dtype of inputs and
-            parameters. States have the dtype of hx, if given: a float32 state is returned unrounded.
-        param_dtype: the parameters' floating dtype.
-        precision: the precision of the products, as for `jax.lax.dot_general`.
-        remat: what the forward pass saves for the backward pass. "none": everything. "gates": only the states; gates
-            are recomputed. An integer k: the state before every k-th step; the rest is recomputed.
-        hidden_axis: mesh axis, or Flax logical axis, over which hidden units are sharded; stored in the parameters'
-            metadata. If a mesh is set, parameters are created on it.
-        unroll: how many steps the loop makes at a time, as for `jax.lax.scan`; if None, 4 on a GPU and 1 elsewhere.
-        engine: what runs the loop over time: "auto"; a name in `jaxrnn.engines.ENGINES`; or a tuple of such names, of
-            which the first that can run it does.
-        rngs: nnx.Rngs for the initial parameters (uniform within 1/sqrt(hidden_size) of 0, as torch's) and, where it
-            is used, for dropout.
+    """A stack of Elman RNN layers: torch.nn.RNN.
 
     Raises:
         TypeError: a size is not an int, or `bias` or `batch_first` is not a bool.
         ValueError: a size or a probability is out of range, the nonlinearity is unknown, or `proj_size` is not 0.
-
-    The parameters are attributes with torch's names, shapes and order: `weight_ih_l0` (hidden_size, input_size),
-    `weight_hh_l0`, `bias_ih_l0`, `bias_hh_l0`, with `_reverse` for the backward direction, and so on for each layer.
 
     >>> import jax.numpy as jnp, jaxrnn
     >>> from flax import nnx
@@ -287,24 +245,9 @@ class RNN(_Layers[jax.Array]):
         super().__init__(spec, options, param_dtype, rngs)
 
 
+@_docs.layer("LSTM")
 class LSTM(_Layers[Pair]):
-    r"""A stack of long short-term memory layers: torch.nn.LSTM.
-
-    Each layer computes, for each step t of its input x, with gates of `hidden_size` features,
-
-        i = sigmoid(W_ii x_t + b_ii + W_hi h_{t-1} + b_hi)
-        f = sigmoid(W_if x_t + b_if + W_hf h_{t-1} + b_hf)
-        g = tanh(W_ig x_t + b_ig + W_hg h_{t-1} + b_hg)
-        o = sigmoid(W_io x_t + b_io + W_ho h_{t-1} + b_ho)
-        c_t = f * c_{t-1} + i * g
-        h_t = o * tanh(c_t), or W_hr (o * tanh(c_t)) with `proj_size`
-
-    where the rows of `weight_ih`, `weight_hh` and the biases hold i, f, g, o in this order.
-
-    Args:
-        proj_size: features of the projected hidden state, less than `hidden_size`; 0 for no projection.
-
-    The other arguments are those of `jaxrnn.RNN`, less nonlinearity. The state is a pair: hx is (h_0, c_0).
+    """A stack of long short-term memory layers: torch.nn.LSTM.
 
     Raises:
         TypeError: a size is not an int, or `bias` or `batch_first` is not a bool.
@@ -340,19 +283,9 @@ class LSTM(_Layers[Pair]):
         super().__init__(spec, options, param_dtype, rngs)
 
 
+@_docs.layer("GRU")
 class GRU(_Layers[jax.Array]):
-    r"""A stack of gated recurrent unit layers: torch.nn.GRU.
-
-    Each layer computes, for each step t of its input x,
-
-        r = sigmoid(W_ir x_t + b_ir + W_hr h_{t-1} + b_hr)
-        z = sigmoid(W_iz x_t + b_iz + W_hz h_{t-1} + b_hz)
-        n = tanh(W_in x_t + b_in + r * (W_hn h_{t-1} + b_hn))
-        h_t = (1 - z) * n + z * h_{t-1}
-
-    where the rows of `weight_ih`, `weight_hh` and the biases hold r, z, n in this order.
-
-    The arguments are those of `jaxrnn.RNN`, less nonlinearity.
+    """A stack of gated recurrent unit layers: torch.nn.GRU.
 
     Raises:
         TypeError: a size is not an int, or `bias` or `batch_first` is not a bool.
@@ -386,15 +319,16 @@ class GRU(_Layers[jax.Array]):
         super().__init__(spec, options, param_dtype, rngs)
 
 
+@_docs.layer()
 class Recurrent(_Layers[Any]):
-    r"""A stack of layers of any cell: one of `jaxrnn`'s, such as `jaxrnn.LAYER_NORM_LSTM_CELL`, or one of your own.
+    """A stack of layers of any cell: one of `jaxrnn`'s, such as `jaxrnn.LAYER_NORM_LSTM_CELL`, or one of your own.
+
+    For a cell of several states, hx and h_n are tuples. A cell's own parameters are named like the weights: their name,
+    then `_l0`, `_l0_reverse` and so on.
 
     Args:
         cell: the kind of cell, a `jaxrnn.Cell`.
-
-    The other arguments are those of `jaxrnn.RNN`, less nonlinearity. The parameters are named as torch's, and the
-    cell's own likewise: its name, then `_l0`, or `_l0_reverse`, and so on. For a cell of several states, hx and h_n
-    are tuples.
+        proj_size: features of the projected hidden state; 0 for no projection. Only for a cell that allows it.
 
     Raises:
         TypeError: cell is not a `jaxrnn.Cell`, a size is not an int, or `bias` or `batch_first` is not a bool.
@@ -462,21 +396,18 @@ class _OneStep(_Module, Generic[StateT]):
         return call_cell(self.options, self.spec, self._params(), x, hx)
 
 
+@_docs.cell("RNN")
 class RNNCell(_OneStep[jax.Array]):
-    r"""One step of an Elman RNN at a call: torch.nn.RNNCell, `h' = tanh(W_ih x + b_ih + W_hh h + b_hh)` or relu.
+    """One step of an Elman RNN at a call: torch.nn.RNNCell.
 
     Args:
-        input_size: features of the input.
-        hidden_size: features of the hidden state.
+        input_size: features of the input; 0 is allowed, as in torch.
         bias: whether there are `bias_ih` and `bias_hh`; without, they are None.
-        nonlinearity: "tanh" or "relu".
-        dtype, param_dtype, precision, rngs: as for `jaxrnn.RNN`.
+        rngs: nnx.Rngs for the initial parameters, uniform within 1/sqrt(hidden_size) of 0, as torch's.
 
     Raises:
         TypeError: a size is not an int.
         ValueError: a size is negative, or the nonlinearity is unknown.
-
-    The parameters are `weight_ih` (hidden_size, input_size), `weight_hh`, `bias_ih` and `bias_hh`.
 
     >>> import jax.numpy as jnp, jaxrnn
     >>> from flax import nnx
@@ -503,8 +434,18 @@ class RNNCell(_OneStep[jax.Array]):
         super().__init__(spec, options, param_dtype, rngs)
 
 
+@_docs.cell("LSTM")
 class LSTMCell(_OneStep[Pair]):
-    r"""One step of an LSTM at a call: torch.nn.LSTMCell. Equations as in `jaxrnn.LSTM`, arguments as for `RNNCell`.
+    """One step of an LSTM at a call: torch.nn.LSTMCell.
+
+    Args:
+        input_size: features of the input; 0 is allowed, as in torch.
+        bias: whether there are `bias_ih` and `bias_hh`; without, they are None.
+        rngs: nnx.Rngs for the initial parameters, uniform within 1/sqrt(hidden_size) of 0, as torch's.
+
+    Raises:
+        TypeError: a size is not an int.
+        ValueError: a size is negative.
 
     >>> import jax.numpy as jnp, jaxrnn
     >>> from flax import nnx
@@ -529,8 +470,18 @@ class LSTMCell(_OneStep[Pair]):
         super().__init__(CellSpec(LSTM_CELL, input_size, hidden_size, bias), options, param_dtype, rngs)
 
 
+@_docs.cell("GRU")
 class GRUCell(_OneStep[jax.Array]):
-    r"""One step of a GRU at a call: torch.nn.GRUCell. Equations as in `jaxrnn.GRU`, arguments as for `RNNCell`.
+    """One step of a GRU at a call: torch.nn.GRUCell.
+
+    Args:
+        input_size: features of the input; 0 is allowed, as in torch.
+        bias: whether there are `bias_ih` and `bias_hh`; without, they are None.
+        rngs: nnx.Rngs for the initial parameters, uniform within 1/sqrt(hidden_size) of 0, as torch's.
+
+    Raises:
+        TypeError: a size is not an int.
+        ValueError: a size is negative.
 
     >>> import jax.numpy as jnp, jaxrnn
     >>> from flax import nnx

@@ -13,6 +13,7 @@ REPOSITORY = Path(__file__).parents[1]
 PACKAGE = REPOSITORY / "jaxrnn"
 FLOORS = {
     "_compat": -1,  # imports nothing of jaxrnn
+    "_docs": -1,
     "_tables": -1,
     "rules": -1,
     "meshes": 0,
