@@ -18,6 +18,7 @@ import numpy as np
 import optax
 from flax import nnx
 from jax.typing import ArrayLike
+from matplotlib.figure import Figure
 from rich.progress import track
 
 import jaxrnn
@@ -81,10 +82,24 @@ def train_step(model: Denoiser, optimizer: nnx.Optimizer, noisy: ArrayLike, clea
     optimizer.update(model, nnx.grad(mean_squared_error)(model, noisy, clean))
 
 
+def plot(path: str, model: Denoiser, expected: dict[str, np.ndarray]) -> None:
+    """One wave: its noisy input, the clean target, and what PyTorch and JAX make of it."""
+    figure = Figure(figsize=(7, 3), layout="constrained")
+    axis = figure.subplots()
+    axis.plot(expected["input"][0, :, 0], ".", color="tab:gray", label="noisy, with gaps")
+    axis.plot(expected["target"][0, :, 0], color="black", linewidth=1, label="clean")
+    axis.plot(expected["output"][0, :, 0], color="tab:orange", linewidth=4, alpha=0.5, label="PyTorch's")
+    axis.plot(model(expected["input"])[0, :, 0], "--", color="tab:blue", label="JAX's")
+    figure.legend(loc="outside upper center", ncols=4, frameon=False)
+    figure.savefig(path, dpi=120)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="Port a PyTorch checkpoint to Flax and train on from it.")
     parser.add_argument("--steps", type=int, default=200, help="training steps after the port (default: 200)")
-    steps = parser.parse_args().steps
+    parser.add_argument("--plot", help="draw a wave to this file")
+    arguments = parser.parse_args()
+    steps = arguments.steps
     jax.config.update("jax_default_matmul_precision", "highest")  # on a GPU or TPU the default is coarser
     checkpoint = STEM.with_suffix(".safetensors")
     jaxrnn_command(["inspect", str(checkpoint)])  # python -m jaxrnn inspect examples/denoiser.safetensors
@@ -94,6 +109,8 @@ def main() -> int:
     with np.load(f"{STEM}_expected.npz") as recorded:
         expected = dict(recorded)
     noisy, clean = expected["input"], expected["target"]
+    if arguments.plot:
+        plot(arguments.plot, model, expected)
     print("\nlargest difference from PyTorch")
     differences = compare(model, modules, expected)
     for name, difference in differences.items():

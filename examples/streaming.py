@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from matplotlib.figure import Figure
 from rich.progress import track
 
 import jaxrnn
@@ -92,10 +93,24 @@ def listen(model: Detector, buffers: Iterator[np.ndarray]) -> tuple[np.ndarray, 
     return np.array(logits), np.array(seconds)
 
 
+def plot(path: str, logits: np.ndarray, sounds: np.ndarray) -> None:
+    """How sure the model was of a tone in each frame, as it heard it."""
+    figure = Figure(figsize=(7, 2.5), layout="constrained")
+    axis = figure.subplots()
+    seconds = np.arange(len(logits)) * FRAME / RATE
+    axis.fill_between(seconds, 0, 1, where=sounds, step="mid", alpha=0.25, label="a tone sounds")
+    axis.plot(seconds, 1 / (1 + np.exp(-logits)), linewidth=1, label="heard, frame by frame")
+    axis.set(xlabel="seconds", ylabel="probability")
+    figure.legend(loc="outside upper center", ncols=2, frameon=False)
+    figure.savefig(path, dpi=120)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="Run a recurrent model one step at a time, as on a microphone.")
     parser.add_argument("--quick", action="store_true", help="train for 100 steps, and listen for 2 seconds")
-    quick = parser.parse_args().quick
+    parser.add_argument("--plot", help="draw what was heard in the first 3 seconds to this file")
+    arguments = parser.parse_args()
+    quick = arguments.quick
     jax.config.update("jax_default_matmul_precision", "highest")  # on a GPU or TPU the default is coarser
     model = Detector(rngs=nnx.Rngs(0))
     optimizer = nnx.Optimizer(model, optax.adam(3e-3), wrt=nnx.Param)
@@ -112,6 +127,8 @@ def main() -> int:
     right = np.mean((logits > 0) == sounds)
     print(f"{len(logits)} frames of 10 ms: {right:.1%} right; a frame took {1e3 * np.median(seconds):.2f} ms,", end=" ")
     print(f"the slowest in a hundred {1e3 * np.quantile(seconds, 0.99):.2f} ms")
+    if arguments.plot:
+        plot(arguments.plot, logits[:300], sounds[:300])
     whole = np.asarray(model(frames)[0])
     difference = np.abs(whole - logits).max() / np.abs(whole).max()
     print(

@@ -1,4 +1,4 @@
-"""Every example in a docstring or a README runs and shows what it says, in float32, and nothing public lacks one."""
+"""Every example in a docstring, the README or a guide runs and shows what it says; every link and command is right."""
 
 import doctest
 import importlib
@@ -6,6 +6,10 @@ import importlib.util
 import inspect
 import pkgutil
 import re
+import runpy
+import shlex
+import shutil
+import tomllib
 import typing
 from collections.abc import Callable
 from pathlib import Path
@@ -15,9 +19,10 @@ import jax
 import pytest
 
 import jaxrnn
+from jaxrnn.__main__ import SUITE, main
 
 ROOT = Path(__file__).parents[1]
-EXAMPLES_README = ROOT / "examples" / "README.md"
+EXAMPLES = ROOT / "examples"
 MODULES = ["jaxrnn", *(m.name for m in pkgutil.walk_packages(jaxrnn.__path__, "jaxrnn.") if "__main__" not in m.name)]
 
 
@@ -33,8 +38,10 @@ def _run(test: doctest.DocTest) -> doctest.TestResults:
 
 def _missing(text: str) -> list[str]:
     """Packages that examples import, and that need not be installed."""
-    imported = [name for line in re.findall(r"^ *>>> import (.+)", text, re.M) for name in line.split(", ")]
-    return [name for name in ("torch", "onnx") if name in imported and importlib.util.find_spec(name) is None]
+    lines = re.findall(r"^ *>>> import (.+)", text, re.M)
+    imported = [name.split(" as ")[0] for line in lines for name in line.split(", ")]
+    libraries = ("torch", "onnx", "equinox", "haiku")
+    return [name for name in libraries if name in imported and importlib.util.find_spec(name) is None]
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -49,18 +56,113 @@ def test_docstring_examples(module: str) -> None:
         pytest.skip(f"examples that did not run: {', '.join(skipped)}")
 
 
-GUIDES = ["README.md", "examples/README.md", "examples/own_cell.md", "examples/other_libraries.md"]
+GUIDES = ["README.md", *sorted(f"examples/{path.name}" for path in EXAMPLES.glob("*.md"))]
+EXAMPLES_README = "examples/README.md"
+
+
+@pytest.fixture
+def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that looks like a clone to a reader who types what a guide says, and that may be written to."""
+    shutil.copytree(EXAMPLES, tmp_path / "examples", ignore=shutil.ignore_patterns("__pycache__", "pictures"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def _blocks(path: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", (ROOT / path).read_text(), re.M | re.S)
 
 
 @pytest.mark.parametrize("path", GUIDES)
-def test_readme_examples(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
-    text = Path(path).read_text()
+def test_every_block_of_python_runs(path: str, clone: Path) -> None:
+    text = (ROOT / path).read_text()
+    blocks = _blocks(path, "python")
+    assert [block for block in blocks if not block.startswith(">>> ")] == []
     if missing := _missing(text):
         pytest.skip(f"{', '.join(missing)} is not installed")
     result = _run(doctest.DocTestParser().get_doctest(text, {}, path, path, 0))
     assert result.failed == 0
-    assert result.attempted > 10
+    assert result.attempted >= sum(block.count(">>> ") for block in blocks)
+
+
+def _commands(path: str) -> list[list[str]]:
+    lines = "".join(_blocks(path, "bash")).splitlines()
+    return [shlex.split(part, comments=True) for line in lines for part in line.split(" && ")]
+
+
+def _extras() -> set[str]:
+    return set(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"])
+
+
+@pytest.mark.parametrize("path", [path for path in GUIDES if _blocks(path, "bash")])
+def test_every_command_is_right(path: str, clone: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What is quick is run. Of the rest, the options, extras and files that it names have to be there."""
+    for words in _commands(path):
+        while "=" in words[0]:  # variables of the environment
+            words = words[1:]
+        line, options = shlex.join(words), [word for word in words if word.startswith("--")]
+        if words[:2] == ["pip", "install"]:
+            assert {name for found in re.findall(r"\[(.+?)\]", line) for name in found.split(",")} <= _extras(), line
+        elif words[0] == "pytest":
+            assert [word for word in words if word.endswith(".py") and not (ROOT / word).exists()] == [], line
+        elif words[0] == "python" and words[1] != "-m":
+            source = (ROOT / words[1]).read_text()
+            assert [option for option in options if f'"{option}"' not in source] == [], line
+        elif words[1] in SUITE or words[1] == "-m":
+            command = words[1] if words[1] in SUITE else words[2].removeprefix("parity.")
+            with pytest.raises(SystemExit):
+                main([command, "--help"])
+            shown = capsys.readouterr().out
+            assert [option for option in options if option not in shown] == [], line
+        elif words[2].startswith("model."):  # the reader's own
+            assert words[1] in ("inspect", "convert"), line
+        else:
+            assert (words[0], main(words[1:])) == ("jaxrnn", 0), line
+
+
+def _slugs(path: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```$", "", path.read_text(), flags=re.M | re.S), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+PAGES = [*GUIDES, *sorted(f".github/{path.name}" for path in (ROOT / ".github").glob("*.md"))]
+
+
+@pytest.mark.parametrize("path", PAGES)
+def test_every_link_leads_somewhere(path: str) -> None:
+    text = re.sub(r"^```.*?^```$", "", (ROOT / path).read_text(), flags=re.M | re.S)
+    links = re.findall(r"\]\(([^)\s]+)\)", text)
+    broken = []
+    for link in links:
+        file, _, anchor = link.partition("#")
+        target = (ROOT / path).parent / file if file else ROOT / path
+        if link.startswith("https://"):
+            continue
+        if not target.exists() or (anchor and anchor not in _slugs(target)):
+            broken.append(link)
+    assert broken == []
+    assert links or path == ".github/CHANGELOG.md"
+
+
+def test_links_work_on_a_package_page() -> None:
+    absolute = runpy.run_path(str(ROOT / ".ci" / "package_page.py"))["absolute"]
+    page, address = absolute((ROOT / "README.md").read_text(), "https://example.org/us/jaxrnn/"), "https://example.org/"
+    links = re.findall(r"\]\(([^)\s]+)\)", page)
+    assert [link for link in links if not link.startswith(address)] == []
+    assert f"{address}us/jaxrnn/raw/main/examples/pictures/parity.svg" in links
+    assert f"{address}us/jaxrnn/blob/main/examples/from_flax.md" in links
+
+
+def test_the_index_has_every_guide_and_example() -> None:
+    index = (ROOT / EXAMPLES_README).read_text()
+    linked = set(re.findall(r"\]\((\w+\.(?:md|py))\)", index)) | set(re.findall(r"`(\w+\.py)`", index))
+    assert {path.name for path in EXAMPLES.glob("*.*") if path.suffix in (".md", ".py")} - {"README.md"} == linked
+
+
+def test_pages_are_short() -> None:
+    lines = {path: len((ROOT / path).read_text().splitlines()) for path in GUIDES}
+    assert {path: count for path, count in lines.items() if count > (180 if path == "README.md" else 150)} == {}
+    assert {path.name for path in EXAMPLES.glob("pictures/*.*") if path.stat().st_size > 150_000} == set()
 
 
 @pytest.mark.parametrize(
@@ -85,18 +187,10 @@ def test_every_public_name_is_documented(name: str, among_them: set[str]) -> Non
     assert [key for key, origin in origins.items() if origin not in with_example] == []
 
 
-def test_every_example_program_has_a_heading() -> None:
-    programs = {path.name for path in ROOT.glob("examples/*.py")}
-    headings = [line for line in EXAMPLES_README.read_text().splitlines() if line.startswith("### ")]
-    assert "streaming.py" in programs
-    assert programs - {name for line in headings for name in re.findall(r"`(.+?)`", line)} == set()
-
-
 def _torch_column() -> dict[str, set[str]]:
     """By heading the names in backticks in the first column of its table."""
-    _, _, tables = EXAMPLES_README.read_text().partition("\n## PyTorch, argument by argument\n")
     columns = {}
-    for section in tables.split("\n### ")[1:]:
+    for section in (EXAMPLES / "from_pytorch.md").read_text().split("\n## ")[1:]:
         heading, _, text = section.partition("\n")
         cells = [line.split("|")[1] for line in text.splitlines() if line.startswith("|")]
         code = re.findall("`(.+?)`", "|".join(cells))
