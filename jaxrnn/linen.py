@@ -5,8 +5,8 @@ randomness. `params` has the keys of torch's `state_dict()`.
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any, Generic
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Generic, TypedDict, Unpack, overload
 
 import jax
 import jax.numpy as jnp
@@ -14,14 +14,28 @@ from flax import linen
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxrnn import engines, flax_cell, flax_sharding
-from jaxrnn.calls import HX, Output, Pair, State, StateT, call, call_cell
-from jaxrnn.cells import GRU_CELL, LSTM_CELL, Cell, rnn_cell
+from jaxrnn.calls import HX, Output, call, call_cell
+from jaxrnn.cells import GRU_CELL, LSTM_CELL, Cell, Nonlinearity, Pair, StateT, rnn_cell
 from jaxrnn.options import CellKeywords, Engine, Keywords, MeshAxis, Options, Remat
-from jaxrnn.packed import PackedSequence
+from jaxrnn.packed import Lengths, PackedSequence
 from jaxrnn.spec import CellSpec, Spec
 
 
-class _Module(linen.Module):
+class _Marks(TypedDict, total=False):
+    """The keywords of a call, for type checkers."""
+
+    lengths: Lengths | None
+    reset: ArrayLike | None
+    reset_state: HX
+    deterministic: bool | None
+    rng: jax.Array | None
+
+
+_Variables = Mapping[str, Any]
+_Rngs = jax.Array | Mapping[str, jax.Array] | None
+
+
+class _Module(linen.Module, Generic[StateT]):
     """What layers and cells share: the settings, checked at construction, and the parameters under torch's names."""
 
     _: dataclasses.KW_ONLY  # so that the fields of the classes below come first, in torch's order
@@ -36,6 +50,10 @@ class _Module(linen.Module):
         engines.asked(self.options)
         super().__post_init__()
 
+    if TYPE_CHECKING:  # Flax's is a dict or a FrozenDict to a checker
+
+        def init(self, rngs: jax.Array | dict[str, jax.Array], *args: Any, **kwargs: Any) -> dict[str, Any]: ...
+
     def _initializers(self) -> dict[str, Callable[..., Any]]:
         return self.spec.initializers()
 
@@ -44,12 +62,12 @@ class _Module(linen.Module):
         return {name: self.param(name, draws[name], shape, self.param_dtype) for name, shape in shapes.items()}
 
     @linen.nowrap
-    def initial_state(self, batch: int | None = None, dtype: DTypeLike | None = None) -> State:
+    def initial_state(self, batch: int | None = None, dtype: DTypeLike | None = None) -> StateT:
         """The state of zeros that a call without hx starts from; as for `jaxrnn.RNN`."""
         return self.spec.initial_state(batch, dtype or self.dtype or self.param_dtype)
 
 
-class _Layers(_Module, Generic[StateT]):
+class _Layers(_Module[StateT]):
     """What RNN, LSTM, GRU and Recurrent share: the call, and dropout as in linen.Dropout."""
 
     _Spec, _Keywords = Spec, Keywords
@@ -65,6 +83,34 @@ class _Layers(_Module, Generic[StateT]):
         super().__post_init__()
         flax_sharding.check(self.spec, self.hidden_axis)
 
+    if TYPE_CHECKING:  # what the call returns; Flax's are Any, or a pair
+
+        @overload
+        def apply(
+            self, variables: _Variables, x: ArrayLike, hx: HX = None, *, rngs: _Rngs = None, **marks: Unpack[_Marks]
+        ) -> tuple[jax.Array, StateT]: ...
+        @overload
+        def apply(
+            self,
+            variables: _Variables,
+            x: PackedSequence,
+            hx: HX = None,
+            *,
+            rngs: _Rngs = None,
+            **marks: Unpack[_Marks],
+        ) -> tuple[PackedSequence, StateT]: ...
+        @overload
+        def apply(self, variables: _Variables, *args: Any, **kwargs: Any) -> Any: ...
+        def apply(self, variables: _Variables, *args: Any, **kwargs: Any) -> Any: ...
+
+        @overload
+        def init_with_output(
+            self, rngs: _Rngs, x: ArrayLike, hx: HX = None, **marks: Unpack[_Marks]
+        ) -> tuple[tuple[jax.Array, StateT], dict[str, Any]]: ...
+        @overload
+        def init_with_output(self, rngs: _Rngs, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]: ...
+        def init_with_output(self, rngs: _Rngs, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]: ...
+
     def _initializers(self) -> dict[str, Callable[..., Any]]:
         draws = self.spec.initializers()
         if self.hidden_axis is None:
@@ -72,13 +118,37 @@ class _Layers(_Module, Generic[StateT]):
         names = flax_sharding.names(self.spec, flax_sharding.mesh_axis(self.hidden_axis))
         return {name: linen.with_partitioning(draw, names[name]) for name, draw in draws.items()}
 
+    @overload
+    def __call__(
+        self,
+        x: ArrayLike,
+        hx: HX = None,
+        *,
+        lengths: Lengths | None = None,
+        reset: ArrayLike | None = None,
+        reset_state: HX = None,
+        deterministic: bool | None = None,
+        rng: jax.Array | None = None,
+    ) -> tuple[jax.Array, StateT]: ...
+    @overload
+    def __call__(
+        self,
+        x: PackedSequence,
+        hx: HX = None,
+        *,
+        lengths: None = None,
+        reset: ArrayLike | None = None,
+        reset_state: HX = None,
+        deterministic: bool | None = None,
+        rng: jax.Array | None = None,
+    ) -> tuple[PackedSequence, StateT]: ...
     @linen.compact
     def __call__(
         self,
         x: ArrayLike | PackedSequence,
         hx: HX = None,
         *,
-        lengths: ArrayLike | None = None,
+        lengths: Lengths | None = None,
         reset: ArrayLike | None = None,
         reset_state: HX = None,
         deterministic: bool | None = None,
@@ -139,7 +209,7 @@ class RNN(_Layers[jax.Array]):
     input_size: int
     hidden_size: int
     num_layers: int = 1
-    nonlinearity: str = "tanh"
+    nonlinearity: Nonlinearity = "tanh"
     bias: bool = True
     batch_first: bool = False
     dropout: float = 0.0
@@ -212,7 +282,7 @@ class GRU(_Layers[jax.Array]):
     proj_size: int = 0
 
 
-class Recurrent(_Layers[Any]):
+class Recurrent(_Layers[StateT]):
     """A stack of layers of any cell, `jaxrnn`'s or your own. Arguments and parameters as in `jaxrnn.Recurrent`.
 
     The other fields are those of `jaxrnn.linen.RNN`.
@@ -228,7 +298,7 @@ class Recurrent(_Layers[Any]):
     ((5, 3, 20), ['weight_ih_l0', 'bias_ih_l0', 'weight_u_l0'])
     """
 
-    cell: Cell
+    cell: Cell[StateT]
     input_size: int
     hidden_size: int
     num_layers: int = 1
@@ -243,10 +313,24 @@ class Recurrent(_Layers[Any]):
         return self.cell
 
 
-class _OneStep(_Module, Generic[StateT]):
+class _OneStep(_Module[StateT]):
     """What RNNCell, LSTMCell and GRUCell share: the call."""
 
     _Spec, _Keywords = CellSpec, CellKeywords
+
+    if TYPE_CHECKING:
+
+        @overload
+        def apply(self, variables: _Variables, x: ArrayLike, hx: HX = None) -> StateT: ...
+        @overload
+        def apply(self, variables: _Variables, *args: Any, **kwargs: Any) -> Any: ...
+        def apply(self, variables: _Variables, *args: Any, **kwargs: Any) -> Any: ...
+
+        @overload
+        def init_with_output(self, rngs: _Rngs, x: ArrayLike, hx: HX = None) -> tuple[StateT, dict[str, Any]]: ...
+        @overload
+        def init_with_output(self, rngs: _Rngs, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]: ...
+        def init_with_output(self, rngs: _Rngs, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]: ...
 
     @linen.compact
     def __call__(self, x: ArrayLike, hx: HX = None) -> StateT:
@@ -272,7 +356,7 @@ class RNNCell(_OneStep[jax.Array]):
     input_size: int
     hidden_size: int
     bias: bool | int = True
-    nonlinearity: str = "tanh"
+    nonlinearity: Nonlinearity = "tanh"
 
     @property
     def _cell(self) -> Cell:
@@ -327,7 +411,7 @@ class FlaxCell(linen.RNNCellBase):
     ((3, 7, 20), (3, 20))
     """
 
-    cell: _OneStep
+    cell: _OneStep[Any]
 
     def __post_init__(self) -> None:
         flax_cell.check(self.cell, _OneStep)
