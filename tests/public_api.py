@@ -17,8 +17,6 @@ from flax import linen, nnx
 from numpy.typing import NDArray
 
 import jaxrnn
-from jaxrnn import checkpoint
-from jaxrnn.checkpoint import dialects
 
 Pair = tuple[jax.Array, jax.Array]
 SGD: Mapping[str, object] = {  # torch's state dict of it
@@ -187,14 +185,14 @@ def linen_modules(key: jax.Array) -> None:
             assert_type(c_n, jax.Array)
             return output
 
-    tensors = checkpoint.linen.state_dict(lstm, variables, x)
+    tensors = jaxrnn.checkpoint.linen.state_dict(lstm, variables, x)
     print(Tagger(), tensors["weight_ih_l0"].sum(axis=0))
-    loaded = checkpoint.linen.load_state_dict(lstm, variables, tensors, x, strict=False)
-    assert_type(loaded, checkpoint.linen.Loaded)
+    loaded = jaxrnn.checkpoint.linen.load_state_dict(lstm, variables, tensors, x, strict=False)
+    assert_type(loaded, jaxrnn.checkpoint.linen.Loaded)
     assert_type(loaded.missing, list[str])
     output, (h_n, c_n) = lstm.apply(loaded.variables, x)
     params = loaded.variables["params"]
-    optimizer, opt_state = checkpoint.linen.optax_from_torch(SGD, lstm, variables, x)
+    optimizer, opt_state = jaxrnn.checkpoint.linen.optax_from_torch(SGD, lstm, variables, x)
     print(loaded.unexpected, optimizer.update(params, opt_state, params)[0])
 
 
@@ -206,28 +204,28 @@ def checkpoints(folder: Path, lstm: jaxrnn.LSTM) -> None:
     def progress(count: int) -> None:
         print(count)
 
-    checkpoint.save(path, {f"encoder.{name}": value for name, value in tensors.items()}, progress)
-    read = checkpoint.load(str(path), only_tensors=True)
+    jaxrnn.checkpoint.save(path, {f"encoder.{name}": value for name, value in tensors.items()}, progress)
+    read = jaxrnn.checkpoint.load(str(path), only_tensors=True)
     print(read["encoder.weight_ih_l0"] + 1)
-    [found] = checkpoint.find_rnns(read, cells=[jaxrnn.PEEPHOLE_LSTM_CELL])
-    assert_type(found, checkpoint.FoundRNN)
+    [found] = jaxrnn.checkpoint.find_rnns(read, cells=[jaxrnn.PEEPHOLE_LSTM_CELL])
+    assert_type(found, jaxrnn.checkpoint.FoundRNN)
     print(found.prefix.rstrip("."), found.kind, found.hidden_size + 1, found.assumed, found.spec, found.dtype.itemsize)
     missing, unexpected = jaxrnn.load_state_dict(lstm, read, prefix=found.prefix, strict=False)
     assert_type(missing, list[str])
     assert_type(unexpected, list[str])
-    assert checkpoint.state_dict is jaxrnn.state_dict
-    assert checkpoint.load_state_dict is jaxrnn.load_state_dict
-    assert checkpoint.from_flax is jaxrnn.from_flax
-    assert checkpoint.CheckpointError is jaxrnn.CheckpointError
-    assert checkpoint.from_torch is jaxrnn.from_torch
+    assert jaxrnn.checkpoint.state_dict is jaxrnn.state_dict
+    assert jaxrnn.checkpoint.load_state_dict is jaxrnn.load_state_dict
+    assert jaxrnn.checkpoint.from_flax is jaxrnn.from_flax
+    assert jaxrnn.checkpoint.CheckpointError is jaxrnn.CheckpointError
+    assert jaxrnn.checkpoint.from_torch is jaxrnn.from_torch
     try:
-        checkpoint.load(folder / "none.pt")
+        jaxrnn.checkpoint.load(folder / "none.pt")
     except jaxrnn.CheckpointError as error:
         print(error)
-    checkpoint.save(folder / "lstm.pt", tensors)
-    print(checkpoint.load_tree(folder / "lstm.pt")["weight_ih_l0"].shape)
-    print(checkpoint.fold(read)["encoder.weight_ih_l0"])
-    checkpoint.to_onnx(lstm, folder / "lstm.onnx", lengths=True)
+    jaxrnn.checkpoint.save(folder / "lstm.pt", tensors)
+    print(jaxrnn.checkpoint.load_tree(folder / "lstm.pt")["weight_ih_l0"].shape)
+    print(jaxrnn.checkpoint.fold(read)["encoder.weight_ih_l0"])
+    jaxrnn.checkpoint.to_onnx(lstm, folder / "lstm.onnx", lengths=True)
 
 
 def from_others(rngs: nnx.Rngs) -> None:
@@ -247,21 +245,24 @@ def from_others(rngs: nnx.Rngs) -> None:
     assert_type(cell, jaxrnn.linen.GRUCell)
     print(cell.apply(variables, x[0]).shape, gru.hidden_size)
 
-    dialect = dialects.DIALECTS["keras", "LSTM"]
+    dialect: jaxrnn.checkpoint.dialects.Dialect = jaxrnn.checkpoint.dialects.DIALECTS["keras", "LSTM"]
+    first: jaxrnn.checkpoint.dialects.Entry = dialect.entries[0]
     weights = {role: ours.spec.init(jax.random.key(0))[name] for role, name in ours.spec.names(0, 0).items()}
     arrays = dialect.write(weights)
-    print(dialect.read(arrays)["weight_hh"].shape, dialect.title)
-    flat = dialects.to_flat(ours.spec, ours.spec.init(jax.random.key(0)))
-    print(dialects.from_flat(ours.spec, flat)["weight_ih_l0"].shape)
+    print(dialect.read(arrays)["weight_hh"].shape, dialect.title, first.gates)
+    flat = jaxrnn.checkpoint.dialects.to_flat(ours.spec, ours.spec.init(jax.random.key(0)))
+    print(jaxrnn.checkpoint.dialects.from_flat(ours.spec, flat)["weight_ih_l0"].shape)
 
 
 def optimizers(gru: jaxrnn.GRU) -> None:
-    optimizer = checkpoint.optimizer_from_torch(SGD, gru, learning_rate=0.1, steps_made=3)
+    optimizer = jaxrnn.checkpoint.optimizer_from_torch(SGD, gru, learning_rate=0.1, steps_made=3)
     assert_type(optimizer, nnx.Optimizer[jaxrnn.GRU])
     params = gru.spec.init(jax.random.key(0))
-    transformation, state = checkpoint.optax_from_torch(SGD, params, list(params), lambda step: 0.1 / (1 + step), 3)
+    transformation, state = jaxrnn.checkpoint.optax_from_torch(
+        SGD, params, list(params), lambda step: 0.1 / (1 + step), 3
+    )
     updates, state = transformation.update(params, state, params)
-    clip = checkpoint.clip_grad_norm(1.0)
+    clip = jaxrnn.checkpoint.clip_grad_norm(1.0)
     print(clip.update(updates, clip.init(params))[0], optimizer.step[...] + 1)
 
 

@@ -14,6 +14,7 @@ PACKAGE = REPOSITORY / "jaxrnn"
 FLOORS = {
     "_compat": -1,  # imports nothing of jaxrnn
     "_tables": -1,
+    "_weights": -1,
     "rules": -1,
     "meshes": 0,
     "options": 0,

@@ -17,7 +17,7 @@ from jaxrnn.checkpoint.errors import CheckpointError, listed
 from jaxrnn.spec import Spec
 
 Weights = dict[str, NDArray[Any]]  # torch's, by role: weight_ih, weight_hh, bias_ih, bias_hh
-ArrayT = TypeVar("ArrayT")
+_ArrayT = TypeVar("_ArrayT")
 _GATES = {"LSTM": "ifgo", "GRU": "rzn", "RNN": "h"}  # torch's order
 _APART = {"GRU": "n"}  # the gate whose two biases do not add up
 
@@ -262,7 +262,7 @@ DIALECTS: dict[tuple[str, str], Dialect] = {
 }
 
 
-def to_flat(spec: Spec, params: Mapping[str, ArrayT]) -> ArrayT:
+def to_flat(spec: Spec, params: Mapping[str, _ArrayT]) -> _ArrayT:
     """All weights of layers in one array, as cuDNN takes them: all weights by layer and direction, then all biases.
 
     That is what `jax.experimental.rnn` calls weights, and what torch makes of its own on a GPU.
@@ -290,7 +290,7 @@ def to_flat(spec: Spec, params: Mapping[str, ArrayT]) -> ArrayT:
     )
 
 
-def from_flat(spec: Spec, flat: ArrayT) -> dict[str, ArrayT]:
+def from_flat(spec: Spec, flat: _ArrayT) -> dict[str, _ArrayT]:
     """The inverse of `to_flat`: the parameters by torch's names.
 
     Args:

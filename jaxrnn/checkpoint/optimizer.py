@@ -18,7 +18,7 @@ from jaxrnn.checkpoint.names import as_in_module
 from jaxrnn.checkpoint.nnx import contents_of, order_in_doubt
 from jaxrnn.checkpoint.torch_optimizers import STEP, kind_of_optimizer, transformation
 
-ModuleT = TypeVar("ModuleT", bound=nnx.Module)
+_ModuleT = TypeVar("_ModuleT", bound=nnx.Module)
 _COUNT = "count"
 _FROZEN = "frozen"
 _SAVE = "give torch's optimizer.state_dict(), as it is or from jaxrnn.checkpoint.load_tree"
@@ -72,12 +72,12 @@ def optax_from_torch(
 
 def optimizer_from_torch(
     state: Mapping[str, Any],
-    module: ModuleT,
+    module: _ModuleT,
     names: Sequence[str] | None = None,
     learning_rate: optax.ScalarOrSchedule | None = None,
     steps_made: int | None = None,
     prefix: str = "",
-) -> nnx.Optimizer[ModuleT]:
+) -> nnx.Optimizer[_ModuleT]:
     """As `optax_from_torch`, for an NNX module: make an `nnx.Optimizer` of its `nnx.Param`s.
 
     Args:
