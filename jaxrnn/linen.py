@@ -45,8 +45,8 @@ class _Module(linen.Module, Generic[StateT]):
 
     def __post_init__(self) -> None:
         settings = {f.name: getattr(self, f.name) for f in dataclasses.fields(self._Spec) if f.name != "cell"}
-        self.spec = self._Spec(self._cell, **settings)
-        self.options = Options(**{name: getattr(self, name) for name in self._Keywords.__annotations__})
+        self.spec: Any = self._Spec(self._cell, **settings)
+        self.options: Options = Options(**{name: getattr(self, name) for name in self._Keywords.__annotations__})
         engines.asked(self.options)
         super().__post_init__()
 

@@ -55,6 +55,7 @@ class _Module(nnx.Module, Generic[StateT]):
     _Keywords: ClassVar[type]
     __signature__: ClassVar[inspect.Signature]
     spec: Spec[StateT] | CellSpec[StateT]
+    options: Options
     param_dtype: DTypeLike
     dtype: DTypeLike | None = _option("dtype")
     precision: jax.lax.PrecisionLike = _option("precision")
@@ -132,6 +133,7 @@ class _Layers(_Module[StateT], Weights):
     spec: Spec[StateT]
     _Keywords = Keywords
     deterministic: bool
+    rngs: nnx.RngStream | None
     remat: Remat = _option("remat")
     hidden_axis: MeshAxis | None = _option("hidden_axis")
     unroll: int | None = _option("unroll")
