@@ -20,7 +20,7 @@ from jaxrnn.calls import HX, Output, call, call_cell
 from jaxrnn.cells import GRU_CELL, LSTM_CELL, RNN_RELU, Cell, Nonlinearity, Pair, StateT, rnn_cell
 from jaxrnn.options import CellKeywords, Engine, Keywords, MeshAxis, Options, Remat, spelled_out
 from jaxrnn.packed import Lengths, PackedSequence
-from jaxrnn.spec import CellSpec, Spec
+from jaxrnn.spec import CellSpec, Spec, shown
 
 if TYPE_CHECKING:
     from jaxrnn._weights import Weights
@@ -116,14 +116,9 @@ class _Module(nnx.Module, Generic[StateT]):
         return self.spec.initial_state(batch, dtype or self.dtype or self.param_dtype)
 
     def __repr__(self) -> str:
-        """Like torch's repr: the sizes, then the settings that are not the defaults."""
-        parts = [f"{self.input_size}, {self.hidden_size}"]
+        parts = shown(self.spec)
         if self.spec.cell == RNN_RELU:
-            parts.append("nonlinearity='relu'")
-        for field in dataclasses.fields(self.spec):
-            value = getattr(self.spec, field.name)
-            if field.default is not dataclasses.MISSING and value != field.default:
-                parts.append(f"{field.name}={value}")
+            parts.insert(2, "nonlinearity='relu'")
         return f"{type(self).__name__}({', '.join(parts)})"
 
 

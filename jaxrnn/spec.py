@@ -27,7 +27,11 @@ class _Shapes(abc.ABC, Generic[StateT]):
     """What `Spec` and `CellSpec` share: initial parameters and states from names and shapes."""
 
     cell: Cell[StateT]
+    input_size: int
     hidden_size: int
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join([self.cell.name, *shown(self)])})"
 
     @abc.abstractmethod
     def shapes(self) -> dict[str, Shape]:
@@ -91,6 +95,13 @@ class _Shapes(abc.ABC, Generic[StateT]):
         return jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
+def shown(spec: Any) -> list[str]:
+    """The settings in a repr, like torch's: the sizes, then those that are not the defaults."""
+    values = {field.name: (getattr(spec, field.name), field.default) for field in dataclasses.fields(spec)}
+    others = [f"{n}={value}" for n, (value, default) in values.items() if default not in (dataclasses.MISSING, value)]
+    return [str(spec.input_size), str(spec.hidden_size), *others]
+
+
 def _shape(role: str, cell: Cell, input_size: int, hidden_size: int, proj_size: int = 0) -> Shape:
     if role in cell.own:
         sizes = {"gates": len(cell.gates), "hidden": hidden_size}
@@ -130,7 +141,7 @@ def level_outside() -> int:
     return level
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Spec(_Shapes[StateT]):
     """A recurrent network's settings: torch's constructor arguments after the kind of cell.
 
@@ -268,7 +279,7 @@ class Spec(_Shapes[StateT]):
         return {name: axes(layer, role) for name, (layer, role) in self._parameters().items()}
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class CellSpec(_Shapes[StateT]):
     """The settings of one cell that makes one step at a call: torch's `RNNCell`, `LSTMCell` and `GRUCell`.
 
