@@ -4,6 +4,8 @@ These are the modules of `jaxrnn.nnx` for Flax's other API: `jaxrnn.calls` compu
 randomness. `params` has the keys of torch's `state_dict()`.
 """
 
+from __future__ import annotations
+
 import dataclasses
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Generic, TypedDict, Unpack, overload
