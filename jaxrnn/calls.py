@@ -1,8 +1,10 @@
 """The pure functions: their checks, and the conversion of what is given to time-major padded rows, and back."""
 
+from __future__ import annotations
+
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar, Unpack
+from typing import Any, NamedTuple, Unpack, overload
 
 import jax
 import jax.numpy as jnp
@@ -11,33 +13,59 @@ from jax.typing import ArrayLike
 
 from jaxrnn import _docs, meshes, recurrence, stack, steps
 from jaxrnn._compat import is_traced
-from jaxrnn.cells import Arrays
+from jaxrnn.cells import Arrays, StateT
 from jaxrnn.options import CellKeywords, Keywords, Options, spelled_out
-from jaxrnn.packed import PackedSequence, in_jax, layout, pack, pad
+from jaxrnn.packed import Lengths, PackedSequence, in_jax, layout, pack, pad
 from jaxrnn.spec import CellSpec, Spec
 
 HX = ArrayLike | Sequence[ArrayLike] | None
 State = Any  # a jax.Array, or for a cell of several states a tuple
-Pair = tuple[jax.Array, jax.Array]  # an LSTM's
-StateT = TypeVar("StateT", jax.Array, Pair)  # of a module
 Output = Any  # a jax.Array, or a PackedSequence if x is one
 
 
-@_docs.described
-@spelled_out
+@overload
 def apply(
-    spec: Spec,
+    spec: Spec[StateT],
     params: Mapping[str, ArrayLike],
-    x: ArrayLike | PackedSequence,
+    x: ArrayLike,
     hx: HX = None,
     *,
-    lengths: ArrayLike | None = None,
+    lengths: Lengths | None = None,
     reset: ArrayLike | None = None,
     reset_state: HX = None,
     dropout_key: jax.Array | None = None,
     dropout_masks: Sequence[ArrayLike] | None = None,
     **options: Unpack[Keywords],
-) -> tuple[Output, State]:
+) -> tuple[jax.Array, StateT]: ...
+@overload
+def apply(
+    spec: Spec[StateT],
+    params: Mapping[str, ArrayLike],
+    x: PackedSequence,
+    hx: HX = None,
+    *,
+    lengths: None = None,
+    reset: ArrayLike | None = None,
+    reset_state: HX = None,
+    dropout_key: jax.Array | None = None,
+    dropout_masks: Sequence[ArrayLike] | None = None,
+    **options: Unpack[Keywords],
+) -> tuple[PackedSequence, StateT]: ...
+@_docs.described
+@spelled_out
+def apply(
+    spec: Spec[StateT],
+    params: Mapping[str, ArrayLike],
+    x: ArrayLike | PackedSequence,
+    hx: HX = None,
+    *,
+    lengths: Lengths | None = None,
+    reset: ArrayLike | None = None,
+    reset_state: HX = None,
+    dropout_key: jax.Array | None = None,
+    dropout_masks: Sequence[ArrayLike] | None = None,
+    **options: Unpack[Keywords],
+) -> tuple[Output, StateT]:
     """Run a recurrent network over a sequence, as torch's RNN, LSTM and GRU modules do.
 
     Args:
@@ -128,7 +156,7 @@ def trajectory(
     x: ArrayLike | PackedSequence,
     hx: HX = None,
     *,
-    lengths: ArrayLike | None = None,
+    lengths: Lengths | None = None,
     reset: ArrayLike | None = None,
     reset_state: HX = None,
     dropout_key: jax.Array | None = None,
@@ -179,12 +207,12 @@ def trajectory(
 @_docs.described
 @spelled_out
 def apply_cell(
-    spec: CellSpec,
+    spec: CellSpec[StateT],
     params: Mapping[str, ArrayLike],
     x: ArrayLike,
     hx: HX = None,
     **options: Unpack[CellKeywords],
-) -> State:
+) -> StateT:
     """Make one step, as torch's RNNCell, LSTMCell and GRUCell modules do.
 
     Args:
@@ -228,7 +256,7 @@ class _Form(NamedTuple):
     batched: bool
     batch_first: bool = False
 
-    def time_major(self, given: "_Given") -> "_Given":
+    def time_major(self, given: _Given) -> _Given:
         """Convert to time-major rows. Unbatched input becomes a batch of one."""
         x, reset, lengths = given.x, given.reset, given.lengths
         if self.batched:
@@ -262,7 +290,7 @@ class _Given(NamedTuple):
     reset: jax.Array | None = None
     masks: Arrays | None = None
 
-    def promote(self, dtype: Any) -> "_Given":
+    def promote(self, dtype: Any) -> _Given:
         """Cast params and x. States keep their dtype: `recurrence` carries them in float32 at least."""
         if dtype is None:
             dtype = jnp.result_type(*jax.tree.leaves((self.params, self.x, self.state, self.reset_state)))
@@ -279,7 +307,7 @@ def _given(
     x: ArrayLike | PackedSequence,
     hx: HX,
     *,
-    lengths: ArrayLike | None = None,
+    lengths: Lengths | None = None,
     reset: ArrayLike | None = None,
     reset_state: HX = None,
     dropout_masks: Sequence[ArrayLike] | None = None,

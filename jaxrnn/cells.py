@@ -7,7 +7,7 @@ above.
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,17 @@ from jax.nn import relu, sigmoid
 from jaxrnn.rules import pointwise
 
 Arrays = tuple[jax.Array, ...]
+Pair = tuple[jax.Array, jax.Array]  # an LSTM's state
+Nonlinearity = Literal["tanh", "relu"]
+# What users get as the state of a cell: a jax.Array, or for several states a tuple. Any where a cell does not say it.
+if TYPE_CHECKING:
+    from typing_extensions import TypeVar
+
+    StateT = TypeVar("StateT", covariant=True, default=Any)
+else:
+    from typing import TypeVar
+
+    StateT = TypeVar("StateT", covariant=True)
 # The weights of one layer in one direction, in torch's order.
 ROLES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
 
@@ -53,7 +64,7 @@ class _Parameters(dict[str, Parameter]):
 
 
 @dataclasses.dataclass(frozen=True)
-class Cell:
+class Cell(Generic[StateT]):
     """A kind of recurrent cell.
 
     At each step the gates are `W_ih x + b_ih + W_hh h + b_hh`, one array of shape `(..., hidden_size)` a gate, stacked
@@ -95,6 +106,9 @@ class Cell:
     >>> output, (h_n, c_n) = jaxrnn.apply(spec, spec.init(jax.random.key(0)), jax.numpy.ones((5, 3, 10)))
     >>> output.shape, c_n.shape
     ((5, 3, 40), (4, 3, 20))
+
+    A type checker knows what states are from `jaxrnn.Cell[jax.Array]`, for a cell of one, and
+    `jaxrnn.Cell[tuple[jax.Array, jax.Array]]`, for one of two. Annotate your own so: `coupled: jaxrnn.Cell[...] = ...`.
     """
 
     name: str
@@ -186,15 +200,17 @@ def _gru_values(gates: Arrays, hidden: Arrays, state: Arrays) -> Arrays:
     return sigmoid(r), sigmoid(z), jnp.tanh(n + sigmoid(r) * n_h)
 
 
-RNN_TANH = Cell("RNN_TANH", gates=("h",), states=("h",), step=_rnn_tanh, gate_values=_rnn_tanh)
-RNN_RELU = Cell("RNN_RELU", gates=("h",), states=("h",), step=_rnn_relu, gate_values=_rnn_relu)
-LSTM_CELL = Cell(
+RNN_TANH: Cell[jax.Array] = Cell("RNN_TANH", gates=("h",), states=("h",), step=_rnn_tanh, gate_values=_rnn_tanh)
+RNN_RELU: Cell[jax.Array] = Cell("RNN_RELU", gates=("h",), states=("h",), step=_rnn_relu, gate_values=_rnn_relu)
+LSTM_CELL: Cell[Pair] = Cell(
     "LSTM", gates=("i", "f", "g", "o"), states=("h", "c"), step=_lstm, projects=True, gate_values=lstm_values
 )
-GRU_CELL = Cell("GRU", gates=("r", "z", "n"), states=("h",), step=_gru, apart=("n",), gate_values=_gru_values)
+GRU_CELL: Cell[jax.Array] = Cell(
+    "GRU", gates=("r", "z", "n"), states=("h",), step=_gru, apart=("n",), gate_values=_gru_values
+)
 
 
-def rnn_cell(nonlinearity: str) -> Cell:
+def rnn_cell(nonlinearity: Nonlinearity) -> Cell[jax.Array]:
     """The cell of torch's RNN and RNNCell with this nonlinearity."""
     cells = {"tanh": RNN_TANH, "relu": RNN_RELU}
     if nonlinearity not in cells:

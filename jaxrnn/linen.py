@@ -4,9 +4,11 @@ These are the modules of `jaxrnn.nnx` for Flax's other API: `jaxrnn.calls` compu
 randomness. `params` has the keys of torch's `state_dict()`.
 """
 
+from __future__ import annotations
+
 import dataclasses
-from collections.abc import Callable
-from typing import Any, Generic
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Generic, TypedDict, Unpack, overload
 
 import jax
 import jax.numpy as jnp
@@ -14,14 +16,28 @@ from flax import linen
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxrnn import _docs, engines, flax_cell, flax_sharding
-from jaxrnn.calls import HX, Output, Pair, State, StateT, call, call_cell
-from jaxrnn.cells import GRU_CELL, LSTM_CELL, Cell, rnn_cell
+from jaxrnn.calls import HX, Output, call, call_cell
+from jaxrnn.cells import GRU_CELL, LSTM_CELL, Cell, Nonlinearity, Pair, StateT, rnn_cell
 from jaxrnn.options import CellKeywords, Engine, Keywords, MeshAxis, Options, Remat
-from jaxrnn.packed import PackedSequence
+from jaxrnn.packed import Lengths, PackedSequence
 from jaxrnn.spec import CellSpec, Spec
 
 
-class _Module(linen.Module):
+class _Marks(TypedDict, total=False):
+    """The keywords of a call, for type checkers."""
+
+    lengths: Lengths | None
+    reset: ArrayLike | None
+    reset_state: HX
+    deterministic: bool | None
+    rng: jax.Array | None
+
+
+_Variables = Mapping[str, Any]
+_Rngs = jax.Array | Mapping[str, jax.Array] | None
+
+
+class _Module(linen.Module, Generic[StateT]):
     """What layers and cells share: the settings, checked at construction, and the parameters under torch's names."""
 
     _: dataclasses.KW_ONLY  # so that the fields of the classes below come first, in torch's order
@@ -31,10 +47,14 @@ class _Module(linen.Module):
 
     def __post_init__(self) -> None:
         settings = {f.name: getattr(self, f.name) for f in dataclasses.fields(self._Spec) if f.name != "cell"}
-        self.spec = self._Spec(self._cell, **settings)
-        self.options = Options(**{name: getattr(self, name) for name in self._Keywords.__annotations__})
+        self.spec: Any = self._Spec(self._cell, **settings)
+        self.options: Options = Options(**{name: getattr(self, name) for name in self._Keywords.__annotations__})
         engines.asked(self.options)
         super().__post_init__()
+
+    if TYPE_CHECKING:  # Flax's is a dict or a FrozenDict to a checker
+
+        def init(self, rngs: jax.Array | dict[str, jax.Array], *args: Any, **kwargs: Any) -> dict[str, Any]: ...
 
     def _initializers(self) -> dict[str, Callable[..., Any]]:
         return self.spec.initializers()
@@ -44,7 +64,7 @@ class _Module(linen.Module):
         return {name: self.param(name, draws[name], shape, self.param_dtype) for name, shape in shapes.items()}
 
     @linen.nowrap
-    def initial_state(self, batch: int | None = None, dtype: DTypeLike | None = None) -> State:
+    def initial_state(self, batch: int | None = None, dtype: DTypeLike | None = None) -> StateT:
         """The state of zeros that a call without hx starts from. Use it as the first carry of a scan.
 
         Args:
@@ -57,7 +77,7 @@ class _Module(linen.Module):
         return self.spec.initial_state(batch, dtype or self.dtype or self.param_dtype)
 
 
-class _Layers(_Module, Generic[StateT]):
+class _Layers(_Module[StateT]):
     """What RNN, LSTM, GRU and Recurrent share: the call, and dropout as in linen.Dropout."""
 
     _Spec, _Keywords = Spec, Keywords
@@ -73,6 +93,34 @@ class _Layers(_Module, Generic[StateT]):
         super().__post_init__()
         flax_sharding.check(self.spec, self.hidden_axis)
 
+    if TYPE_CHECKING:  # what the call returns; Flax's are Any, or a pair
+
+        @overload
+        def apply(
+            self, variables: _Variables, x: ArrayLike, hx: HX = None, *, rngs: _Rngs = None, **marks: Unpack[_Marks]
+        ) -> tuple[jax.Array, StateT]: ...
+        @overload
+        def apply(
+            self,
+            variables: _Variables,
+            x: PackedSequence,
+            hx: HX = None,
+            *,
+            rngs: _Rngs = None,
+            **marks: Unpack[_Marks],
+        ) -> tuple[PackedSequence, StateT]: ...
+        @overload
+        def apply(self, variables: _Variables, *args: Any, **kwargs: Any) -> Any: ...
+        def apply(self, variables: _Variables, *args: Any, **kwargs: Any) -> Any: ...
+
+        @overload
+        def init_with_output(
+            self, rngs: _Rngs, x: ArrayLike, hx: HX = None, **marks: Unpack[_Marks]
+        ) -> tuple[tuple[jax.Array, StateT], dict[str, Any]]: ...
+        @overload
+        def init_with_output(self, rngs: _Rngs, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]: ...
+        def init_with_output(self, rngs: _Rngs, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]: ...
+
     def _initializers(self) -> dict[str, Callable[..., Any]]:
         draws = self.spec.initializers()
         if self.hidden_axis is None:
@@ -80,6 +128,30 @@ class _Layers(_Module, Generic[StateT]):
         names = flax_sharding.names(self.spec, flax_sharding.mesh_axis(self.hidden_axis))
         return {name: linen.with_partitioning(draw, names[name]) for name, draw in draws.items()}
 
+    @overload
+    def __call__(
+        self,
+        x: ArrayLike,
+        hx: HX = None,
+        *,
+        lengths: Lengths | None = None,
+        reset: ArrayLike | None = None,
+        reset_state: HX = None,
+        deterministic: bool | None = None,
+        rng: jax.Array | None = None,
+    ) -> tuple[jax.Array, StateT]: ...
+    @overload
+    def __call__(
+        self,
+        x: PackedSequence,
+        hx: HX = None,
+        *,
+        lengths: None = None,
+        reset: ArrayLike | None = None,
+        reset_state: HX = None,
+        deterministic: bool | None = None,
+        rng: jax.Array | None = None,
+    ) -> tuple[PackedSequence, StateT]: ...
     @linen.compact
     @_docs.described
     def __call__(
@@ -87,7 +159,7 @@ class _Layers(_Module, Generic[StateT]):
         x: ArrayLike | PackedSequence,
         hx: HX = None,
         *,
-        lengths: ArrayLike | None = None,
+        lengths: Lengths | None = None,
         reset: ArrayLike | None = None,
         reset_state: HX = None,
         deterministic: bool | None = None,
@@ -143,7 +215,7 @@ class RNN(_Layers[jax.Array]):
     input_size: int
     hidden_size: int
     num_layers: int = 1
-    nonlinearity: str = "tanh"
+    nonlinearity: Nonlinearity = "tanh"
     bias: bool = True
     batch_first: bool = False
     dropout: float = 0.0
@@ -215,7 +287,7 @@ class GRU(_Layers[jax.Array]):
 
 
 @_docs.layer(linen=True)
-class Recurrent(_Layers[Any]):
+class Recurrent(_Layers[StateT]):
     """A stack of layers of any cell: one of `jaxrnn`'s, such as `jaxrnn.LAYER_NORM_LSTM_CELL`, or one of your own.
 
     For a cell of several states, hx and h_n are tuples. A cell's own parameters are named like the weights: their name,
@@ -236,7 +308,7 @@ class Recurrent(_Layers[Any]):
     ((5, 3, 20), ['weight_ih_l0', 'bias_ih_l0', 'weight_u_l0'])
     """
 
-    cell: Cell
+    cell: Cell[StateT]
     input_size: int
     hidden_size: int
     num_layers: int = 1
@@ -251,10 +323,24 @@ class Recurrent(_Layers[Any]):
         return self.cell
 
 
-class _OneStep(_Module, Generic[StateT]):
+class _OneStep(_Module[StateT]):
     """What RNNCell, LSTMCell and GRUCell share: the call."""
 
     _Spec, _Keywords = CellSpec, CellKeywords
+
+    if TYPE_CHECKING:
+
+        @overload
+        def apply(self, variables: _Variables, x: ArrayLike, hx: HX = None) -> StateT: ...
+        @overload
+        def apply(self, variables: _Variables, *args: Any, **kwargs: Any) -> Any: ...
+        def apply(self, variables: _Variables, *args: Any, **kwargs: Any) -> Any: ...
+
+        @overload
+        def init_with_output(self, rngs: _Rngs, x: ArrayLike, hx: HX = None) -> tuple[StateT, dict[str, Any]]: ...
+        @overload
+        def init_with_output(self, rngs: _Rngs, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]: ...
+        def init_with_output(self, rngs: _Rngs, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]: ...
 
     @linen.compact
     def __call__(self, x: ArrayLike, hx: HX = None) -> StateT:
@@ -283,7 +369,7 @@ class RNNCell(_OneStep[jax.Array]):
     input_size: int
     hidden_size: int
     bias: bool | int = True
-    nonlinearity: str = "tanh"
+    nonlinearity: Nonlinearity = "tanh"
 
     @property
     def _cell(self) -> Cell:
@@ -356,7 +442,7 @@ class FlaxCell(linen.RNNCellBase):
     ((3, 7, 20), (3, 20))
     """
 
-    cell: _OneStep
+    cell: _OneStep[Any]
 
     def __post_init__(self) -> None:
         flax_cell.check(self.cell, _OneStep)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.nn import initializers, relu, sigmoid
 
-from jaxrnn.cells import Arrays, Cell, Parameter, lstm_c, lstm_h, lstm_values
+from jaxrnn.cells import Arrays, Cell, Pair, Parameter, lstm_c, lstm_h, lstm_values
 from jaxrnn.rules import with_rule
 
 Params = dict[str, jax.Array]
@@ -101,7 +101,7 @@ _ONES, _ZEROS = initializers.ones, initializers.zeros
 # Ba et al. 2016 (arXiv:1607.06450), as in PyTorch's benchmarks/fastrnns/custom_lstms.py: the input's and the recurrent
 # part of the gates are normalised separately, each over all gates, and c, which is carried normalised. There without
 # biases: bias=False.
-LAYER_NORM_LSTM_CELL = Cell(
+LAYER_NORM_LSTM_CELL: Cell[Pair] = Cell(
     "LayerNormLSTM",
     gates=_GATES,
     states=("h", "c"),
@@ -118,7 +118,7 @@ LAYER_NORM_LSTM_CELL = Cell(
     gate_values=_layer_norm_values,
 )
 # Gers and Schmidhuber 2000: the gates see c, too; the output gate sees the new one.
-PEEPHOLE_LSTM_CELL = Cell(
+PEEPHOLE_LSTM_CELL: Cell[Pair] = Cell(
     "PeepholeLSTM",
     gates=_GATES,
     states=("h", "c"),
@@ -128,7 +128,7 @@ PEEPHOLE_LSTM_CELL = Cell(
     gate_values=_peephole_values,
 )
 # Li et al. 2018 (arXiv:1803.04831): each hidden unit sees itself alone.
-IND_RNN_CELL = Cell(
+IND_RNN_CELL: Cell[jax.Array] = Cell(
     "IndRNN",
     gates=("h",),
     states=("h",),
@@ -138,6 +138,6 @@ IND_RNN_CELL = Cell(
     gate_values=_ind_rnn,
 )
 # Feng et al. 2024 (arXiv:2410.01201): gates of the input alone.
-MIN_GRU_CELL = Cell(
+MIN_GRU_CELL: Cell[jax.Array] = Cell(
     "minGRU", gates=("z", "n"), states=("h",), step=_min_gru, recurrent=False, gate_values=_min_gru_gates
 )

@@ -3,10 +3,12 @@
 What a module computes is in `jaxrnn.calls`; a module adds the parameters and the randomness.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 import inspect
-from typing import Any, ClassVar, Generic, Unpack
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Unpack, overload
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +16,16 @@ from flax import nnx
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxrnn import _compat, _docs, engines, flax_cell, flax_sharding
-from jaxrnn.calls import HX, Output, Pair, State, StateT, call, call_cell
-from jaxrnn.cells import GRU_CELL, LSTM_CELL, RNN_RELU, Cell, rnn_cell
-from jaxrnn.options import CellKeywords, Keywords, Options, spelled_out
-from jaxrnn.packed import PackedSequence
-from jaxrnn.spec import CellSpec, Spec
+from jaxrnn.calls import HX, Output, call, call_cell
+from jaxrnn.cells import GRU_CELL, LSTM_CELL, RNN_RELU, Cell, Nonlinearity, Pair, StateT, rnn_cell
+from jaxrnn.options import CellKeywords, Engine, Keywords, MeshAxis, Options, Remat, spelled_out
+from jaxrnn.packed import Lengths, PackedSequence
+from jaxrnn.spec import CellSpec, Spec, shown
+
+if TYPE_CHECKING:
+    from jaxrnn._weights import Weights
+else:
+    Weights = object
 
 Randomness = nnx.Rngs | nnx.RngStream | jax.Array
 
@@ -33,14 +40,7 @@ def _key(rngs: Randomness | None, stream: str) -> jax.Array:
     raise TypeError(f"rngs should be nnx.Rngs, an nnx.RngStream or a jax key, got {type(rngs).__name__}")
 
 
-def _setting(name: str) -> property:
-    return property(lambda self: getattr(self.spec, name))
-
-
-_NONLINEARITY = property(lambda self: "relu" if self.spec.cell == RNN_RELU else "tanh")
-
-
-def _option(name: str) -> property:
+def _option(name: str) -> Any:
     """An option as an attribute that can be set, as in Flax's modules."""
 
     def change(self: Any, value: Any) -> None:
@@ -49,20 +49,20 @@ def _option(name: str) -> property:
     return property(lambda self: getattr(self.options, name), change)
 
 
-class _Module(nnx.Module):
+class _Module(nnx.Module, Generic[StateT]):
     """What layers and cells share: the settings, and an nnx.Param under torch's name for each parameter."""
 
     _Keywords: ClassVar[type]
     __signature__: ClassVar[inspect.Signature]
-    input_size = _setting("input_size")
-    hidden_size = _setting("hidden_size")
-    bias = _setting("bias")
-    dtype = _option("dtype")
-    precision = _option("precision")
+    spec: Spec[StateT] | CellSpec[StateT]
+    options: Options
+    param_dtype: DTypeLike
+    dtype: DTypeLike | None = _option("dtype")
+    precision: jax.lax.PrecisionLike = _option("precision")
 
     def __init__(
         self,
-        spec: Spec | CellSpec,
+        spec: Spec[StateT] | CellSpec[StateT],
         options: Keywords | CellKeywords,
         param_dtype: DTypeLike,
         rngs: nnx.Rngs,
@@ -72,6 +72,23 @@ class _Module(nnx.Module):
         engines.asked(self.options)
         self.param_dtype = param_dtype
         self._add_params(spec.init(rngs.params(), param_dtype))
+
+    @property
+    def input_size(self) -> int:
+        return self.spec.input_size
+
+    @property
+    def hidden_size(self) -> int:
+        return self.spec.hidden_size
+
+    @property
+    def bias(self) -> bool:
+        return bool(self.spec.bias)
+
+    if TYPE_CHECKING:  # Flax's have no annotations
+
+        def train(self, **attributes: Any) -> None: ...
+        def eval(self, **attributes: Any) -> None: ...
 
     def __init_subclass__(cls, **settings: Any) -> None:
         super().__init_subclass__(**settings)
@@ -86,7 +103,7 @@ class _Module(nnx.Module):
     def _params(self) -> dict[str, jax.Array]:
         return {name: getattr(self, name)[...] for name in self.spec.shapes()}
 
-    def initial_state(self, batch: int | None = None, dtype: DTypeLike | None = None) -> State:
+    def initial_state(self, batch: int | None = None, dtype: DTypeLike | None = None) -> StateT:
         """The state of zeros that a call without hx starts from. Use it as the first carry of a scan.
 
         Args:
@@ -99,35 +116,27 @@ class _Module(nnx.Module):
         return self.spec.initial_state(batch, dtype or self.dtype or self.param_dtype)
 
     def __repr__(self) -> str:
-        """Like torch's repr: the sizes, then the settings that are not the defaults."""
-        parts = [f"{self.input_size}, {self.hidden_size}"]
+        parts = shown(self.spec)
         if self.spec.cell == RNN_RELU:
-            parts.append("nonlinearity='relu'")
-        for field in dataclasses.fields(self.spec):
-            value = getattr(self.spec, field.name)
-            if field.default is not dataclasses.MISSING and value != field.default:
-                parts.append(f"{field.name}={value}")
+            parts.insert(2, "nonlinearity='relu'")
         return f"{type(self).__name__}({', '.join(parts)})"
 
 
-class _Layers(_Module, Generic[StateT]):
+class _Layers(_Module[StateT], Weights):
     """What RNN, LSTM, GRU and Recurrent share: the call, and dropout as in nnx.Dropout."""
 
-    spec: Spec
+    spec: Spec[StateT]
     _Keywords = Keywords
-    num_layers = _setting("num_layers")
-    batch_first = _setting("batch_first")
-    dropout = _setting("dropout")
-    bidirectional = _setting("bidirectional")
-    proj_size = _setting("proj_size")
-    remat = _option("remat")
-    hidden_axis = _option("hidden_axis")
-    unroll = _option("unroll")
-    engine = _option("engine")
+    deterministic: bool
+    rngs: nnx.RngStream | None
+    remat: Remat = _option("remat")
+    hidden_axis: MeshAxis | None = _option("hidden_axis")
+    unroll: int | None = _option("unroll")
+    engine: Engine = _option("engine")
 
     def __init__(
         self,
-        spec: Spec,
+        spec: Spec[StateT],
         options: Keywords,
         param_dtype: DTypeLike,
         rngs: nnx.Rngs,
@@ -137,6 +146,26 @@ class _Layers(_Module, Generic[StateT]):
         self.deterministic = False
         # Only where it is used: a stream adds leaves without a gradient.
         self.rngs = rngs["dropout"].fork() if self._drops() else nnx.data(None)
+
+    @property
+    def num_layers(self) -> int:
+        return self.spec.num_layers
+
+    @property
+    def batch_first(self) -> bool:
+        return self.spec.batch_first
+
+    @property
+    def dropout(self) -> float:
+        return self.spec.dropout
+
+    @property
+    def bidirectional(self) -> bool:
+        return self.spec.bidirectional
+
+    @property
+    def proj_size(self) -> int:
+        return self.spec.proj_size
 
     def _add_params(self, values: dict[str, jax.Array]) -> None:
         if self.hidden_axis is None:
@@ -150,13 +179,37 @@ class _Layers(_Module, Generic[StateT]):
     def _drops(self) -> bool:
         return self.dropout > 0 and self.num_layers > 1
 
+    @overload
+    def __call__(
+        self,
+        x: ArrayLike,
+        hx: HX = None,
+        *,
+        lengths: Lengths | None = None,
+        reset: ArrayLike | None = None,
+        reset_state: HX = None,
+        deterministic: bool | None = None,
+        rngs: Randomness | None = None,
+    ) -> tuple[jax.Array, StateT]: ...
+    @overload
+    def __call__(
+        self,
+        x: PackedSequence,
+        hx: HX = None,
+        *,
+        lengths: None = None,
+        reset: ArrayLike | None = None,
+        reset_state: HX = None,
+        deterministic: bool | None = None,
+        rngs: Randomness | None = None,
+    ) -> tuple[PackedSequence, StateT]: ...
     @_docs.described
     def __call__(
         self,
         x: ArrayLike | PackedSequence,
         hx: HX = None,
         *,
-        lengths: ArrayLike | None = None,
+        lengths: Lengths | None = None,
         reset: ArrayLike | None = None,
         reset_state: HX = None,
         deterministic: bool | None = None,
@@ -221,7 +274,9 @@ class RNN(_Layers[jax.Array]):
     ((5, 3, 20), (2, 3, 20))
     """
 
-    nonlinearity = _NONLINEARITY
+    @property
+    def nonlinearity(self) -> Nonlinearity:
+        return "relu" if self.spec.cell == RNN_RELU else "tanh"
 
     @spelled_out
     def __init__(
@@ -229,7 +284,7 @@ class RNN(_Layers[jax.Array]):
         input_size: int,
         hidden_size: int,
         num_layers: int = 1,
-        nonlinearity: str = "tanh",
+        nonlinearity: Nonlinearity = "tanh",
         bias: bool = True,
         batch_first: bool = False,
         dropout: float = 0.0,
@@ -320,7 +375,7 @@ class GRU(_Layers[jax.Array]):
 
 
 @_docs.layer()
-class Recurrent(_Layers[Any]):
+class Recurrent(_Layers[StateT]):
     """A stack of layers of any cell: one of `jaxrnn`'s, such as `jaxrnn.LAYER_NORM_LSTM_CELL`, or one of your own.
 
     For a cell of several states, hx and h_n are tuples. A cell's own parameters are named like the weights: their name,
@@ -345,7 +400,7 @@ class Recurrent(_Layers[Any]):
     @spelled_out
     def __init__(
         self,
-        cell: Cell,
+        cell: Cell[StateT],
         input_size: int,
         hidden_size: int,
         num_layers: int = 1,
@@ -362,20 +417,28 @@ class Recurrent(_Layers[Any]):
         spec = Spec(cell, input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size)
         super().__init__(spec, options, param_dtype, rngs)
 
-    cell = _setting("cell")
+    if TYPE_CHECKING:  # the cell's own parameters, of which only the cell knows the names
+
+        def __getattr__(self, name: str) -> nnx.Param[jax.Array]: ...
+
+    @property
+    def cell(self) -> Cell[StateT]:
+        return self.spec.cell
 
     def __repr__(self) -> str:
         return super().__repr__().replace("(", f"({self.cell.name}, ", 1)
 
 
-class _OneStep(_Module, Generic[StateT]):
+class _OneStep(_Module[StateT]):
     """What RNNCell, LSTMCell and GRUCell share: the call."""
 
-    spec: CellSpec
+    spec: CellSpec[StateT]
     _Keywords = CellKeywords
+    weight_ih: nnx.Param[jax.Array]
+    weight_hh: nnx.Param[jax.Array]
     # What torch's cells have in place of biases that are not there.
-    bias_ih: nnx.Param | None = None
-    bias_hh: nnx.Param | None = None
+    bias_ih: nnx.Param[jax.Array] | None = None
+    bias_hh: nnx.Param[jax.Array] | None = None
 
     def __call__(self, x: ArrayLike, hx: HX = None) -> StateT:
         """Make one step.
@@ -416,7 +479,9 @@ class RNNCell(_OneStep[jax.Array]):
     (3, 20)
     """
 
-    nonlinearity = _NONLINEARITY
+    @property
+    def nonlinearity(self) -> Nonlinearity:
+        return "relu" if self.spec.cell == RNN_RELU else "tanh"
 
     @spelled_out
     def __init__(
@@ -424,7 +489,7 @@ class RNNCell(_OneStep[jax.Array]):
         input_size: int,
         hidden_size: int,
         bias: bool | int = True,
-        nonlinearity: str = "tanh",
+        nonlinearity: Nonlinearity = "tanh",
         *,
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
@@ -524,7 +589,7 @@ class FlaxCell(nnx.RNNCellBase):
     ((3, 7, 20), (3, 20))
     """
 
-    def __init__(self, cell: _OneStep) -> None:
+    def __init__(self, cell: _OneStep[Any]) -> None:
         flax_cell.check(cell, _OneStep)
         self.cell = cell
 

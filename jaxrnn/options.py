@@ -1,10 +1,13 @@
 """How to run: one frozen value, which is checked here and passed on whole."""
 
+from __future__ import annotations
+
 import dataclasses
 import inspect
 import math
+import typing
 from collections.abc import Callable, Mapping
-from typing import Any, TypedDict, TypeVar
+from typing import Any, Literal, TypedDict, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +15,11 @@ from jax.sharding import AxisType
 from jax.typing import DTypeLike
 
 # See `Options`.
-Remat = str | int
+Remat = Literal["none", "gates"] | int
 MeshAxis = str | tuple[str, ...]
 Engine = str | tuple[str, ...]
 
-Function = TypeVar("Function", bound=Callable)
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class CellKeywords(TypedDict, total=False):
@@ -76,7 +79,7 @@ class Options:
             raise ValueError(f"unroll should be an integer above 0, or None, got {self.unroll!r}")
 
     @classmethod
-    def of(cls, caller: str, keywords: Mapping[str, Any], known: type) -> "Options":
+    def of(cls, caller: str, keywords: Mapping[str, Any], known: type) -> Options:
         """Make options of a caller's keywords; `known`, a TypedDict, says which there are."""
         for name in keywords:
             if name not in known.__annotations__:
@@ -110,10 +113,13 @@ def spelled_out(function: Function) -> Function:
     """Show each keyword of a function's `**options: Unpack[...]` in its signature."""
     signature = inspect.signature(function)
     *others, options = signature.parameters.values()
+    (known,) = typing.get_args(typing.get_type_hints(function)[options.name])
     defaults = {field.name: field.default for field in dataclasses.fields(Options)}
     keywords = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=defaults[name], annotation=annotation)
-        for name, annotation in options.annotation.__args__[0].__annotations__.items()
+        inspect.Parameter(
+            name, inspect.Parameter.KEYWORD_ONLY, default=defaults[name], annotation=annotation.__forward_arg__
+        )
+        for name, annotation in known.__annotations__.items()
     ]
     vars(function)["__signature__"] = signature.replace(parameters=[*others, *keywords])
     return function

@@ -5,19 +5,23 @@ moves the data. NumPy data are moved by NumPy, so that a data loader does not co
 lengths.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
+from numpy.typing import NDArray
 
 from jaxrnn._compat import is_traced
 
-Rows = Sequence[ArrayLike] | jax.Array | np.ndarray
+Rows = Sequence[ArrayLike] | jax.Array | NDArray[Any]
 Lengths = ArrayLike | Sequence[int]
-Array = jax.Array | np.ndarray
+Side = Literal["right", "left"]
+Array = jax.Array | NDArray[Any]
 
 
 def in_jax(value: Any, dtype: Any = None) -> jax.Array:
@@ -42,9 +46,9 @@ def _one_array(name: str, value: Any) -> Array:
 
 class _Fields(NamedTuple):
     data: jax.Array
-    batch_sizes: np.ndarray
-    sorted_indices: np.ndarray | None
-    unsorted_indices: np.ndarray | None
+    batch_sizes: NDArray[np.int64]
+    sorted_indices: NDArray[np.int64] | None
+    unsorted_indices: NDArray[np.int64] | None
 
 
 class PackedSequence(_Fields):
@@ -81,7 +85,7 @@ class PackedSequence(_Fields):
         batch_sizes: ArrayLike,
         sorted_indices: ArrayLike | None = None,
         unsorted_indices: ArrayLike | None = None,
-    ) -> "PackedSequence":
+    ) -> PackedSequence:
         data, sizes = in_jax(data), _static("batch_sizes", batch_sizes)
         if not len(sizes) or sizes[-1] < 1 or np.any(np.diff(sizes) > 0):
             raise ValueError(f"batch_sizes should go down, to at least 1, got {sizes.tolist()}")
@@ -100,19 +104,19 @@ class PackedSequence(_Fields):
         return tuple.__new__(cls, (data, *map(_frozen, (sizes, order, inverse))))
 
 
-def _frozen(integers: np.ndarray | None) -> np.ndarray | None:
+def _frozen(integers: NDArray[Any] | None) -> NDArray[np.int64] | None:
     if integers is not None:
         integers = integers.astype(np.int64)
         integers.flags.writeable = False
     return integers
 
 
-def _flatten(packed: PackedSequence) -> tuple[tuple, tuple]:
+def _flatten(packed: PackedSequence) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     static = tuple(None if field is None else tuple(field.tolist()) for field in packed[1:])
     return ((jax.tree_util.GetAttrKey("data"), packed.data),), static
 
 
-def _unflatten(static: tuple, children: Iterable) -> PackedSequence:
+def _unflatten(static: tuple[Any, ...], children: Iterable[Any]) -> PackedSequence:
     # JAX may put a placeholder in the place of data: do not check it.
     fields = (None if field is None else _frozen(np.array(field)) for field in static)
     return tuple.__new__(PackedSequence, (*children, *fields))
@@ -124,9 +128,9 @@ jax.tree_util.register_pytree_with_keys(PackedSequence, _flatten, _unflatten)
 class Layout(NamedTuple):
     """Where the steps of a PackedSequence are in a padded array of its rows in their original order."""
 
-    places: np.ndarray  # (time, batch): which row of data is there, or len(data) for padding
-    rows: np.ndarray  # for each row of data, its index in the padded array with its first two axes flattened
-    lengths: np.ndarray  # of the rows in the original order, int64
+    places: NDArray[np.int32]  # (time, batch): which row of data is there, or len(data) for padding
+    rows: NDArray[np.int32]  # for each row of data, its index in the padded array with its first two axes flattened
+    lengths: NDArray[np.int64]  # of the rows in the original order, int64
 
 
 def layout(packed: PackedSequence, batch_first: bool = False, total_length: int | None = None) -> Layout:
@@ -146,7 +150,7 @@ def layout(packed: PackedSequence, batch_first: bool = False, total_length: int 
     return Layout(places.T if batch_first else places, rows.astype(np.int32), lengths)
 
 
-def pad(data: Array, places: np.ndarray, padding_value: Any = 0) -> Array:
+def pad(data: Array, places: NDArray[Any], padding_value: Any = 0) -> Array:
     """Put rows of data in their `places`, and padding where there is none."""
     fill = np.asarray(padding_value).astype(data.dtype)
     if isinstance(data, np.ndarray):
@@ -154,7 +158,7 @@ def pad(data: Array, places: np.ndarray, padding_value: Any = 0) -> Array:
     return _gather(data, places, mode="fill", fill_value=fill.item())
 
 
-def pack(padded: Array, rows: np.ndarray) -> Array:
+def pack(padded: Array, rows: NDArray[Any]) -> Array:
     """Gather `rows` of data from a padded array."""
     flat = padded.reshape(-1, *padded.shape[2:])
     if isinstance(flat, np.ndarray):
@@ -162,7 +166,7 @@ def pack(padded: Array, rows: np.ndarray) -> Array:
     return _gather(flat, rows, mode="promise_in_bounds", unique_indices=True)
 
 
-def _gather(a: jax.Array, places: np.ndarray, **settings: Any) -> jax.Array:
+def _gather(a: jax.Array, places: NDArray[Any], **settings: Any) -> jax.Array:
     # JAX raises an error, too, but its advice is for us, not for users.
     if any(spec := jax.typeof(a).sharding.spec):
         raise ValueError(
@@ -173,7 +177,7 @@ def _gather(a: jax.Array, places: np.ndarray, **settings: Any) -> jax.Array:
         return a.at[places].get(**settings)
 
 
-def _static(name: str, value: Any) -> np.ndarray:
+def _static(name: str, value: Any) -> NDArray[np.int64]:
     """A 1-D array of integers that are not traced."""
     if is_traced(value):
         raise TypeError(
@@ -187,7 +191,7 @@ def _static(name: str, value: Any) -> np.ndarray:
     return array.astype(np.int64)
 
 
-def _check_within(lengths: np.ndarray, steps: int) -> None:
+def _check_within(lengths: NDArray[np.int64], steps: int) -> None:
     if np.any(lengths > steps):
         raise ValueError(f"lengths should be at most the {steps} time steps there are, got {lengths.tolist()}")
 
@@ -247,7 +251,7 @@ def pack_padded_sequence(
 
 def pad_packed_sequence(
     sequence: PackedSequence, batch_first: bool = False, padding_value: float = 0.0, total_length: int | None = None
-) -> tuple[jax.Array, np.ndarray]:
+) -> tuple[jax.Array, NDArray[np.int64]]:
     """Pad packed rows to one length, as torch does: the inverse of `pack_padded_sequence`.
 
     Args:
@@ -280,7 +284,7 @@ def pad_sequence(
     sequences: Rows,
     batch_first: bool = False,
     padding_value: float = 0.0,
-    padding_side: str = "right",
+    padding_side: Side = "right",
 ) -> jax.Array:
     """Stack rows of different lengths, padded to the longest, as torch does.
 
@@ -303,7 +307,7 @@ def pad_sequence(
     return in_jax(_padded(sequences, batch_first, padding_value, padding_side))
 
 
-def _padded(sequences: Rows, batch_first: bool, padding_value: float, padding_side: str) -> Array:
+def _padded(sequences: Rows, batch_first: bool, padding_value: float, padding_side: Side) -> Array:
     if padding_side not in ("right", "left"):
         raise RuntimeError(f"padding_side should be 'right' or 'left', got {padding_side!r}")
     if not isinstance(sequences, Iterable):

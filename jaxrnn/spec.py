@@ -3,6 +3,8 @@
 Modules, checkpoints and the parity suite all read names and shapes here.
 """
 
+from __future__ import annotations
+
 import abc
 import dataclasses
 import inspect
@@ -10,21 +12,26 @@ import math
 import numbers
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Generic
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
-from jaxrnn.cells import ROLES, Cell
+from jaxrnn.cells import ROLES, Cell, StateT
 
 Shape = tuple[int, ...]
 
 
-class _Shapes(abc.ABC):
+class _Shapes(abc.ABC, Generic[StateT]):
     """What `Spec` and `CellSpec` share: initial parameters and states from names and shapes."""
 
-    cell: Cell
+    cell: Cell[StateT]
+    input_size: int
     hidden_size: int
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join([self.cell.name, *shown(self)])})"
 
     @abc.abstractmethod
     def shapes(self) -> dict[str, Shape]:
@@ -34,7 +41,7 @@ class _Shapes(abc.ABC):
     def state_shapes(self, *batch: int) -> tuple[Shape, ...]:
         """The shape of each of the cell's states, with any number of batch axes."""
 
-    def initial_state(self, batch: int | None = None, dtype: jax.typing.DTypeLike = jnp.float32) -> Any:
+    def initial_state(self, batch: int | None = None, dtype: DTypeLike = jnp.float32) -> StateT:
         """The state of zeros that a call without hx starts from. Use it as the first carry of `jax.lax.scan`.
 
         Args:
@@ -50,10 +57,10 @@ class _Shapes(abc.ABC):
         ((2, 3, 5), (2, 3, 20))
         """
         shapes = self.state_shapes() if batch is None else self.state_shapes(batch)
-        state = tuple(jnp.zeros(shape, dtype) for shape in shapes)
+        state: Any = tuple(jnp.zeros(shape, dtype) for shape in shapes)
         return state if len(state) > 1 else state[0]
 
-    def init(self, key: jax.Array, dtype: jax.typing.DTypeLike = jnp.float32) -> dict[str, jax.Array]:
+    def init(self, key: jax.Array, dtype: DTypeLike = jnp.float32) -> dict[str, jax.Array]:
         """Initial parameters, drawn as torch draws them: uniform in `[-1/sqrt(hidden_size), 1/sqrt(hidden_size))`.
 
         A cell's own parameters are drawn by their `init`, if they have one.
@@ -83,9 +90,16 @@ class _Shapes(abc.ABC):
         own = self.cell.own.get(role)
         return self._uniform if own is None or own.init is None else own.init
 
-    def _uniform(self, key: jax.Array, shape: Shape, dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
+    def _uniform(self, key: jax.Array, shape: Shape, dtype: DTypeLike = jnp.float32) -> jax.Array:
         bound = 1 / math.sqrt(self.hidden_size) if self.hidden_size else 0.0
         return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+def shown(spec: Any) -> list[str]:
+    """The settings in a repr, like torch's: the sizes, then those that are not the defaults."""
+    values = {field.name: (getattr(spec, field.name), field.default) for field in dataclasses.fields(spec)}
+    others = [f"{n}={value}" for n, (value, default) in values.items() if default not in (dataclasses.MISSING, value)]
+    return [str(spec.input_size), str(spec.hidden_size), *others]
 
 
 def _shape(role: str, cell: Cell, input_size: int, hidden_size: int, proj_size: int = 0) -> Shape:
@@ -127,8 +141,8 @@ def level_outside() -> int:
     return level
 
 
-@dataclasses.dataclass(frozen=True)
-class Spec(_Shapes):
+@dataclasses.dataclass(frozen=True, repr=False)
+class Spec(_Shapes[StateT]):
     """A recurrent network's settings: torch's constructor arguments after the kind of cell.
 
     Args:
@@ -155,7 +169,7 @@ class Spec(_Shapes):
     {'weight_ih_l0': (80, 10), 'weight_hh_l0': (80, 5), 'weight_hr_l0': (5, 20)}
     """
 
-    cell: Cell
+    cell: Cell[StateT]
     input_size: int
     hidden_size: int
     num_layers: int = 1
@@ -265,8 +279,8 @@ class Spec(_Shapes):
         return {name: axes(layer, role) for name, (layer, role) in self._parameters().items()}
 
 
-@dataclasses.dataclass(frozen=True)
-class CellSpec(_Shapes):
+@dataclasses.dataclass(frozen=True, repr=False)
+class CellSpec(_Shapes[StateT]):
     """The settings of one cell that makes one step at a call: torch's `RNNCell`, `LSTMCell` and `GRUCell`.
 
     Args:
@@ -284,7 +298,7 @@ class CellSpec(_Shapes):
     {'weight_ih': (20, 3), 'weight_hh': (20, 5)}
     """
 
-    cell: Cell
+    cell: Cell[StateT]
     input_size: int
     hidden_size: int
     bias: bool | int = True

@@ -1,7 +1,7 @@
 """One step of a layer: the recurrent product, the cell, the projection, and the marks. Engines run it over time."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -134,7 +134,7 @@ def added(cell: Cell, gates: Arrays, recurrent: Arrays) -> Arrays:
     )
 
 
-def arguments(cell: Cell, gates: Sequence, sums: Arrays) -> tuple[Arrays, Arrays]:
+def arguments(cell: Cell, gates: Sequence[Any], sums: Arrays) -> tuple[Arrays, Arrays]:
     """The step's `gates` and `hidden`, from the input's parts and the sums. Linear in both."""
     whole = tuple(
         gate if name in cell.apart else total for name, gate, total in zip(cell.gates, gates, sums, strict=True)

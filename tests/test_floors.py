@@ -15,6 +15,7 @@ FLOORS = {
     "_compat": -1,  # imports nothing of jaxrnn
     "_docs": -1,
     "_tables": -1,
+    "_weights": -1,
     "rules": -1,
     "meshes": 0,
     "options": 0,

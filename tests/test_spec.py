@@ -153,3 +153,12 @@ def test_initial_parameters_are_uniform_as_torchs(dtype: jnp.dtype) -> None:
         assert abs(numbers.mean()) < 5 * bound / math.sqrt(3 * numbers.size), name
         assert abs(numbers.std() - bound / math.sqrt(3)) < 2 * bound / math.sqrt(numbers.size), name
     assert not np.array_equal(params["bias_ih_l0"], params["bias_hh_l0"])
+
+
+def test_repr_is_short() -> None:
+    assert repr(jaxrnn.Spec(jaxrnn.LSTM_CELL, 3, 4)) == "Spec(LSTM, 3, 4)"
+    assert (
+        repr(jaxrnn.Spec(jaxrnn.GRU_CELL, 3, 4, 2, bidirectional=True))
+        == "Spec(GRU, 3, 4, num_layers=2, bidirectional=True)"
+    )
+    assert repr(jaxrnn.CellSpec(jaxrnn.RNN_RELU, 3, 4, bias=False)) == "CellSpec(RNN_RELU, 3, 4, bias=False)"

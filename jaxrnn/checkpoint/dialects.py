@@ -7,15 +7,17 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from jaxrnn.checkpoint.arrays import to_numpy
 from jaxrnn.checkpoint.errors import CheckpointError, listed
 from jaxrnn.spec import Spec
 
-Weights = dict[str, np.ndarray]  # torch's, by role: weight_ih, weight_hh, bias_ih, bias_hh
+Weights = dict[str, NDArray[Any]]  # torch's, by role: weight_ih, weight_hh, bias_ih, bias_hh
+_ArrayT = TypeVar("_ArrayT")
 _GATES = {"LSTM": "ifgo", "GRU": "rzn", "RNN": "h"}  # torch's order
 _APART = {"GRU": "n"}  # the gate whose two biases do not add up
 
@@ -77,7 +79,7 @@ class Dialect:
         if others := arrays.keys() - {"weight_ih", "weight_hh", "bias_ih", "bias_hh"}:
             raise CheckpointError(f"{self.title} has no {listed(others)}\nit cannot hold these weights")
         no_bias = np.zeros(len(arrays["weight_ih"]), arrays["weight_ih"].dtype)
-        parts: dict[tuple[str, str, bool], np.ndarray] = {}
+        parts: dict[tuple[str, str, bool], NDArray[Any]] = {}
         for source in "ih":
             for bias in (False, True):
                 whole = arrays.get(f"bias_{source}h", no_bias) if bias else arrays[f"weight_{source}h"]
@@ -102,7 +104,7 @@ class Dialect:
         entries = [entry for entry in self.entries if bias or not entry.bias]
         if missing := [entry.name for entry in entries if entry.name not in arrays]:
             raise CheckpointError(f"{self.title} should have {listed(missing)}\nthere are: {listed(arrays)}")
-        gates, parts = _GATES[self.kind], dict[tuple[str, str, bool], np.ndarray]()
+        gates, parts = _GATES[self.kind], dict[tuple[str, str, bool], NDArray[Any]]()
         state = next(entry for entry in entries if "h" in entry.sources and not entry.bias)
         rows = tuple(arrays[state.name].shape)[1 if state.transposed else 0 :][:1]
         hidden = sum(rows) // len(state.gates)
@@ -133,7 +135,7 @@ class Dialect:
         shape = tuple(arrays[state.name].shape)[:: -1 if state.transposed else 1]
         return len(shape) == 2 and bool(shape[0] == len(state.gates) * shape[1])
 
-    def _join_biases(self, gate: str, parts: dict[tuple[str, str, bool], np.ndarray]) -> None:
+    def _join_biases(self, gate: str, parts: dict[tuple[str, str, bool], NDArray[Any]]) -> None:
         """Where the library has one bias for a gate, add the other to it, or refuse to lose it."""
         holders = self._holders(gate)
         if len(holders) == 2:
@@ -152,14 +154,14 @@ class Dialect:
         return [source for source in "ih" for e in self.entries if e.bias and source in e.sources and gate in e.gates]
 
 
-def _joined(entry: Entry, parts: Mapping[tuple[str, str, bool], np.ndarray]) -> np.ndarray:
+def _joined(entry: Entry, parts: Mapping[tuple[str, str, bool], NDArray[Any]]) -> NDArray[Any]:
     each = [np.concatenate([parts[source, gate, entry.bias] for gate in entry.gates]) for source in entry.sources]
     if entry.bias:
         return np.concatenate(each) if entry.flat or len(each) == 1 else np.stack(each)
     return np.concatenate([a.T for a in each]) if entry.transposed else np.concatenate(each, axis=1)
 
 
-def _parted(entry: Entry, array: np.ndarray, hidden: int) -> dict[tuple[str, str, bool], np.ndarray]:
+def _parted(entry: Entry, array: NDArray[Any], hidden: int) -> dict[tuple[str, str, bool], NDArray[Any]]:
     """The inverse of `_joined`."""
     if entry.bias:
         each = (
@@ -168,7 +170,7 @@ def _parted(entry: Entry, array: np.ndarray, hidden: int) -> dict[tuple[str, str
     else:
         array = array.T if entry.transposed else array
         each = [array] if len(entry.sources) == 1 else np.split(array, [array.shape[1] - hidden], axis=1)
-    found: dict[tuple[str, str, bool], np.ndarray] = {}
+    found: dict[tuple[str, str, bool], NDArray[Any]] = {}
     for source, whole in zip(entry.sources, each, strict=True):
         fits = whole.ndim == 1 if entry.bias else whole.ndim == 2 and (source == "i" or whole.shape[1] == hidden)
         if not fits or len(whole) != len(entry.gates) * hidden:
@@ -212,7 +214,7 @@ def _onnx(gates: str) -> tuple[Entry, ...]:
 
 
 # By library and class.
-DIALECTS = {
+DIALECTS: dict[tuple[str, str], Dialect] = {
     ("flax.linen", "LSTMCell"): Dialect("flax.linen.LSTMCell", "LSTM", _gate_by_gate("ifgo", _LSTM_BIASES)),
     ("flax.linen", "OptimizedLSTMCell"): Dialect(
         "flax.linen.OptimizedLSTMCell", "LSTM", _gate_by_gate("ifgo", _LSTM_BIASES)
@@ -260,7 +262,7 @@ DIALECTS = {
 }
 
 
-def to_flat(spec: Spec, params: Mapping[str, Any]) -> Any:
+def to_flat(spec: Spec, params: Mapping[str, _ArrayT]) -> _ArrayT:
     """All weights of layers in one array, as cuDNN takes them: all weights by layer and direction, then all biases.
 
     That is what `jax.experimental.rnn` calls weights, and what torch makes of its own on a GPU.
@@ -280,15 +282,15 @@ def to_flat(spec: Spec, params: Mapping[str, Any]) -> Any:
     >>> jaxrnn.checkpoint.dialects.to_flat(spec, spec.init(jax.random.key(0))).shape  # 12 * 2 + 12 * 3 + 12 + 12
     (84,)
     """
-    shapes = _flat_shapes(spec)
-    library = next(iter(params.values())).__array_namespace__()
-    dtype = next(iter(params.values())).dtype
+    shapes, arrays = _flat_shapes(spec), dict[str, Any](params)
+    library = next(iter(arrays.values())).__array_namespace__()
+    dtype = next(iter(arrays.values())).dtype
     return library.concatenate(
-        [params[name].reshape(-1) if name in params else library.zeros(shape, dtype) for name, shape in shapes.items()]
+        [arrays[name].reshape(-1) if name in arrays else library.zeros(shape, dtype) for name, shape in shapes.items()]
     )
 
 
-def from_flat(spec: Spec, flat: Any) -> dict[str, Any]:
+def from_flat(spec: Spec, flat: _ArrayT) -> dict[str, _ArrayT]:
     """The inverse of `to_flat`: the parameters by torch's names.
 
     Args:
@@ -307,17 +309,18 @@ def from_flat(spec: Spec, flat: Any) -> dict[str, Any]:
     shapes = _flat_shapes(spec)
     sizes = {name: math.prod(shape) for name, shape in shapes.items()}
     total = sum(sizes.values())
+    array: Any = flat
     weights = sum(size for name, size in sizes.items() if name.startswith("weight"))
-    if flat.ndim != 1 or (flat.size != total and (spec.bias or flat.size != weights)):
-        cause = f"flat is of shape {flat.shape}, should be {(total,)} for {spec}"
+    if array.ndim != 1 or (array.size != total and (spec.bias or array.size != weights)):
+        cause = f"flat is of shape {array.shape}, should be {(total,)} for {spec}"
         raise CheckpointError(f"{cause}\ngive the settings with which it was made")
-    if not spec.bias and np.any(biases := np.asarray(flat[weights:])):
+    if not spec.bias and np.any(biases := np.asarray(array[weights:])):
         cause = f"flat has biases up to {np.max(np.abs(biases)):.3g}, which bias=False would lose"
         raise CheckpointError(f"{cause}\ngive a spec with bias=True")
     found, begin = {}, 0
     for name, shape in shapes.items():
         if name in spec.shapes():
-            found[name] = flat[begin : begin + sizes[name]].reshape(shape)
+            found[name] = array[begin : begin + sizes[name]].reshape(shape)
         begin += sizes[name]
     return {name: found[name] for name in spec.shapes()}
 

@@ -6,7 +6,7 @@ import stat
 import tarfile
 from typing import Any
 
-import numpy as np
+from numpy.typing import NDArray
 
 from jaxrnn.checkpoint.errors import AGAIN, CheckpointError, about, is_text, listed
 from jaxrnn.checkpoint.formats import FILES, Format, index, orbax
@@ -30,7 +30,7 @@ _NOT_CHECKPOINTS = {
 
 def load(
     path: Path, key: str | None = None, only_tensors: bool = False, dequantize: bool = False
-) -> dict[str, np.ndarray]:
+) -> dict[str, NDArray[Any]]:
     """Read every tensor of a checkpoint file.
 
     The first bytes decide the format, not the name. Code in a checkpoint never runs: files of torch.save are read

@@ -48,7 +48,7 @@ class FoundRNN:
 
     prefix: str
     spec: Spec | CellSpec
-    dtype: np.dtype
+    dtype: np.dtype[Any]
     beside: tuple[str, ...] = ()
 
     @property

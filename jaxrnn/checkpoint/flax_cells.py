@@ -3,7 +3,7 @@
 import inspect
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, overload
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,32 @@ from jaxrnn.checkpoint.find import find_rnns
 _REMEDY = "take its weights by hand: jaxrnn.checkpoint.dialects has their layouts"
 
 
+@overload
+def from_flax(
+    module: nnx.LSTMCell | nnx.OptimizedLSTMCell, variables: None = None, rngs: nnx.Rngs | None = None
+) -> jaxrnn.nnx.LSTMCell: ...
+@overload
+def from_flax(
+    module: linen.LSTMCell | linen.OptimizedLSTMCell, variables: Mapping[str, Any], rngs: nnx.Rngs | None = None
+) -> tuple[jaxrnn.linen.LSTMCell, dict[str, Any]]: ...
+@overload
+def from_flax(module: nnx.GRUCell, variables: None = None, rngs: nnx.Rngs | None = None) -> jaxrnn.nnx.GRUCell: ...
+@overload
+def from_flax(
+    module: linen.GRUCell, variables: Mapping[str, Any], rngs: nnx.Rngs | None = None
+) -> tuple[jaxrnn.linen.GRUCell, dict[str, Any]]: ...
+@overload
+def from_flax(module: nnx.SimpleCell, variables: None = None, rngs: nnx.Rngs | None = None) -> jaxrnn.nnx.RNNCell: ...
+@overload
+def from_flax(
+    module: linen.SimpleCell, variables: Mapping[str, Any], rngs: nnx.Rngs | None = None
+) -> tuple[jaxrnn.linen.RNNCell, dict[str, Any]]: ...
+@overload
+def from_flax(
+    module: linen.RNN | linen.Bidirectional, variables: Mapping[str, Any], rngs: nnx.Rngs | None = None
+) -> tuple[Any, dict[str, Any]]: ...
+@overload
+def from_flax(module: Any, variables: Mapping[str, Any] | None = None, rngs: nnx.Rngs | None = None) -> Any: ...
 def from_flax(module: Any, variables: Mapping[str, Any] | None = None, rngs: nnx.Rngs | None = None) -> Any:
     """Convert a recurrent module of Flax: the same weights in ours, with the same results.
 

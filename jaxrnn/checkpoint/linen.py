@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 from flax import linen
 from flax.traverse_util import flatten_dict, unflatten_dict
+from numpy.typing import NDArray
 
 from jaxrnn import _compat
 from jaxrnn.checkpoint.flax_layers import Entry, kind_of
@@ -96,7 +97,9 @@ def load_state_dict(
     return Loaded(new, found.missing, found.unexpected)
 
 
-def state_dict(module: linen.Module, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
+def state_dict(
+    module: linen.Module, variables: Mapping[str, Any], *args: Any, **kwargs: Any
+) -> dict[str, NDArray[Any]]:
     """A Linen module's parameters by torch's names and in torch's layouts: `jaxrnn.state_dict` for Flax's other API.
 
     Submodules are in the order in which they are called.

@@ -96,7 +96,7 @@ class Contents(NamedTuple):
                     yield f"{owner}: {prefix}{text}"
 
 
-def interchangeable(parts: Mapping[str, tuple]) -> bool:
+def interchangeable(parts: Mapping[str, tuple[Any, ...]]) -> bool:
     """Whether another order of the parts would have the same sequence of shapes.
 
     Args:

@@ -1,14 +1,16 @@
 """Load tensors by name into NNX modules, and back; and convert torch's modules to ours."""
 
+from __future__ import annotations
+
 import inspect
 import sys
 import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, overload
 
 import jax
-import numpy as np
 from flax import linen, nnx
+from numpy.typing import NDArray
 
 import jaxrnn.nnx
 from jaxrnn import _compat, flax_sharding
@@ -16,6 +18,9 @@ from jaxrnn.checkpoint.arrays import dtype_of
 from jaxrnn.checkpoint.flax_layers import Entry, kind_of
 from jaxrnn.checkpoint.matching import Contents, Parameter, fit, interchangeable
 from jaxrnn.spec import CellSpec, Spec
+
+if TYPE_CHECKING:
+    import torch
 
 _CLASSES = ("RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell")
 
@@ -80,7 +85,7 @@ def load_state_dict(
     return found.missing, found.unexpected
 
 
-def state_dict(module: nnx.Module) -> dict[str, np.ndarray]:
+def state_dict(module: nnx.Module) -> dict[str, NDArray[Any]]:
     """A module's parameters by name, as torch's `state_dict()` gives them.
 
     A name is the path of attributes to an `nnx.Param`, joined by dots, with numbers for items of lists. As in torch,
@@ -127,7 +132,21 @@ def state_dict(module: nnx.Module) -> dict[str, np.ndarray]:
     return {name: param.to_torch(name) for name, param in contents.params.items()}
 
 
-def from_torch(torch_module: Any, rngs: nnx.Rngs | None = None) -> nnx.Module:
+@overload
+def from_torch(torch_module: torch.nn.RNN, rngs: nnx.Rngs | None = None) -> jaxrnn.nnx.RNN: ...
+@overload
+def from_torch(torch_module: torch.nn.LSTM, rngs: nnx.Rngs | None = None) -> jaxrnn.nnx.LSTM: ...
+@overload
+def from_torch(torch_module: torch.nn.GRU, rngs: nnx.Rngs | None = None) -> jaxrnn.nnx.GRU: ...
+@overload
+def from_torch(torch_module: torch.nn.RNNCell, rngs: nnx.Rngs | None = None) -> jaxrnn.nnx.RNNCell: ...
+@overload
+def from_torch(torch_module: torch.nn.LSTMCell, rngs: nnx.Rngs | None = None) -> jaxrnn.nnx.LSTMCell: ...
+@overload
+def from_torch(torch_module: torch.nn.GRUCell, rngs: nnx.Rngs | None = None) -> jaxrnn.nnx.GRUCell: ...
+@overload
+def from_torch(torch_module: object, rngs: nnx.Rngs | None = None) -> Any: ...
+def from_torch(torch_module: Any, rngs: nnx.Rngs | None = None) -> Any:
     """Convert a torch module: the same settings and the same weights.
 
     Args:
@@ -229,7 +248,7 @@ def order_in_doubt(node: object, above: tuple[int, ...] = ()) -> list[str]:
         return []
     known = {entry.attribute for entry in kind_of(node).entries}
     for own in (True, False):  # a module's own parameters come before its submodules'
-        parts: dict[str, tuple] = {}
+        parts: dict[str, tuple[Any, ...]] = {}
         for name in [name for name in children if name not in known]:
             if isinstance(children[name], nnx.Param) == own:
                 shapes = tuple(param.shape for param in _under({name: children[name]}).params.values())

@@ -2,13 +2,13 @@
 
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import nnx
+from numpy.typing import NDArray
 
 from jaxrnn.checkpoint.arrays import to_numpy
 from jaxrnn.checkpoint.errors import CheckpointError, listed
@@ -18,6 +18,7 @@ from jaxrnn.checkpoint.names import as_in_module
 from jaxrnn.checkpoint.nnx import contents_of, order_in_doubt
 from jaxrnn.checkpoint.torch_optimizers import STEP, kind_of_optimizer, transformation
 
+_ModuleT = TypeVar("_ModuleT", bound=nnx.Module)
 _COUNT = "count"
 _FROZEN = "frozen"
 _SAVE = "give torch's optimizer.state_dict(), as it is or from jaxrnn.checkpoint.load_tree"
@@ -71,12 +72,12 @@ def optax_from_torch(
 
 def optimizer_from_torch(
     state: Mapping[str, Any],
-    module: nnx.Module,
+    module: _ModuleT,
     names: Sequence[str] | None = None,
     learning_rate: optax.ScalarOrSchedule | None = None,
     steps_made: int | None = None,
     prefix: str = "",
-) -> nnx.Optimizer:
+) -> nnx.Optimizer[_ModuleT]:
     """As `optax_from_torch`, for an NNX module: make an `nnx.Optimizer` of its `nnx.Param`s.
 
     Args:
@@ -176,8 +177,8 @@ class Resumed(NamedTuple):
 
     groups: dict[str, optax.GradientTransformation]
     counts: dict[str, set[int]]
-    labels: dict[tuple, str]
-    moments: dict[tuple, dict[str, np.ndarray]]
+    labels: dict[tuple[Any, ...], str]
+    moments: dict[tuple[Any, ...], dict[str, NDArray[Any]]]
 
     def for_tree(self, params: Any) -> tuple[optax.GradientTransformation, optax.OptState]:
         """The transformation and its filled state for a tree of parameters."""
@@ -193,7 +194,7 @@ class Resumed(NamedTuple):
     def fill(self, state: Any) -> Any:
         """Fill the state with torch's moments and counts."""
 
-        def filled(path: tuple, leaf: Any) -> Any:
+        def filled(path: tuple[Any, ...], leaf: Any) -> Any:
             fields = [index for index, key in enumerate(path) if isinstance(key, jax.tree_util.GetAttrKey)]
             if path[fields[-1]].name == _COUNT:
                 group = next((key.key for key in path if isinstance(key, jax.tree_util.DictKey)), None)
@@ -212,7 +213,7 @@ class Resumed(NamedTuple):
         return max(self.counts[group])
 
 
-def _keys(path: tuple) -> tuple:
+def _keys(path: tuple[Any, ...]) -> tuple[Any, ...]:
     """The place of a parameter in a path."""
     keys = [key for key in path if not isinstance(key, jax.tree_util.GetAttrKey)]
     return tuple(getattr(key, "key", getattr(key, "idx", None)) for key in keys)
@@ -261,7 +262,7 @@ def resumed(
         cause = f"torch's optimizer has {count} parameters, and {len(names)} are named"
         raise CheckpointError(f"{cause}: {listed(names)}\ngive names=, in the order of torch's groups")
     labels = {param.place: _FROZEN for param in params.values()}
-    moments: dict[tuple, dict[str, np.ndarray]] = {param.place: {} for param in params.values()}
+    moments: dict[tuple[Any, ...], dict[str, NDArray[Any]]] = {param.place: {} for param in params.values()}
     transformations = {_FROZEN: optax.set_to_zero()}
     counts = {}
     for number, (group, kind) in enumerate(zip(groups, kinds, strict=True)):
@@ -296,7 +297,7 @@ def _steps(kept: Mapping[str, Any]) -> int:
     return int(step if isinstance(step, int | float) else to_numpy(STEP, step))
 
 
-def _moment(name: str, value: Any, param: Parameter) -> np.ndarray:
+def _moment(name: str, value: Any, param: Parameter) -> NDArray[Any]:
     array = to_numpy(name, value)
     if array.shape != param.shape:
         raise CheckpointError(f"{name} is {array.shape}, should be {param.shape}\ngive names= in torch's order")

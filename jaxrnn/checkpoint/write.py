@@ -9,6 +9,7 @@ import shutil
 import stat
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from types import ModuleType
 from typing import IO, Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from jaxrnn.checkpoint.stored import THREADS, Stored, equal
 
 Wrote = Callable[[int], None]
 # None on systems without such locks, which do not remove open files either.
-fcntl = importlib.import_module("fcntl") if importlib.util.find_spec("fcntl") else None
+fcntl: ModuleType | None = importlib.import_module("fcntl") if importlib.util.find_spec("fcntl") else None
 
 
 def save(path: Path, tensors: Mapping[str, Any], progress: Wrote | None = None) -> None:

@@ -40,7 +40,9 @@ class Pallas(Scan):
     """
 
     def __init__(self, memory: int = 56 * _MIB, platform: str | None = "tpu", interpret: Any = False) -> None:
-        self.memory, self.platform, self.interpret = memory, platform, interpret
+        self.memory: int = memory
+        self.platform: str | None = platform
+        self.interpret: Any = interpret
 
     def refuses(self, run: Run) -> str | None:
         cell, options, (time, batch, hidden) = run.settings.cell, run.settings.options, run.gates[0].shape

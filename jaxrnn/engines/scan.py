@@ -45,7 +45,7 @@ class Linear(NamedTuple):
     state: Arrays
     reset_state: Arrays | None
     weight_hr: jax.Array | None
-    others: tuple  # of the cell's own parameters, and of what its step closes over
+    others: tuple[Any, ...]  # of the cell's own parameters, and of what its step closes over
 
 
 class Scan:

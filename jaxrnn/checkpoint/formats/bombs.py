@@ -17,7 +17,7 @@ class Budget:
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self.left = largest(size)
+        self.left: int = largest(size)
 
     def spend(self, count: int) -> None:
         """Count bytes before they are made.

@@ -99,7 +99,7 @@ class Other(NamedTuple):
     """
 
     what: str
-    quantized: tuple[Any, tuple] | None = None
+    quantized: tuple[Any, tuple[Any, ...]] | None = None
 
 
 class Packed:
@@ -197,7 +197,7 @@ def unpickle(data: bytes, left_out: set[str] | None = None, packed: bool = False
         raise CheckpointError(f"truncated or damaged: its pickle cannot be read ({cause})\n{AGAIN}") from damage
 
 
-def is_object(operations: Iterable) -> bool:
+def is_object(operations: Iterable[Any]) -> bool:
     """Whether a pickle holds an object of some class, as torch.save(model, path) writes it, not a dict or a list."""
     named = ((opcode.name, argument) for opcode, argument, _ in operations if opcode.name not in ("PROTO", "FRAME"))
     try:
