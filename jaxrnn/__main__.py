@@ -171,7 +171,8 @@ def _found(path: str, tensors: Tensors) -> list[FoundRNN]:
         found = find_rnns(tensors)
     if not found:
         keys = f"its keys: {listed(tensors)}" if tensors else "it has no tensors at all"
-        raise CheckpointError(f"{path}: no recurrent weights: it has no torch.nn recurrent keys\n{keys}")
+        cause = "no recurrent weights: no key ends as torch.nn's do, such as weight_ih_l0 and weight_hh_l0"
+        raise CheckpointError(f"{path}: {cause}\n{keys}")
     return found
 
 
@@ -261,11 +262,13 @@ def _convert(arguments: argparse.Namespace) -> int:
 
 def _renamed(tensors: Tensors, rename: str) -> Tensors:
     before, equals, after = rename.partition("=")
-    if not equals or not any(key.startswith(before) for key in tensors):
+    if not equals:
+        raise CheckpointError(f"--rename {rename}: it should be A=B\ngive both, such as --rename encoder.=model.")
+    if not any(key.startswith(before) for key in tensors):
         raise CheckpointError(f"--rename {rename}: no key starts with {before!r}\nits keys: {listed(tensors)}")
     names = {key: after + key.removeprefix(before) if key.startswith(before) else key for key in tensors}
     if len(set(names.values())) < len(names):
-        raise CheckpointError(f"--rename {rename} gives two keys one name\nchoose another name")
+        raise CheckpointError(f"--rename {rename}: two keys would have the same name\nchoose another name")
     return {names[key]: value for key, value in tensors.items()}
 
 
@@ -276,7 +279,7 @@ def _cast(key: str, value: Value, dtype: str) -> Value:
     with np.errstate(over="ignore"):
         cast = array.astype(jnp.dtype(dtype))
     if np.any(np.isinf(cast) & np.isfinite(array)):
-        raise CheckpointError(f"{key} has numbers that are too large for {dtype}\nchoose another dtype")
+        raise CheckpointError(f"{key} has numbers too large for {dtype}\nchoose another --dtype, such as bfloat16")
     return cast
 
 

@@ -307,12 +307,12 @@ def _given(
     """Check the arguments, and pad a PackedSequence. The function that is returned packs the output again."""
     packed = x if isinstance(x, PackedSequence) else None
     if packed is not None and lengths is not None:
-        raise ValueError("lengths should be None for a PackedSequence, which has its own")
+        raise ValueError("lengths should be None for a PackedSequence, which has lengths of its own")
     array, form, (steps, *batch) = _input(spec, x) if packed is None else _packed_input(spec, packed)
     shapes = spec.state_shapes(*batch)
     state = _states(spec, "hx", hx, shapes)
     if reset is None and reset_state is not None:
-        raise ValueError("reset_state needs reset, which says before which steps the state is put back to it")
+        raise ValueError("reset should be given with reset_state: a boolean array, True at the steps to reset before")
     marks = _reset(spec, reset, array.shape[:-1])
     restart = _states(spec, "reset_state", reset_state, shapes)
     masks = None
@@ -335,7 +335,8 @@ def _input(spec: Spec, x: Any) -> tuple[jax.Array, _Form, tuple[int, ...]]:
     """The input array, its form, and its sizes: (time, batch), or (time,) if it is unbatched."""
     if hasattr(x, "batch_sizes"):
         raise TypeError(
-            f"x should be an array or a jaxrnn.PackedSequence, got a PackedSequence of {type(x).__module__}"
+            f"x should be an array or a jaxrnn.PackedSequence, got a PackedSequence of {type(x).__module__}: "
+            "pack the rows with jaxrnn.pack_padded_sequence"
         )
     x = _floating("x", x)
     if x.ndim not in (2, 3):
@@ -445,13 +446,13 @@ def _states(spec: Spec | CellSpec, argument: str, hx: Any, shapes: tuple[tuple[i
     several = len(names) > 1
     wanted = f"a tuple ({', '.join(names)})" if several else f"one array {names[0]}"
     if several != isinstance(hx, Sequence):
-        raise TypeError(f"{argument} should be {wanted}, got {type(hx).__name__}")
+        raise TypeError(f"{argument} should be {wanted}, got {_described(hx)}")
     values = tuple(hx) if several else (hx,)
     if any(isinstance(value, Sequence) for value in values):
         raise TypeError(
-            f"{argument} should be {wanted} of shapes {', '.join(map(str, shapes))}, got {type(hx).__name__} of "
-            f"{type(values[0]).__name__}: of a pair (h, c) for each layer and direction make "
-            f"`h, c = map(jnp.stack, zip(*pairs))`, and of Flax's pairs (c, h) likewise `c, h`"
+            f"{argument} should be {wanted} of shapes {', '.join(map(str, shapes))}, got {_described(hx)}, the first "
+            f"{_described(values[0])}. To make it from a pair (h, c) for each layer and direction: "
+            f"`h, c = map(jnp.stack, zip(*pairs))`; Flax's pairs are (c, h): `c, h = map(jnp.stack, zip(*pairs))`"
         )
     if len(values) != len(names):
         raise TypeError(f"{argument} should be {wanted}, got {len(values)} values")
@@ -462,6 +463,13 @@ def _states(spec: Spec | CellSpec, argument: str, hx: Any, shapes: tuple[tuple[i
         _for_all_rows(f"{name} of {argument}", array, shape, batched, one_step)
         for name, array, shape in zip(names, state, shapes, strict=True)
     )
+
+
+def _described(value: Any) -> str:
+    """What was given in place of a state. The class of an array is private to JAX."""
+    if isinstance(value, Sequence):
+        return f"a {type(value).__name__} of {len(value)}"
+    return f"one array of shape {jnp.shape(value)}" if hasattr(value, "shape") else f"a {type(value).__name__}"
 
 
 def _for_all_rows(name: str, array: jax.Array, shape: tuple[int, ...], batched: bool, one_step: bool) -> jax.Array:
@@ -490,7 +498,7 @@ def _lengths(lengths: Any, shape: tuple[int, ...], steps: int) -> jax.Array | No
     if not is_traced(array) and getattr(array, "is_fully_addressable", True):
         values = jax.device_get(array)
         if np.any((values < 0) | (values > steps)):
-            raise ValueError(f"lengths should be from 0 to the {steps} time steps of x, got {values.tolist()}")
+            raise ValueError(f"lengths should be from 0 to {steps}, the time steps of x, got {values.tolist()}")
     return in_jax(array)
 
 
@@ -498,7 +506,7 @@ def _reset(spec: Spec, reset: ArrayLike | None, shape: tuple[int, ...]) -> jax.A
     if reset is None:
         return None
     if spec.bidirectional:
-        raise ValueError("reset is for unidirectional networks: a backward direction would start an episode at its end")
+        raise ValueError("reset should be None for a bidirectional network, whose backward direction starts at the end")
     array = in_jax(reset, None if np.size(reset) else bool)
     if array.dtype != bool:
         raise TypeError(f"reset should be boolean, got {array.dtype}")

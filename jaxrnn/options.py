@@ -91,15 +91,19 @@ class Options:
         wanted = (axis,) if isinstance(axis, str) else axis
         if not isinstance(wanted, tuple) or not set(wanted) <= set(mesh.axis_names) or len(set(wanted)) < len(wanted):
             raise ValueError(
-                f"hidden_axis should be of the mesh in jax.set_mesh, which has {mesh.axis_names}, or be a logical name "
-                f"for one in Flax's rules, got {axis!r}"
+                f"hidden_axis should be an axis of the mesh in jax.set_mesh, which has {mesh.axis_names}, or a logical "
+                f"axis that Flax's rules map to one, got {axis!r}"
             )
         kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
         if any(kinds[name] != AxisType.Auto for name in wanted):
-            raise ValueError(f"hidden_axis should be of type jax.sharding.AxisType.Auto, got {axis!r} of {mesh}")
+            raise ValueError(
+                f"hidden_axis should be an axis of type jax.sharding.AxisType.Auto, got {axis!r} of {mesh}"
+            )
         count = math.prod(mesh.shape[name] for name in wanted)
         if hidden_size % count:
-            raise ValueError(f"hidden_size={hidden_size} cannot be sharded over {count} devices of axis {axis!r}")
+            raise ValueError(
+                f"hidden_size should be a multiple of {count}, the devices of axis {axis!r}, got {hidden_size}"
+            )
 
 
 def _is_count(value: Any) -> bool:

@@ -61,7 +61,7 @@ def test_the_key_that_is_advised_is_taken(key: Any, torch: types.ModuleType, sav
     path = saved({"models": [{"other": torch.ones(1)}, {key: _tensors(torch)}]})
     assert_close(checkpoint.load(path, key=f"models.1.{key}"), LSTM, atol=0)
     assert list(checkpoint.load_tree(path, f"models.1.{key}")) == list(LSTM)
-    with pytest.raises(CheckpointError, match="its 'models' has no '2'\nits keys: 0, 1"):
+    with pytest.raises(CheckpointError, match="its 'models' has no key '2'\nits keys: 0, 1"):
         checkpoint.load(path, key="models.2")
 
 

@@ -234,7 +234,7 @@ def test_a_whole_tree(zipped, torch, tmp_path):
     with pytest.raises(CheckpointError, match=r"its 'name' has no 'x'"):
         checkpoint.load_tree(tmp_path / "a.pt", "name.x")
     torch.save({"x": [torch.ones(1), torch.ones(1).expand(10**12)]}, tmp_path / "b.pt")
-    with pytest.raises(CheckpointError, match=r"b.pt: x\.1 of shape \(1000000000000,\) is larger than what is stored"):
+    with pytest.raises(CheckpointError, match=r"b.pt: x\.1 of shape \(1000000000000,\) was saved expanded"):
         checkpoint.load_tree(tmp_path / "b.pt")
 
 

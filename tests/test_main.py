@@ -132,7 +132,7 @@ def test_nested_and_raw_weights_when_asked(
     assert "rnn.weight_hh_l0 is missing" in _unwrapped(capsys.readouterr().err)
     assert main(["inspect", str(path), "--key", "trainer.ema", "--raw"]) == 0
     assert main(["convert", str(path), out, "--key", "trainer.ema", "--raw", "--prefix", "rnn"]) == 2
-    assert "the prefix 'rnn' ends before a dot" in _unwrapped(capsys.readouterr().err)
+    assert "the prefix 'rnn' should end in a dot" in _unwrapped(capsys.readouterr().err)
     assert main(["convert", str(path), out, "--key", "trainer.ema", "--raw", "--prefix", "rnn."]) == 0
     assert checkpoint.load(out).keys() == LSTM.shapes().keys()
 

@@ -174,7 +174,7 @@ def test_checkpoints_hold_own_parameters(tmp_path: Path) -> None:
     assert_close(
         jaxrnn.state_dict(module), {name: loaded[f"rnn3.{name}"] for name in found[3].spec.shapes()}, atol=1e-6
     )
-    with pytest.raises(ValueError, match=r"parameters of their own, by which they are known, got \['minGRU'\]"):
+    with pytest.raises(ValueError, match=r"params of their own, whose names tell them from torch's, got \['minGRU'\]"):
         checkpoint.find_rnns(loaded, cells=[jaxrnn.MIN_GRU_CELL])
     del loaded["rnn1.weight_co_l1"]
     with pytest.raises(jaxrnn.CheckpointError, match=r"rnn1.weight_co_l1 is missing"):

@@ -94,7 +94,7 @@ def test_bad_resets(arguments: dict, error: type[Exception], message: str) -> No
 
 def test_a_bidirectional_network_takes_no_reset() -> None:
     spec = jaxrnn.Spec(GRU_CELL, F, H, bidirectional=True)
-    with pytest.raises(ValueError, match="reset is for unidirectional networks"):
+    with pytest.raises(ValueError, match="reset should be None for a bidirectional network"):
         jaxrnn.apply(spec, parameters(spec), normal(T, N, F), reset=RESET)
 
 

@@ -178,7 +178,7 @@ def contents_of(module: nnx.Module) -> Contents:
     """
     owner = type(module).__name__
     if isinstance(module, linen.Module):
-        raise TypeError(f"module should be an nnx.Module, got Linen's {owner}: see jaxrnn.checkpoint.linen")
+        raise TypeError(f"module should be an nnx.Module, got Linen's {owner}: use jaxrnn.checkpoint.linen instead")
     contents = _under(module)
     contents.refuse_stacked(owner, _TAKE_ONE)
     return contents

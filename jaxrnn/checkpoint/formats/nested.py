@@ -20,7 +20,7 @@ def under_key(tree: Any, key: str) -> tuple[Any, list[str]]:
         named = {str(name): value for name, value in items}
         fits = [name for name in named if key == name or key.startswith(f"{name}.")]
         if not fits:
-            raise CheckpointError(f"{_at(path)} has no {key!r}\nits keys: {listed(named)}")
+            raise CheckpointError(f"{_at(path)} has no key {key!r}\nits keys: {listed(named)}")
         name = max(fits, key=len)  # which may have dots in it
         path.append(name)
         tree, key = named[name], key[len(name) + 1 :]
@@ -43,7 +43,7 @@ def choose(checkpoint: Any, key: str | None, is_tensor: Callable[[Any], bool]) -
     tensors = {name: value for name, value in checkpoint.items() if is_tensor(value)}
     nested = _nested(checkpoint, is_tensor)
     if "param_groups" in checkpoint and not tensors:
-        remedy = "read it by jaxrnn.checkpoint.load_tree, and give it to optimizer_from_torch"
+        remedy = "read it with jaxrnn.checkpoint.load_tree, and give it to jaxrnn.checkpoint.optimizer_from_torch"
         raise CheckpointError(f"no recurrent weights: {_at(path)} is the state of an optimizer\n{remedy}")
     if nested:
         first, value = [*path, str(nested[0])], checkpoint[nested[0]]
@@ -52,8 +52,8 @@ def choose(checkpoint: Any, key: str | None, is_tensor: Callable[[Any], bool]) -
                 break
             first.append(str(below[0]))
             value = value[below[0]]
-        remedy = f"say which: key={'.'.join(first)!r}, on the command line --key"
-        cause = f"no recurrent weights, or not alone: {_at(path)} has dicts nested under {listed(nested)}"
+        remedy = f"say which dict to read: key={'.'.join(first)!r}, on the command line --key {'.'.join(first)}"
+        cause = f"{_at(path)} has other dicts in it, under {listed(nested)}"
         raise CheckpointError(f"{cause}\n{remedy}")
     named = {name: value for name, value in tensors.items() if isinstance(name, str)}
     if len(named) < len(tensors) or (checkpoint and not tensors):
@@ -94,7 +94,7 @@ def mapped(value: Any, function: Callable[[str, Any], Any]) -> Any:
 
     def copy(value: Any, path: tuple[str, ...]) -> Any:
         if len(path) > _DEEPEST:
-            raise CheckpointError(f"more than {_DEEPEST} dicts and lists, one in the other\n{STATE_DICT}")
+            raise CheckpointError(f"its dicts and lists are nested more than {_DEEPEST} deep\n{STATE_DICT}")
         if id(value) in copies:
             return copies[id(value)]
         if type(value) is dict or isinstance(value, OrderedDict):
@@ -124,5 +124,5 @@ def _at(path: list[str]) -> str:
 
 def check_expanded(name: str, shape: tuple[int, ...], size: int, stored: int) -> None:
     if size > stored:
-        cause = f"{name} of shape {shape} is larger than what is stored of it"
-        raise CheckpointError(f"{cause}\nsave a copy that is not expanded: tensor.clone()")
+        cause = f"{name} of shape {shape} was saved expanded: the file has fewer numbers"
+        raise CheckpointError(f"{cause}\nsave a copy of it: tensor.clone()")

@@ -24,7 +24,9 @@ class Reading(NamedTuple):
     def check_no_key(self, what: str) -> None:
         """Refuse a key for a format that nests no dicts."""
         if self.key is not None:
-            raise CheckpointError(f"{what} nests no dicts under keys such as {self.key!r}\nload it without a key")
+            raise CheckpointError(
+                f"{what} has no dicts in it, and so no key {self.key!r}\nleave out key=, or --key on the command line"
+            )
 
 
 def warn(path: str | os.PathLike[str], text: str) -> None:
