@@ -77,8 +77,9 @@ def apply(
         keeps its hx. For a PackedSequence, output is one, and rows of hx and states are in their original order.
 
     Raises:
-        TypeError: x, hx, reset_state or a parameter is not floating; hx or reset_state is not one array, or for a cell
-            of several states not a tuple of as many; lengths are not integers; or reset is not boolean.
+        TypeError: spec is not a Spec; x, hx, reset_state or a parameter is not floating; hx or reset_state is not one
+            array, or for a cell of several states not a tuple of as many; lengths are not integers; or reset is not
+            boolean.
         ValueError: x is neither 2-D nor 3-D; params does not match `spec.shapes()`; a length is out of range; lengths
             are given with a PackedSequence, or reset with a bidirectional network; remat, unroll or engine has no such
             value; the engine cannot run this; or hidden_axis is not in the mesh, is not of type Auto, or does not
@@ -117,6 +118,7 @@ def call(
     **marks: Any,
 ) -> tuple[Output, State]:
     """As `apply`, with the options as one value."""
+    _check_spec(spec, Spec)
     options.check_mesh(spec.hidden_size)
     form, given, restore = _given(spec, params, x, hx, **marks)
     key = dropout_key if spec.dropout and given.masks is None else None
@@ -185,6 +187,7 @@ def trajectory(
     True
     """
     checked = Options.of("trajectory", options, Keywords)
+    _check_spec(spec, Spec)
     checked.check_mesh(spec.hidden_size)
     form, given, _ = _given(
         spec, params, x, hx, lengths=lengths, reset=reset, reset_state=reset_state, dropout_masks=dropout_masks
@@ -220,7 +223,8 @@ def apply_cell(
         The next state, one row for each row of x.
 
     Raises:
-        TypeError: x, hx or a parameter is not floating, or hx is not one array, or a tuple of as many as the states.
+        TypeError: spec is not a CellSpec; x, hx or a parameter is not floating; or hx is not one array, or a tuple of
+            as many as the states.
         ValueError: x or hx is neither 1-D nor 2-D, or params does not match `spec.shapes()`.
         RuntimeError: the size of x or hx does not fit.
 
@@ -234,6 +238,7 @@ def apply_cell(
 
 def call_cell(options: Options, spec: CellSpec, params: Mapping[str, ArrayLike], x: ArrayLike, hx: HX = None) -> State:
     """As `apply_cell`, with the options as one value."""
+    _check_spec(spec, CellSpec)
     x = _floating("x", x)
     if x.ndim not in (1, 2):
         raise ValueError(f"x should be 1-D (unbatched) or 2-D (batched), got shape {x.shape}")
@@ -415,6 +420,14 @@ def _check_features(name: str, spec: Spec | CellSpec, x: jax.Array) -> None:
         raise RuntimeError(
             f"{name} should have input_size={spec.input_size} features on its last axis, got shape {x.shape}"
         )
+
+
+def _check_spec(spec: object, kind: type) -> None:
+    if not isinstance(spec, kind):
+        remedy = f"make one of a cell: jaxrnn.{kind.__name__}(jaxrnn.LSTM_CELL, input_size, hidden_size)"
+        if isinstance(getattr(spec, "spec", None), kind):
+            remedy = "give the module's own: module.spec"
+        raise TypeError(f"spec should be a jaxrnn.{kind.__name__}, got {type(spec).__name__}: {remedy}")
 
 
 def _floating(name: str, value: Any) -> jax.Array:

@@ -16,7 +16,7 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxrnn import engines, flax_cell, flax_sharding
 from jaxrnn.calls import HX, Output, Pair, State, StateT, call, call_cell
 from jaxrnn.cells import GRU_CELL, LSTM_CELL, Cell, rnn_cell
-from jaxrnn.options import CellKeywords, Engine, Keywords, MeshAxis, Options, Remat
+from jaxrnn.options import CellKeywords, Engine, Keywords, MeshAxis, Options, Remat, floating_dtype
 from jaxrnn.packed import PackedSequence
 from jaxrnn.spec import CellSpec, Spec
 
@@ -34,6 +34,7 @@ class _Module(linen.Module):
         self.spec = self._Spec(self._cell, **settings)
         self.options = Options(**{name: getattr(self, name) for name in self._Keywords.__annotations__})
         engines.asked(self.options)
+        floating_dtype("param_dtype", self.param_dtype)
         super().__post_init__()
 
     def _initializers(self) -> dict[str, Callable[..., Any]]:
@@ -114,6 +115,8 @@ class _Layers(_Module, Generic[StateT]):
             reset_state=reset_state,
             dropout_key=rng,
         )
+
+    __call__.__qualname__ = "module"  # for Python's own messages, which would name this class
 
 
 class RNN(_Layers[jax.Array]):
@@ -252,6 +255,12 @@ class _OneStep(_Module, Generic[StateT]):
     def __call__(self, x: ArrayLike, hx: HX = None) -> StateT:
         """Make one step. Arguments, result and errors are those of `jaxrnn.apply_cell`."""
         return call_cell(self.options, self.spec, self._params(), x, hx)
+
+    __call__.__qualname__ = "cell"  # for Python's own messages, which would name this class
+
+    @property
+    def num_feature_axes(self) -> int:
+        raise TypeError(flax_cell.NOT_FLAXS)  # Linen would hide the words of an AttributeError
 
 
 class RNNCell(_OneStep[jax.Array]):

@@ -16,7 +16,7 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxrnn import _compat, engines, flax_cell, flax_sharding
 from jaxrnn.calls import HX, Output, Pair, State, StateT, call, call_cell
 from jaxrnn.cells import GRU_CELL, LSTM_CELL, RNN_RELU, Cell, rnn_cell
-from jaxrnn.options import CellKeywords, Keywords, Options, spelled_out
+from jaxrnn.options import CellKeywords, Keywords, Options, floating_dtype, spelled_out
 from jaxrnn.packed import PackedSequence
 from jaxrnn.spec import CellSpec, Spec
 
@@ -70,6 +70,7 @@ class _Module(nnx.Module):
         self.spec = spec
         self.options = Options.of(type(self).__name__, options, self._Keywords)
         engines.asked(self.options)
+        floating_dtype("param_dtype", param_dtype)
         self.param_dtype = param_dtype
         self._add_params(spec.init(rngs.params(), param_dtype))
 
@@ -207,6 +208,8 @@ class _Layers(_Module, Generic[StateT]):
             reset_state=reset_state,
             dropout_key=key,
         )
+
+    __call__.__qualname__ = "module"  # for Python's own messages, which would name this class
 
     def set_view(self, deterministic: bool | None = None) -> None:
         """`nnx.view` calls this: it sets `deterministic` unless that is None."""
@@ -460,6 +463,12 @@ class _OneStep(_Module, Generic[StateT]):
             RuntimeError: the size of x or hx does not fit.
         """
         return call_cell(self.options, self.spec, self._params(), x, hx)
+
+    __call__.__qualname__ = "cell"  # for Python's own messages, which would name this class
+
+    @property
+    def num_feature_axes(self) -> int:
+        raise AttributeError(flax_cell.NOT_FLAXS)
 
 
 class RNNCell(_OneStep[jax.Array]):

@@ -65,9 +65,8 @@ class Options:
 
     def __post_init__(self) -> None:
         if self.dtype is not None:
-            if not jnp.issubdtype(self.dtype, jnp.floating):
-                raise TypeError(f"dtype should be floating, got {jnp.dtype(self.dtype)}")
-            object.__setattr__(self, "dtype", jnp.dtype(self.dtype))  # so that "float32" and jnp.float32 compare equal
+            # so that "float32" and jnp.float32 compare equal
+            object.__setattr__(self, "dtype", floating_dtype("dtype", self.dtype))
         if self.remat not in ("none", "gates") and not _is_count(self.remat):
             raise ValueError(f"remat should be 'none', 'gates' or an integer above 0, got {self.remat!r}")
         if isinstance(self.engine, list):
@@ -80,7 +79,8 @@ class Options:
         """Make options of a caller's keywords; `known`, a TypedDict, says which there are."""
         for name in keywords:
             if name not in known.__annotations__:
-                raise TypeError(f"{caller}() got an unexpected keyword argument {name!r}")
+                hint = ": dropout is on with dropout_key=, and off without" if name in _OF_MODULES else ""
+                raise TypeError(f"{caller}() got an unexpected keyword argument {name!r}{hint}")
         return cls(**keywords)
 
     def check_mesh(self, hidden_size: int) -> None:
@@ -104,6 +104,21 @@ class Options:
             raise ValueError(
                 f"hidden_size should be a multiple of {count}, the devices of axis {axis!r}, got {hidden_size}"
             )
+
+
+# What a module's call has for dropout, and the functions have not.
+_OF_MODULES = ("deterministic", "rngs", "rng")
+
+
+def floating_dtype(name: str, dtype: DTypeLike) -> jnp.dtype:
+    """The dtype that an argument is, or TypeError."""
+    try:
+        found = jnp.dtype(dtype)
+    except TypeError as error:
+        raise TypeError(f"{name} should be a dtype of JAX or NumPy, such as jnp.float32, got {dtype!r}") from error
+    if not jnp.issubdtype(found, jnp.floating):
+        raise TypeError(f"{name} should be floating, got {found}")
+    return found
 
 
 def _is_count(value: Any) -> bool:

@@ -112,8 +112,8 @@ def test_layers_of_one_module_are_one_again(tmp_path: Path) -> None:
     [
         ("LSTM", {"clip": 3.0}, "clip=3"),
         ("LSTM", {"input_forget": 1}, "input_forget=1"),
-        ("LSTM", {"direction": "reverse"}, "direction=reverse alone"),
-        ("GRU", {"linear_before_reset": 0}, "linear_before_reset=0, another GRU"),
+        ("LSTM", {"direction": "reverse"}, "direction=reverse"),
+        ("GRU", {"linear_before_reset": 0}, "linear_before_reset=0, where torch's GRU has 1"),
         ("GRU", {"activations": ["HardSigmoid", "Tanh"]}, r"activations=\['HardSigmoid', 'Tanh'\]"),
         ("RNN", {"activations": ["Affine"]}, r"activations=\['Affine'\]"),
     ],
@@ -136,8 +136,8 @@ def test_what_no_weights_hold_is_said(tmp_path: Path) -> None:
         load(path)
     words = [str(warning.message).partition(": ")[2] for warning in caught]
     assert words == [
-        "one starts from the state first, which is not zero: give it as hx",
-        "one. has relu, which no weights hold: give nonlinearity='relu'",
+        "one starts from the state first, which is not zero: give it to each call as hx",
+        "one. has relu, which weights do not say: make the module with nonlinearity='relu'",
     ]
     weights = onnx.helper.make_node("Tanh", ["X"], ["one.W"])
     path = _saved(tmp_path, [weights, _node("RNN", "one")], {n: a for n, a in arrays.items() if n != "one.W"})

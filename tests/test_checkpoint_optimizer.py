@@ -302,9 +302,9 @@ def _undecided() -> dict[str, Any]:
         (_state() | {"state": {0: {"step": 1}, 1: {"step": 2}}}, "have made different numbers of steps, "),
         (
             {"state": {}, "param_groups": [{"lr": 0.1, "alpha": 0.9, "params": [0, 1]}]},
-            "an optimizer the optimizer is not one of SGD, Adam, AdamW, .*: its settings are lr, alpha\nstart a fresh optax",
+            "the optimizer is not one of SGD, Adam, AdamW, .*: its settings are lr, alpha\nstart a new optax",
         ),
-        (_sgd(dampening=0.5), "optax has no dampening, and torch's SGD has dampening=0.5\nto train on without it, set it to 0"),
+        (_sgd(dampening=0.5), "optax has no dampening, and torch's SGD has dampening=0.5\nto train on without it"),
         (
             _undecided(),
             "the optimizer may be Adam or AdamW, and its weight_decay=0.1 differs",

@@ -90,9 +90,9 @@ def test_what_flax_users_write(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("tensors", "cause"),
     [
-        ({}, "an orbax checkpoint cannot be empty"),
-        ({"x": np.ones((0, 2))}, "x has no numbers, which orbax cannot write"),
-        ({"\ud800": np.ones(1)}, r"\\ud800 is no Unicode text"),
+        ({}, "no tensors, and an orbax checkpoint cannot be empty"),
+        ({"x": np.ones((0, 2))}, "x has size 0, which orbax cannot write"),
+        ({"\ud800": np.ones(1)}, r"the name \\ud800 is not valid Unicode"),
     ],
 )
 def test_what_orbax_cannot_hold(tensors: dict, cause: str, tmp_path: Path) -> None:

@@ -252,13 +252,15 @@ def test_a_shared_dag_is_not_walked(tmp_path: Path) -> None:
     shared = {"a": 1}
     for _ in range(60):
         shared = {"a": shared, "b": shared}
-    assert "nested under a, b" in _refusal(_archive(pickle.dumps(shared, 2)), tmp_path)
+    assert "under a, b" in _refusal(_archive(pickle.dumps(shared, 2)), tmp_path)
     pair: tuple = ()
     for _ in range(60):
         pair = (pair, pair)
     assert "a (tuple)" in _refusal(_archive(pickle.dumps({"a": pair}, 2)), tmp_path)
     dag = pickle.dumps(pair, 2)[2:-1]
-    assert "(the name of a global)" in _refusal(_archive(b"\x80\x04" + dag + b"0" + dag + b"h\x00\x93."), tmp_path)
+    assert "(the name of a function is not text)" in _refusal(
+        _archive(b"\x80\x04" + dag + b"0" + dag + b"h\x00\x93."), tmp_path
+    )
     layout = b"\x80\x02ctorch.serialization\n_get_layout\n(" + dag + b"tR."
     assert "it is one tensor" in _refusal(_archive(layout), tmp_path)
 
@@ -306,11 +308,13 @@ def test_tensors_that_do_not_fit_what_is_stored(
 def test_entries_that_torch_save_does_not_write(tmp_path: Path) -> None:
     data = {"data/0": bytes(16)}
     for name in ("../../x", "data/../0"):
-        assert f"its entry model/{name} is none" in _refusal(_archive(_tensor(), **data, **{name: b""}), tmp_path)
+        assert f"torch.save writes no entry such as model/{name}" in _refusal(
+            _archive(_tensor(), **data, **{name: b""}), tmp_path
+        )
     file = io.BytesIO(_archive(_tensor(), **data))
     with zipfile.ZipFile(file, "a") as writer, pytest.warns(UserWarning, match="Duplicate name"):
         writer.writestr("model/data/0", bytes(16))
-    assert "its entry model/data/0 is none" in _refusal(file.getvalue(), tmp_path)
+    assert "torch.save writes no entry such as model/data/0" in _refusal(file.getvalue(), tmp_path)
     assert "its byte order is b'middle'" in _refusal(_archive(_tensor(), **data, byteorder=b"middle"), tmp_path)
 
 

@@ -96,5 +96,5 @@ def test_damage(tmp_path: Path) -> None:
     for read in (damaged.read, lambda: list(damaged.pieces()), lambda: equal(damaged, damaged)):
         with pytest.raises(UnreadableError, match=rf"^{path}: damaged: the checksum \(CRC\) of its entry 'data/0'"):
             read()
-    with pytest.raises(UnreadableError, match=f"^{path}: truncated while it was read\n"):
+    with pytest.raises(UnreadableError, match=f"^{path}: the file was truncated while it was read\n"):
         short.read()

@@ -106,7 +106,7 @@ def test_an_orbax_checkpoint_takes_anothers_place(tmp_path):
     os.rename(path, f"{path}.01234567.tmp.old")
     (tmp_path / "a.orbax.01234567.tmp.new").mkdir()
     (tmp_path / "a.orbax.01234567.tmp").write_bytes(b"")
-    with pytest.raises(CheckpointError, match="x has no numbers, which orbax cannot write"):
+    with pytest.raises(CheckpointError, match="x has size 0, which orbax cannot write"):
         checkpoint.save(path, {"x": np.ones((0, 2))})
     assert _contents(path) == before
     assert list(tmp_path.iterdir()) == [path]

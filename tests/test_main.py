@@ -127,7 +127,9 @@ def test_nested_and_raw_weights_when_asked(
     path, out = tmp_path / "model.pt", str(tmp_path / "out.safetensors")
     torch.save({"trainer": {"ema": tensors}}, path)
     assert main(["inspect", str(path)]) == 2
-    assert "say which: key='trainer.ema', on the command line --key" in _unwrapped(capsys.readouterr().err)
+    assert "say which dict to read: key='trainer.ema', on the command line --key trainer.ema" in _unwrapped(
+        capsys.readouterr().err
+    )
     assert main(["inspect", str(path), "--key", "trainer.ema"]) == 2
     assert "rnn.weight_hh_l0 is missing" in _unwrapped(capsys.readouterr().err)
     assert main(["inspect", str(path), "--key", "trainer.ema", "--raw"]) == 0
@@ -156,11 +158,11 @@ def test_convert_chooses_renames_and_casts(model: Path, tmp_path: Path, capsys: 
     np.testing.assert_array_equal(after["weight_hh_l0"], before["encoder.weight_hh_l0"].astype(np.float16))
     for wrong, message in {
         "--rename=nobody=x": "no key starts with 'nobody'",
-        "--rename=cell.weight_hh=cell.weight_ih": "gives two keys one name",
+        "--rename=cell.weight_hh=cell.weight_ih": "two keys would have the same name",
     }.items():
         assert message in _refused(["convert", str(model), str(tmp_path / "b.pt"), wrong], capsys)
     checkpoint.save(model, {"large": np.array([1e5]), "count": np.array([10**6])})
-    assert "large has numbers that are too large for float16" in _refused(
+    assert "large has numbers too large for float16" in _refused(
         ["convert", str(model), str(tmp_path / "b.pt"), "--dtype", "float16"], capsys
     )
     assert main(["convert", str(model), str(tmp_path / "b.pt"), "--dtype", "bfloat16"]) == 0

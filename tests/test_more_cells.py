@@ -187,12 +187,12 @@ def test_checkpoints_hold_own_parameters(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"params": {"weight_hh": ("hidden",)}}, "names that are new, got 'weight_hh'"),
-        ({"params": {"a.b": ("hidden",)}}, "names that are new, got 'a.b'"),
+        ({"params": {"weight_hh": ("hidden",)}}, "Python names other than .*, got 'weight_hh'"),
+        ({"params": {"a.b": ("hidden",)}}, "Python names other than .*, got 'a.b'"),
         ({"params": {"u": ("hidden", "gates")}}, r"axes of 'u' .* got \('hidden', 'gates'\)"),
         ({"params": {"u": "hidden"}}, r"axes of 'u' .* got 'hidden'"),
-        ({"recurrent": False, "apart": ("a",)}, r"apart should be \(\) and projects False"),
-        ({"recurrent": False, "projects": True}, r"apart should be \(\) and projects False"),
+        ({"recurrent": False, "apart": ("a",)}, r"should have apart=\(\) and projects=False"),
+        ({"recurrent": False, "projects": True}, r"should have apart=\(\) and projects=False"),
     ],
 )
 def test_a_cell_checks_its_parameters(fields: dict, message: str) -> None:

@@ -12,6 +12,7 @@ from flax import linen
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jaxrnn import _compat
+from jaxrnn.checkpoint.errors import CheckpointError, listed
 from jaxrnn.checkpoint.flax_layers import Entry, kind_of
 from jaxrnn.checkpoint.matching import Contents, Parameter, fit, interchangeable
 from jaxrnn.checkpoint.optimizer import order_lost, resumed, trained
@@ -223,9 +224,15 @@ def _contents(module: linen.Module, variables: Mapping[str, Any], args: tuple, k
     """Every parameter and every layer by torch name.
 
     Raises:
-        CheckpointError: the module is a stack of several, as `linen.vmap` makes.
+        CheckpointError: the module is a stack of several, as `linen.vmap` makes, or variables has no "params".
     """
     layers = _layers(module, variables, args, kwargs)
+    inside = {path[0] for path in layers if path}
+    if "params" not in variables and any(
+        name in inside or not isinstance(variables[name], Mapping) for name in variables
+    ):
+        cause = f"variables should be a dict with 'params' in it, but it has {listed(variables)}"
+        raise CheckpointError(f"{type(module).__name__}: {cause}\ngive {{'params': variables}}")
     prefixes = {path: "".join(f"{name}." for name in _renamed(path, layers)) for path in layers}
     found: dict[Path, dict[str, Parameter]] = {path: {} for path in layers}
     for place, value in _flat(variables).items():
@@ -291,7 +298,12 @@ def _layers(module: linen.Module, variables: Mapping[str, Any], args: tuple, kwa
     with linen.intercept_methods(note):
         # A module that needs another stream of random numbers gets that of params.
         arguments = {"rngs": {"params": jax.random.key(0)}, **kwargs, "mutable": True}
-        jax.eval_shape(lambda: module.apply(variables, *args, **arguments))
+        try:
+            jax.eval_shape(lambda: module.apply(variables, *args, **arguments))
+        except TypeError as error:
+            if args or kwargs:
+                raise
+            raise TypeError(f"{error}: give the arguments of the module's call, too, as to module.apply") from error
     return layers
 
 

@@ -18,6 +18,9 @@ from jaxrnn.checkpoint.names import as_named, fold, misfits, under
 # Kinds of dtype: values are cast within a kind, as in torch; an integer or complex weight is a mistake.
 _KINDS = (jnp.floating, jnp.complexfloating, jnp.integer, jnp.bool_)
 _RECURRENT = re.compile(r"weight_hh(_l0)?$")
+# Names in Flax's cells, and those that Linen gives to submodules.
+_FLAXS = re.compile(r"(.*\.)?(i[ifgornz]|if_|h[ifgornz]|dense_[ih])\.(weight|kernel|bias)")
+_AUTOMATIC = re.compile(r"(.*\.)?[A-Z]\w*_\d+\.[^.]+")
 
 
 class Parameter(NamedTuple):
@@ -177,6 +180,11 @@ def fit(owner: str, contents: Contents, tensors: Mapping[str, Any], prefix: str,
         remedy += f": {listed(map(repr, places))}" if missing and places else ""
         if missing and len(better := _prefixes_of_all(params, folded)) == 1:
             remedy = f"give prefix={better[0]!r}: all parameters are under it"
+        if missing and any(_FLAXS.fullmatch(str(name)) for name in unexpected):
+            remedy = "they are weights of Flax's own RNN: convert it with model.rnn = jaxrnn.from_flax(theirs.rnn)"
+        elif unexpected and (automatic := [name for name in missing if _AUTOMATIC.fullmatch(name)]):
+            made = automatic[0].split(".")[-2]
+            remedy = f"Linen named {made} itself: give each submodule its name in torch, such as name='lstm'"
         if missing or unexpected:
             remedy += "; strict=False allows missing and unexpected keys"
         raise CheckpointError("\n  ".join([f"{owner}: the tensors{where} do not fit:", *problems]) + f"\n{remedy}")

@@ -38,6 +38,7 @@ def save(path: Path, tensors: Mapping[str, Any], progress: Wrote | None = None) 
             the tensors' bytes.
 
     Raises:
+        TypeError: tensors is not a dict.
         CheckpointError: another suffix, a value that cannot be written, an error of the file system, or a file that
             does not read back as it was written.
 
@@ -50,6 +51,12 @@ def save(path: Path, tensors: Mapping[str, Any], progress: Wrote | None = None) 
     ...     os.listdir(folder), list(checkpoint.load(path))
     (['model.pt'], ['head.weight', 'head.bias'])
     """
+    if not isinstance(tensors, Mapping):
+        makers = "jaxrnn.state_dict(module), jaxrnn.checkpoint.linen.state_dict(module, variables, x) or, in torch,"
+        got = type(tensors).__name__
+        raise TypeError(
+            f"tensors should be a dict from name to array, got {got}\nmake it by {makers} module.state_dict()"
+        )
     with about(path, "check the folder and its space"):
         check_path(path)
         write = WRITERS.get(os.path.splitext(os.fspath(path))[1])
@@ -59,6 +66,10 @@ def save(path: Path, tensors: Mapping[str, Any], progress: Wrote | None = None) 
             raise CheckpointError(f"{cause}\nend the name in one of {', '.join(WRITERS)}")
         if others := [name for name in tensors if not isinstance(name, str)]:
             raise CheckpointError(f"names should be strings, got {listed(others)}\ngive a dict from name to array")
+        if nested := [name for name, value in tensors.items() if isinstance(value, Mapping)]:
+            each = f'{{f"{nested[0]}.{{name}}": array for name, array in tensors["{nested[0]}"].items()}}'
+            cause = f"tensors should be one flat dict of arrays, and has dicts under {listed(nested)}"
+            raise CheckpointError(f"{cause}\njoin the names with dots, and leave out what is no array: {each}")
         arrays = {name: value if _is_plain(value) else to_numpy(name, value) for name, value in tensors.items()}
         _save(os.path.realpath(path), arrays, write, progress or (lambda count: None))
 
