@@ -22,7 +22,16 @@ from .compare import Histogram, Outcome, Row, histograms, pool, products_are_flo
 from .sides import precision
 from .training import STEPS, Trained
 
-HEADINGS = ("numbers", "float64\nworst", "{dtype}\nworst", "{dtype}\nrms", "torch's\nrms", "rms\nratio")
+# Of a table of rows: by attribute, the heading and the form of a number.
+COLUMNS = {
+    "count": ("numbers", "{:,}"),
+    "float64": ("float64\nworst", "{:.1e}"),
+    "worst": ("{dtype}\nworst", "{:.1e}"),
+    "rms": ("{dtype}\nrms", "{:.1e}"),
+    "torch_worst": ("torch's\nworst", "{:.1e}"),
+    "torch_rms": ("torch's\nrms", "{:.1e}"),
+    "ratio": ("rms\nratio", "{:.2f}"),
+}
 
 
 @dataclasses.dataclass
@@ -129,6 +138,16 @@ class Report:
             words.append(f"losses at most {losses:.1e} apart, and the last weights {weights:.1e}.")
         return " ".join(words)
 
+    @staticmethod
+    def columns(overall: Row) -> list[str]:
+        """The columns of the table of a dtype that have a number in them; without the less exact dtype, the first."""
+        return [name for name in COLUMNS if name in ("count", "float64") or overall.worst is not None]
+
+    @staticmethod
+    def cell(row: Row, name: str) -> str:
+        value = getattr(row, name)
+        return "" if value is None else COLUMNS[name][1].format(value)
+
     def json(self) -> dict[str, Any]:
         """All of it, in JSON's types."""
         tables = {
@@ -140,19 +159,19 @@ class Report:
     def show(self, console: Console) -> None:
         for overall in self.overall:
             dtype = overall.dtype
-            title = f"{self.side}: errors against torch's float64, in float64 and {dtype}"
+            shown = self.columns(overall)
+            dtypes = f"float64 and {dtype}" if "worst" in shown else "float64"
+            title = f"{self.side}: errors against torch's float64, in {dtypes}"
             table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
             table.add_column("quantity", min_width=15)  # which no name of a quantity exceeds
-            for heading in HEADINGS:
-                table.add_column(heading.format(dtype=dtype), justify="right", no_wrap=True)
+            for name in shown:
+                table.add_column(COLUMNS[name][0].format(dtype=dtype), justify="right", no_wrap=True)
             rows = [row for row in (*self.rows, overall) if row.dtype == dtype]
             for kind, group in itertools.groupby(rows, lambda row: row.kind):
                 table.add_section()
                 table.add_row(escape(kind), style="bold")
                 for row in group:
-                    numbers = (row.float64, row.worst, row.rms, row.torch_rms)
-                    cells = [f"{row.count:,}", *("" if number is None else f"{number:.1e}" for number in numbers)]
-                    cells.append("" if row.ratio is None else f"{row.ratio:.2f}")
+                    cells = [self.cell(row, name) for name in shown]
                     table.add_row(f" {row.quantity}", *cells, style="red" if row.name in self.failures else "")
             print_table(table, console)
         if self.training:

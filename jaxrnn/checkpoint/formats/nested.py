@@ -6,6 +6,7 @@ from typing import Any
 
 from jaxrnn.checkpoint.errors import CheckpointError, listed
 from jaxrnn.checkpoint.formats.pickles import STATE_DICT
+from jaxrnn.checkpoint.formats.reading import Reading
 
 _DEEPEST = 100  # nested dicts and lists; a state dict has a handful
 # The usual keys of a model's state dict beside an optimizer's.
@@ -16,8 +17,7 @@ def under_key(tree: Any, key: str) -> tuple[Any, list[str]]:
     """What is under a key of nested dicts and lists, dotted if it is deeper, and the keys on the way."""
     path: list[str] = []
     while key:
-        items = enumerate(tree) if isinstance(tree, list | tuple) else tree.items() if isinstance(tree, dict) else ()
-        named = {str(name): value for name, value in items}
+        named = _named(tree)
         fits = [name for name in named if key == name or key.startswith(f"{name}.")]
         if not fits:
             raise CheckpointError(f"{_at(path)} has no key {key!r}\nits keys: {listed(named)}")
@@ -27,9 +27,28 @@ def under_key(tree: Any, key: str) -> tuple[Any, list[str]]:
     return tree, path
 
 
-def choose(checkpoint: Any, key: str | None, is_tensor: Callable[[Any], bool]) -> dict[str, Any]:
+def _named(tree: Any) -> dict[str, Any]:
+    """What a dict or a list holds, by its keys or numbers as text."""
+    items = enumerate(tree) if isinstance(tree, list | tuple) else tree.items() if isinstance(tree, dict) else ()
+    return {str(name): value for name, value in items}
+
+
+def _note(whole: Any, path: list[str], tensors: dict[str, Any], note: Callable[[str], None]) -> None:
+    """Say which dict was taken, and what is beside it and beside its tensors."""
+    left_out: list[str] = []
+    for depth, name in enumerate(path):
+        named = _named(whole)
+        left_out += [".".join([*path[:depth], other]) for other in named if other != name]
+        whole = named[name]
+    left_out += [".".join([*path, str(name)]) for name in whole if name not in tensors]
+    if path or left_out:
+        taken = f"took the tensors under {'.'.join(path)!r}" if path else "took the tensors"
+        note(f"{taken}, and left out {listed(left_out)}" if left_out else taken)
+
+
+def choose(checkpoint: Any, what: Reading, is_tensor: Callable[[Any], bool]) -> dict[str, Any]:
     """The tensors of the dict under a key; without one, of the dict under the only usual key, or at the top."""
-    path: list[str] = []
+    key, whole, path = what.key, checkpoint, list[str]()
     if key is not None:
         checkpoint, path = under_key(checkpoint, key)
     _check_dict(checkpoint, path, is_tensor)
@@ -60,6 +79,7 @@ def choose(checkpoint: Any, key: str | None, is_tensor: Callable[[Any], bool]) -
         wrong = [name for name in tensors or checkpoint if name not in named]
         others = [f"{n} ({'Tensor' if n in tensors else type(checkpoint[n]).__name__})" for n in wrong]
         raise CheckpointError(f"some entries of {_at(path)} are not named tensors: {listed(others)}\n{STATE_DICT}")
+    _note(whole, path, named, what.note)
     return named
 
 

@@ -26,7 +26,7 @@ def sniff(head: bytes) -> bool:
 
 
 def read(path: str | os.PathLike[str], what: Reading) -> dict[str, Value]:
-    tensors = choose(_load_legacy(path), what.key, is_torch_tensor)
+    tensors = choose(_load_legacy(path), what, is_torch_tensor)
     return {name: _from_torch(name, tensor) for name, tensor in tensors.items()}
 
 

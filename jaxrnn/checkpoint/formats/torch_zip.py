@@ -46,8 +46,8 @@ def read(path: str | os.PathLike[str], what: Reading) -> dict[str, Value]:
     def chosen(checkpoint: Any) -> dict[str, StoredTensor]:
         nonlocal plan
         if not what.dequantize:
-            return _checked(choose(checkpoint, what.key, _is_tensor))
-        packed = choose(checkpoint, what.key, lambda value: _is_tensor(value) or quantized.is_packed(value))
+            return _checked(choose(checkpoint, what, _is_tensor))
+        packed = choose(checkpoint, what, lambda value: _is_tensor(value) or quantized.is_packed(value))
         plan = quantized.Plan.of(packed)
         return _checked(plan.stored)
 
