@@ -89,19 +89,23 @@ def messages(path: Path, constants: Known) -> Iterator[tuple[int, str, str]]:
             yield node.lineno, "part", _words(text, names)
 
 
-def main() -> int:
-    count = 0
+def all_messages() -> Iterator[tuple[str, str, str]]:
+    """Every message of the package and of the parity suite: its place, what is raised, and the words."""
     paths = [path for folder in ("jaxrnn", "parity") for path in sorted((ROOT / folder).rglob("*.py"))]
     constants: Known = {}
     for path in paths:
         module = ast.Module([node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Assign)], [])
-        own = _assigned(module)
-        constants |= {name: values for name, values in own.items() if name.strip("_").isupper()}
+        constants |= {name: values for name, values in _assigned(module).items() if name.strip("_").isupper()}
     for path in paths:
         for line, kind, words in sorted(messages(path, constants)):
-            print(f"{path.relative_to(ROOT)}:{line} {kind}: {words}")
-            count += 1
-    print(f"{count} messages")
+            yield f"{path.relative_to(ROOT)}:{line}", kind, words
+
+
+def main() -> int:
+    found = list(all_messages())
+    for place, kind, words in found:
+        print(f"{place} {kind}: {words}")
+    print(f"{len(found)} messages")
     return 0
 
 

@@ -130,7 +130,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = f"python -m {__pack
     # What trains is jaxrnn.apply, which both sides call.
     runs = [run for run in training.RUNS.values() if text in run.name.lower() and "float64" in dtypes]
     if not cases and not runs and not options.model:
-        wanted = f"no case in {' or '.join(dtypes)} has {options.filter!r} in its name"
+        wanted = f"no case {f'in {options.dtype} ' * bool(options.dtype)}has {options.filter!r} in its name"
         parser.error(f"{wanted}: names are like {next(iter(CASES))}, and begin with {', '.join(KINDS)}")
 
     jax.config.update("jax_enable_x64", True)
@@ -141,8 +141,8 @@ def main(arguments: Sequence[str] | None = None, prog: str = f"python -m {__pack
         jax.config.update("jax_platforms", "cpu" if options.compile_only else PLATFORMS[options.platform])
         try:
             jax.devices()
-        except RuntimeError as error:  # JAX has no other for a platform that is not there
-            parser.error(f"--platform {options.platform}: JAX finds none here ({str(error).splitlines()[0]})")
+        except RuntimeError:  # JAX has no other for a platform that is not there
+            parser.error(f"--platform {options.platform}: JAX finds none here; jax.devices() lists what it finds")
     console = Console()
     if options.model:
         return _model(options)
@@ -168,7 +168,8 @@ def _refuse_unused(parser: argparse.ArgumentParser, options: argparse.Namespace)
     given = {name for name, value in vars(options).items() if value != parser.get_default(name)}
     for name in sorted(given & set.union(*TASKS.values()) - TASKS[tasks[0]]):
         users = [task for task, names in TASKS.items() if name in names]
-        parser.error(f"--{name} is for {' and '.join(users)}, and not for {tasks[0]}")
+        task = "compare, the default" if tasks[0] == "compare" else tasks[0]
+        parser.error(f"--{name} goes with {' or '.join(users)}, not with {task}")
 
 
 def _model(options: argparse.Namespace) -> int:

@@ -49,7 +49,7 @@ def cases(path: str, key: str | None, inputs: str | None) -> list[Module]:
     tensors = load(path, key)
     found = [rnn for rnn in find_rnns(tensors) if rnn.in_torch]
     if not found:
-        raise ValueError(f"{path}: no recurrent modules that torch has\n`jaxrnn inspect` lists what there is")
+        raise ValueError(f"{path}: no recurrent weights that torch has\n`jaxrnn inspect` lists what there is")
     given = None if inputs is None else _inputs(inputs)
     made = [case for rnn in found for case in _of(rnn, tensors, given)]
     if given is not None and len(made) == len(found):

@@ -103,7 +103,8 @@ class Report:
             return f"{self.side} does not give what {torch} gives: {len(self.failures)} failures in {cases} cases."
         count = sum(row.count for row in self.overall)
         words = [
-            f"{self.side} gives what {torch} gives" + (f": {self.cases} cases, {count:,} numbers." if count else ".")
+            f"{self.side} gives what {torch} gives"
+            + (f": {self.cases} case{'s' * (self.cases > 1)}, {count:,} numbers." if count else ".")
         ]
         exact = [row.float64 for row in self.overall if row.float64 is not None]
         if exact:
@@ -111,8 +112,8 @@ class Report:
         if self.limits:
             name = max(self.limits, key=lambda name: self.limits[name])
             words.append(
-                f"Up to {self.limits[name]:.0e} counts as right for {name}: so much may change in torch's own results "
-                "when hidden units are renumbered."
+                f"Up to {self.limits[name]:.0e} counts as right for {name}, because torch's own results change "
+                "about as much when hidden units are renumbered."
             )
         for overall in self.overall:
             if overall.worst is None:
@@ -120,7 +121,7 @@ class Report:
             words.append(f"In {overall.dtype} they are at most {overall.worst:.1e} from the truth.")
             if overall.dtype == "float32" and not products_are_float32():
                 words.append(
-                    "Its products are not float32's, as JAX has them here by default: torch's error is no measure."
+                    "Products are less exact than float32 here, JAX's default, so torch's error is no measure."
                 )
                 continue
             judged = [row for row in self.rows if row.dtype == overall.dtype and row.ratio is not None]
@@ -129,9 +130,7 @@ class Report:
                 words.append(f"The rms {overall.dtype} error is {overall.ratio:.2f} of torch's own,")
                 words.append(f"at worst {top.ratio:.2f} for one kind and quantity, {top.name}.")
             else:
-                words.append(
-                    f"{ENOUGH:,} numbers of one quantity, enough to compare {overall.dtype} errors, are not here."
-                )
+                words.append(f"Comparing {overall.dtype} errors with torch's takes {ENOUGH:,} numbers of one quantity.")
         if self.training:
             losses, weights = (max(getattr(run, what) for run in self.training) for what in ("losses", "weights"))
             words.append(f"{len(self.training)} trainings of {STEPS} steps stay together:")
@@ -159,7 +158,7 @@ class Report:
     def show(self, console: Console) -> None:
         for overall in self.overall:
             dtype = overall.dtype
-            shown = self.columns(overall)
+            shown = [name for name in self.columns(overall) if name != "torch_worst"]  # which fit into 80 columns
             dtypes = f"float64 and {dtype}" if "worst" in shown else "float64"
             title = f"{self.side}: errors against torch's float64, in {dtypes}"
             table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)

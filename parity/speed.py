@@ -377,7 +377,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = f"python -m {__pack
     if (options.platform or options.bundles) and not options.compile_only:
         parser.error("--platform and --bundles are for --compile-only: add it")
     if not chosen:
-        names = ", ".join(workload.name for workload in WORKLOADS)
+        names = "; ".join(workload.name for workload in WORKLOADS)
         parser.error(f"no workload has {options.filter!r} in its name: there are {names}")
     if options.device_report:
         return device.write(options.device_report, options.seconds or device.SECONDS)

@@ -179,7 +179,7 @@ FILES: dict[str, tuple[bytes, str]] = {
     "path in a zip": (_zip(data_pkl=_tensor(), data__0=NUMBERS, **{"__..__x": b""}), "torch.save writes no entry"),
     "flipped bit": (_flipped(), "the checksum (CRC) of its entry 'model/data/0' does not match"),
     "nested lists": (_zip(data_pkl=_nested(50_000)), "a (list)"),
-    "shared dicts": (_pickled(_shared(60)), "other dicts in it, under a, b"),
+    "shared dicts": (_pickled(_shared(60)), "dicts under a, b"),
     # nothing of ours in it
     "a list": (_pickled([1]), "no recurrent weights: it is of type list, not a dict"),
     "a tensor": (_stored(b"\x80\x02" + _tensor()[_tensor().index(b"ctorch.") : -2] + b"."), "it is one tensor, not"),

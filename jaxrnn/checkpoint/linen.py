@@ -2,7 +2,7 @@
 
 import itertools
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import Any, NamedTuple
 
 import jax
@@ -226,13 +226,10 @@ def _contents(module: linen.Module, variables: Mapping[str, Any], args: tuple, k
     Raises:
         CheckpointError: the module is a stack of several, as `linen.vmap` makes, or variables has no "params".
     """
+    _check_collections(module, variables, {name for name in variables if not isinstance(variables[name], Mapping)})
     layers = _layers(module, variables, args, kwargs)
-    inside = {path[0] for path in layers if path}
-    if "params" not in variables and any(
-        name in inside or not isinstance(variables[name], Mapping) for name in variables
-    ):
-        cause = f"variables should be a dict with 'params' in it, but it has {listed(variables)}"
-        raise CheckpointError(f"{type(module).__name__}: {cause}\ngive {{'params': variables}}")
+    if "params" not in variables:
+        _check_collections(module, variables, {path[0] for path in layers if path} & variables.keys())
     prefixes = {path: "".join(f"{name}." for name in _renamed(path, layers)) for path in layers}
     found: dict[Path, dict[str, Parameter]] = {path: {} for path in layers}
     for place, value in _flat(variables).items():
@@ -252,6 +249,13 @@ def _contents(module: linen.Module, variables: Mapping[str, Any], args: tuple, k
     contents = Contents(params, {prefixes[path]: layer.module for path, layer in layers.items()})
     contents.refuse_stacked(type(module).__name__, _TAKE_ONE)
     return contents
+
+
+def _check_collections(module: linen.Module, variables: Mapping[str, Any], parameters: Set[str]) -> None:
+    """Refuse variables with parameters, or submodules with parameters, where the collections should be."""
+    if parameters:
+        cause = f"variables should be a dict with 'params' in it, but it has {listed(variables)}"
+        raise CheckpointError(f"{type(module).__name__}: {cause}\ngive {{'params': variables}}")
 
 
 def _order(layer: linen.Module) -> list[str]:

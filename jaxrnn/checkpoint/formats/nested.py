@@ -72,7 +72,7 @@ def choose(checkpoint: Any, what: Reading, is_tensor: Callable[[Any], bool]) -> 
             first.append(str(below[0]))
             value = value[below[0]]
         remedy = f"say which dict to read: key={'.'.join(first)!r}, on the command line --key {'.'.join(first)}"
-        cause = f"{_at(path)} has other dicts in it, under {listed(nested)}"
+        cause = f"{_at(path)} has {'tensors, and' if tensors else 'no tensors, but'} dicts under {listed(nested)}"
         raise CheckpointError(f"{cause}\n{remedy}")
     named = {name: value for name, value in tensors.items() if isinstance(name, str)}
     if len(named) < len(tensors) or (checkpoint and not tensors):
