@@ -413,7 +413,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = f"python -m {__pack
     results.show(Console(), rates)
     print(", ".join(f"{name} {value}" for name, value in _environment().items()))
     if left_out:
-        print(f"Not to be had here: {', '.join(EXTRAS.get(side, side) for side in left_out)}.")
+        print(f"Not available here: {', '.join(EXTRAS.get(side, side) for side in left_out)}.")
     if options.plot:
         plot(results, options.plot)
     return 0

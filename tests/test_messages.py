@@ -104,7 +104,7 @@ def test_a_nested_dict_to_save_is_flattened_as_the_message_says(tmp_path: Path) 
     tensors = {"model": {"weight": np.ones(2)}, "epoch": 3}
     with pytest.raises(jaxrnn.CheckpointError, match="dicts under model\n") as caught:
         checkpoint.save(tmp_path / "x.pt", tensors)
-    advice = str(caught.value).partition("no array: ")[2]
+    advice = str(caught.value).partition("not an array: ")[2]
     checkpoint.save(tmp_path / "x.pt", eval(advice, {"tensors": tensors}))
     assert list(checkpoint.load(tmp_path / "x.pt")) == ["model.weight"]
 

@@ -238,7 +238,7 @@ raise SystemExit(speed.main(options))
     assert run.returncode == 0, run.stderr
     assert run.stdout.count("tiny RNN") >= 2  # inference and training
     assert "training: flax.nnx takes" in run.stdout
-    assert "Not to be had here: cudnn." in run.stdout
+    assert "Not available here: cudnn." in run.stdout
     found = json.loads((tmp_path / "out.json").read_text())
     assert [workload["name"] for workload in found["workloads"]] == ["tiny RNN", "of three rows"]
     entries = {(entry["workload"], entry["program"], entry["side"]): entry for entry in found["results"]}

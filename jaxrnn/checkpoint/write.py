@@ -69,7 +69,7 @@ def save(path: Path, tensors: Mapping[str, Any], progress: Wrote | None = None) 
         if nested := [name for name, value in tensors.items() if isinstance(value, Mapping)]:
             each = f'{{f"{nested[0]}.{{name}}": array for name, array in tensors["{nested[0]}"].items()}}'
             cause = f"tensors should be one flat dict of arrays, and has dicts under {listed(nested)}"
-            raise CheckpointError(f"{cause}\njoin the names with dots, and leave out what is no array: {each}")
+            raise CheckpointError(f"{cause}\njoin the names with dots, and leave out what is not an array: {each}")
         arrays = {name: value if _is_plain(value) else to_numpy(name, value) for name, value in tensors.items()}
         _save(os.path.realpath(path), arrays, write, progress or (lambda count: None))
 
