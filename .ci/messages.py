@@ -75,7 +75,10 @@ def messages(path: Path, constants: Known) -> Iterator[tuple[int, str, str]]:
     """Each `raise`, `warnings.warn` and `parser.error` of a file: its line, what is raised, and the words."""
     tree = ast.parse(path.read_text())
     functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
-    known = {id(node): constants | _assigned(function) for function in functions for node in ast.walk(function)}
+    known: dict[int, Known] = {}
+    for function in functions:
+        names = constants | _assigned(function)
+        known |= {id(node): names for node in ast.walk(function)}
     for node in ast.walk(tree):
         names = known.get(id(node), constants)
         if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and node.exc.args:

@@ -315,7 +315,9 @@ def test_entries_that_torch_save_does_not_write(tmp_path: Path) -> None:
     with zipfile.ZipFile(file, "a") as writer, pytest.warns(UserWarning, match="Duplicate name"):
         writer.writestr("model/data/0", bytes(16))
     assert "torch.save writes no entry such as model/data/0" in _refusal(file.getvalue(), tmp_path)
-    assert "should be little or big, and is b'middle'" in _refusal(_archive(_tensor(), **data, byteorder=b"middle"), tmp_path)
+    assert "should be little or big, and is b'middle'" in _refusal(
+        _archive(_tensor(), **data, byteorder=b"middle"), tmp_path
+    )
 
 
 def test_many_views_of_one_storage_are_a_bomb(tmp_path: Path) -> None:
