@@ -259,7 +259,7 @@ raise SystemExit(speed.main(options))
     assert {"tiny RNN", "of three rows", "flax.nnx"} <= texts
 
 
-@pytest.mark.parametrize(("option", "message"), [("--sides=haiku", "no side haiku"), ("--filter=CNN", "no workload")])
+@pytest.mark.parametrize(("option", "message"), [("--sides=haiku", "--sides has haiku"), ("--filter=CNN", "no workload")])
 def test_what_is_not_there_is_told(option: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         speed.main([option])
