@@ -35,8 +35,8 @@ DTYPES = ("float64", "float32", "bfloat16", "float16")
 LARGE = 256 << 20
 # Commands that are modules of the parity suite, and parse their own arguments.
 SUITE = {
-    "parity": ("jaxrnn.parity.__main__", "compare every kind of module with PyTorch's recorded results, or live"),
-    "speed": ("jaxrnn.parity.speed", "time jaxrnn beside Flax, Keras and PyTorch"),
+    "parity": ("jaxrnn.parity.__main__", "compare every kind of module with PyTorch: recorded results, or run here"),
+    "speed": ("jaxrnn.parity.speed", "time jaxrnn, Flax, Keras and PyTorch"),
 }
 
 
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "jaxrnn") -> int:
 
     Returns:
         The exit code: 0; 1 if diff, check or parity found a difference, or the output is no longer read; 2 for a file
-        that cannot be used, with a message on stderr.
+        that cannot be used, with a message on stderr; 130 if Ctrl-C ends it.
 
     Raises:
         SystemExit: for arguments that argparse refuses, for --help and for --version.
@@ -66,12 +66,15 @@ def main(argv: Sequence[str] | None = None, prog: str = "jaxrnn") -> int:
 
 
 def quietly(command: Callable[[], int]) -> int:
-    """Run a command. If its output is no longer read, as by `head`, return 1 without a traceback."""
+    """Run a command. If its output is no longer read, as by `head`, or Ctrl-C ends it, there is no traceback."""
     try:
         try:
             return command()
         finally:
             sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("Stopped.", file=sys.stderr)
+        return 130
     except BrokenPipeError:
         # Python flushes stdout when it exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -79,42 +82,72 @@ def quietly(command: Callable[[], int]) -> int:
 
 
 def _main(argv: Sequence[str], prog: str) -> int:
-    parser = argparse.ArgumentParser(prog=prog, description="PyTorch's recurrent weights: in checkpoint files, in JAX.")
+    def add(name: str, words: str, *lines: str) -> argparse.ArgumentParser:
+        described = with_examples(f"{words[0].upper()}{words[1:]}.", *(f"{prog} {line}" for line in lines))
+        return commands.add_parser(name, help=words, **described)
+
+    denoiser = "examples/denoiser.safetensors"  # in the repository, where every example runs
+    inspecting, converting = f"inspect {denoiser}", f"convert {denoiser} encoder.pt --prefix encoder."
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        **with_examples(
+            "Read, convert and compare checkpoints with PyTorch's recurrent weights, and test jaxrnn.",
+            f"{prog} {inspecting}",
+            f"{prog} {converting}",
+        ),
+    )
     parser.add_argument("--version", action="version", version=f"jaxrnn {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    file = "a safetensors file, a torch.save file of a state dict, an orbax checkpoint, or a file of ONNX or Keras"
-    command = commands.add_parser("inspect", help="list the recurrent modules in a checkpoint")
+    file = "a checkpoint: safetensors, torch.save, orbax, ONNX or Keras"
+    command = add("inspect", "list the recurrent modules in a checkpoint", inspecting, f"{inspecting} --json")
     command.set_defaults(run=_inspect)
     command.add_argument("file", metavar="FILE", help=file)
-    command = commands.add_parser("convert", help="write a checkpoint's tensors to another file")
+    half = f"convert {denoiser} half.safetensors --only-rnn --dtype bfloat16"
+    command = add("convert", "write a checkpoint's tensors to another file", converting, half)
     command.set_defaults(run=_convert)
     command.add_argument("file", metavar="IN", help=file)
-    command.add_argument("out", metavar="OUT", help="what to write: .safetensors, .pt or .orbax by its name")
-    command.add_argument("--prefix", default="", help="write only keys that start with this, without it: encoder.lstm.")
+    command.add_argument("out", metavar="OUT", help="the file to write; its name ends in .safetensors, .pt or .orbax")
+    command.add_argument(
+        "--prefix", default="", help="write only the keys that start with this, for example encoder., and remove it"
+    )
     command.add_argument("--only-rnn", action="store_true", help="write only the weights of recurrent modules")
     command.add_argument(
-        "--rename", metavar="A=B", action="append", default=[], help="keys that start with A start with B; repeatable"
+        "--rename",
+        metavar="A=B",
+        action="append",
+        default=[],
+        help="in keys that start with A, replace A by B; can be given several times",
     )
-    command.add_argument("--dtype", choices=DTYPES, help="convert floating tensors to this")
-    command.add_argument("--force", action="store_true", help="replace OUT where it exists")
-    command = commands.add_parser("diff", help="compare two checkpoints: keys, shapes, dtypes and numbers")
+    command.add_argument("--dtype", choices=DTYPES, help="convert floating tensors to this dtype")
+    command.add_argument("--force", action="store_true", help="replace OUT if it exists")
+    command = add(
+        "diff",
+        "compare two checkpoints: keys, shapes, dtypes and numbers",
+        f"diff {denoiser} examples/highlighter.safetensors",
+        f"diff {denoiser} encoder.pt --prefix encoder.",
+    )
     command.set_defaults(run=_diff)
     command.add_argument("file", metavar="A", help=file)
-    command.add_argument("other", metavar="B", help="another")
-    command.add_argument("--other-key", help="as --key, for B")
-    command = commands.add_parser("check", help="run the recurrent modules in a checkpoint, and compare with PyTorch")
+    command.add_argument("other", metavar="B", help="the checkpoint to compare it with")
+    command.add_argument(
+        "--prefix", default="", help="compare only the keys of A that start with this, and remove it from them"
+    )
+    command.add_argument("--other-prefix", default="", help="the same for B")
+    command.add_argument("--other-key", metavar="KEY", help="the same as --key, for B")
+    words = "run the recurrent modules in a checkpoint, and compare with PyTorch if it is installed"
+    command = add("check", words, f"check {denoiser}", f"check {denoiser} --json")
     command.set_defaults(run=_check)
     command.add_argument("file", metavar="FILE", help=file)
     for command in commands.choices.values():
-        command.add_argument("--key", help="under what key of the (first) file the state dict is: trainer.model")
+        command.add_argument("--key", help="the key that holds the state dict, for example trainer.model")
         command.add_argument(
-            "--raw", action="store_true", help="take weight_hh_l0_raw, of weight drop, for weight_hh_l0"
+            "--raw", action="store_true", help="for weight-dropped LSTMs: read weight_hh_l0_raw as weight_hh_l0"
         )
         command.add_argument(
-            "--only-tensors", action="store_true", help="leave out objects beside the tensors, whose code is not run"
+            "--only-tensors", action="store_true", help="skip objects that are not tensors; their code never runs"
         )
-        command.add_argument("--dequantize", action="store_true", help="compute the weights of quantized modules")
-        command.add_argument("--json", action="store_true", help="print it as JSON")
+        command.add_argument("--dequantize", action="store_true", help="read quantized modules, as rounded numbers")
+        command.add_argument("--json", action="store_true", help="print the result as JSON")
     for name, (_, words) in SUITE.items():
         commands.add_parser(name, help=words, add_help=False)
     if argv and argv[0] in SUITE:
@@ -130,11 +163,18 @@ def _main(argv: Sequence[str], prog: str) -> int:
         return 2
 
 
+def with_examples(description: str, *lines: str) -> dict[str, Any]:
+    """For an ArgumentParser: a description, and examples at the end of its help."""
+    epilog = "examples:\n" + "\n".join(f"  {line}" for line in lines)
+    form = argparse.RawDescriptionHelpFormatter
+    return {"description": textwrap.fill(description, 79), "epilog": epilog, "formatter_class": form}
+
+
 def _suite(name: str) -> Callable[[Sequence[str], str], int]:
     """The main function of a module of the parity suite."""
     if importlib.util.find_spec("jaxrnn.parity") is None:
         # In a clone that is not installed, the suite is a folder of its own.
-        raise SystemExit("jaxrnn.parity is not installed: pip install -e . in the clone, or python -m parity there")
+        raise SystemExit("jaxrnn.parity is not installed: run pip install -e . in the clone, or python -m parity there")
     return importlib.import_module(SUITE[name][0]).main
 
 
@@ -142,7 +182,8 @@ def _load(path: str, key: str | None, arguments: argparse.Namespace) -> Tensors:
     """Read all tensors of a file, and fold weights that are in parts."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        tensors = opened(path, Reading(key, arguments.only_tensors, arguments.dequantize))
+        note = functools.partial(_note, path)
+        tensors = opened(path, Reading(key, arguments.only_tensors, arguments.dequantize, note))
     for warning in caught:
         _print(f"warning: {warning.message}", sys.stderr)
     with about(path):
@@ -152,6 +193,10 @@ def _load(path: str, key: str | None, arguments: argparse.Namespace) -> Tensors:
     if odd:
         _print(f"warning: {path}: NaN or infinite numbers in {listed(odd)}", sys.stderr)
     return tensors
+
+
+def _note(path: str, text: str) -> None:
+    _print(f"note: {path}: {text}", sys.stderr)
 
 
 @contextlib.contextmanager
@@ -171,7 +216,8 @@ def _found(path: str, tensors: Tensors) -> list[FoundRNN]:
         found = find_rnns(tensors)
     if not found:
         keys = f"its keys: {listed(tensors)}" if tensors else "it has no tensors at all"
-        raise CheckpointError(f"{path}: no recurrent weights: it has no torch.nn recurrent keys\n{keys}")
+        cause = "no recurrent weights: no key ends as torch.nn's do, such as weight_ih_l0 and weight_hh_l0"
+        raise CheckpointError(f"{path}: {cause}\n{keys}")
     return found
 
 
@@ -238,12 +284,9 @@ def _convert(arguments: argparse.Namespace) -> int:
         tensors = with_torchs_names(tensors)
         found = _found(arguments.file, tensors)
         tensors = {key: tensors[key] for key in (rnn.prefix + name for rnn in found for name in rnn.spec.shapes())}
-    prefix = arguments.prefix
-    with about(arguments.file):
-        chosen = under(tensors, prefix)
+    chosen = _chosen(arguments.file, tensors, arguments.prefix)
     if not chosen:
-        cause = f"no key starts with {prefix!r}\nits keys: {listed(tensors)}" if tensors else "it has no tensors"
-        raise CheckpointError(f"{arguments.file}: {cause}")
+        raise CheckpointError(f"{arguments.file}: it has no tensors\ngive another file, or --key")
     with about(arguments.file):
         for rename in arguments.rename:
             chosen = _renamed(chosen, rename)
@@ -259,13 +302,24 @@ def _convert(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _chosen(path: str, tensors: Tensors, prefix: str) -> Tensors:
+    """The tensors under a prefix, without it."""
+    with about(path):
+        chosen = under(tensors, prefix) if prefix else tensors
+        if prefix and not chosen:
+            raise CheckpointError(f"no key starts with {prefix!r}\nits keys: {listed(tensors)}")
+    return chosen
+
+
 def _renamed(tensors: Tensors, rename: str) -> Tensors:
     before, equals, after = rename.partition("=")
-    if not equals or not any(key.startswith(before) for key in tensors):
+    if not equals:
+        raise CheckpointError(f"--rename {rename}: it should be A=B\ngive both, such as --rename encoder.=model.")
+    if not any(key.startswith(before) for key in tensors):
         raise CheckpointError(f"--rename {rename}: no key starts with {before!r}\nits keys: {listed(tensors)}")
     names = {key: after + key.removeprefix(before) if key.startswith(before) else key for key in tensors}
     if len(set(names.values())) < len(names):
-        raise CheckpointError(f"--rename {rename} gives two keys one name\nchoose another name")
+        raise CheckpointError(f"--rename {rename}: two keys would have the same name\nchoose another name")
     return {names[key]: value for key, value in tensors.items()}
 
 
@@ -276,13 +330,13 @@ def _cast(key: str, value: Value, dtype: str) -> Value:
     with np.errstate(over="ignore"):
         cast = array.astype(jnp.dtype(dtype))
     if np.any(np.isinf(cast) & np.isfinite(array)):
-        raise CheckpointError(f"{key} has numbers that are too large for {dtype}\nchoose another dtype")
+        raise CheckpointError(f"{key} has numbers too large for {dtype}\nchoose another --dtype, such as bfloat16")
     return cast
 
 
 def _diff(arguments: argparse.Namespace) -> int:
-    one = _load(arguments.file, arguments.key, arguments)
-    other = _load(arguments.other, arguments.other_key, arguments)
+    one = _chosen(arguments.file, _load(arguments.file, arguments.key, arguments), arguments.prefix)
+    other = _chosen(arguments.other, _load(arguments.other, arguments.other_key, arguments), arguments.other_prefix)
     differences = {key: _difference(one.get(key), other.get(key)) for key in {**one, **other}}
     differences = {key: difference for key, difference in differences.items() if difference}
     if arguments.json:

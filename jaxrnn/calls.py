@@ -83,8 +83,9 @@ def apply(
         keeps its hx. For a PackedSequence, output is one, and rows of hx and states are in their original order.
 
     Raises:
-        TypeError: x, hx, reset_state or a parameter is not floating; hx or reset_state is not one array, or for a cell
-            of several states not a tuple of as many; lengths are not integers; or reset is not boolean.
+        TypeError: spec is not a Spec; x, hx, reset_state or a parameter is not floating; hx or reset_state is not one
+            array, or for a cell of several states not a tuple of as many; lengths are not integers; or reset is not
+            boolean.
         ValueError: x is neither 2-D nor 3-D; params does not match `spec.shapes()`; a length is out of range; lengths
             are given with a PackedSequence, or reset with a bidirectional network; remat, unroll or engine has no such
             value; the engine cannot run this; or hidden_axis is not in the mesh, is not of type Auto, or does not
@@ -123,6 +124,7 @@ def call(
     **marks: Any,
 ) -> tuple[Output, State]:
     """As `apply`, with the options as one value."""
+    _check_spec(spec, Spec)
     options.check_mesh(spec.hidden_size)
     form, given, restore = _given(spec, params, x, hx, **marks)
     key = dropout_key if spec.dropout and given.masks is None else None
@@ -193,6 +195,7 @@ def trajectory(
     True
     """
     checked = Options.of("trajectory", options, Keywords)
+    _check_spec(spec, Spec)
     checked.check_mesh(spec.hidden_size)
     form, given, _ = _given(
         spec, params, x, hx, lengths=lengths, reset=reset, reset_state=reset_state, dropout_masks=dropout_masks
@@ -228,7 +231,8 @@ def apply_cell(
         The next state, one row for each row of x.
 
     Raises:
-        TypeError: x, hx or a parameter is not floating, or hx is not one array, or a tuple of as many as the states.
+        TypeError: spec is not a CellSpec; x, hx or a parameter is not floating; or hx is not one array, or a tuple of
+            as many as the states.
         ValueError: x or hx is neither 1-D nor 2-D, or params does not match `spec.shapes()`.
         RuntimeError: the size of x or hx does not fit.
 
@@ -242,6 +246,7 @@ def apply_cell(
 
 def call_cell(options: Options, spec: CellSpec, params: Mapping[str, ArrayLike], x: ArrayLike, hx: HX = None) -> State:
     """As `apply_cell`, with the options as one value."""
+    _check_spec(spec, CellSpec)
     x = _floating("x", x)
     if x.ndim not in (1, 2):
         raise ValueError(f"x should be 1-D (unbatched) or 2-D (batched), got shape {x.shape}")
@@ -315,12 +320,12 @@ def _given(
     """Check the arguments, and pad a PackedSequence. The function that is returned packs the output again."""
     packed = x if isinstance(x, PackedSequence) else None
     if packed is not None and lengths is not None:
-        raise ValueError("lengths should be None for a PackedSequence, which has its own")
+        raise ValueError("lengths should be None for a PackedSequence, which has lengths of its own")
     array, form, (steps, *batch) = _input(spec, x) if packed is None else _packed_input(spec, packed)
     shapes = spec.state_shapes(*batch)
     state = _states(spec, "hx", hx, shapes)
     if reset is None and reset_state is not None:
-        raise ValueError("reset_state needs reset, which says before which steps the state is put back to it")
+        raise ValueError("reset should be given with reset_state: a boolean array, True at the steps to reset before")
     marks = _reset(spec, reset, array.shape[:-1])
     restart = _states(spec, "reset_state", reset_state, shapes)
     masks = None
@@ -343,7 +348,8 @@ def _input(spec: Spec, x: Any) -> tuple[jax.Array, _Form, tuple[int, ...]]:
     """The input array, its form, and its sizes: (time, batch), or (time,) if it is unbatched."""
     if hasattr(x, "batch_sizes"):
         raise TypeError(
-            f"x should be an array or a jaxrnn.PackedSequence, got a PackedSequence of {type(x).__module__}"
+            f"x should be an array or a jaxrnn.PackedSequence, got a PackedSequence of {type(x).__module__}: "
+            "pack the rows with jaxrnn.pack_padded_sequence"
         )
     x = _floating("x", x)
     if x.ndim not in (2, 3):
@@ -424,6 +430,14 @@ def _check_features(name: str, spec: Spec | CellSpec, x: jax.Array) -> None:
         )
 
 
+def _check_spec(spec: object, kind: type) -> None:
+    if not isinstance(spec, kind):
+        remedy = f"make one of a cell: jaxrnn.{kind.__name__}(jaxrnn.LSTM_CELL, input_size, hidden_size)"
+        if isinstance(getattr(spec, "spec", None), kind):
+            remedy = "give the module's own: module.spec"
+        raise TypeError(f"spec should be a jaxrnn.{kind.__name__}, got {type(spec).__name__}: {remedy}")
+
+
 def _floating(name: str, value: Any) -> jax.Array:
     if isinstance(value, Sequence):  # jnp.asarray would stack it, maybe along the wrong axis
         raise TypeError(f"{name} should be one array, got {type(value).__name__} of length {len(value)}")
@@ -453,13 +467,13 @@ def _states(spec: Spec | CellSpec, argument: str, hx: Any, shapes: tuple[tuple[i
     several = len(names) > 1
     wanted = f"a tuple ({', '.join(names)})" if several else f"one array {names[0]}"
     if several != isinstance(hx, Sequence):
-        raise TypeError(f"{argument} should be {wanted}, got {type(hx).__name__}")
+        raise TypeError(f"{argument} should be {wanted}, got {_described(hx)}")
     values = tuple(hx) if several else (hx,)
     if any(isinstance(value, Sequence) for value in values):
         raise TypeError(
-            f"{argument} should be {wanted} of shapes {', '.join(map(str, shapes))}, got {type(hx).__name__} of "
-            f"{type(values[0]).__name__}: of a pair (h, c) for each layer and direction make "
-            f"`h, c = map(jnp.stack, zip(*pairs))`, and of Flax's pairs (c, h) likewise `c, h`"
+            f"{argument} should be {wanted} of shapes {', '.join(map(str, shapes))}, got {_described(hx)}, the first "
+            f"{_described(values[0])}. To make it from a pair (h, c) for each layer and direction: "
+            f"`h, c = map(jnp.stack, zip(*pairs))`; Flax's pairs are (c, h): `c, h = map(jnp.stack, zip(*pairs))`"
         )
     if len(values) != len(names):
         raise TypeError(f"{argument} should be {wanted}, got {len(values)} values")
@@ -470,6 +484,13 @@ def _states(spec: Spec | CellSpec, argument: str, hx: Any, shapes: tuple[tuple[i
         _for_all_rows(f"{name} of {argument}", array, shape, batched, one_step)
         for name, array, shape in zip(names, state, shapes, strict=True)
     )
+
+
+def _described(value: Any) -> str:
+    """What was given in place of a state. The class of an array is private to JAX."""
+    if isinstance(value, Sequence):
+        return f"a {type(value).__name__} of {len(value)}"
+    return f"one array of shape {jnp.shape(value)}" if hasattr(value, "shape") else f"a {type(value).__name__}"
 
 
 def _for_all_rows(name: str, array: jax.Array, shape: tuple[int, ...], batched: bool, one_step: bool) -> jax.Array:
@@ -498,7 +519,7 @@ def _lengths(lengths: Any, shape: tuple[int, ...], steps: int) -> jax.Array | No
     if not is_traced(array) and getattr(array, "is_fully_addressable", True):
         values = jax.device_get(array)
         if np.any((values < 0) | (values > steps)):
-            raise ValueError(f"lengths should be from 0 to the {steps} time steps of x, got {values.tolist()}")
+            raise ValueError(f"lengths should be from 0 to {steps}, the time steps of x, got {values.tolist()}")
     return in_jax(array)
 
 
@@ -506,7 +527,7 @@ def _reset(spec: Spec, reset: ArrayLike | None, shape: tuple[int, ...]) -> jax.A
     if reset is None:
         return None
     if spec.bidirectional:
-        raise ValueError("reset is for unidirectional networks: a backward direction would start an episode at its end")
+        raise ValueError("reset should be None for a bidirectional network, whose backward direction starts at the end")
     array = in_jax(reset, None if np.size(reset) else bool)
     if array.dtype != bool:
         raise TypeError(f"reset should be boolean, got {array.dtype}")

@@ -126,18 +126,22 @@ class Cell(Generic[StateT]):
             names = tuple(getattr(self, field))
             object.__setattr__(self, field, names)
             if len(set(names)) != len(names) or not (names or field == "apart"):
-                raise ValueError(f"{field} of Cell {self.name!r} should be distinct names, got {names}")
+                raise ValueError(f"{field} of Cell {self.name!r} should be names, each once, got {names}")
         if not set(self.apart) <= set(self.gates):
             raise ValueError(
                 f"apart of Cell {self.name!r} should name some of the gates {self.gates}, got {self.apart}"
             )
         if not self.recurrent and (self.apart or self.projects):
-            raise ValueError(f"Cell {self.name!r} has nothing recurrent, so apart should be () and projects False")
+            got = f"apart={self.apart} and projects={self.projects}"
+            raise ValueError(
+                f"Cell {self.name!r} with recurrent=False should have apart=() and projects=False, got {got}"
+            )
         object.__setattr__(self, "params", _Parameters({n: self._parameter(n, p) for n, p in self.params.items()}))
 
     def _parameter(self, name: str, given: Any) -> Parameter:
         if not name.isidentifier() or name in ROLES:
-            raise ValueError(f"params of Cell {self.name!r} should have names that are new, got {name!r}")
+            wanted = f"Python names other than {', '.join(ROLES)}"
+            raise ValueError(f"params of Cell {self.name!r} should have {wanted}, got {name!r}")
         parameter = given if isinstance(given, Parameter) else Parameter(given)
         axes = parameter.axes
         if isinstance(axes, str) or tuple(axes) not in ((), ("gates",), ("hidden",), ("gates", "hidden")):

@@ -10,6 +10,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+# What a cell says that Flax's RNN was given as it is, when that asks for `num_feature_axes`.
+NOT_FLAXS = "Flax's RNN takes a jaxrnn cell as FlaxCell(cell): or use jaxrnn's RNN, LSTM or GRU, which need no wrapper"
+
 
 def check(cell: Any, kind: type) -> None:
     """Raise TypeError unless the cell is one of this Flax API."""

@@ -18,7 +18,7 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxrnn import _docs, engines, flax_cell, flax_sharding
 from jaxrnn.calls import HX, Output, call, call_cell
 from jaxrnn.cells import GRU_CELL, LSTM_CELL, Cell, Nonlinearity, Pair, StateT, rnn_cell
-from jaxrnn.options import CellKeywords, Engine, Keywords, MeshAxis, Options, Remat
+from jaxrnn.options import CellKeywords, Engine, Keywords, MeshAxis, Options, Remat, floating_dtype
 from jaxrnn.packed import Lengths, PackedSequence
 from jaxrnn.spec import CellSpec, Spec
 
@@ -50,6 +50,7 @@ class _Module(linen.Module, Generic[StateT]):
         self.spec: Any = self._Spec(self._cell, **settings)
         self.options: Options = Options(**{name: getattr(self, name) for name in self._Keywords.__annotations__})
         engines.asked(self.options)
+        floating_dtype("param_dtype", self.param_dtype)
         super().__post_init__()
 
     if TYPE_CHECKING:  # Flax's is a dict or a FrozenDict to a checker
@@ -194,6 +195,8 @@ class _Layers(_Module[StateT]):
             reset_state=reset_state,
             dropout_key=rng,
         )
+
+    __call__.__qualname__ = "module"  # for Python's own messages, which would name this class
 
 
 @_docs.layer("RNN", linen=True)
@@ -346,6 +349,12 @@ class _OneStep(_Module[StateT]):
     def __call__(self, x: ArrayLike, hx: HX = None) -> StateT:
         """Make one step: x and hx to the next state, as the class says. Errors are those of `jaxrnn.apply_cell`."""
         return call_cell(self.options, self.spec, self._params(), x, hx)
+
+    __call__.__qualname__ = "cell"  # for Python's own messages, which would name this class
+
+    @property
+    def num_feature_axes(self) -> int:
+        raise TypeError(flax_cell.NOT_FLAXS)  # Linen would hide the words of an AttributeError
 
 
 @_docs.cell("RNN")

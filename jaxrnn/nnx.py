@@ -18,7 +18,7 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxrnn import _compat, _docs, engines, flax_cell, flax_sharding
 from jaxrnn.calls import HX, Output, call, call_cell
 from jaxrnn.cells import GRU_CELL, LSTM_CELL, RNN_RELU, Cell, Nonlinearity, Pair, StateT, rnn_cell
-from jaxrnn.options import CellKeywords, Engine, Keywords, MeshAxis, Options, Remat, spelled_out
+from jaxrnn.options import CellKeywords, Engine, Keywords, MeshAxis, Options, Remat, floating_dtype, spelled_out
 from jaxrnn.packed import Lengths, PackedSequence
 from jaxrnn.spec import CellSpec, Spec, shown
 
@@ -70,6 +70,7 @@ class _Module(nnx.Module, Generic[StateT]):
         self.spec = spec
         self.options = Options.of(type(self).__name__, options, self._Keywords)
         engines.asked(self.options)
+        floating_dtype("param_dtype", param_dtype)
         self.param_dtype = param_dtype
         self._add_params(spec.init(rngs.params(), param_dtype))
 
@@ -251,6 +252,8 @@ class _Layers(_Module[StateT], Weights):
             reset_state=reset_state,
             dropout_key=key,
         )
+
+    __call__.__qualname__ = "module"  # for Python's own messages, which would name this class
 
     def set_view(self, deterministic: bool | None = None) -> None:
         """`nnx.view` calls this: it sets `deterministic` unless that is None."""
@@ -457,6 +460,12 @@ class _OneStep(_Module[StateT]):
             RuntimeError: the size of x or hx does not fit.
         """
         return call_cell(self.options, self.spec, self._params(), x, hx)
+
+    __call__.__qualname__ = "cell"  # for Python's own messages, which would name this class
+
+    @property
+    def num_feature_axes(self) -> int:
+        raise AttributeError(flax_cell.NOT_FLAXS)
 
 
 @_docs.cell("RNN")

@@ -68,9 +68,8 @@ class Options:
 
     def __post_init__(self) -> None:
         if self.dtype is not None:
-            if not jnp.issubdtype(self.dtype, jnp.floating):
-                raise TypeError(f"dtype should be floating, got {jnp.dtype(self.dtype)}")
-            object.__setattr__(self, "dtype", jnp.dtype(self.dtype))  # so that "float32" and jnp.float32 compare equal
+            # so that "float32" and jnp.float32 compare equal
+            object.__setattr__(self, "dtype", floating_dtype("dtype", self.dtype))
         if self.remat not in ("none", "gates") and not _is_count(self.remat):
             raise ValueError(f"remat should be 'none', 'gates' or an integer above 0, got {self.remat!r}")
         if isinstance(self.engine, list):
@@ -83,7 +82,8 @@ class Options:
         """Make options of a caller's keywords; `known`, a TypedDict, says which there are."""
         for name in keywords:
             if name not in known.__annotations__:
-                raise TypeError(f"{caller}() got an unexpected keyword argument {name!r}")
+                hint = ": dropout is on with dropout_key=, and off without" if name in _OF_MODULES else ""
+                raise TypeError(f"{caller}() got an unexpected keyword argument {name!r}{hint}")
         return cls(**keywords)
 
     def check_mesh(self, hidden_size: int) -> None:
@@ -94,15 +94,34 @@ class Options:
         wanted = (axis,) if isinstance(axis, str) else axis
         if not isinstance(wanted, tuple) or not set(wanted) <= set(mesh.axis_names) or len(set(wanted)) < len(wanted):
             raise ValueError(
-                f"hidden_axis should be of the mesh in jax.set_mesh, which has {mesh.axis_names}, or be a logical name "
-                f"for one in Flax's rules, got {axis!r}"
+                f"hidden_axis should be an axis of the mesh in jax.set_mesh, which has {mesh.axis_names}, or a logical "
+                f"axis that Flax's rules map to one, got {axis!r}"
             )
         kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
         if any(kinds[name] != AxisType.Auto for name in wanted):
-            raise ValueError(f"hidden_axis should be of type jax.sharding.AxisType.Auto, got {axis!r} of {mesh}")
+            raise ValueError(
+                f"hidden_axis should be an axis of type jax.sharding.AxisType.Auto, got {axis!r} of {mesh}"
+            )
         count = math.prod(mesh.shape[name] for name in wanted)
         if hidden_size % count:
-            raise ValueError(f"hidden_size={hidden_size} cannot be sharded over {count} devices of axis {axis!r}")
+            raise ValueError(
+                f"hidden_size should be a multiple of {count}, the devices of axis {axis!r}, got {hidden_size}"
+            )
+
+
+# What a module's call has for dropout, and the functions have not.
+_OF_MODULES = ("deterministic", "rngs", "rng")
+
+
+def floating_dtype(name: str, dtype: DTypeLike) -> jnp.dtype:
+    """The dtype that an argument is, or TypeError."""
+    try:
+        found = jnp.dtype(dtype)
+    except TypeError as error:
+        raise TypeError(f"{name} should be a dtype of JAX or NumPy, such as jnp.float32, got {dtype!r}") from error
+    if not jnp.issubdtype(found, jnp.floating):
+        raise TypeError(f"{name} should be floating, got {found}")
+    return found
 
 
 def _is_count(value: Any) -> bool:

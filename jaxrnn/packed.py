@@ -88,7 +88,7 @@ class PackedSequence(_Fields):
     ) -> PackedSequence:
         data, sizes = in_jax(data), _static("batch_sizes", batch_sizes)
         if not len(sizes) or sizes[-1] < 1 or np.any(np.diff(sizes) > 0):
-            raise ValueError(f"batch_sizes should go down, to at least 1, got {sizes.tolist()}")
+            raise ValueError(f"batch_sizes should not increase, and be at least 1, got {sizes.tolist()}")
         if data.shape[:1] != (sizes.sum(),):
             raise ValueError(f"data should have {sizes.sum()} rows, the sum of batch_sizes, got shape {data.shape}")
         order = inverse = None
@@ -180,9 +180,7 @@ def _gather(a: jax.Array, places: NDArray[Any], **settings: Any) -> jax.Array:
 def _static(name: str, value: Any) -> NDArray[np.int64]:
     """A 1-D array of integers that are not traced."""
     if is_traced(value):
-        raise TypeError(
-            f"{name} should be known when a function is traced; for data, give lengths= to the layer instead"
-        )
+        raise TypeError(f"{name} should not be traced, as jit does: give lengths= to the layer instead, which may be")
     array = np.asarray(value)
     if not (np.issubdtype(array.dtype, np.integer) or array.size == 0):
         raise TypeError(f"{name} should be integers, got {array.dtype}")
@@ -242,7 +240,9 @@ def pack_padded_sequence(
     _check_within(known, steps)
     order = None if enforce_sorted else np.argsort(-known, kind="stable")
     if enforce_sorted and np.any(np.diff(known) > 0):
-        raise RuntimeError(f"lengths should go down, got {known.tolist()}: sort the rows, or give enforce_sorted=False")
+        raise RuntimeError(
+            f"lengths should not increase, got {known.tolist()}: sort the rows, or give enforce_sorted=False"
+        )
     sizes = np.sum(known > np.arange(known.max())[:, None], axis=1)
     # First without data: the indices depend on the integers alone.
     empty = PackedSequence(np.zeros((known.sum(), 0)), sizes, order)
@@ -314,10 +314,10 @@ def _padded(sequences: Rows, batch_first: bool, padding_value: float, padding_si
         raise RuntimeError(f"sequences should be a list of rows, got {type(sequences).__name__}")
     rows = [_array(row) for row in sequences]
     if not rows:
-        raise RuntimeError("sequences should be at least one row, got none")
+        raise RuntimeError("sequences should have at least one row, got none")
     if any(row.ndim == 0 or row.shape[1:] != rows[0].shape[1:] for row in rows):
         shapes = ", ".join(sorted({str(row.shape) for row in rows}))
-        raise RuntimeError(f"sequences should be alike but for their first axes, got shapes {shapes}")
+        raise RuntimeError(f"sequences should have equal shapes except for the first axis, got {shapes}")
     lengths = np.array([len(row) for row in rows])
     step = np.arange(lengths.max()) - (lengths.max() - lengths if padding_side == "left" else 0 * lengths)[:, None]
     inside = (step >= 0) & (step < lengths[:, None])

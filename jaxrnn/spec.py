@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from jaxrnn import cells, more_cells
 from jaxrnn.cells import ROLES, Cell, StateT
 
 Shape = tuple[int, ...]
@@ -133,6 +134,12 @@ def _check_type(name: str, value: object, kind: type) -> None:
         raise TypeError(f"{name} should be of type {kind.__name__}, got {value!r} of type {type(value).__name__}")
 
 
+def _check_cell(cell: object) -> None:
+    if not isinstance(cell, Cell):
+        known = [name for module in (cells, more_cells) for name, value in vars(module).items() if type(value) is Cell]
+        raise TypeError(f"cell should be a jaxrnn.Cell, got {cell!r}: jaxrnn has {', '.join(known)}")
+
+
 def level_outside() -> int:
     """`stacklevel` that points at the first frame outside jaxrnn and flax."""
     frame, level = inspect.currentframe(), 0
@@ -180,8 +187,7 @@ class Spec(_Shapes[StateT]):
     proj_size: int = 0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.cell, Cell):
-            raise TypeError(f"cell should be a jaxrnn.Cell, got {self.cell!r}")
+        _check_cell(self.cell)
         if isinstance(self.dropout, bool) or not isinstance(self.dropout, numbers.Real) or not 0 <= self.dropout <= 1:
             raise ValueError(f"dropout should be a number from 0 to 1, not a bool, got {self.dropout!r}")
         _check_type("bias", self.bias, bool)
@@ -290,7 +296,7 @@ class CellSpec(_Shapes[StateT]):
         bias: whether there are `bias_ih` and `bias_hh`; anything true or false, as in torch.
 
     Raises:
-        TypeError: a size is not an int.
+        TypeError: cell is not a `Cell`, or a size is not an int.
         ValueError: a size is negative.
 
     >>> import jaxrnn
@@ -304,6 +310,7 @@ class CellSpec(_Shapes[StateT]):
     bias: bool | int = True
 
     def __post_init__(self) -> None:
+        _check_cell(self.cell)
         for name in ("input_size", "hidden_size"):
             value = getattr(self, name)
             _check_type(name, value, int)

@@ -20,15 +20,18 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress
 
 from jaxrnn import engines
+from jaxrnn.__main__ import with_examples
 from jaxrnn.checkpoint.check import installed_torch
 
 from . import compile, model, reference, sides, training
-from .cases import CASES, Case
+from .cases import CASES, KINDS, Case
 from .compare import DTYPES, Outcome, compare
 from .locate import locate
 from .report import Report, line
 
 MOST_PLACES = 3
+MANY = 50  # cases take a minute or so
+STOPPED = 130  # the exit code of a program that Ctrl-C ends
 # JAX's names of the platforms.
 PLATFORMS = {"cpu": "cpu", "gpu": "cuda,rocm", "tpu": "tpu"}
 # The options that each task reads; it refuses the others.
@@ -48,49 +51,62 @@ def main(arguments: Sequence[str] | None = None, prog: str = f"python -m {__pack
         prog: the command that was used, for messages and the report.
 
     Returns:
-        The exit code: 0 if all is well, 1 if something fails.
+        The exit code: 0 if all is well, 1 if something fails, 130 if Ctrl-C ends it.
     """
     parser = argparse.ArgumentParser(
-        prog=prog, description="Compare jaxrnn with torch: every kind of module, values and gradients."
+        prog=prog,
+        **with_examples(
+            "Compare jaxrnn with PyTorch: every kind of module, values and gradients. All of it takes about 5 minutes "
+            "on two cores. Ctrl-C stops, and shows what was done.",
+            f"{prog} --filter gru",
+            f"{prog} --model examples/denoiser.safetensors",
+        ),
     )
     parser.add_argument(
         "command",
         nargs="?",
         choices=("compare", "record"),
         default="compare",
-        help="compare (the default), or record torch's results anew, in a clone, which needs torch",
+        help="compare (the default), or record PyTorch's results again, in a clone",
     )
     parser.add_argument(
         "--live",
         nargs="?",
         const="cpu",
         choices=("cpu", "cuda"),
-        help="compare with torch run here, on its cpu (the default) or on cuda, and not with recorded results",
+        help="run PyTorch here, on its cpu (the default) or on cuda, rather than use recorded results",
     )
-    parser.add_argument("--filter", default="", metavar="TEXT", help="only the cases with TEXT in their names")
+    parser.add_argument(
+        "--filter", default="", metavar="TEXT", help="only cases with TEXT in their name; upper or lower case"
+    )
     parser.add_argument("--dtype", choices=DTYPES, help="only this dtype")
     parser.add_argument(
-        "--side", choices=[s for s in sides.SIDES if s != "torch"], default="jaxrnn", help="what to test"
+        "--side",
+        choices=[s for s in sides.SIDES if s != "torch"],
+        default="jaxrnn",
+        help="what to compare with PyTorch (default: %(default)s)",
     )
-    parser.add_argument("--engine", choices=engines.ENGINES, help="what runs the loop over time, where it can")
     parser.add_argument(
-        "--model", metavar="FILE", help="your own checkpoint: the recurrent modules in it, beside PyTorch"
+        "--engine", choices=engines.ENGINES, help="use this engine for the loop over time, where it can run it"
     )
-    parser.add_argument("--key", help="under what key of the model's file the state dict is: trainer.model")
-    parser.add_argument("--inputs", metavar="NPY", help="inputs for the model: an array (time, batch, features)")
-    parser.add_argument("--platform", choices=PLATFORMS, help="where to run; by default where JAX does")
+    parser.add_argument("--model", metavar="FILE", help="compare the recurrent modules in your own checkpoint")
+    parser.add_argument("--key", help="with --model: the key that holds the state dict, for example trainer.model")
+    parser.add_argument(
+        "--inputs", metavar="NPY", help="with --model: also run on this .npy file, (time, batch, features)"
+    )
+    parser.add_argument("--platform", choices=PLATFORMS, help="the devices to run on (default: JAX's own)")
     parser.add_argument(
         "--compile-only",
         action="store_true",
-        help="only compile, for a TPU that need not be there: --platform tpu, and libtpu installed",
+        help="only compile for a TPU, without having one: needs --platform tpu, and libtpu installed",
     )
     parser.add_argument(
         "--precision",
         choices=("highest", "default"),
         default="highest",
-        help="of products: highest (the default) is float32's, JAX's own default may be TF32 or bfloat16 off a CPU",
+        help="of products: highest (the default) is full float32; default may be TF32 or bfloat16 on a GPU or TPU",
     )
-    parser.add_argument("--json", type=Path, metavar="OUT", help="also write everything to this file")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="also write all results to this file")
     parser.add_argument("--report", type=Path, metavar="OUT", help="also write a report to this file, as HTML")
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parser.parse_args(arguments)
@@ -104,16 +120,18 @@ def main(arguments: Sequence[str] | None = None, prog: str = f"python -m {__pack
     if options.live == "cuda" and torch and not torch.cuda.is_available():
         parser.error("--live cuda: this PyTorch sees no GPU")
     if options.compile_only and options.platform != "tpu":
-        parser.error("--compile-only is for --platform tpu")
+        parser.error("--compile-only compiles for a TPU: add --platform tpu")
     for path in (options.json, options.report):
         if path and not path.parent.is_dir():
             parser.error(f"there is no folder {path.parent} to write {path.name} to")
     dtypes = [options.dtype] if options.dtype else DTYPES
-    cases = [case for case in CASES.values() if options.filter in case.name and set(dtypes) & set(case.dtypes)]
+    text = options.filter.lower()
+    cases = [case for case in CASES.values() if text in case.name.lower() and set(dtypes) & set(case.dtypes)]
     # What trains is jaxrnn.apply, which both sides call.
-    runs = [run for run in training.RUNS.values() if options.filter in run.name and "float64" in dtypes]
+    runs = [run for run in training.RUNS.values() if text in run.name.lower() and "float64" in dtypes]
     if not cases and not runs and not options.model:
-        parser.error(f"no case of {dtypes} has {options.filter!r} in its name; the first case is {next(iter(CASES))}")
+        wanted = f"no case {f'in {options.dtype} ' * bool(options.dtype)}has {options.filter!r} in its name"
+        parser.error(f"{wanted}: names are like {next(iter(CASES))}, and begin with {', '.join(KINDS)}")
 
     jax.config.update("jax_enable_x64", True)
     jax.config.update("jax_default_matmul_precision", options.precision)
@@ -121,6 +139,10 @@ def main(arguments: Sequence[str] | None = None, prog: str = f"python -m {__pack
         engines.AUTO[:] = dict.fromkeys([options.engine, *engines.AUTO])
     if options.platform:
         jax.config.update("jax_platforms", "cpu" if options.compile_only else PLATFORMS[options.platform])
+        try:
+            jax.devices()
+        except RuntimeError:  # JAX has no other for a platform that is not there
+            parser.error(f"--platform {options.platform}: JAX finds none here; jax.devices() lists what it finds")
     console = Console()
     if options.model:
         return _model(options)
@@ -146,7 +168,8 @@ def _refuse_unused(parser: argparse.ArgumentParser, options: argparse.Namespace)
     given = {name for name, value in vars(options).items() if value != parser.get_default(name)}
     for name in sorted(given & set.union(*TASKS.values()) - TASKS[tasks[0]]):
         users = [task for task, names in TASKS.items() if name in names]
-        parser.error(f"{tasks[0]} takes no --{name}, which is for {' and '.join(users)}")
+        task = "compare, the default" if tasks[0] == "compare" else tasks[0]
+        parser.error(f"--{name} goes with {' or '.join(users)}, not with {task}")
 
 
 def _model(options: argparse.Namespace) -> int:
@@ -165,16 +188,27 @@ def _model(options: argparse.Namespace) -> int:
 
 
 def _judge(cases: Sequence[Case], runs: list[training.Run], dtypes: Sequence[str], options: argparse.Namespace) -> int:
-    """Compare, and say what came of it."""
+    """Compare, and say what came of it. Ctrl-C ends it, and what was compared by then is said."""
+    count = len(cases) + len(runs)
+    if count > MANY:
+        words = f"comparing {count} cases, mostly compiling: all {len(CASES) + len(training.RUNS)} take about 5 minutes"
+        print(f"{words} on two cores. Ctrl-C stops, and shows what was done.", file=sys.stderr)
     outcomes, trained, torch = _outcomes(cases, runs, options.side, dtypes, options.live)
-    report = Report.of(options.side, outcomes, trained, torch, _places(outcomes, options.side))
-    report.show(Console())
+    done = len(outcomes) + len(trained)
+    stopped = done < count
+    report = Report.of(options.side, outcomes, trained, torch, {} if stopped else _places(outcomes, options.side))
+    if done:
+        report.show(Console())
+    if stopped:
+        print(f"Stopped: {done} of {count} cases were compared.", file=sys.stderr)
+        return STOPPED
     if options.json:
         options.json.write_text(json.dumps(report.json(), indent=1) + "\n")
     if options.report:
         from . import html  # matplotlib and jinja2, which only this needs
 
-        html.write(options.report, report, options.command_line, not (options.filter or options.dtype or options.model))
+        scope = "model" if options.model else "part" if options.filter or options.dtype else "suite"
+        html.write(options.report, report, options.command_line, scope)
     return 1 if report.failures else 0
 
 
@@ -207,7 +241,10 @@ def _compile(cases: list[Case], dtypes: Sequence[str], console: Console, out: Pa
 def _outcomes(
     cases: Sequence[Case], runs: list[training.Run], side: str, dtypes: Sequence[str], live: str | None
 ) -> tuple[list[Outcome], list[training.Trained], str]:
-    """The outcomes of the cases and of the training runs, in their order, and which torch they were compared with."""
+    """The outcomes of the cases and of the training runs, in their order, and which torch they were compared with.
+
+    After Ctrl-C, those that there are by then.
+    """
     columns = (*Progress.get_default_columns(), MofNCompleteColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         if live:
@@ -228,10 +265,13 @@ def _outcomes(
         pooled: dict[str, list[Outcome]] = {case.group: [] for case in cases}
         counts = collections.Counter(case.group for case in cases)
         position = {case.name: index for index, case in enumerate(cases)}
-        lock = threading.Lock()
+        lock, stopped = threading.Lock(), threading.Event()
+        trained: dict[str, training.Trained] = {}
 
         def run(batch: list[Case]) -> None:
             for case in batch:
+                if stopped.is_set():
+                    return
                 outcome = compare(case, records[case.name], sides.SIDES[side], dtypes)
                 with lock:
                     group = pooled[case.group]
@@ -241,10 +281,10 @@ def _outcomes(
                         group.sort(key=lambda outcome: position[outcome.case.name])
                         progress.console.print(line(case.group, group), highlight=False, soft_wrap=True)
 
-        def train(run: training.Run) -> training.Trained:
-            trained = training.compare(run, trained_there[run.name])
-            progress.advance(task)
-            return trained
+        def train(run: training.Run) -> None:
+            if not stopped.is_set():
+                trained[run.name] = training.compare(run, trained_there[run.name])
+                progress.advance(task)
 
         # Nearly all of the time goes into compiling, which leaves Python free for other threads. Cases that differ in
         # their seeds or lengths only share a compilation, so one thread has them all. Kind by kind, so that there is
@@ -257,10 +297,14 @@ def _outcomes(
             )
         ]
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as executor:
-            trained = executor.map(train, runs)
-            list(executor.map(run, batches))
-        outcomes = itertools.chain.from_iterable(pooled.values())
-        return sorted(outcomes, key=lambda outcome: position[outcome.case.name]), list(trained), version
+            try:
+                results = [executor.map(train, runs), executor.map(run, batches)]
+                for result in results:
+                    list(result)  # raises what a thread raised
+            except KeyboardInterrupt:
+                stopped.set()  # what is being compared is finished
+        outcomes = sorted(itertools.chain(*pooled.values()), key=lambda outcome: position[outcome.case.name])
+        return outcomes, [trained[run.name] for run in runs if run.name in trained], version
 
 
 if __name__ == "__main__":

@@ -162,7 +162,7 @@ def _devices(target: str) -> list[Any]:
         packages = "libtpu" if platform == "tpu" else "jax-cuda12-plugin jax-cuda12-pjrt"
         cause = f"{type(error).__name__}: {error}".splitlines()[0]
         remedy = f"pip install --no-deps --target DIR {packages}, and put DIR on PYTHONPATH"
-        raise SystemExit(f"cannot describe {target} ({cause})\n{remedy}") from error
+        raise SystemExit(f"the compiler for {target} does not start ({cause})\n{remedy}") from error
 
 
 @functools.cache

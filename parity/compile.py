@@ -81,7 +81,7 @@ def compile_all(
     except Exception as error:  # whatever JAX and XLA raise where there is no libtpu, or none that fits
         cause = f"{type(error).__name__}: {error}".splitlines()[0]
         raise SystemExit(
-            f"cannot describe a TPU ({cause})\npip install libtpu, in an environment of its own"
+            f"the compiler for TPUs does not start ({cause})\npip install libtpu, in an environment of its own"
         ) from error
 
     def compile_each(entry: tuple[Case, str]) -> list[Program]:

@@ -8,14 +8,21 @@ import jinja2
 
 from . import plots
 from .compare import DTYPES
-from .report import Report
+from .report import COLUMNS, Report
 from .training import STEPS
 
 TEMPLATE = Path(__file__).with_name("report.html")
 
 
-def write(path: Path, report: Report, command: str, whole: bool) -> None:
-    """Write the report of a run that was started with this command line, of the whole suite or of a part."""
+def write(path: Path, report: Report, command: str, scope: str) -> None:
+    """Write the report of a run that was started with this command line.
+
+    Args:
+        path: the file.
+        report: what was found.
+        command: the command line.
+        scope: what was compared: "suite", a "part" of it, or the user's "model".
+    """
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     tables = [
         (overall, [(kind, list(rows)) for kind, rows in itertools.groupby(rows, lambda row: row.kind)])
@@ -28,7 +35,8 @@ def write(path: Path, report: Report, command: str, whole: bool) -> None:
             command=command,
             tables=tables,
             pictures=_pictures(report),
-            whole=whole,
+            columns=COLUMNS,
+            scope=scope,
             steps=STEPS,
         )
     )

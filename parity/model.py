@@ -10,7 +10,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from jaxrnn.checkpoint import FoundRNN, find_rnns, load
+from jaxrnn.checkpoint import CheckpointError, FoundRNN, find_rnns, load
+from jaxrnn.checkpoint.errors import about
 
 from .cases import KINDS
 from .compare import LARGEST
@@ -48,13 +49,25 @@ def cases(path: str, key: str | None, inputs: str | None) -> list[Module]:
     tensors = load(path, key)
     found = [rnn for rnn in find_rnns(tensors) if rnn.in_torch]
     if not found:
-        raise ValueError(f"{path}: no recurrent weights\n`jaxrnn inspect` says what is there")
-    given = None if inputs is None else np.load(inputs, allow_pickle=False)
+        raise ValueError(f"{path}: no recurrent weights that torch has\n`jaxrnn inspect` lists what there is")
+    given = None if inputs is None else _inputs(inputs)
     made = [case for rnn in found for case in _of(rnn, tensors, given)]
     if given is not None and len(made) == len(found):
         sizes = sorted({rnn.input_size for rnn in found})
-        raise ValueError(f"{inputs}: no module takes shape {given.shape}\nwanted are (time, batch, {sizes})")
+        wanted = " or ".join(f"(time, batch, {size})" for size in sizes)
+        raise ValueError(f"{inputs}: no module takes shape {given.shape}\ngive an array of shape {wanted}")
     return made
+
+
+def _inputs(path: str) -> np.ndarray:
+    with about(path):
+        try:
+            given = np.load(path, allow_pickle=False)
+        except (ValueError, EOFError):
+            given = None
+        if not isinstance(given, np.ndarray) or given.dtype.kind not in "fiub":
+            raise CheckpointError("not a .npy file of numbers\nwrite one with numpy.save(path, array)")
+    return given
 
 
 def _of(rnn: FoundRNN, tensors: dict[str, np.ndarray], given: np.ndarray | None) -> Iterator[Module]:

@@ -2,6 +2,7 @@
 
 import io
 import math
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -35,6 +36,11 @@ def _grid(count: int, height: float = 2.2) -> tuple[Figure, list[Axes]]:
     return figure, list(axes[:count])
 
 
+def _title(text: str) -> str:
+    """On several lines, if it is wider than its plot."""
+    return textwrap.fill(text, 46, break_on_hyphens=False)
+
+
 def _svg(figure: Figure) -> bytes:
     picture = io.BytesIO()
     with matplotlib.rc_context(STYLE):
@@ -60,7 +66,7 @@ def errors_in_ulp(histograms: Sequence[Histogram], side: str) -> bytes:
                 share = np.array(counts) / max(1, sum(counts))
                 offset = positions + (index - (len(both) - 1) / 2) * width
                 axis.bar(offset, share, width, label=name, color=COLORS.get(name, OURS))
-            axis.set_title(f"{histogram.kind}, {sum(histogram.ours):,} numbers", fontsize=9, loc="left")
+            axis.set_title(_title(f"{histogram.kind}, {sum(histogram.ours):,} numbers"), fontsize=9, loc="left")
             axis.set_xticks(positions, labels, rotation=90, fontsize=7)
             axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         _legend(figure, max(axes, key=lambda axis: len(axis.get_legend_handles_labels()[0])))
@@ -82,7 +88,7 @@ def error_over_time(drift: Mapping[str, Mapping[str, Sequence[float]]]) -> bytes
             axis.set_ylim(low / 3, high * 3)  # a decade at least: what does not grow should look so
             axis.set_xlim(0, 1)
             axis.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-            axis.set_title(name, fontsize=9, loc="left")
+            axis.set_title(_title(name), fontsize=9, loc="left")
         _legend(figure, max(axes, key=lambda axis: len(axis.get_legend_handles_labels()[0])))
         return _svg(figure)
 

@@ -22,7 +22,16 @@ from .compare import Histogram, Outcome, Row, histograms, pool, products_are_flo
 from .sides import precision
 from .training import STEPS, Trained
 
-HEADINGS = ("numbers", "float64\nworst", "{dtype}\nworst", "{dtype}\nrms", "torch's\nrms", "rms\nratio")
+# Of a table of rows: by attribute, the heading and the form of a number.
+COLUMNS = {
+    "count": ("numbers", "{:,}"),
+    "float64": ("float64\nworst", "{:.1e}"),
+    "worst": ("{dtype}\nworst", "{:.1e}"),
+    "rms": ("{dtype}\nrms", "{:.1e}"),
+    "torch_worst": ("torch's\nworst", "{:.1e}"),
+    "torch_rms": ("torch's\nrms", "{:.1e}"),
+    "ratio": ("rms\nratio", "{:.2f}"),
+}
 
 
 @dataclasses.dataclass
@@ -94,7 +103,8 @@ class Report:
             return f"{self.side} does not give what {torch} gives: {len(self.failures)} failures in {cases} cases."
         count = sum(row.count for row in self.overall)
         words = [
-            f"{self.side} gives what {torch} gives" + (f": {self.cases} cases, {count:,} numbers." if count else ".")
+            f"{self.side} gives what {torch} gives"
+            + (f": {self.cases} case{'s' * (self.cases > 1)}, {count:,} numbers." if count else ".")
         ]
         exact = [row.float64 for row in self.overall if row.float64 is not None]
         if exact:
@@ -102,8 +112,8 @@ class Report:
         if self.limits:
             name = max(self.limits, key=lambda name: self.limits[name])
             words.append(
-                f"Up to {self.limits[name]:.0e} counts as right for {name}: so much may change in torch's own results "
-                "when hidden units are renumbered."
+                f"Up to {self.limits[name]:.0e} counts as right for {name}, because torch's own results change "
+                "about as much when hidden units are renumbered."
             )
         for overall in self.overall:
             if overall.worst is None:
@@ -111,7 +121,7 @@ class Report:
             words.append(f"In {overall.dtype} they are at most {overall.worst:.1e} from the truth.")
             if overall.dtype == "float32" and not products_are_float32():
                 words.append(
-                    "Its products are not float32's, as JAX has them here by default: torch's error is no measure."
+                    "Products are less exact than float32 here, JAX's default, so torch's error is no measure."
                 )
                 continue
             judged = [row for row in self.rows if row.dtype == overall.dtype and row.ratio is not None]
@@ -120,14 +130,22 @@ class Report:
                 words.append(f"The rms {overall.dtype} error is {overall.ratio:.2f} of torch's own,")
                 words.append(f"at worst {top.ratio:.2f} for one kind and quantity, {top.name}.")
             else:
-                words.append(
-                    f"{ENOUGH:,} numbers of one quantity, enough to compare {overall.dtype} errors, are not here."
-                )
+                words.append(f"Comparing {overall.dtype} errors with torch's takes {ENOUGH:,} numbers of one quantity.")
         if self.training:
             losses, weights = (max(getattr(run, what) for run in self.training) for what in ("losses", "weights"))
             words.append(f"{len(self.training)} trainings of {STEPS} steps stay together:")
             words.append(f"losses at most {losses:.1e} apart, and the last weights {weights:.1e}.")
         return " ".join(words)
+
+    @staticmethod
+    def columns(overall: Row) -> list[str]:
+        """The columns of the table of a dtype that have a number in them; without the less exact dtype, the first."""
+        return [name for name in COLUMNS if name in ("count", "float64") or overall.worst is not None]
+
+    @staticmethod
+    def cell(row: Row, name: str) -> str:
+        value = getattr(row, name)
+        return "" if value is None else COLUMNS[name][1].format(value)
 
     def json(self) -> dict[str, Any]:
         """All of it, in JSON's types."""
@@ -140,19 +158,19 @@ class Report:
     def show(self, console: Console) -> None:
         for overall in self.overall:
             dtype = overall.dtype
-            title = f"{self.side}: errors against torch's float64, in float64 and {dtype}"
+            shown = [name for name in self.columns(overall) if name != "torch_worst"]  # which fit into 80 columns
+            dtypes = f"float64 and {dtype}" if "worst" in shown else "float64"
+            title = f"{self.side}: errors against torch's float64, in {dtypes}"
             table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
             table.add_column("quantity", min_width=15)  # which no name of a quantity exceeds
-            for heading in HEADINGS:
-                table.add_column(heading.format(dtype=dtype), justify="right", no_wrap=True)
+            for name in shown:
+                table.add_column(COLUMNS[name][0].format(dtype=dtype), justify="right", no_wrap=True)
             rows = [row for row in (*self.rows, overall) if row.dtype == dtype]
             for kind, group in itertools.groupby(rows, lambda row: row.kind):
                 table.add_section()
                 table.add_row(escape(kind), style="bold")
                 for row in group:
-                    numbers = (row.float64, row.worst, row.rms, row.torch_rms)
-                    cells = [f"{row.count:,}", *("" if number is None else f"{number:.1e}" for number in numbers)]
-                    cells.append("" if row.ratio is None else f"{row.ratio:.2f}")
+                    cells = [self.cell(row, name) for name in shown]
                     table.add_row(f" {row.quantity}", *cells, style="red" if row.name in self.failures else "")
             print_table(table, console)
         if self.training:

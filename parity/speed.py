@@ -32,6 +32,7 @@ from rich.progress import track
 from rich.table import Table
 
 import jaxrnn
+from jaxrnn.__main__ import with_examples
 from jaxrnn._tables import print_table
 
 from . import ahead, device
@@ -329,39 +330,55 @@ def _environment() -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None, prog: str = f"python -m {__package__}.speed") -> int:
     """Time every workload and print a table. Returns 0. `prog` is the command that was used."""
-    parser = argparse.ArgumentParser(prog=prog, description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        **with_examples(
+            "Time jaxrnn, Flax, Keras and PyTorch on the same workloads, on an otherwise idle machine.",
+            f"{prog} --quick",
+            f"{prog} --filter lstm --sides flax.nnx,torch",
+        ),
+    )
     parser.add_argument("--repeats", type=int, default=30, help="runs of each side (default: %(default)s)")
-    parser.add_argument("--seconds", type=float, help="for a workload's runs, but for five (default: 20; --quick: 5)")
+    parser.add_argument(
+        "--seconds", type=float, help="stop a workload after this time, but not before 5 runs (default: 20; --quick: 5)"
+    )
     parser.add_argument("--devices", type=int, default=os.cpu_count(), help="CPU devices (default: one for each core)")
-    parser.add_argument("--filter", default="", metavar="TEXT", help="only the workloads with TEXT in their names")
-    parser.add_argument("--sides", default=",".join(SIDES), help="beside jaxrnn itself (default: %(default)s)")
+    parser.add_argument(
+        "--filter", default="", metavar="TEXT", help="only workloads with TEXT in their name; upper or lower case"
+    )
+    parser.add_argument("--sides", default=",".join(SIDES), help="what to time beside jaxrnn (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="only the small workloads, in about two minutes")
-    parser.add_argument("--json", type=Path, metavar="OUT", help="also write everything to this file")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="also write all results to this file")
     parser.add_argument("--plot", type=Path, metavar="OUT", help="also draw the ratios to this .svg or .png file")
     parser.add_argument(
         "--device-report",
         type=Path,
         metavar="OUT",
-        help="run parity, speed, and a profile on this device; write OUT.json and OUT.html, in --seconds (450) in all",
+        help="run parity, speed and a profile on this device in --seconds (450), and write OUT.json and OUT.html",
     )
-    parser.add_argument("--compile-only", action="store_true", help="only compile, for a device that need not be here")
+    parser.add_argument("--compile-only", action="store_true", help="only compile, for a device that is not here")
     parser.add_argument(
         "--platform",
         choices=["tpu", "cuda", *ahead.TARGETS],
-        help="the device for --compile-only: all TPUs, a GPU, or one of them",
+        help="with --compile-only: all TPUs, all GPUs, or one of them",
     )
-    parser.add_argument("--bundles", action="store_true", help="with --compile-only, also count a TPU's instructions")
+    parser.add_argument("--bundles", action="store_true", help="with --compile-only: also count a TPU's instructions")
     options = parser.parse_args(arguments)
     asked = {"jaxrnn", *options.sides.split(",")}
     if unknown := asked - set(SIDES):
-        parser.error(f"no side {', '.join(sorted(unknown))}: there are {', '.join(SIDES)}")
+        parser.error(f"--sides has {', '.join(sorted(unknown))}: there are {', '.join(SIDES)}")
     if options.plot and not importlib.util.find_spec("matplotlib"):
         parser.error("--plot draws with matplotlib: pip install 'jaxrnn[report]'")
-    chosen = [w for w in WORKLOADS if options.filter in w.name and (not options.quick or w.operations() < SMALL)]
+    chosen = [
+        w
+        for w in WORKLOADS
+        if options.filter.lower() in w.name.lower() and (not options.quick or w.operations() < SMALL)
+    ]
     if (options.platform or options.bundles) and not options.compile_only:
-        parser.error("--platform and --bundles are for --compile-only")
+        parser.error("--platform and --bundles are for --compile-only: add it")
     if not chosen:
-        parser.error(f"no workload has {options.filter!r} in its name; the first is {WORKLOADS[0].name}")
+        names = "; ".join(workload.name for workload in WORKLOADS)
+        parser.error(f"no workload has {options.filter!r} in its name: there are {names}")
     if options.device_report:
         return device.write(options.device_report, options.seconds or device.SECONDS)
     if options.compile_only:
@@ -396,7 +413,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = f"python -m {__pack
     results.show(Console(), rates)
     print(", ".join(f"{name} {value}" for name, value in _environment().items()))
     if left_out:
-        print(f"Not to be had here: {', '.join(EXTRAS.get(side, side) for side in left_out)}.")
+        print(f"Not available here: {', '.join(EXTRAS.get(side, side) for side in left_out)}.")
     if options.plot:
         plot(results, options.plot)
     return 0

@@ -131,13 +131,13 @@ FILES: dict[str, tuple[bytes, str]] = {
     "hdf5": (b"\x89HDF\r\n\x1a\n" + bytes(50), "HDF5"),
     "npy": (b"\x93NUMPY\x01\x00" + bytes(50), "a NumPy .npy file"),
     "npz": (_zip(weight_npy=b"", bias_npy=b""), "a NumPy .npz archive"),
-    "zip of files": (_zip(a_txt=b"", b__a_txt=b"").replace(b"model/", b"longer"), "a zip file, but none of torch.save"),
+    "zip of files": (_zip(a_txt=b"", b__a_txt=b"").replace(b"model/", b"longer"), "a zip file that torch.save did"),
     "gzip": (b"\x1f\x8b\x08" + bytes(50), "compressed by gzip"),
-    "a few bytes": (b"\0\1\2", "truncated: 3 bytes"),
-    "any bytes": (bytes(range(256)), "neither safetensors nor a file of torch.save"),
+    "a few bytes": (b"\0\1\2", "truncated: it has only 3 bytes"),
+    "any bytes": (bytes(range(256)), "not a file of safetensors, torch.save, ONNX or Keras"),
     # cut short; everywhere else in the tests of each reader
     "zip without its end": (_stored(_tensor())[:-9], "truncated or damaged zip file"),
-    "zip without its start": (_stored(_tensor())[70:], "neither safetensors nor"),
+    "zip without its start": (_stored(_tensor())[70:], "not a file of safetensors"),
     "pickle cut in a good zip": (_stored(_tensor()[:50]), "truncated or damaged: its pickle"),
     "safetensors without data": (_safetensors({"x": ENTRY}, b"abc"), "truncated: the tensors should have 4 bytes"),
     "safetensors with more": (_safetensors({"x": ENTRY}, b"abcde"), "trailing bytes: the tensors should have 4 bytes"),
@@ -158,9 +158,9 @@ FILES: dict[str, tuple[bytes, str]] = {
     "bool": (_safetensors({"x": ENTRY | {"shape": [True]}}), "its tensor x is impossible: invalid JSON"),
     "float": (_safetensors({"x": ENTRY | {"shape": [1.0]}}), "its tensor x is impossible: invalid JSON"),
     "twice": (_safetensors(b'{"x":%b,"x":%b}' % ((json.dumps(ENTRY).encode(),) * 2)), "two tensors are named x"),
-    "4 bits": (_safetensors({"x": ENTRY | {"dtype": "F4", "shape": [8]}}), "x is of F4, which NumPy has not"),
+    "4 bits": (_safetensors({"x": ENTRY | {"dtype": "F4", "shape": [8]}}), "x is of F4, which NumPy does not have"),
     # code
-    "bare pickle": (pickle.dumps({"a": os.system}), "a pickle, but none of torch.save"),
+    "bare pickle": (pickle.dumps({"a": os.system}), "a pickle that torch.save did not write"),
     "pickle that calls": (_zip(data_pkl=b"\x80\x02cos\nsystem\nX\x02\x00\x00\x00ls\x85R."), "it names os.system"),
     "pickle that calls torch": (_zip(data_pkl=b"\x80\x02ctorch\nload\nK\x01\x85R."), "it names torch.load"),
     "numpy scalar": (_pickled({"loss": np.float64(1)}), "scalar"),
@@ -168,18 +168,18 @@ FILES: dict[str, tuple[bytes, str]] = {
     "pathlib": (_pickled({"path": pathlib.PurePosixPath("a")}), "it names pathlib."),
     "torchscript": (_zip(data_pkl=b"", constants_pkl=b""), "a TorchScript archive"),
     "tar": (b"model/".ljust(257, b"\0") + b"ustar\0" + bytes(300), "a damaged tar file"),
-    "zip of something": (_zip(config_json=b"{}"), "a zip file, but none of torch.save"),
+    "zip of something": (_zip(config_json=b"{}"), "a zip file that torch.save did not write"),
     # larger than it looks
     "zip bomb": (_bomb(), "a zip bomb: its 2 entries inflate to 2147483"),
-    "stride 0": (_stored(_tensor(10**12, 0)), "a.weight of shape (1000000000000,) is larger"),
-    "short storage": (_stored(_tensor(), NUMBERS[:-1]), "16 bytes should be stored, and 15 are"),
-    "long storage": (_stored(_tensor(), NUMBERS + b"0"), "16 bytes should be stored, and 17 are"),
-    "no storage": (_zip(data_pkl=_tensor()), "of a.weight 16 bytes should be stored, and none are there"),
+    "stride 0": (_stored(_tensor(10**12, 0)), "a.weight of shape (1000000000000,) was saved expanded"),
+    "short storage": (_stored(_tensor(), NUMBERS[:-1]), "should have 16 bytes, and 15 are"),
+    "long storage": (_stored(_tensor(), NUMBERS + b"0"), "should have 16 bytes, and 17 are"),
+    "no storage": (_zip(data_pkl=_tensor()), "a.weight should have 16 bytes, and none are there"),
     "past the storage": (_stored(_tensor(3, 2)), "it reaches past the end of what is stored"),
-    "path in a zip": (_zip(data_pkl=_tensor(), data__0=NUMBERS, **{"__..__x": b""}), "is none that torch.save writes"),
+    "path in a zip": (_zip(data_pkl=_tensor(), data__0=NUMBERS, **{"__..__x": b""}), "torch.save writes no entry"),
     "flipped bit": (_flipped(), "the checksum (CRC) of its entry 'model/data/0' does not match"),
     "nested lists": (_zip(data_pkl=_nested(50_000)), "a (list)"),
-    "shared dicts": (_pickled(_shared(60)), "dicts nested under a, b"),
+    "shared dicts": (_pickled(_shared(60)), "dicts under a, b"),
     # nothing of ours in it
     "a list": (_pickled([1]), "no recurrent weights: it is of type list, not a dict"),
     "a tensor": (_stored(b"\x80\x02" + _tensor()[_tensor().index(b"ctorch.") : -2] + b"."), "it is one tensor, not"),
@@ -253,8 +253,8 @@ def test_no_file(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     for name, cause in {
         "nothing": "no such file",
-        "link": f"a link to {tmp_path}/nowhere, which is not there",
-        "folder": "a directory, but no orbax checkpoint",
+        "link": f"a link to {tmp_path}/nowhere, which does not exist",
+        "folder": "a directory without an orbax checkpoint",
         "pipe": "not a regular file",
         "a" * 300: "too long",
     }.items():
@@ -290,7 +290,7 @@ def test_no_recurrent_keys(tmp_path: Path) -> None:
     for command in ("inspect", "check"):
         code, _, said = _run([command, str(tmp_path / "a")])
         assert code == 2
-        assert "no recurrent weights: it has no torch.nn recurrent keys" in said.replace("\n  ", " ")
+        assert "no recurrent weights: no key ends as torch.nn's do" in said.replace("\n  ", " ")
         assert "its keys: a.weight" in said
     (tmp_path / "a").write_bytes(_pickled({}))
     assert _run(["inspect", str(tmp_path / "a")])[0] == 2
@@ -317,7 +317,10 @@ def test_what_torch_saves_and_is_no_state_dict(torch: types.ModuleType, zipped: 
         "tensor": (torch.ones(3), "no recurrent weights: it is one tensor, not a dict"),
         "list": ([torch.ones(3)], "no recurrent weights: it is of type list, not a dict"),
         "optimizer": (torch.optim.Adam(lstm.parameters()).state_dict(), "no recurrent weights"),
-        "nested": ({"net": lstm.state_dict(), "epoch": 3}, "dicts nested under net\nsay which: key='net'"),
+        "nested": (
+            {"net": lstm.state_dict(), "epoch": 3},
+            "under net\nsay which dict to read: key='net'",
+        ),
         "namespace": ({**lstm.state_dict(), "args": argparse.Namespace(a=1)}, "argparse.Namespace"),
         "pathlib": ({**lstm.state_dict(), "path": pathlib.Path("a")}, "pathlib"),
         "numpy": ({**lstm.state_dict(), "loss": np.float64(1)}, "scalar"),
@@ -333,7 +336,10 @@ def test_what_torch_saves_and_is_no_state_dict(torch: types.ModuleType, zipped: 
                 "torch.complex32": torch.ones(2, dtype=torch.complex32),
             }.items()
         }
-        kinds["expanded"] = ({"a.weight": torch.ones(1).expand(10**12)}, "a.weight of shape (1000000000000,) is larger")
+        kinds["expanded"] = (
+            {"a.weight": torch.ones(1).expand(10**12)},
+            "a.weight of shape (1000000000000,) was saved expanded",
+        )
     for name, (value, cause) in kinds.items():
         torch.save(value, tmp_path / name, _use_new_zipfile_serialization=zipped)
         _assert_refused(tmp_path / name, cause)

@@ -160,10 +160,20 @@ BAD_CALLS = [
     (GRU, (ONES, np.zeros((2, H))), RuntimeError, r"h_0 of hx should have shape \(1, 3, 4\), got"),
     (GRU, (np.ones((T, F)), np.zeros((1, 1, H))), RuntimeError, r"h_0 of hx should have shape \(1, 4\), got"),
     (GRU, (ONES, np.zeros((1, N, H), int)), TypeError, "h_0 of hx should be floating, got int"),
-    (GRU, (ONES, (np.zeros((1, N, H)),)), TypeError, "hx should be one array h_0, got tuple"),
+    (GRU, (ONES, (np.zeros((1, N, H)),)), TypeError, "hx should be one array h_0, got a tuple"),
     (LSTM, (ONES, np.zeros((4, N, H))), TypeError, r"hx should be a tuple \(h_0, c_0\), got"),
-    (LSTM, (ONES, [(np.zeros((N, H)),) * 2] * 2), TypeError, r"got list of tuple: .* `h, c = map\(jnp.stack, zip"),
-    (LSTM, (ONES, ([np.zeros((N, H))] * 4,) * 2), TypeError, r"\(4, 3, 4\), \(4, 3, 4\), got tuple of list"),
+    (
+        LSTM,
+        (ONES, [(np.zeros((N, H)),) * 2] * 2),
+        TypeError,
+        r"got a list of 2, the first a tuple of 2\. .* `h, c = map\(jnp.stack, zip",
+    ),
+    (
+        LSTM,
+        (ONES, ([np.zeros((N, H))] * 4,) * 2),
+        TypeError,
+        r"\(4, 3, 4\), \(4, 3, 4\), got a tuple of 2, the first a list of 4",
+    ),
     (LSTM, ([np.ones((N, F))] * T,), TypeError, "x should be one array, got list of length 5"),
     (LSTM, (ONES, (np.zeros((4, N, H)),)), TypeError, r"\(h_0, c_0\), got 1 values"),
     (
@@ -201,13 +211,14 @@ def test_torch_raises_the_same_for_bad_calls(
 def test_how_to_come_from_states_in_pairs() -> None:
     """What the message says."""
     pairs = [(normal(N, H, seed=k), normal(N, H, seed=k + 9)) for k in range(4)]
-    with pytest.raises(TypeError, match="of a pair") as caught:
+    with pytest.raises(TypeError, match="from a pair") as caught:
         jaxrnn.apply(LSTM, PARAMS[LSTM], normal(T, N, F), pairs)
-    (advice, _) = re.findall("`(.+?)`", str(caught.value))
-    names = {"pairs": pairs, "jnp": jnp}
-    exec(advice, names)
-    _, state = jaxrnn.apply(LSTM, PARAMS[LSTM], normal(T, N, F), (names["h"], names["c"]), lengths=[0] * N)
-    assert_close(state, [np.stack([pair[k] for pair in pairs]) for k in range(2)], atol=0)
+    ours, flaxs = re.findall("`(.+?)`", str(caught.value))
+    for advice, given in ((ours, pairs), (flaxs, [(c, h) for h, c in pairs])):
+        names = {"pairs": given, "jnp": jnp}
+        exec(advice, names)
+        _, state = jaxrnn.apply(LSTM, PARAMS[LSTM], normal(T, N, F), (names["h"], names["c"]), lengths=[0] * N)
+        assert_close(state, [np.stack([pair[k] for pair in pairs]) for k in range(2)], atol=0)
 
 
 @pytest.mark.parametrize("shape", [(2, 1, H), (2, H), (H,)], ids=str)

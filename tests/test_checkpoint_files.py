@@ -109,8 +109,8 @@ def test_order_is_the_file_s(tmp_path):
         (b"\x1f\x8b\x08" + bytes(50), "compressed by gzip"),
         (b"\x80\x04}\x94.", "a pickle"),
         (b"model/".ljust(257, b"\0") + b"ustar\0" + bytes(300), "a damaged tar file"),
-        (b"\0\1\2", "truncated: 3 bytes"),
-        (bytes(range(256)), "neither safetensors nor a file of torch.save"),
+        (b"\0\1\2", "truncated: it has only 3 bytes"),
+        (bytes(range(256)), "not a file of safetensors, torch.save, ONNX or Keras"),
         (safetensors({"x": ENTRY})[:12], "truncated"),
     ],
 )  # fmt: skip
@@ -137,7 +137,7 @@ def test_not_a_checkpoint(data, cause, tmp_path, refusal):
         (safetensors({"x": ENTRY | {"shape": [-1]}}), "invalid value"),
         (safetensors({"x": ENTRY | {"shape": [True]}}), "invalid type"),
         (safetensors({"x": ENTRY | {"shape": [1.0]}}), "invalid type"),
-        (safetensors({"x": ENTRY | {"dtype": "F4", "shape": [8]}}), "x is of F4, which NumPy has not"),
+        (safetensors({"x": ENTRY | {"dtype": "F4", "shape": [8]}}), "x is of F4, which NumPy does not have"),
         (safetensors(b'{"x":%b,"x":%b}' % ((json.dumps(ENTRY).encode(),) * 2)), "two tensors are named x"),
     ],
 )  # fmt: skip

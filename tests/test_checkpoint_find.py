@@ -278,7 +278,7 @@ def test_layer_gap_of_any_length():
         name.replace("_l1", "_l999999999"): value
         for name, value in tensors_of(Spec(jaxrnn.GRU_CELL, 2, 3, num_layers=2), "a.").items()
     }
-    assert refusal(tensors) == ["a.: layers up to 999999999 are named, but only 2 of them are there"]
+    assert refusal(tensors) == ["a.: keys go up to layer 999999999, but only 2 layers have any"]
 
 
 def test_twenty_thousand_layers():

@@ -153,7 +153,7 @@ def test_parts_that_do_not_fit(tensors: dict) -> None:
 
 
 def test_two_keys_that_become_one() -> None:
-    with pytest.raises(CheckpointError, match=r"_orig_mod\.x and x are both x"):
+    with pytest.raises(CheckpointError, match=r"the keys _orig_mod\.x and x are both read as x"):
         checkpoint.fold({"_orig_mod.x": np.ones(1), "x": np.ones(1)})
 
 
@@ -201,19 +201,22 @@ def test_what_is_not_under_the_prefix_does_not_matter() -> None:
 def test_what_is_where_is_told() -> None:
     gru = _gru()
     tensors = {f"{place}{name}": value for place in ("enc.", "dec.") for name, value in jaxrnn.state_dict(gru).items()}
-    with pytest.raises(CheckpointError, match=r"the prefix 'dec' ends before a dot\ngive 'dec.'"):
+    with pytest.raises(CheckpointError, match=r"the prefix 'dec' should end in a dot\ngive 'dec.'"):
         jaxrnn.load_state_dict(gru, tensors, "dec")
     with pytest.raises(CheckpointError, match=r"find_rnns.* lists prefixes and sizes: 'enc.', 'dec.'; strict"):
         jaxrnn.load_state_dict(gru, tensors, "decoder.")
     nested = {"model": tensors, "epoch": 3}
     with pytest.raises(
-        CheckpointError, match=r"no tensors but dicts of them are under model\ngive .* tensors\['model'\]"
+        CheckpointError,
+        match=r"tensors should be a dict of arrays, but it has dicts under model\ngive .* tensors\['model'\]",
     ):
         jaxrnn.load_state_dict(gru, nested, strict=False)
-    with pytest.raises(TypeError, match=r"tensors should be a dict from name to array, got str\n.*load reads a file"):
+    with pytest.raises(
+        TypeError, match=r"tensors should be a dict from name to array, got str\n.*read a file with jaxrnn"
+    ):
         jaxrnn.load_state_dict(gru, "model.pt")
     with pytest.raises(
-        TypeError, match=r"module should be an nnx.Module, got Linen's GRU: see jaxrnn.checkpoint.linen"
+        TypeError, match=r"module should be an nnx.Module, got Linen's GRU: use jaxrnn.checkpoint.linen instead"
     ):
         jaxrnn.load_state_dict(jaxrnn.linen.GRU(3, 4), tensors, "dec.")
     with pytest.raises(TypeError, match=r"module should be an nnx.Module, got Linen's GRU"):

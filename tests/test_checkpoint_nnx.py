@@ -229,7 +229,7 @@ def test_tied_weights() -> None:
         assert model.one.weight_ih is model.other.weight_ih
         assert_close(model.one.weight_ih[...], tensors["one.weight_ih"], atol=0)
     different = {**tensors, "one.weight_ih": tensors["one.weight_ih"] + 1}
-    with pytest.raises(jaxrnn.CheckpointError, match=r"one\.weight_ih and other\.weight_ih are one parameter here"):
+    with pytest.raises(jaxrnn.CheckpointError, match=r"one\.weight_ih and other\.weight_ih are one shared parameter"):
         jaxrnn.load_state_dict(model, different)
     del tensors["one.weight_ih"], tensors["other.weight_ih"]
     with pytest.raises(jaxrnn.CheckpointError, match=r"  one\.weight_ih is missing\n  other\.weight_ih is missing\n"):

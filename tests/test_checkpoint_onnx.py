@@ -112,8 +112,8 @@ def test_layers_of_one_module_are_one_again(tmp_path: Path) -> None:
     [
         ("LSTM", {"clip": 3.0}, "clip=3"),
         ("LSTM", {"input_forget": 1}, "input_forget=1"),
-        ("LSTM", {"direction": "reverse"}, "direction=reverse alone"),
-        ("GRU", {"linear_before_reset": 0}, "linear_before_reset=0, another GRU"),
+        ("LSTM", {"direction": "reverse"}, "direction=reverse"),
+        ("GRU", {"linear_before_reset": 0}, "linear_before_reset=0, where torch's GRU has 1"),
         ("GRU", {"activations": ["HardSigmoid", "Tanh"]}, r"activations=\['HardSigmoid', 'Tanh'\]"),
         ("RNN", {"activations": ["Affine"]}, r"activations=\['Affine'\]"),
     ],
@@ -136,12 +136,12 @@ def test_what_no_weights_hold_is_said(tmp_path: Path) -> None:
         load(path)
     words = [str(warning.message).partition(": ")[2] for warning in caught]
     assert words == [
-        "one starts from the state first, which is not zero: give it as hx",
-        "one. has relu, which no weights hold: give nonlinearity='relu'",
+        "one starts from the state first, which is not zero: give it to each call as hx",
+        "one. has relu, which weights do not say: make the module with nonlinearity='relu'",
     ]
     weights = onnx.helper.make_node("Tanh", ["X"], ["one.W"])
     path = _saved(tmp_path, [weights, _node("RNN", "one")], {n: a for n, a in arrays.items() if n != "one.W"})
-    with pytest.warns(UserWarning, match=r"one \(weights that the graph computes\)"):
+    with pytest.warns(UserWarning, match=r"one \(its weights are computed by the graph\)"):
         load(path)
 
 
@@ -289,14 +289,16 @@ def test_linen_and_what_onnx_has_not(tmp_path: Path) -> None:
     to_onnx(module, path, variables)
     assert_close(load(path), dict(variables["params"]), atol=0)
     before = path.read_bytes()
-    with pytest.raises(TypeError, match="variables should be those of the Linen module"):
+    with pytest.raises(TypeError, match="variables should be what the Linen module's init returned"):
         to_onnx(module, path)
     for other in (jaxrnn.GRUCell(F, H, rngs=nnx.Rngs(0)), nnx.Linear(2, 2, rngs=nnx.Rngs(0))):
         with pytest.raises(TypeError, match=f"should be an RNN, LSTM or GRU of jaxrnn, got {type(other).__name__}"):
             to_onnx(other, path)
-    with pytest.raises(CheckpointError, match=r"model.onnx: ONNX has no LSTM with a projection\n"):
+    with pytest.raises(CheckpointError, match=r"model.onnx: ONNX has no LSTM with proj_size\n"):
         to_onnx(filled(lambda: jaxrnn.LSTM(F, H, proj_size=2, rngs=nnx.Rngs(0))), path)
-    with pytest.raises(CheckpointError, match=r"has no GRU of bfloat16\nmake it one of float32"):
+    with pytest.raises(
+        CheckpointError, match=r"has no GRU of bfloat16\nmake the module with param_dtype one of float32"
+    ):
         to_onnx(filled(lambda: jaxrnn.GRU(F, H, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))), path)
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == ["model.onnx"]

@@ -79,7 +79,7 @@ def test_what_flax_users_write(tmp_path: Path) -> None:
         assert tensors.keys() == variables["params"].keys()
     np.testing.assert_array_equal(tensors["weight_hh_l0"], variables["params"]["weight_hh_l0"])
     assert checkpoint.load(tmp_path / "run")["step"] == 3
-    with pytest.raises(CheckpointError, match="it has nothing under 'nobody'\nits keys: params"):
+    with pytest.raises(CheckpointError, match="it has no key 'nobody'\nits keys: params"):
         checkpoint.load(tmp_path / "run", key="nobody")
     with ocp.CheckpointManager(tmp_path / "run") as manager:
         manager.save(8, args=ocp.args.Composite(model=ocp.args.StandardSave(dict(variables))))
@@ -90,9 +90,9 @@ def test_what_flax_users_write(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("tensors", "cause"),
     [
-        ({}, "an orbax checkpoint cannot be empty"),
-        ({"x": np.ones((0, 2))}, "x has no numbers, which orbax cannot write"),
-        ({"\ud800": np.ones(1)}, r"\\ud800 is no Unicode text"),
+        ({}, "no tensors, and an orbax checkpoint cannot be empty"),
+        ({"x": np.ones((0, 2))}, "x has size 0, which orbax cannot write"),
+        ({"\ud800": np.ones(1)}, r"the name \\ud800 is not valid Unicode"),
     ],
 )
 def test_what_orbax_cannot_hold(tensors: dict, cause: str, tmp_path: Path) -> None:
@@ -131,7 +131,7 @@ def test_damaged_directories(tmp_path: Path, refusal: Callable[[Path], str], tho
     (path / "_METADATA").write_text("{}")
     assert "a damaged orbax checkpoint" in refusal(path)
     (path / "_METADATA").unlink()
-    assert refusal(path) == "a directory, but no orbax checkpoint"
+    assert refusal(path) == "a directory without an orbax checkpoint"
 
 
 def test_an_array_far_larger_than_its_files(tmp_path: Path, refusal: Callable[[Path], str]) -> None:

@@ -61,7 +61,7 @@ def test_the_key_that_is_advised_is_taken(key: Any, torch: types.ModuleType, sav
     path = saved({"models": [{"other": torch.ones(1)}, {key: _tensors(torch)}]})
     assert_close(checkpoint.load(path, key=f"models.1.{key}"), LSTM, atol=0)
     assert list(checkpoint.load_tree(path, f"models.1.{key}")) == list(LSTM)
-    with pytest.raises(CheckpointError, match="its 'models' has no '2'\nits keys: 0, 1"):
+    with pytest.raises(CheckpointError, match="its 'models' has no key '2'\nits keys: 0, 1"):
         checkpoint.load(path, key="models.2")
 
 
@@ -81,7 +81,7 @@ def test_an_optimizers_file_says_how_to_go_on(torch: types.ModuleType, saved: An
     lstm(torch.ones(2, 3))[0].sum().backward()
     optimizer.step()
     path = saved(optimizer.state_dict())
-    assert _advice(path, r"read it by jaxrnn\.checkpoint\.(load_tree), and give it to optimizer_from_torch")
+    assert _advice(path, r"with jaxrnn\.checkpoint\.(load_tree), and give it to jaxrnn\.checkpoint\.optimizer")
     module = filled(lambda: jaxrnn.LSTM(3, 4, rngs=nnx.Rngs(0)))
     assert int(checkpoint.optimizer_from_torch(checkpoint.load_tree(path), module).step[...]) == 1
 
@@ -123,7 +123,7 @@ def test_objects_beside_tensors_are_left_out_on_request(
     value = {"state_dict": _tensors(torch), "config": _Config(), "epoch": 3, "path": Path("a"), "loss": np.float64(1)}
     path = saved(value)
     name = f"{_Config.__module__}._Config"
-    assert _advice(path, "(only_tensors=True), on the command line --only-tensors")
+    assert _advice(path, "(only_tensors=True), or --only-tensors on the command line")
     with pytest.warns(UserWarning, match=re.escape(name)):
         assert_close(checkpoint.load(path, only_tensors=True), LSTM, atol=0)
     assert list(checkpoint.load_tree(path, "state_dict")) == list(LSTM)
@@ -184,7 +184,7 @@ def test_weight_drop(tmp_path: Path) -> None:
     }
     for name, (tensors, prefix, dropped) in layouts.items():
         module = filled(lambda: jaxrnn.LSTM(3, 4, rngs=nnx.Rngs(0)))
-        message = "what the last dropout left.*raw=True.*--raw" if dropped else "--raw"
+        message = "after the last dropout.*raw=True.*--raw" if dropped else "--raw"
         for refused in (
             lambda tensors=tensors: checkpoint.find_rnns(tensors),
             lambda tensors=tensors, m=module, p=prefix: jaxrnn.load_state_dict(m, tensors, p),
@@ -240,8 +240,8 @@ def test_a_checkpoint_in_several_files(suffix: str, tmp_path: Path) -> None:
         ("[]", "a damaged index"),
         ('{"weight_map": {}}', "a damaged index"),
         ('{"weight_map": {"a": 1}}', "a damaged index"),
-        ('{"weight_map": {"a": "../b.safetensors"}}', "it lists files elsewhere"),
-        ('{"weight_map": {"a": "/etc/passwd"}}', "it lists files elsewhere"),
+        ('{"weight_map": {"a": "../b.safetensors"}}', "it lists files outside its folder"),
+        ('{"weight_map": {"a": "/etc/passwd"}}', "it lists files outside its folder"),
         ('{"weight_map": {"a": "model.safetensors.index.json"}}', "is neither safetensors nor"),
         ("[" * 100_000, "a damaged index"),
     ],
@@ -270,7 +270,7 @@ def test_archives_say_what_is_in_them(saved: Any, torch: types.ModuleType, tmp_p
         exporter.save_text("a", "b", "c")
     assert _advice(tmp_path / "package.pt", "load it with (torch.package)")
     old = {"pickle_protocol": 4, "_use_new_zipfile_serialization": False}
-    assert _advice(saved(_tensors(torch), **old), "save it with torch's (default protocol)")
+    assert _advice(saved(_tensors(torch), **old), "save it again, (without pickle_protocol=)")
 
 
 def test_a_prefix_that_fits_everything_is_advised() -> None:

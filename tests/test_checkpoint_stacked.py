@@ -69,7 +69,7 @@ def test_every_layer(name: str) -> None:
     make, wanted = LAYERS[name]
     module = _stacked(make)
     first, problems, remedy = _refusal(jaxrnn.state_dict, module)
-    assert first == f"{name}: torch has no names for several modules in one:"
+    assert first == f"{name}: it is a stack of several modules, for which torch has no names:"
     assert set(wanted) <= set(problems)
     assert len(problems) == len(jaxrnn.state_dict(filled(lambda: make(nnx.Rngs(0)))))
     assert _refusal(jaxrnn.load_state_dict, module, {}) == (first, problems, remedy)
@@ -98,7 +98,7 @@ def test_members_taken_loaded_and_stacked(axis: int, index: str) -> None:
     """Each of five models is torch's: taken out by the remedy, or loaded one by one and stacked."""
     module = _stacked(Model, axis)
     first, problems, remedy = _refusal(jaxrnn.state_dict, module)
-    assert first == "Model: torch has no names for several modules in one:"
+    assert first == "Model: it is a stack of several modules, for which torch has no names:"
     assert [problem.split(" ")[0] for problem in problems] == [
         *(f"cells.{k}.{name}" for k in (0, 1) for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")),
         "head.kernel",
@@ -193,7 +193,7 @@ def test_linens_scan_and_vmap() -> None:
     model, tools = LinenModel(), jaxrnn.checkpoint.linen
     variables = filled_variables(model, X)
     first, problems, remedy = _refusal(tools.state_dict, model, variables, X)
-    assert first == "LinenModel: torch has no names for several modules in one:"
+    assert first == "LinenModel: it is a stack of several modules, for which torch has no names:"
     assert sorted(problems) == sorted(
         f"{where}.{name} is ({count}, {shape[1:].replace(',)', ')')}, should be {shape}"
         for where, count in (("layers", 6), ("ensemble", 5))

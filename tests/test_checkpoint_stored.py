@@ -64,8 +64,8 @@ def test_not_finite(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "cause"),
     [
-        (lambda path, data: path.write_bytes(data[:-1] + b"x"), "it has changed since it was opened"),
-        (lambda path, data: path.write_bytes(data[:-9]), "it has changed since it was opened"),
+        (lambda path, data: path.write_bytes(data[:-1] + b"x"), "the file has changed since it was opened"),
+        (lambda path, data: path.write_bytes(data[:-9]), "the file has changed since it was opened"),
         (lambda path, data: path.unlink(), "no such file"),
     ],
 )
@@ -73,7 +73,7 @@ def test_a_file_that_changes(change: Callable[[Path, bytes], object], cause: str
     path = tmp_path / "a"
     stored = _stored(path, NUMBERS)
     os.utime(path, ns=(0, 0))
-    with pytest.raises(UnreadableError, match=f"^{path}: it has changed since"):
+    with pytest.raises(UnreadableError, match=f"^{path}: the file has changed since"):
         stored.read()
     stored = _stored(path, NUMBERS)
     change(path, path.read_bytes())
@@ -96,5 +96,5 @@ def test_damage(tmp_path: Path) -> None:
     for read in (damaged.read, lambda: list(damaged.pieces()), lambda: equal(damaged, damaged)):
         with pytest.raises(UnreadableError, match=rf"^{path}: damaged: the checksum \(CRC\) of its entry 'data/0'"):
             read()
-    with pytest.raises(UnreadableError, match=f"^{path}: truncated while it was read\n"):
+    with pytest.raises(UnreadableError, match=f"^{path}: the file was truncated while it was read\n"):
         short.read()

@@ -60,7 +60,10 @@ def test_damaged_compression(tmp_path, refusal):
 
 @pytest.mark.parametrize(
     ("place", "value", "cause"),
-    [(6, 99, "one that torch.save did not write: zip file version 9.9"), (10, 99, "is none that torch.save writes")],
+    [
+        (6, 99, "one that torch.save did not write: zip file version 9.9"),
+        (10, 99, "torch.save writes no entry such as"),
+    ],
     ids=["version", "compression"],
 )
 def test_a_zip_of_another_kind(place, value, cause, tmp_path, refusal):
@@ -149,16 +152,16 @@ def test_nested_state_dicts(zipped, torch, tmp_path, refusal):
     save({"model": {"state_dict": tensors}})
     assert list(checkpoint.load(tmp_path / "a.pt")) == ["weight"]
     save({"model": tensors, "state_dict": {"other": torch.ones(1)}})
-    assert "nested under model, state_dict" in refusal(tmp_path / "a.pt")
+    assert "dicts under model, state_dict" in refusal(tmp_path / "a.pt")
     assert list(checkpoint.load(tmp_path / "a.pt", key="state_dict")) == ["other"]
     save({"trainer": {"ema": tensors}, "epoch": 3})
-    assert "nested under trainer" in refusal(tmp_path / "a.pt")
+    assert "dicts under trainer" in refusal(tmp_path / "a.pt")
     assert list(checkpoint.load(tmp_path / "a.pt", key="trainer.ema")) == ["weight"]
     for key, cause in {
-        "trainer.model": "its 'trainer' has no 'model'\nits keys: ema",
+        "trainer.model": "its 'trainer' has no key 'model'\nits keys: ema",
         "epoch": "its 'epoch' is of type int, not a dict",
         "trainer.ema.weight": "its 'trainer.ema.weight' is one tensor, not a dict",
-        "trainer": "its 'trainer' has dicts nested under ema\nsay which: key='trainer.ema'",
+        "trainer": "its 'trainer' has no tensors, but dicts under ema\nsay which dict to read: key='trainer.ema'",
     }.items():
         with pytest.raises(CheckpointError, match=re.escape(cause)):
             checkpoint.load(tmp_path / "a.pt", key=key)
@@ -166,12 +169,12 @@ def test_nested_state_dicts(zipped, torch, tmp_path, refusal):
 
 def test_a_dict_that_holds_itself(tmp_path, refusal):
     (tmp_path / "a.pt").write_bytes(archive(data_pkl=b"\x80\x02}q\x00X\x05\x00\x00\x00modelh\x00s."))
-    assert "dicts nested under model" in refusal(tmp_path / "a.pt")
+    assert "dicts under model" in refusal(tmp_path / "a.pt")
 
 
 def test_safetensors_have_no_keys(tmp_path):
     checkpoint.save(tmp_path / "a.safetensors", {"x": np.ones(1)})
-    with pytest.raises(CheckpointError, match="nests no dicts under keys such as 'model'"):
+    with pytest.raises(CheckpointError, match="has no dicts in it, and so no key 'model'"):
         checkpoint.load(tmp_path / "a.safetensors", key="model")
 
 
@@ -229,12 +232,12 @@ def test_a_whole_tree(zipped, torch, tmp_path):
     assert type(tree["size"]) is tuple
     assert tree["size"] == (2, 3)
     assert checkpoint.load_tree(tmp_path / "a.pt", "optimizer.groups") == [{"betas": (0.9, 1)}]
-    with pytest.raises(CheckpointError, match=r"its 'optimizer' has no 'epoch'\nits keys: state, groups"):
+    with pytest.raises(CheckpointError, match=r"its 'optimizer' has no key 'epoch'\nits keys: state, groups"):
         checkpoint.load_tree(tmp_path / "a.pt", "optimizer.epoch")
-    with pytest.raises(CheckpointError, match=r"its 'name' has no 'x'"):
+    with pytest.raises(CheckpointError, match=r"its 'name' has no key 'x'"):
         checkpoint.load_tree(tmp_path / "a.pt", "name.x")
     torch.save({"x": [torch.ones(1), torch.ones(1).expand(10**12)]}, tmp_path / "b.pt")
-    with pytest.raises(CheckpointError, match=r"b.pt: x\.1 of shape \(1000000000000,\) is larger than what is stored"):
+    with pytest.raises(CheckpointError, match=r"b.pt: x\.1 of shape \(1000000000000,\) was saved expanded"):
         checkpoint.load_tree(tmp_path / "b.pt")
 
 
@@ -243,7 +246,7 @@ def test_trees_that_are_none(tmp_path):
     with pytest.raises(CheckpointError, match=r"a.safetensors: not a file of torch.save"):
         checkpoint.load_tree(tmp_path / "a.safetensors")
     (tmp_path / "deep.pt").write_bytes(archive(data_pkl=b"\x80\x02" + b"]" * 200_000 + b"a" * 199_999 + b"."))
-    with pytest.raises(CheckpointError, match=r"deep.pt: more than 100 dicts and lists"):
+    with pytest.raises(CheckpointError, match=r"deep.pt: its dicts and lists are nested more than 100 deep"):
         checkpoint.load_tree(tmp_path / "deep.pt")
     (tmp_path / "self.pt").write_bytes(archive(data_pkl=b"\x80\x02}q\x00X\x05\x00\x00\x00modelh\x00s."))
     tree = checkpoint.load_tree(tmp_path / "self.pt")

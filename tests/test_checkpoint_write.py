@@ -38,7 +38,7 @@ def test_save_refuses(value, cause, tmp_path):
 
 @pytest.mark.parametrize("name", ["a.npz", "a", ".safetensors/a", "a.pt.gz"])
 def test_save_goes_by_the_suffix(name, tmp_path):
-    with pytest.raises(CheckpointError, match=r"no format has its suffix\nend its name in one of \.safetensors, \.pt"):
+    with pytest.raises(CheckpointError, match=r"(no suffix|ends in .*)\nend the name in one of \.safetensors, \.pt"):
         checkpoint.save(tmp_path / name, {"x": np.ones(1)})
     with pytest.raises(CheckpointError, match="__metadata__"):
         checkpoint.save(tmp_path / "a.safetensors", {"__metadata__": np.ones(1)})
@@ -65,7 +65,7 @@ def test_what_was_written_is_read_and_compared(suffix, tmp_path, monkeypatch):
         {"y": np.ones(1)},
     ):
         monkeypatch.setitem(write.WRITERS, f".{suffix}", lambda file, _, wrote, other=other: right(file, other, wrote))
-        with pytest.raises(CheckpointError, match=f"^{path}: the file does not hold what was written: [xy]"):
+        with pytest.raises(CheckpointError, match=f"^{path}: read back, it differs from what was written: [xy]"):
             checkpoint.save(path, {"x": np.array([1.0, 2.0])})
         assert _contents(tmp_path) == before
 
@@ -85,7 +85,7 @@ def test_from_file_to_file_in_pieces(suffix, tmp_path):
     np.testing.assert_array_equal(found["x"], numbers, strict=True)
     before = other.stat().st_mtime_ns
     checkpoint.save(one, {"x": numbers + np.uint16(1), "y": np.ones((), np.float32)})
-    with pytest.raises(CheckpointError, match=f"^{one}: it has changed since it was opened\n"):
+    with pytest.raises(CheckpointError, match=f"^{one}: the file has changed since it was opened\n"):
         checkpoint.save(other, lazy)
     one.unlink()
     with pytest.raises(CheckpointError, match=f"^{one}: no such file\n"):
@@ -106,7 +106,7 @@ def test_an_orbax_checkpoint_takes_anothers_place(tmp_path):
     os.rename(path, f"{path}.01234567.tmp.old")
     (tmp_path / "a.orbax.01234567.tmp.new").mkdir()
     (tmp_path / "a.orbax.01234567.tmp").write_bytes(b"")
-    with pytest.raises(CheckpointError, match="x has no numbers, which orbax cannot write"):
+    with pytest.raises(CheckpointError, match="x has size 0, which orbax cannot write"):
         checkpoint.save(path, {"x": np.ones((0, 2))})
     assert _contents(path) == before
     assert list(tmp_path.iterdir()) == [path]
@@ -128,7 +128,7 @@ def test_numbers_that_change_while_they_are_saved(suffix, tmp_path):
     checkpoint.save(path, {"x": np.ones(2)})
     before = _contents(tmp_path)
     numbers = np.zeros(3)
-    with pytest.raises(CheckpointError, match=f"^{path}: the file does not hold what was written: x\n"):
+    with pytest.raises(CheckpointError, match=f"^{path}: read back, it differs from what was written: x\n"):
         checkpoint.save(path, {"x": numbers}, lambda count: numbers.__setitem__(1, 2.0))
     assert _contents(tmp_path) == before, "the old file is not what it was"
 
@@ -277,7 +277,9 @@ def test_a_directory_that_is_no_checkpoint_stays(suffix, tmp_path):
     path = tmp_path / f"runs.{suffix}"
     (path / "notes").mkdir(parents=True)
     (path / "notes" / "thesis.txt").write_text("mine")
-    with pytest.raises(CheckpointError, match=f"^{path}: a directory that is no orbax checkpoint is not replaced\n"):
+    with pytest.raises(
+        CheckpointError, match=f"^{path}: a directory that is not an orbax checkpoint, so it is not replaced\n"
+    ):
         checkpoint.save(path, {"x": np.ones(1)})
     assert _contents(tmp_path) == {f"runs.{suffix}/notes/thesis.txt": b"mine"}
     if suffix == "orbax":

@@ -221,10 +221,10 @@ def test_an_axis_that_cannot_be() -> None:
             jaxrnn.apply(spec, params, x, hidden_axis=axis)
 
     with pytest.raises(
-        ValueError, match=r"hidden_axis should be of the mesh in jax.set_mesh, which has \(\), or .*got 'm'"
+        ValueError, match=r"hidden_axis should be an axis of the mesh in jax.set_mesh, which has \(\), or .*got 'm'"
     ):
         jaxrnn.apply(spec, params, x, hidden_axis="m")
-    with pytest.raises(ValueError, match=r"which has \('m',\), or be a logical name .*got 'n'"):
+    with pytest.raises(ValueError, match=r"which has \('m',\), or a logical axis .*got 'n'"):
         run(jax.make_mesh((1,), ("m",)), "n")
     with pytest.raises(ValueError, match="got 3"):
         run(jax.make_mesh((1,), ("m",)), 3)

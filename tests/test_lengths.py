@@ -189,9 +189,9 @@ def test_vmap() -> None:
         (3, RuntimeError, r"lengths should have shape \(3,\)"),
         ([1.0, 2.0, 3.0], TypeError, "lengths should be integers, got float64"),
         ([True, True, True], TypeError, "lengths should be integers, got bool"),
-        ([1, T + 1, 2], ValueError, r"lengths should be from 0 to the 5 time steps of x, got \[1, 6, 2\]"),
-        (jnp.array([1, 9, 2]), ValueError, r"from 0 to the 5 time steps of x, got \[1, 9, 2\]"),
-        ([1, -1, 2], ValueError, r"from 0 to the 5 time steps of x, got \[1, -1, 2\]"),
+        ([1, T + 1, 2], ValueError, r"lengths should be from 0 to 5, the time steps of x, got \[1, 6, 2\]"),
+        (jnp.array([1, 9, 2]), ValueError, r"from 0 to 5, the time steps of x, got \[1, 9, 2\]"),
+        ([1, -1, 2], ValueError, r"from 0 to 5, the time steps of x, got \[1, -1, 2\]"),
     ],
 )
 def test_bad_lengths(lengths: Any, error: type[Exception], message: str) -> None:

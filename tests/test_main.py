@@ -127,12 +127,14 @@ def test_nested_and_raw_weights_when_asked(
     path, out = tmp_path / "model.pt", str(tmp_path / "out.safetensors")
     torch.save({"trainer": {"ema": tensors}}, path)
     assert main(["inspect", str(path)]) == 2
-    assert "say which: key='trainer.ema', on the command line --key" in _unwrapped(capsys.readouterr().err)
+    assert "say which dict to read: key='trainer.ema', on the command line --key trainer.ema" in _unwrapped(
+        capsys.readouterr().err
+    )
     assert main(["inspect", str(path), "--key", "trainer.ema"]) == 2
     assert "rnn.weight_hh_l0 is missing" in _unwrapped(capsys.readouterr().err)
     assert main(["inspect", str(path), "--key", "trainer.ema", "--raw"]) == 0
     assert main(["convert", str(path), out, "--key", "trainer.ema", "--raw", "--prefix", "rnn"]) == 2
-    assert "the prefix 'rnn' ends before a dot" in _unwrapped(capsys.readouterr().err)
+    assert "the prefix 'rnn' should end in a dot" in _unwrapped(capsys.readouterr().err)
     assert main(["convert", str(path), out, "--key", "trainer.ema", "--raw", "--prefix", "rnn."]) == 0
     assert checkpoint.load(out).keys() == LSTM.shapes().keys()
 
@@ -155,12 +157,13 @@ def test_convert_chooses_renames_and_casts(model: Path, tmp_path: Path, capsys: 
     assert {value.dtype.name for value in after.values()} == {"float16"}
     np.testing.assert_array_equal(after["weight_hh_l0"], before["encoder.weight_hh_l0"].astype(np.float16))
     for wrong, message in {
+        "--rename=cell.": "it should be A=B",
         "--rename=nobody=x": "no key starts with 'nobody'",
-        "--rename=cell.weight_hh=cell.weight_ih": "gives two keys one name",
+        "--rename=cell.weight_hh=cell.weight_ih": "two keys would have the same name",
     }.items():
         assert message in _refused(["convert", str(model), str(tmp_path / "b.pt"), wrong], capsys)
     checkpoint.save(model, {"large": np.array([1e5]), "count": np.array([10**6])})
-    assert "large has numbers that are too large for float16" in _refused(
+    assert "large has numbers too large for float16" in _refused(
         ["convert", str(model), str(tmp_path / "b.pt"), "--dtype", "float16"], capsys
     )
     assert main(["convert", str(model), str(tmp_path / "b.pt"), "--dtype", "bfloat16"]) == 0
@@ -325,6 +328,90 @@ def test_without_arguments_the_commands_are_listed(capsys: pytest.CaptureFixture
     assert commands == {"inspect", "convert", "diff", "check", "parity", "speed"}
 
 
+COMMANDS = ["", "inspect", "convert", "diff", "check"]
+
+
+def test_each_help_shows_examples_that_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "examples").symlink_to(Path(__file__).parents[1] / "examples")
+    examples: dict[str, None] = {}
+    for command in COMMANDS:
+        with pytest.raises(SystemExit):
+            main([*command.split(), "--help"])
+        shown = capsys.readouterr().out.partition("\nexamples:\n")[2].splitlines()
+        assert len(shown) == 2
+        assert all(line.startswith(f"  jaxrnn {command}") for line in shown)
+        examples |= dict.fromkeys(shown)
+    for line in examples:
+        expected = 1 if "highlighter" in line else 0  # which differs
+        assert main(line.split()[1:]) == expected, line
+
+
+@pytest.mark.usefixtures("suite")
+def test_the_suites_examples_are_understood(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("_judge", "_model"):
+        monkeypatch.setattr(runner, name, lambda *_: 0)
+    monkeypatch.setattr(speed.jax.config, "update", lambda *_: None)  # in other tests' process, too late
+    monkeypatch.setattr(speed, "product_rates", lambda sides: sys.exit("understood"))
+    for command in ("parity", "speed"):
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        lines = capsys.readouterr().out.partition("\nexamples:\n")[2].splitlines()
+        assert len(lines) == 2
+        for line in lines:
+            if command == "parity":
+                assert main(line.split()[1:]) == 0
+            else:
+                with pytest.raises(SystemExit, match="understood"):
+                    main(line.split()[1:])
+
+
+def test_what_was_taken_of_a_nested_file_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+    tensors = {name: torch.tensor(value) for name, value in parameters(CELL).items()}
+    path, out = tmp_path / "a.pt", tmp_path / "b.pt"
+    torch.save({"model": tensors, "optimizer": {"lr": 0.1}, "epoch": 3}, path)
+    told = f"note: {path}: took the tensors under 'model', and left out optimizer, epoch\n"
+    for command in (["inspect", str(path)], ["convert", str(path), str(out)], ["inspect", str(path), "--key", "model"]):
+        assert main(command) == 0
+        assert _unwrapped(capsys.readouterr().err) == told
+    torch.save({"runs": [{"net": tensors | {"step": 3}}, None]}, path)
+    assert main(["inspect", str(path), "--key", "runs.0.net", "--json"]) == 0
+    output = capsys.readouterr()
+    assert "took the tensors under 'runs.0.net', and left out runs.1, runs.0.net.step" in _unwrapped(output.err)
+    assert json.loads(output.out)
+    torch.save(tensors, path)
+    assert main(["inspect", str(path)]) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_diff_of_what_convert_took_out(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = str(tmp_path / "encoder.pt")
+    assert main(["convert", str(model), out, "--prefix", "encoder."]) == 0
+    capsys.readouterr()
+    assert main(["diff", str(model), out, "--prefix", "encoder."]) == 0
+    assert main(["diff", out, str(model), "--other-prefix", "encoder."]) == 0
+    assert capsys.readouterr().out == f"all {len(LSTM.shapes())} tensors are equal\n" * 2
+    assert main(["diff", out, str(model), "--other-prefix", "cell."]) == 1
+    assert "weight_hh_l1: only in A" in capsys.readouterr().out
+    assert "no key starts with 'nobody.'" in _refused(["diff", str(model), out, "--prefix", "nobody."], capsys)
+
+
+def test_ctrl_c_leaves_no_traceback(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("jaxrnn.__main__.opened", stop)
+    assert main(["inspect", str(model)]) == 130
+    assert capsys.readouterr().err == "Stopped.\n"
+
+
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         main(["--version"])
@@ -332,7 +419,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"jaxrnn {jaxrnn.__version__}\n"
 
 
-@pytest.mark.parametrize(("command", "message"), [("parity", "no case of"), ("speed", "no workload has")])
+@pytest.mark.parametrize(("command", "message"), [("parity", "no case has"), ("speed", "no workload has")])
 def test_the_suite_reads_its_own_arguments(
     suite: None, command: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

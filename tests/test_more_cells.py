@@ -174,7 +174,7 @@ def test_checkpoints_hold_own_parameters(tmp_path: Path) -> None:
     assert_close(
         jaxrnn.state_dict(module), {name: loaded[f"rnn3.{name}"] for name in found[3].spec.shapes()}, atol=1e-6
     )
-    with pytest.raises(ValueError, match=r"parameters of their own, by which they are known, got \['minGRU'\]"):
+    with pytest.raises(ValueError, match=r"params of their own, whose names tell them from torch's, got \['minGRU'\]"):
         checkpoint.find_rnns(loaded, cells=[jaxrnn.MIN_GRU_CELL])
     del loaded["rnn1.weight_co_l1"]
     with pytest.raises(jaxrnn.CheckpointError, match=r"rnn1.weight_co_l1 is missing"):
@@ -187,12 +187,12 @@ def test_checkpoints_hold_own_parameters(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"params": {"weight_hh": ("hidden",)}}, "names that are new, got 'weight_hh'"),
-        ({"params": {"a.b": ("hidden",)}}, "names that are new, got 'a.b'"),
+        ({"params": {"weight_hh": ("hidden",)}}, "Python names other than .*, got 'weight_hh'"),
+        ({"params": {"a.b": ("hidden",)}}, "Python names other than .*, got 'a.b'"),
         ({"params": {"u": ("hidden", "gates")}}, r"axes of 'u' .* got \('hidden', 'gates'\)"),
         ({"params": {"u": "hidden"}}, r"axes of 'u' .* got 'hidden'"),
-        ({"recurrent": False, "apart": ("a",)}, r"apart should be \(\) and projects False"),
-        ({"recurrent": False, "projects": True}, r"apart should be \(\) and projects False"),
+        ({"recurrent": False, "apart": ("a",)}, r"should have apart=\(\) and projects=False"),
+        ({"recurrent": False, "projects": True}, r"should have apart=\(\) and projects=False"),
     ],
 )
 def test_a_cell_checks_its_parameters(fields: dict, message: str) -> None:

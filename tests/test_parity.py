@@ -23,7 +23,7 @@ import jaxrnn
 from parity import __main__ as runner
 from parity import sides
 from parity.cases import CASES, ENOUGH, KINDS, LAYERS, LENGTHS, NEAR, Arrays, Case
-from parity.compare import compare, pool
+from parity.compare import Outcome, compare, pool
 from parity.reference import Recorded, errors, live
 
 RECORDED = Recorded()
@@ -267,6 +267,53 @@ def test_the_runner_sees_float32_errors_that_only_many_numbers_show(
     assert "FAIL LSTMCell h_n" in capsys.readouterr().out
 
 
+def test_a_filter_ignores_case(chosen: list[str]) -> None:
+    runner.main(["--filter", "grucell-HX"])
+    assert chosen
+    assert all(name.startswith("GRUCell-hx") for name in chosen)
+
+
+@pytest.fixture
+def chosen(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the cases that would run."""
+    names: list[str] = []
+    monkeypatch.setattr(runner, "_judge", lambda cases, *_: names.extend(case.name for case in cases))
+    return names
+
+
+@pytest.mark.usefixtures("chosen")
+def test_a_platform_that_is_not_there(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def devices() -> None:
+        raise RuntimeError("Unable to initialize backend")
+
+    monkeypatch.setattr(runner.jax, "devices", devices)
+    before = jax.config.jax_platforms
+    try:
+        with pytest.raises(SystemExit) as stopped:
+            runner.main(["--platform", "gpu"])
+    finally:
+        jax.config.update("jax_platforms", before)
+    assert stopped.value.code == 2
+    assert "--platform gpu: JAX finds none here" in capsys.readouterr().err
+
+
+def test_ctrl_c_shows_what_was_compared(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    done: list[str] = []
+
+    def stopping(case: Case, *arguments: Any) -> Outcome:
+        if done:
+            raise KeyboardInterrupt
+        done.append(case.name)
+        return compare(case, *arguments)
+
+    monkeypatch.setattr(runner, "compare", stopping)
+    monkeypatch.setattr(runner.os, "cpu_count", lambda: 1)
+    assert runner.main(["--filter", "GRUCell-nobias", "--dtype", "float64"]) == 130
+    output = capsys.readouterr()
+    assert re.search(r"Stopped: 1 of \d+ cases were compared", output.err)
+    assert "gives: 1 case," in output.out
+
+
 @pytest.mark.slow
 def test_recorded_results_need_no_torch() -> None:
     program = "import sys; from parity.__main__ import main; code = main(['--filter', 'GRUCell-hx'])"
@@ -307,7 +354,7 @@ def test_options_that_a_task_does_not_read(task: str, capsys: pytest.CaptureFixt
         with pytest.raises(SystemExit) as stopped:
             runner.main([task, *model, f"--{name}", *filter(None, [VALUES[name]])])
         assert stopped.value.code == 2
-        assert f"{task} takes no --{name}, which is for " in capsys.readouterr().err
+        assert re.search(f"--{name} goes with .*, not with {task}", capsys.readouterr().err)
 
 
 @pytest.mark.usefixtures("_nothing_runs")
@@ -324,7 +371,7 @@ def test_options_are_those_that_some_task_reads(
     monkeypatch.setattr(argparse.ArgumentParser, "add_argument", noting)
     with pytest.raises(SystemExit):
         runner.main(["--inputs", "no such.npy"])
-    assert "compare takes no --inputs, which is for --model" in capsys.readouterr().err
+    assert "--inputs goes with --model, not with compare, the default" in capsys.readouterr().err
     options = {name.removeprefix("--") for name in added if name.startswith("--")} - {"model", "compile-only"}
     assert options == set(VALUES)
 

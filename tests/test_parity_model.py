@@ -156,8 +156,10 @@ def test_chaos_is_not_judged(
     ("arguments", "message"),
     [
         (["nothing.pt"], "nothing.pt: no such file"),
-        ([DENOISER, "--key", "net"], "a safetensors file nests no dicts"),
+        ([DENOISER, "--key", "net"], "a safetensors file has no dicts in it"),
         ([DENOISER, "--inputs", "x.npy"], "no module takes shape (5, 2, 7)"),
+        ([DENOISER, "--inputs", "nope.npy"], "nope.npy: no such file"),
+        ([DENOISER, "--inputs", "text.npy"], "text.npy: not a .npy file of numbers"),
         (["head.safetensors"], "no recurrent weights"),
     ],
 )
@@ -171,6 +173,7 @@ def test_what_cannot_be_compared(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     np.save("x.npy", np.ones((5, 2, 7)))
+    Path("text.npy").write_text("1 2 3")
     jaxrnn.checkpoint.save("head.safetensors", {"head.weight": np.ones(3)})
     assert runner.main(["--model", *arguments]) == 2
     assert message in capsys.readouterr().err

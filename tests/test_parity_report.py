@@ -15,9 +15,11 @@ from comparing import assert_close
 
 from parity import __main__ as runner
 from parity import compare, sides
+from parity import html as html_of
 from parity.cases import CASES, KINDS, Arrays, Case
 from parity.compare import largest
 from parity.reference import ULPS, Recorded, over_time, truth_of, ulps
+from parity.report import Report
 
 RECORDED = Recorded()
 
@@ -122,6 +124,22 @@ def test_a_report_is_complete_and_needs_nothing_beside_itself(
     assert "torch" not in double
     assert not red or "GRU-layers2-bidirectional-hx in float64" in drift[0]
     assert ("Errors over time" in page.headings) is red
+
+
+def test_a_report_of_a_model_has_no_words_on_the_suite(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sides.SIDES, "jaxrnn", _recorded)
+    path, name = tmp_path / "out.html", "GRU-layers2-bidirectional-hx"
+    case = CASES[name]
+    outcome = compare.compare(case, RECORDED(case), _recorded, ["float64"])
+    found = Report.of("jaxrnn", [outcome], [], "torch")
+    found.drift = {f"{name} in float64": {"jaxrnn": [1e-16, 2e-16]}}
+    html_of.write(path, found, "python -m parity --model a.pt", "model")
+    page = Page(path)
+    assert "Errors over time" in page.headings
+    assert "Every kind and quantity, in float64" in page.headings
+    for words in ("long sequences", "float32", "large cases", "not all cases", "rms ratio"):
+        assert words not in page.text
+    assert page.open == []
 
 
 @pytest.mark.slow

@@ -79,7 +79,7 @@ RESET = np.zeros((T, N), bool)
     [
         ({"reset": RESET.T}, RuntimeError, r"reset should have the shape of x .* \(5, 3\), got \(3, 5\)"),
         ({"reset": RESET.astype(float)}, TypeError, "reset should be boolean, got float64"),
-        ({"reset_state": np.zeros((1, N, H))}, ValueError, "reset_state needs reset"),
+        ({"reset_state": np.zeros((1, N, H))}, ValueError, "reset should be given with reset_state"),
         (
             {"reset": RESET, "reset_state": np.zeros((1, 2, H))},
             RuntimeError,
@@ -94,7 +94,7 @@ def test_bad_resets(arguments: dict, error: type[Exception], message: str) -> No
 
 def test_a_bidirectional_network_takes_no_reset() -> None:
     spec = jaxrnn.Spec(GRU_CELL, F, H, bidirectional=True)
-    with pytest.raises(ValueError, match="reset is for unidirectional networks"):
+    with pytest.raises(ValueError, match="reset should be None for a bidirectional network"):
         jaxrnn.apply(spec, parameters(spec), normal(T, N, F), reset=RESET)
 
 

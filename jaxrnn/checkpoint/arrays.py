@@ -54,6 +54,7 @@ def to_numpy(name: str, value: Any) -> np.ndarray:
             return value.numpy().copy(order="C")
         raise CheckpointError(f"{name} is a {kind or value.dtype} tensor\nsave it as a dense tensor of numbers")
     if dtype == NO_NUMBERS:
-        what = f"an array of {value.dtype}" if hasattr(value, "dtype") else f"of type {type(value).__name__}"
-        raise CheckpointError(f"{name} is {what}\ngive a numpy, jax or torch array of numbers")
+        is_array = isinstance(value, np.ndarray | np.generic | jax.Array)
+        what = f"an array of {value.dtype}" if is_array else f"of type {type(value).__name__}"
+        raise CheckpointError(f"{name} is {what}\ngive a numpy, jax or torch array of numbers: numpy.asarray makes one")
     return np.array(value, dtype=dtype, order="C")

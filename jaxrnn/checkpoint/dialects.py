@@ -77,7 +77,9 @@ class Dialect:
         arrays = {role: to_numpy(role, value) for role, value in weights.items()}
         gates = _GATES[self.kind]
         if others := arrays.keys() - {"weight_ih", "weight_hh", "bias_ih", "bias_hh"}:
-            raise CheckpointError(f"{self.title} has no {listed(others)}\nit cannot hold these weights")
+            raise CheckpointError(
+                f"{self.title} has no {listed(others)}\ngive weight_ih, weight_hh, bias_ih and bias_hh alone"
+            )
         no_bias = np.zeros(len(arrays["weight_ih"]), arrays["weight_ih"].dtype)
         parts: dict[tuple[str, str, bool], NDArray[Any]] = {}
         for source in "ih":
@@ -103,7 +105,9 @@ class Dialect:
         bias = bool(self.added) or any(entry.bias and entry.name in arrays for entry in self.entries)
         entries = [entry for entry in self.entries if bias or not entry.bias]
         if missing := [entry.name for entry in entries if entry.name not in arrays]:
-            raise CheckpointError(f"{self.title} should have {listed(missing)}\nthere are: {listed(arrays)}")
+            raise CheckpointError(
+                f"{self.title} should have {listed(missing)}, which is not there\nthe arrays given: {listed(arrays)}"
+            )
         gates, parts = _GATES[self.kind], dict[tuple[str, str, bool], NDArray[Any]]()
         state = next(entry for entry in entries if "h" in entry.sources and not entry.bias)
         rows = tuple(arrays[state.name].shape)[1 if state.transposed else 0 :][:1]
@@ -313,7 +317,7 @@ def from_flat(spec: Spec, flat: _ArrayT) -> dict[str, _ArrayT]:
     weights = sum(size for name, size in sizes.items() if name.startswith("weight"))
     if array.ndim != 1 or (array.size != total and (spec.bias or array.size != weights)):
         cause = f"flat is of shape {array.shape}, should be {(total,)} for {spec}"
-        raise CheckpointError(f"{cause}\ngive the settings with which it was made")
+        raise CheckpointError(f"{cause}\ngive the spec of the module that it comes from")
     if not spec.bias and np.any(biases := np.asarray(array[weights:])):
         cause = f"flat has biases up to {np.max(np.abs(biases)):.3g}, which bias=False would lose"
         raise CheckpointError(f"{cause}\ngive a spec with bias=True")
@@ -329,6 +333,8 @@ def _flat_shapes(spec: Spec) -> dict[str, tuple[int, ...]]:
     """The shapes by torch's names, in cuDNN's order, always with biases."""
     if spec.proj_size or spec.cell.own:
         cause = "proj_size" if spec.proj_size else listed(spec.cell.own)
-        raise CheckpointError(f"cuDNN's layout has no place for {cause}\nkeep the weights by name")
+        raise CheckpointError(
+            f"cuDNN's layout has no place for {cause}\nsave the weights by name instead: jaxrnn.checkpoint.save"
+        )
     shapes = dataclasses.replace(spec, bias=True).shapes()
     return {name: shapes[name] for name in sorted(shapes, key=lambda name: name.startswith("bias"))}

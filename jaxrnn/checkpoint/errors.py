@@ -53,7 +53,7 @@ def check_unicode(name: str) -> None:
         name.encode()
     except UnicodeEncodeError as error:
         name = name.encode(errors="backslashreplace").decode()
-        raise CheckpointError(f"{name} is no Unicode text, which this format wants of a name\nrename it") from error
+        raise CheckpointError(f"the name {name} is not valid Unicode\nrename that tensor") from error
 
 
 def as_text(value: str | bytes) -> str:

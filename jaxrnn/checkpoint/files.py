@@ -24,7 +24,7 @@ _NOT_CHECKPOINTS = {
     b"version https://git-lfs": ("a Git LFS pointer, not the file itself", "run git lfs pull"),
     b"\x93NUMPY": ("a NumPy .npy file", _SAVE),
     b"\x1f\x8b": ("compressed by gzip", "decompress it first"),
-    b"\x80": ("a pickle, but none of torch.save", _SAVE),
+    b"\x80": ("a pickle that torch.save did not write", _SAVE),
 }
 
 
@@ -110,7 +110,9 @@ def load_tree(path: Path, key: str | None = None) -> Any:
 
     with about(path):
         if (read_tree := getattr(_format(path), "read_tree", None)) is None:
-            raise CheckpointError("not a file of torch.save, the only one that holds more than arrays\nuse load")
+            raise CheckpointError(
+                "not a file of torch.save: other formats hold tensors only\nread it with jaxrnn.checkpoint.load"
+            )
         return read_tree(path, key)
 
 
@@ -129,14 +131,16 @@ def _about_tar(path: Path) -> str:
 
 def check_path(path: Path) -> None:
     if "\0" in os.fspath(path):
-        raise CheckpointError("a path cannot hold a NUL character\ncheck the path")
+        raise CheckpointError("the path has a NUL character in it\ncheck the path")
 
 
 def _format(path: Path) -> Format:
     """The format of a file, by its first bytes."""
     check_path(path)
     if os.path.islink(path) and not os.path.exists(path):
-        raise CheckpointError(f"a link to {os.readlink(path)}, which is not there\nmend the link")
+        raise CheckpointError(
+            f"a link to {os.readlink(path)}, which does not exist\nrepair the link, or give the path of the file itself"
+        )
     mode = os.stat(path).st_mode
     if stat.S_ISDIR(mode):
         return orbax
@@ -159,5 +163,5 @@ def _format(path: Path) -> Format:
         remedy = "download the file itself, not the page about it" if web else _SAVE
         raise CheckpointError(f"{'an HTML page' if web else 'a text file'}, not a checkpoint\n{remedy}")
     if len(head) < 9:
-        raise CheckpointError(f"truncated: {len(head)} bytes are no checkpoint\n{AGAIN}")
-    raise CheckpointError(f"neither safetensors nor a file of torch.save, by its first bytes\n{_SAVE}")
+        raise CheckpointError(f"truncated: it has only {len(head)} bytes\n{AGAIN}")
+    raise CheckpointError(f"not a file of safetensors, torch.save, ONNX or Keras\n{_SAVE}")

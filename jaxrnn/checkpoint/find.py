@@ -155,7 +155,7 @@ def find_rnns(tensors: Mapping[str, Any], cells: Sequence[Cell] = ()) -> list[Fo
     {'batch_first': False, 'dropout': 0.0}
     """
     if unknowable := [cell.name for cell in cells if not cell.own]:
-        raise ValueError(f"cells should have parameters of their own, by which they are known, got {unknowable}")
+        raise ValueError(f"cells should have params of their own, whose names tell them from torch's, got {unknowable}")
     cells = (*cells, *_MORE_CELLS)
     roles = {*ROLES, *(name for cell in cells for name in cell.own)}
     tensors = fold(tensors)
@@ -216,7 +216,7 @@ def _layers_spec(prefix: str, group: dict[str, Any], cells: Sequence[Cell], prob
     layers: Sequence[int] = range(settings["num_layers"])
     gap = len(layers) > 10 * len(group)  # which may be huge: do not loop over it
     if gap:
-        problems.append(f"{prefix}: layers up to {max(present)} are named, but only {len(present)} of them are there")
+        problems.append(f"{prefix}: keys go up to layer {max(present)}, but only {len(present)} layers have any")
         layers = sorted(present)
     # Names do not depend on sizes, and are the same for torch's cells, except for the projection.
     one = likely[0]

@@ -17,7 +17,7 @@ from jaxrnn.checkpoint.dialects import DIALECTS, Dialect, Weights
 from jaxrnn.checkpoint.errors import CheckpointError, listed
 from jaxrnn.checkpoint.find import find_rnns
 
-_REMEDY = "take its weights by hand: jaxrnn.checkpoint.dialects has their layouts"
+_ONE_BY_ONE = "convert its cells one by one: jaxrnn.from_flax(module.forward_rnn.cell)"
 
 
 @overload
@@ -77,26 +77,28 @@ def from_flax(module: Any, variables: Mapping[str, Any] | None = None, rngs: nnx
         return _from_weights(module, rngs)
     library: Any = linen if isinstance(module, linen.Module) else nnx
     if library is linen and variables is None:
-        raise TypeError("variables should be those of the Linen module, as from module.init, got None")
+        raise TypeError("variables should be what the Linen module's init returned, got None")
     params = {} if variables is None else dict(variables["params"])
     if isinstance(module, library.Bidirectional):
         default = inspect.signature(library.Bidirectional.__init__).parameters["merge_fn"].default
         if module.merge_fn is not default:
-            raise CheckpointError(f"a Bidirectional with a merge_fn of its own\n{_REMEDY}")
+            raise CheckpointError(f"a Bidirectional with another merge_fn than Flax's default\n{_ONE_BY_ONE}")
         names = ("forward_rnn", "backward_rnn")
         layers = [_cell(library, getattr(module, name).cell, params.get(name, {}).get("cell", {})) for name in names]
         dtype = module.forward_rnn.cell.dtype
         time_major = module.time_major or module.forward_rnn.time_major
     elif isinstance(module, library.RNN):
         if module.reverse:
-            raise CheckpointError("an RNN with reverse=True\nflip its input, or convert a Bidirectional")
+            raise CheckpointError(
+                "an RNN with reverse=True\nmake it without, and flip its input along time: jax.numpy.flip"
+            )
         layers, time_major = [_cell(library, module.cell, params.get("cell", {}))], module.time_major
         dtype = module.cell.dtype
     else:
         layers, time_major, dtype = [_cell(library, module, params)], None, getattr(module, "dtype", None)
     dialect, nonlinearity, weights = layers[0]
     if any(layer[:2] != (dialect, nonlinearity) for layer in layers):
-        raise CheckpointError(f"a Bidirectional of different cells\n{_REMEDY}")
+        raise CheckpointError(f"a Bidirectional of two different cells\n{_ONE_BY_ONE}")
     settings: dict[str, Any] = {"nonlinearity": nonlinearity} if dialect.kind == "RNN" else {}
     settings |= {"input_size": weights["weight_ih"].shape[1], "hidden_size": weights["weight_hh"].shape[1]}
     settings |= {"param_dtype": weights["weight_hh"].dtype, "dtype": dtype}
@@ -130,9 +132,9 @@ def _from_weights(weights: Mapping[str, Any], rngs: nnx.Rngs | None) -> Any:
     cells, params = flax_cells(flat), with_torchs_names(flat)
     found = find_rnns(params)
     if len(found) != 1 or not cells:
-        prefixes = listed(cells) if cells else f"none; the names are {listed(flat)}"
-        cause = f"the weights should be those of one recurrent module of Flax, but its cells are {prefixes}"
-        raise CheckpointError(f"{cause}\ngive the part of one")
+        there = f"the cells {listed(cells)}" if cells else f"no cell; the names are {listed(flat)}"
+        cause = f"the weights should be those of one recurrent module of Flax, and hold {there}"
+        raise CheckpointError(f"{cause}\ngive the part of them that belongs to one module")
     [rnn] = found
     settings = rnn.arguments | {"batch_first": True, "param_dtype": rnn.dtype}
     arrays = {name: params[rnn.prefix + name] for name in rnn.spec.shapes()}
@@ -192,7 +194,8 @@ def _cell(library: Any, cell: Any, params: Mapping[str, Any]) -> tuple[Dialect, 
         or gate not in (jax.nn.sigmoid, nnx.sigmoid)
         or getattr(cell, "residual", False)
     ):
-        raise CheckpointError(f"{dialect.title} with activations that torch does not have\n{_REMEDY}")
+        remedy = "write a cell of your own: see jaxrnn.Cell"
+        raise CheckpointError(f"{dialect.title} with activations that torch does not have\n{remedy}")
     if library is nnx:
         arrays = {".".join(map(str, path)): a for path, a in nnx.to_flat_state(nnx.state(cell, nnx.Param))}
         arrays = {path: a[...] for path, a in arrays.items()}

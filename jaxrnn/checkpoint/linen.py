@@ -2,7 +2,7 @@
 
 import itertools
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +13,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from numpy.typing import NDArray
 
 from jaxrnn import _compat
+from jaxrnn.checkpoint.errors import CheckpointError, listed
 from jaxrnn.checkpoint.flax_layers import Entry, kind_of
 from jaxrnn.checkpoint.matching import Contents, Parameter, fit, interchangeable
 from jaxrnn.checkpoint.optimizer import order_lost, resumed, trained
@@ -226,9 +227,12 @@ def _contents(module: linen.Module, variables: Mapping[str, Any], args: tuple, k
     """Every parameter and every layer by torch name.
 
     Raises:
-        CheckpointError: the module is a stack of several, as `linen.vmap` makes.
+        CheckpointError: the module is a stack of several, as `linen.vmap` makes, or variables has no "params".
     """
+    _check_collections(module, variables, {name for name in variables if not isinstance(variables[name], Mapping)})
     layers = _layers(module, variables, args, kwargs)
+    if "params" not in variables:
+        _check_collections(module, variables, {path[0] for path in layers if path} & variables.keys())
     prefixes = {path: "".join(f"{name}." for name in _renamed(path, layers)) for path in layers}
     found: dict[Path, dict[str, Parameter]] = {path: {} for path in layers}
     for place, value in _flat(variables).items():
@@ -248,6 +252,13 @@ def _contents(module: linen.Module, variables: Mapping[str, Any], args: tuple, k
     contents = Contents(params, {prefixes[path]: layer.module for path, layer in layers.items()})
     contents.refuse_stacked(type(module).__name__, _TAKE_ONE)
     return contents
+
+
+def _check_collections(module: linen.Module, variables: Mapping[str, Any], parameters: Set[str]) -> None:
+    """Refuse variables with parameters, or submodules with parameters, where the collections should be."""
+    if parameters:
+        cause = f"variables should be a dict with 'params' in it, but it has {listed(variables)}"
+        raise CheckpointError(f"{type(module).__name__}: {cause}\ngive {{'params': variables}}")
 
 
 def _order(layer: linen.Module) -> list[str]:
@@ -294,7 +305,12 @@ def _layers(module: linen.Module, variables: Mapping[str, Any], args: tuple, kwa
     with linen.intercept_methods(note):
         # A module that needs another stream of random numbers gets that of params.
         arguments = {"rngs": {"params": jax.random.key(0)}, **kwargs, "mutable": True}
-        jax.eval_shape(lambda: module.apply(variables, *args, **arguments))
+        try:
+            jax.eval_shape(lambda: module.apply(variables, *args, **arguments))
+        except TypeError as error:
+            if args or kwargs:
+                raise
+            raise TypeError(f"{error}: give the arguments of the module's call, too, as to module.apply") from error
     return layers
 
 

@@ -18,6 +18,9 @@ from jaxrnn.checkpoint.names import as_named, fold, misfits, under
 # Kinds of dtype: values are cast within a kind, as in torch; an integer or complex weight is a mistake.
 _KINDS = (jnp.floating, jnp.complexfloating, jnp.integer, jnp.bool_)
 _RECURRENT = re.compile(r"weight_hh(_l0)?$")
+# Names in Flax's cells, and those that Linen gives to submodules.
+_FLAXS = re.compile(r"(.*\.)?(i[ifgornz]|if_|h[ifgornz]|dense_[ih])\.(weight|kernel|bias)")
+_AUTOMATIC = re.compile(r"(.*\.)?[A-Z]\w*_\d+\.[^.]+")
 
 
 class Parameter(NamedTuple):
@@ -84,7 +87,7 @@ class Contents(NamedTuple):
             elif all(shape[:-1] == own for shape, own in shapes.values()):
                 remedy = remedy.replace("[0]", "[..., 0]")
         problems = [f"{name} is {shape}, should be {own}" for name, (shape, own) in shapes.items()]
-        cause = f"{owner}: torch has no names for several modules in one:"
+        cause = f"{owner}: it is a stack of several modules, for which torch has no names:"
         raise CheckpointError("\n  ".join([cause, *problems]) + f"\n{remedy}")
 
     def differences(self, owner: str, names: Container[str]) -> Iterator[str]:
@@ -135,7 +138,7 @@ def fit(owner: str, contents: Contents, tensors: Mapping[str, Any], prefix: str,
     """
     params, ignored = contents.params, contents.ignored
     if not isinstance(tensors, Mapping):
-        got = f"{type(tensors).__name__}\njaxrnn.checkpoint.load reads a file"
+        got = f"{type(tensors).__name__}\nread a file with jaxrnn.checkpoint.load(path)"
         raise TypeError(f"tensors should be a dict from name to array, got {got}")
     folded = fold(tensors)
     values = as_named(params, under(folded, prefix))
@@ -148,7 +151,9 @@ def fit(owner: str, contents: Contents, tensors: Mapping[str, Any], prefix: str,
     unexpected = [name for name in values if name not in params and name not in ignored]
     if missing and (dicts := [str(name) for name, value in values.items() if isinstance(value, Mapping)]):
         remedy = f"give one of them, such as tensors[{dicts[0]!r}]"
-        raise CheckpointError(f"{owner}: no tensors but dicts of them are under {listed(dicts)}\n{remedy}")
+        raise CheckpointError(
+            f"{owner}: tensors should be a dict of arrays, but it has dicts under {listed(dicts)}\n{remedy}"
+        )
     problems = [f"{name} is missing" for name in missing if strict]
     problems += [text for target, text in misfits(folded).items() if target.removeprefix(prefix) in missing]
     if strict and unexpected:
@@ -162,7 +167,7 @@ def fit(owner: str, contents: Contents, tensors: Mapping[str, Any], prefix: str,
     arrays, odd = {}, []
     for name in given:
         if (other := first[id(params[name].place)]) != name and _identity(values[name]) != _identity(values[other]):
-            problems.append(f"{other} and {name} are one parameter here, and different in the file")
+            problems.append(f"{other} and {name} are one shared parameter in the module, but two different tensors")
         try:
             arrays[name], finite = _fitted(name, values[name], params[name])
             odd += [] if finite else [name]
@@ -174,7 +179,12 @@ def fit(owner: str, contents: Contents, tensors: Mapping[str, Any], prefix: str,
         remedy = "jaxrnn.checkpoint.find_rnns(tensors) lists prefixes and sizes"
         remedy += f": {listed(map(repr, places))}" if missing and places else ""
         if missing and len(better := _prefixes_of_all(params, folded)) == 1:
-            remedy = f"give prefix={better[0]!r}, under which all parameters are"
+            remedy = f"give prefix={better[0]!r}: all parameters are under it"
+        if missing and any(_FLAXS.fullmatch(str(name)) for name in unexpected):
+            remedy = "they are weights of Flax's own RNN: convert it with model.rnn = jaxrnn.from_flax(theirs.rnn)"
+        elif unexpected and (automatic := [name for name in missing if _AUTOMATIC.fullmatch(name)]):
+            made = automatic[0].split(".")[-2]
+            remedy = f"Linen named {made} itself: give each submodule its name in torch, such as name='lstm'"
         if missing or unexpected:
             remedy += "; strict=False allows missing and unexpected keys"
         raise CheckpointError("\n  ".join([f"{owner}: the tensors{where} do not fit:", *problems]) + f"\n{remedy}")

@@ -48,7 +48,7 @@ def fold(tensors: Mapping[str, Any], raw: bool = False) -> dict[str, Any]:
     for key in tensors:
         name = _WRAPPED.sub("", key) if isinstance(key, str) else key
         if name in renamed:
-            raise CheckpointError(f"{renamed[name]} and {key} are both {name}\nleave one of them out")
+            raise CheckpointError(f"the keys {renamed[name]} and {key} are both read as {name}\nleave one of them out")
         renamed[name] = key
     folded: dict[str, tuple[str, Any]] = {}  # from the name of the first part to the folded weight
     gone: set[str] = set()
@@ -86,8 +86,11 @@ def _dropped(target: str, name: str, names: Mapping[str, Any], raw: bool) -> str
     for dropped in (target, inside + leaf):
         if dropped in names:
             if not raw:
-                cause = f"{name} is the weight that was trained, and {dropped} what the last dropout left of it"
-                raise CheckpointError(f"{cause}\ntake the former: jaxrnn.checkpoint.fold(tensors, raw=True), or --raw")
+                cause = f"{name} is the trained weight, and {dropped} is that after the last dropout (weight drop)"
+                remedy = (
+                    "to use the trained one: jaxrnn.checkpoint.fold(tensors, raw=True), or --raw on the command line"
+                )
+                raise CheckpointError(f"{cause}\n{remedy}")
             return dropped
     return inside + leaf if any(other.startswith(inside) for other in names if isinstance(other, str)) else target
 
@@ -106,7 +109,9 @@ def misfits(tensors: Mapping[str, Any]) -> dict[str, str]:
             shapes = ", ".join(f"{name} {tuple(tensors[name].shape)}" for name in names.values())
             found[target] = f"the parts of {target} do not fit together: {shapes}"
         if "raw" in names and target not in tensors:
-            hint = f"{names['raw']} is there: give --raw, or jaxrnn.checkpoint.fold(tensors, raw=True)"
+            hint = (
+                f"{names['raw']} is there: use jaxrnn.checkpoint.fold(tensors, raw=True), or --raw on the command line"
+            )
             found |= dict.fromkeys((target, _dropped(target, names["raw"], tensors, raw=False)), hint)
     return found
 
@@ -168,7 +173,7 @@ def under(tensors: Mapping[str, Any], prefix: str) -> dict[str, Any]:
         prefix = f"module.{prefix}"
     found = {key.removeprefix(prefix): tensors[key] for key in keys if key.startswith(prefix)}
     if found and all(name.startswith(".") for name in found):
-        raise CheckpointError(f"the prefix {prefix!r} ends before a dot\ngive {prefix + '.'!r}")
+        raise CheckpointError(f"the prefix {prefix!r} should end in a dot\ngive {prefix + '.'!r}")
     return found
 
 

@@ -171,7 +171,10 @@ def from_torch(torch_module: Any, rngs: nnx.Rngs | None = None) -> Any:
     name = next((name for name, cls in classes.items() if isinstance(torch_module, cls)), None)
     if name is None:
         wanted = ", ".join(_CLASSES)
-        raise TypeError(f"torch_module should be one of torch.nn's {wanted}, got {type(torch_module).__name__}")
+        raise TypeError(
+            f"torch_module should be one of torch.nn's {wanted}, got {type(torch_module).__name__}: "
+            "for a whole model, write it in Flax, and call jaxrnn.load_state_dict(model, torch_model.state_dict())"
+        )
     make = getattr(jaxrnn.nnx, name)
     # Our constructors' positional arguments are torch's, which has an attribute of the same name for each.
     settings = {
@@ -197,7 +200,7 @@ def contents_of(module: nnx.Module) -> Contents:
     """
     owner = type(module).__name__
     if isinstance(module, linen.Module):
-        raise TypeError(f"module should be an nnx.Module, got Linen's {owner}: see jaxrnn.checkpoint.linen")
+        raise TypeError(f"module should be an nnx.Module, got Linen's {owner}: use jaxrnn.checkpoint.linen instead")
     contents = _under(module)
     contents.refuse_stacked(owner, _TAKE_ONE)
     return contents

@@ -21,7 +21,8 @@ from jaxrnn.checkpoint.torch_optimizers import STEP, kind_of_optimizer, transfor
 _ModuleT = TypeVar("_ModuleT", bound=nnx.Module)
 _COUNT = "count"
 _FROZEN = "frozen"
-_SAVE = "give torch's optimizer.state_dict(), as it is or from jaxrnn.checkpoint.load_tree"
+_NAMES = "give names=, the parameters' names in the order of torch's param_groups"
+_SAVE = "give torch's optimizer.state_dict(), or what jaxrnn.checkpoint.load_tree(path, key) reads of it"
 
 
 def optax_from_torch(
@@ -161,8 +162,8 @@ def trained(names: Sequence[str], described: Mapping[str, Parameter], contents: 
 
 def order_lost(doubtful: Sequence[str], reason: str) -> CheckpointError:
     """The refusal of parameters whose order may not be that in torch's optimizer."""
-    cause = f"the order of {listed(doubtful)} may not be torch's, for {reason}"
-    return CheckpointError(f"{cause}\ngive names=, such as list(tensors) of the model's state dict")
+    cause = f"the order of {listed(doubtful)} may not be torch's, because {reason}"
+    return CheckpointError(f"{cause}\ngive names=list(tensors), with the state dict of torch's model as tensors")
 
 
 class Resumed(NamedTuple):
@@ -209,7 +210,9 @@ class Resumed(NamedTuple):
     def _count(self, group: str) -> int:
         if len(self.counts[group]) > 1:
             cause = f"the parameters of {group} have made different numbers of steps, {sorted(self.counts[group])}"
-            raise CheckpointError(f"{cause}\noptax counts for all of them: put them into groups of their own")
+            raise CheckpointError(
+                f"{cause}\noptax has one count for a group: put them into separate groups of param_groups"
+            )
         return max(self.counts[group])
 
 
@@ -240,13 +243,17 @@ def resumed(
         groups, states = list(state["param_groups"]), state["state"]
         count = sum(len(group["params"]) for group in groups)
     except (KeyError, TypeError) as error:
-        raise CheckpointError(f"state is no state dict of an optimizer: it has no {error}\n{_SAVE}") from error
+        raise CheckpointError(
+            f"state should be the state dict of a torch optimizer, but has no {error}\n{_SAVE}"
+        ) from error
     kinds = [
         kind_of_optimizer(group, {name for index in group["params"] for name in states.get(index) or {}})
         for group in groups
     ]
     if unknown := [name for name in names if name not in params]:
-        raise CheckpointError(f"no parameters are named {listed(unknown)}\nthe parameters: {listed(params)}")
+        raise CheckpointError(
+            f"names has {listed(unknown)}, which the module does not have\nits parameters: {listed(params)}"
+        )
     indices = [index for group in groups for index in group["params"]]
     used = [index for index in indices if _used(states.get(index) or {})]
     unused = {index for index in indices if index not in used} if used else set()
@@ -259,8 +266,8 @@ def resumed(
             words = f"{listed(named[index] for index in indices if index in unused)} are not trained: {cause}"
             warnings.warn(f"{words}. To train them, start a fresh optax optimizer", stacklevel=3)
     else:
-        cause = f"torch's optimizer has {count} parameters, and {len(names)} are named"
-        raise CheckpointError(f"{cause}: {listed(names)}\ngive names=, in the order of torch's groups")
+        cause = f"torch's optimizer has {count} parameters, and there are {len(names)} names"
+        raise CheckpointError(f"{cause}: {listed(names)}\n{_NAMES}")
     labels = {param.place: _FROZEN for param in params.values()}
     moments: dict[tuple[Any, ...], dict[str, NDArray[Any]]] = {param.place: {} for param in params.values()}
     transformations = {_FROZEN: optax.set_to_zero()}
@@ -282,8 +289,8 @@ def resumed(
                     moments[param.place][field] = _moment(f"{theirs} of {name}", kept[theirs], param)
         counts[label] = steps or {steps_made or 0}
         if callable(learning_rate) and not steps and steps_made is None:
-            cause = f"{label} does not say how many steps it has made, where the schedule is to go on"
-            raise CheckpointError(f"{cause}\ngive steps_made=")
+            cause = f"{label} does not say how many steps torch has made, which the schedule starts from"
+            raise CheckpointError(f"{cause}\ngive it: steps_made=1000")
     return Resumed(transformations, counts, labels, moments)
 
 
@@ -300,5 +307,5 @@ def _steps(kept: Mapping[str, Any]) -> int:
 def _moment(name: str, value: Any, param: Parameter) -> NDArray[Any]:
     array = to_numpy(name, value)
     if array.shape != param.shape:
-        raise CheckpointError(f"{name} is {array.shape}, should be {param.shape}\ngive names= in torch's order")
+        raise CheckpointError(f"{name} is {array.shape}, should be {param.shape}\n{_NAMES}")
     return param.entry.to_flax(array, param.layer)

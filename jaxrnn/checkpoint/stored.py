@@ -87,14 +87,16 @@ class Stored:
         try:
             with open(self.source.path, "rb") as file:
                 if _stamp(file) != self.source.stamp:
-                    raise UnreadableError(f"{self.source.path}: it has changed since it was opened\nopen it again")
+                    raise UnreadableError(
+                        f"{self.source.path}: the file has changed since it was opened\nload it again"
+                    )
                 file.seek(self.offset)
                 checksum, done = 0, 0
                 while done < self.nbytes:
                     start = done % len(memory)
                     piece = memory[start : start + min(_PIECE, self.nbytes - done)]
                     if file.readinto(piece) < len(piece):
-                        raise UnreadableError(f"{self.source.path}: truncated while it was read\n{AGAIN}")
+                        raise UnreadableError(f"{self.source.path}: the file was truncated while it was read\n{AGAIN}")
                     if self.checksum is not None:
                         checksum = zlib.crc32(piece, checksum)
                     done += len(piece)

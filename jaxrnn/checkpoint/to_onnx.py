@@ -59,7 +59,7 @@ def to_onnx(
     params: Mapping[str, Any]
     if isinstance(module, linen.Module):
         if variables is None:
-            raise TypeError("variables should be those of the Linen module, as from module.init, got None")
+            raise TypeError("variables should be what the Linen module's init returned, got None")
         params = linen.unbox(variables["params"])
     if not isinstance(spec, Spec) or spec.cell not in (RNN_TANH, RNN_RELU, LSTM_CELL, GRU_CELL):
         raise TypeError(f"module should be an RNN, LSTM or GRU of jaxrnn, got {type(module).__name__}")
@@ -67,8 +67,10 @@ def to_onnx(
         params = {name: getattr(module, name)[...] for name in spec.shapes()}
     with about(path, "check the folder and its space"):
         if spec.proj_size:
-            raise CheckpointError("ONNX has no LSTM with a projection\nexport its call: see jax.export")
+            raise CheckpointError("ONNX has no LSTM with proj_size\nexport it with jax.export instead")
         arrays = {name: to_numpy(name, params[name]) for name in spec.shapes()}
         if (dtype := np.dtype(arrays["weight_ih_l0"].dtype).name) not in _DTYPES:
-            raise CheckpointError(f"ONNX has no {spec.cell.name} of {dtype}\nmake it one of {', '.join(_DTYPES)}")
+            raise CheckpointError(
+                f"ONNX has no {spec.cell.name} of {dtype}\nmake the module with param_dtype one of {', '.join(_DTYPES)}"
+            )
         replace(path, onnx.graph_of(spec, arrays, lengths, hx))

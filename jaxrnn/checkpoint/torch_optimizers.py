@@ -38,8 +38,8 @@ class Kind(NamedTuple):
 
 def _sgd(group: _Group) -> _Steps:
     if group.get("dampening"):
-        cause = f"optax has nothing that equals torch's dampening={group['dampening']}"
-        raise CheckpointError(f"{cause}\nset it to 0 in param_groups to train on without it")
+        cause = f"optax has no dampening, and torch's SGD has dampening={group['dampening']}"
+        raise CheckpointError(f"{cause}\nto train on without it, set it to 0 in param_groups")
     momentum = float(group["momentum"])
     return [optax.trace(momentum, nesterov=bool(group["nesterov"]))] if momentum else []
 
@@ -47,7 +47,9 @@ def _sgd(group: _Group) -> _Steps:
 def _adam(group: _Group) -> _Steps:
     if (decay := group.get("weight_decay")) and "decoupled_weight_decay" not in group:
         remedy = 'say which: set "decoupled_weight_decay" in its param_groups to False for Adam, to True for AdamW'
-        raise CheckpointError(f"an optimizer with weight_decay={decay} that may be Adam or AdamW\n{remedy}")
+        raise CheckpointError(
+            f"the optimizer may be Adam or AdamW, and its weight_decay={decay} differs between them\n{remedy}"
+        )
     b1, b2, eps = _betas_and_eps(group)
     if not group["amsgrad"]:
         return [optax.scale_by_adam(b1, b2, eps)]
@@ -155,7 +157,7 @@ _TABLE = (
     Kind("Muon", {"ns_steps"}, unequal="it makes matrices orthogonal in bfloat16", nearest="contrib.muon"),
 )
 _KNOWN = listed(kind.name for kind in _TABLE if not kind.unequal)
-_START_ANEW = "start a fresh optax optimizer on the loaded parameters"
+_START_ANEW = "start a new optax optimizer on the loaded parameters"
 
 
 def kind_of_optimizer(group: _Group, state: Set[str]) -> Kind:
@@ -172,12 +174,12 @@ def kind_of_optimizer(group: _Group, state: Set[str]) -> Kind:
     kind = next((kind for kind in _TABLE if kind.told_by <= present and not kind.lacks & present), None)
     if kind is None:
         settings = listed(name for name in group if name != "params")
-        raise CheckpointError(f"an optimizer not known as one of {_KNOWN}: its settings are {settings}\n{_START_ANEW}")
+        raise CheckpointError(f"the optimizer is not one of {_KNOWN}: its settings are {settings}\n{_START_ANEW}")
     if kind.unequal:
-        cause = f"optax has nothing that equals torch's {kind.name}: {kind.unequal}"
+        cause = f"optax has no optimizer equal to torch's {kind.name}: {kind.unequal}"
         raise CheckpointError(f"{cause}\n{_START_ANEW}, such as optax.{kind.nearest}")
     if others := state - kind.fields.keys() - {STEP}:
-        raise CheckpointError(f"an optimizer not known as one of {_KNOWN}: it has {listed(others)}\n{_START_ANEW}")
+        raise CheckpointError(f"the optimizer is not one of {_KNOWN}: its state has {listed(others)}\n{_START_ANEW}")
     return kind
 
 

@@ -39,6 +39,7 @@ def save(path: Path, tensors: Mapping[str, Any], progress: Wrote | None = None) 
             the tensors' bytes.
 
     Raises:
+        TypeError: tensors is not a dict.
         CheckpointError: another suffix, a value that cannot be written, an error of the file system, or a file that
             does not read back as it was written.
 
@@ -51,13 +52,25 @@ def save(path: Path, tensors: Mapping[str, Any], progress: Wrote | None = None) 
     ...     os.listdir(folder), list(checkpoint.load(path))
     (['model.pt'], ['head.weight', 'head.bias'])
     """
+    if not isinstance(tensors, Mapping):
+        makers = "jaxrnn.state_dict(module), jaxrnn.checkpoint.linen.state_dict(module, variables, x) or, in torch,"
+        got = type(tensors).__name__
+        raise TypeError(
+            f"tensors should be a dict from name to array, got {got}\nmake it by {makers} module.state_dict()"
+        )
     with about(path, "check the folder and its space"):
         check_path(path)
         write = WRITERS.get(os.path.splitext(os.fspath(path))[1])
         if write is None:
-            raise CheckpointError(f"no format has its suffix\nend its name in one of {', '.join(WRITERS)}")
+            suffix = os.path.splitext(os.fspath(path))[1]
+            cause = f"no format is written to a name that ends in {suffix!r}" if suffix else "its name has no suffix"
+            raise CheckpointError(f"{cause}\nend the name in one of {', '.join(WRITERS)}")
         if others := [name for name in tensors if not isinstance(name, str)]:
-            raise CheckpointError(f"names should be strings, got {listed(others)}\nname the tensors")
+            raise CheckpointError(f"names should be strings, got {listed(others)}\ngive a dict from name to array")
+        if nested := [name for name, value in tensors.items() if isinstance(value, Mapping)]:
+            each = f'{{f"{nested[0]}.{{name}}": array for name, array in tensors["{nested[0]}"].items()}}'
+            cause = f"tensors should be one flat dict of arrays, and has dicts under {listed(nested)}"
+            raise CheckpointError(f"{cause}\njoin the names with dots, and leave out what is not an array: {each}")
         arrays = {name: value if _is_plain(value) else to_numpy(name, value) for name, value in tensors.items()}
         _save(os.path.realpath(path), arrays, write, progress or (lambda count: None))
 
@@ -88,7 +101,7 @@ def _is_plain(value: Any) -> bool:
 
 def _save(path: str, arrays: Tensors, write: Writer, progress: Wrote) -> None:
     if os.path.isdir(path) and os.listdir(path) and not is_orbax_tree(path):
-        raise CheckpointError("a directory that is no orbax checkpoint is not replaced\nchoose another name")
+        raise CheckpointError("a directory that is not an orbax checkpoint, so it is not replaced\nchoose another name")
     _remove_abandoned(path)
     with _temporary(path) as file, ThreadPoolExecutor(THREADS) as pool:
         temporary = file.name
@@ -188,4 +201,4 @@ def _compare(path: str, arrays: Tensors, pool: ThreadPoolExecutor, progress: Wro
         different += [] if is_same else [name]
         progress(arrays[name].nbytes if name in arrays else 0)
     if different:
-        raise CheckpointError(f"the file does not hold what was written: {listed(different)}\ncheck the disk")
+        raise CheckpointError(f"read back, it differs from what was written: {listed(different)}\ncheck the disk")

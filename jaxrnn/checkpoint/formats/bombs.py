@@ -27,5 +27,5 @@ class Budget:
         """
         self.left -= count
         if self.left < 0:
-            cause = f"a bomb: its numbers have more than {largest(self.size)} bytes, in a file of {self.size}"
+            cause = f"a bomb: its numbers would fill over {largest(self.size)} bytes, from a file of {self.size}"
             raise CheckpointError(f"{cause}\nget the file from a source that you trust")

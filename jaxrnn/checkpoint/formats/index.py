@@ -45,7 +45,7 @@ def read(path: str | os.PathLike[str], what: Reading) -> dict[str, Value]:
     for name in dict.fromkeys(names.values()):
         shard = os.path.join(folder, name)
         if not os.path.isfile(shard):
-            raise CheckpointError(f"its file {name} is not there\nput all files that it lists beside it")
+            raise CheckpointError(f"its file {name} is not there\nput all files that the index lists beside it")
         with open(shard, "rb") as file:
             head = file.read(1024)
         each = next((each for each in (safetensors, torch_zip) if each.sniff(head)), None)
@@ -69,11 +69,13 @@ def _names(path: str | os.PathLike[str]) -> dict[str, str]:
         with open(path, encoding="utf-8") as file:
             names = json.load(file)["weight_map"]
         if not (isinstance(names, dict) and names and all(type(name) is str for name in names.values())):
-            raise ValueError("its weight_map is no dict of names")
+            raise ValueError("weight_map should be a dict from tensor names to file names")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         cause = f"a damaged index of a checkpoint: {type(error).__name__} {error}".partition("\n")[0][:200]
         raise CheckpointError(f"{cause}\n{AGAIN}") from error
     odd = {name for name in names.values() if name in ("", ".", "..") or "\0" in name or os.path.basename(name) != name}
     if odd:
-        raise CheckpointError(f"it lists files elsewhere: {listed(odd)}\nget the file from a source that you trust")
+        raise CheckpointError(
+            f"it lists files outside its folder: {listed(odd)}\nget the file from a source that you trust"
+        )
     return names

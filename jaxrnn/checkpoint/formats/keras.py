@@ -27,6 +27,7 @@ _HDF5 = b"\x89HDF\r\n\x1a\n"
 _CONFIG, _WEIGHTS = "config.json", "model.weights.h5"  # in a .keras file
 _FIRST_ENTRIES = (b"metadata.json", _CONFIG.encode(), _WEIGHTS.encode())
 _DEEPEST, _MOST = 64, 50_000  # groups in groups, and in all
+_SAVE = "save the model again, in one file: model.save(path)"
 _NOWHERE = (1 << 64) - 1  # the address of what is not stored
 _OPTIMIZER = ("optimizer", "optimizer_weights")
 _CONTAINERS = ("layers", "_layer_checkpoint_dependencies", "model_weights")
@@ -56,7 +57,7 @@ def read(path: str | os.PathLike[str], what: Reading) -> dict[str, Value]:
         # In Python alone: what is damaged raises, where HDF5's own library may crash, or never return.
         pyfive = importlib.import_module("pyfive")
     except ImportError as error:
-        cause = "a file of Keras, in HDF5, which needs the package pyfive"
+        cause = "a file of Keras, and reading it needs the package pyfive"
         raise CheckpointError(f'{cause}\npip install "jaxrnn[keras]"') from error
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
@@ -86,7 +87,7 @@ def _unzipped(file: IO[bytes], size: int) -> tuple[bytes, IO[bytes]]:
         with zipfile.ZipFile(file) as archive:
             names = archive.namelist()
             if missing := [name for name in (_CONFIG, _WEIGHTS) if name not in names]:
-                raise CheckpointError(f"a .keras file without {listed(missing)}\n{AGAIN}")
+                raise CheckpointError(f"a .keras file in which {listed(missing)} is missing\n{AGAIN}")
             if (inflated := sum(archive.getinfo(name).file_size for name in (_CONFIG, _WEIGHTS))) > largest(size):
                 cause = f"a zip bomb: its entries inflate to {inflated} bytes, from a file of {size}"
                 raise CheckpointError(f"{cause}\nget the file from a source that you trust")
@@ -119,7 +120,7 @@ def _variables(
         if not path and name in _OPTIMIZER:
             continue
         if len(path) > _DEEPEST or next(count) > _MOST:
-            raise CheckpointError(f"an HDF5 file whose groups hold themselves, or far too many\n{AGAIN}")
+            raise CheckpointError(f"a damaged HDF5 file: its groups contain each other, or are far too many\n{AGAIN}")
         item, below = group.get(name), (*path, name)
         if isinstance(item, pyfive.Group):
             variables = item.get("vars")
@@ -131,10 +132,11 @@ def _variables(
             if not bfloat16 and dtype_of(np.empty(0, item.dtype)) == NO_NUMBERS:
                 continue
             if item.chunks is not None:  # Keras writes none, and a few bytes of them may become many
-                raise CheckpointError(f"{'/'.join(below)} is in chunks, or compressed\nsave the model anew with Keras")
+                cause = f"{'/'.join(below)} is stored in chunks or compressed, as Keras never does"
+                raise CheckpointError(f"{cause}\n{_SAVE}")
             budget.spend(math.prod(item.shape) * item.dtype.itemsize)
             if math.prod(item.shape) and getattr(item.id, "data_offset", 0) == _NOWHERE:
-                raise CheckpointError(f"the numbers of {'/'.join(below)} are not in it\nwrite one file with all of it")
+                raise CheckpointError(f"the numbers of {'/'.join(below)} are in another file\n{_SAVE}")
             array = np.array(item[()]) if math.prod(item.shape) else np.empty(item.shape, item.dtype)
             array = array.view(jnp.bfloat16) if bfloat16 else array.astype(array.dtype.newbyteorder("="))
             yield _Variable(below, names, array)
@@ -146,7 +148,7 @@ def _settings(config: Any) -> dict[str, dict[str, Any]]:
     try:
         left = [] if config is None else [json.loads(config)]
     except (ValueError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"a damaged configuration of a model: {error}\n{AGAIN}") from error
+        raise CheckpointError(f"the configuration of the model is damaged: {error}\n{AGAIN}") from error
     while left:
         node = left.pop()
         if isinstance(node, dict):
@@ -234,18 +236,20 @@ def _converted(
             left_out.append(f"{prefix.removesuffix('.')} ({', '.join(reasons)})")
             continue
         if layer.settings.get("go_backwards") and layer.reverse is None:
-            words[f"{prefix} runs backwards: flip its input along the time axis"] = None
+            words[f"{prefix} has go_backwards: flip its input along the time axis"] = None
         if layer.settings.get("activation") == "relu":
-            words[f"{prefix} has relu, which no weights hold: give nonlinearity='relu'"] = None
+            words[f"{prefix} has relu, which weights do not say: make the module with nonlinearity='relu'"] = None
         if layer.merge_mode != "concat":
-            words[f"{prefix} has merge_mode={layer.merge_mode}, where torch concatenates: merge the halves so"] = None
+            words[f"{prefix} has merge_mode={layer.merge_mode}, and torch concatenates: merge the output's halves"] = (
+                None
+            )
         try:
             weights = DIALECTS["keras", kind].read(layer.arrays)
         except CheckpointError as error:
             raise CheckpointError(f"{'/'.join(path)}: {error}") from error
         tensors |= {f"{prefix}{role}_l0{'_reverse' * bool(layer.reverse)}": array for role, array in weights.items()}
     if left_out:
-        words = {f"left out, because torch has nothing like them: {listed(dict.fromkeys(left_out))}": None, **words}
+        words = {f"left out layers that torch does not have: {listed(dict.fromkeys(left_out))}": None, **words}
     return tensors, list(words)
 
 
@@ -265,5 +269,5 @@ def _kind(layer: _Layer) -> tuple[str, list[str]]:
     if bias is not None and bias.shape == (2 * columns,):
         return kind, [f"CuDNN{kind}'s layout"]
     if kind == "GRU" and not settings.get("reset_after", bias is None or bias.ndim == 2):
-        reasons.append("reset_after=False, another GRU")
+        reasons.append("reset_after=False, where torch's GRU has True")
     return kind, reasons

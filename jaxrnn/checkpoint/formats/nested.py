@@ -6,6 +6,7 @@ from typing import Any
 
 from jaxrnn.checkpoint.errors import CheckpointError, listed
 from jaxrnn.checkpoint.formats.pickles import STATE_DICT
+from jaxrnn.checkpoint.formats.reading import Reading
 
 _DEEPEST = 100  # nested dicts and lists; a state dict has a handful
 # The usual keys of a model's state dict beside an optimizer's.
@@ -16,20 +17,38 @@ def under_key(tree: Any, key: str) -> tuple[Any, list[str]]:
     """What is under a key of nested dicts and lists, dotted if it is deeper, and the keys on the way."""
     path: list[str] = []
     while key:
-        items = enumerate(tree) if isinstance(tree, list | tuple) else tree.items() if isinstance(tree, dict) else ()
-        named = {str(name): value for name, value in items}
+        named = _named(tree)
         fits = [name for name in named if key == name or key.startswith(f"{name}.")]
         if not fits:
-            raise CheckpointError(f"{_at(path)} has no {key!r}\nits keys: {listed(named)}")
+            raise CheckpointError(f"{_at(path)} has no key {key!r}\nits keys: {listed(named)}")
         name = max(fits, key=len)  # which may have dots in it
         path.append(name)
         tree, key = named[name], key[len(name) + 1 :]
     return tree, path
 
 
-def choose(checkpoint: Any, key: str | None, is_tensor: Callable[[Any], bool]) -> dict[str, Any]:
+def _named(tree: Any) -> dict[str, Any]:
+    """What a dict or a list holds, by its keys or numbers as text."""
+    items = enumerate(tree) if isinstance(tree, list | tuple) else tree.items() if isinstance(tree, dict) else ()
+    return {str(name): value for name, value in items}
+
+
+def _note(whole: Any, path: list[str], tensors: dict[str, Any], note: Callable[[str], None]) -> None:
+    """Say which dict was taken, and what is beside it and beside its tensors."""
+    left_out: list[str] = []
+    for depth, name in enumerate(path):
+        named = _named(whole)
+        left_out += [".".join([*path[:depth], other]) for other in named if other != name]
+        whole = named[name]
+    left_out += [".".join([*path, str(name)]) for name in whole if name not in tensors]
+    if path or left_out:
+        taken = f"took the tensors under {'.'.join(path)!r}" if path else "took the tensors"
+        note(f"{taken}, and left out {listed(left_out)}" if left_out else taken)
+
+
+def choose(checkpoint: Any, what: Reading, is_tensor: Callable[[Any], bool]) -> dict[str, Any]:
     """The tensors of the dict under a key; without one, of the dict under the only usual key, or at the top."""
-    path: list[str] = []
+    key, whole, path = what.key, checkpoint, list[str]()
     if key is not None:
         checkpoint, path = under_key(checkpoint, key)
     _check_dict(checkpoint, path, is_tensor)
@@ -43,7 +62,7 @@ def choose(checkpoint: Any, key: str | None, is_tensor: Callable[[Any], bool]) -
     tensors = {name: value for name, value in checkpoint.items() if is_tensor(value)}
     nested = _nested(checkpoint, is_tensor)
     if "param_groups" in checkpoint and not tensors:
-        remedy = "read it by jaxrnn.checkpoint.load_tree, and give it to optimizer_from_torch"
+        remedy = "read it with jaxrnn.checkpoint.load_tree, and give it to jaxrnn.checkpoint.optimizer_from_torch"
         raise CheckpointError(f"no recurrent weights: {_at(path)} is the state of an optimizer\n{remedy}")
     if nested:
         first, value = [*path, str(nested[0])], checkpoint[nested[0]]
@@ -52,14 +71,15 @@ def choose(checkpoint: Any, key: str | None, is_tensor: Callable[[Any], bool]) -
                 break
             first.append(str(below[0]))
             value = value[below[0]]
-        remedy = f"say which: key={'.'.join(first)!r}, on the command line --key"
-        cause = f"no recurrent weights, or not alone: {_at(path)} has dicts nested under {listed(nested)}"
+        remedy = f"say which dict to read: key={'.'.join(first)!r}, on the command line --key {'.'.join(first)}"
+        cause = f"{_at(path)} has {'tensors, and' if tensors else 'no tensors, but'} dicts under {listed(nested)}"
         raise CheckpointError(f"{cause}\n{remedy}")
     named = {name: value for name, value in tensors.items() if isinstance(name, str)}
     if len(named) < len(tensors) or (checkpoint and not tensors):
         wrong = [name for name in tensors or checkpoint if name not in named]
         others = [f"{n} ({'Tensor' if n in tensors else type(checkpoint[n]).__name__})" for n in wrong]
         raise CheckpointError(f"some entries of {_at(path)} are not named tensors: {listed(others)}\n{STATE_DICT}")
+    _note(whole, path, named, what.note)
     return named
 
 
@@ -94,7 +114,7 @@ def mapped(value: Any, function: Callable[[str, Any], Any]) -> Any:
 
     def copy(value: Any, path: tuple[str, ...]) -> Any:
         if len(path) > _DEEPEST:
-            raise CheckpointError(f"more than {_DEEPEST} dicts and lists, one in the other\n{STATE_DICT}")
+            raise CheckpointError(f"its dicts and lists are nested more than {_DEEPEST} deep\n{STATE_DICT}")
         if id(value) in copies:
             return copies[id(value)]
         if type(value) is dict or isinstance(value, OrderedDict):
@@ -124,5 +144,5 @@ def _at(path: list[str]) -> str:
 
 def check_expanded(name: str, shape: tuple[int, ...], size: int, stored: int) -> None:
     if size > stored:
-        cause = f"{name} of shape {shape} is larger than what is stored of it"
-        raise CheckpointError(f"{cause}\nsave a copy that is not expanded: tensor.clone()")
+        cause = f"{name} of shape {shape} was saved expanded: the file has fewer numbers"
+        raise CheckpointError(f"{cause}\nsave a copy of it: tensor.clone()")

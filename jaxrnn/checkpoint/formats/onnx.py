@@ -28,7 +28,9 @@ def _library(name: str = "onnx") -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise CheckpointError('an ONNX file, which needs the package onnx\npip install "jaxrnn[onnx]"') from error
+        raise CheckpointError(
+            'an ONNX file, and reading it needs the package onnx\npip install "jaxrnn[onnx]"'
+        ) from error
 
 
 def sniff(head: bytes) -> bool:
@@ -64,13 +66,13 @@ def read(path: str | os.PathLike[str], what: Reading) -> dict[str, Value]:
             if name not in tensors and name not in graph.used and tensor.data_type != onnx.TensorProto.STRING:
                 tensors[name] = graph.constant(name)
     except RecursionError as error:
-        raise CheckpointError(f"an ONNX file nested too deeply\n{AGAIN}") from error
+        raise CheckpointError(f"an ONNX file whose graphs are nested too deeply\n{AGAIN}") from error
     for text in words:
         warn(path, text)
     for name, array in tensors.items():
         check_unicode(name)
         if dtype_of(array) == NO_NUMBERS:
-            raise CheckpointError(f"{name} is of {array.dtype}\nconvert it before saving")
+            raise CheckpointError(f"{name} has dtype {array.dtype}, which is not of numbers\nconvert it before saving")
     return tensors
 
 
@@ -197,9 +199,11 @@ def _weights(graph: _Graph, budget: Budget) -> tuple[dict[str, Any], list[str]]:
             for suffix, weights in zip(("", "_reverse"), layer.weights, strict=False):
                 tensors |= {f"{prefix}{role}_l{level}{suffix}": array for role, array in weights.items()}
         if stack[0].nonlinearity == "relu":
-            words.append(f"{prefix or 'the RNN'} has relu, which no weights hold: give nonlinearity='relu'")
+            words.append(
+                f"{prefix or 'the RNN'} has relu, which weights do not say: make the module with nonlinearity='relu'"
+            )
     if left_out:
-        words.insert(0, f"left out, because torch has nothing like them: {listed(left_out)}")
+        words.insert(0, f"left out nodes that torch does not have: {listed(left_out)}")
     return tensors, words
 
 
@@ -219,13 +223,13 @@ def _layers(graph: _Graph, left_out: list[str], words: list[str]) -> Iterator[_L
             arrays["B"] = graph.constant(names[2])
         peepholes = graph.constant(inputs[7]) if inputs[7] else None
         if any(array is None for array in arrays.values()) or (inputs[7] and peepholes is None):
-            reasons.append("weights that the graph computes")
+            reasons.append("its weights are computed by the graph")
         if reasons:
             left_out.append(f"{name} ({', '.join(reasons)})")
             continue
         for state in filter(None, inputs[5:7]):
             if (first := graph.constant(state)) is not None and np.any(first):
-                words.append(f"{name} starts from the state {state}, which is not zero: give it as hx")
+                words.append(f"{name} starts from the state {state}, which is not zero: give it to each call as hx")
         try:
             weights = _by_direction(node.op_type, arrays, peepholes, _direction(attributes) == b"bidirectional")
         except CheckpointError as error:
@@ -244,9 +248,9 @@ def _read_attributes(kind: str, attributes: Mapping[str, Any]) -> tuple[str, lis
     if "input_forget" in attributes and attributes["input_forget"].i:
         reasons.append("input_forget=1")
     if (direction := _direction(attributes)) not in (b"forward", b"bidirectional"):
-        reasons.append(f"direction={as_text(direction)} alone")
+        reasons.append(f"direction={as_text(direction)}")
     if kind == "GRU" and not ("linear_before_reset" in attributes and attributes["linear_before_reset"].i):
-        reasons.append("linear_before_reset=0, another GRU")
+        reasons.append("linear_before_reset=0, where torch's GRU has 1")
     usual = _ACTIVATIONS[kind]
     given = [as_text(text) for text in attributes["activations"].strings] if "activations" in attributes else usual
     repeated = given[: len(usual)] * (len(given) // len(usual)) == given
@@ -265,12 +269,12 @@ def _by_direction(
 ) -> list[dict[str, np.ndarray]]:
     for name, array in arrays.items():
         if array.ndim != (2 if name == "B" else 3) or len(array) != 1 + both:
-            raise CheckpointError(f"{name} is {array.shape}, for {1 + both} directions\n{AGAIN}")
+            raise CheckpointError(f"{name} has shape {array.shape}, which does not fit {1 + both} directions\n{AGAIN}")
     found = [DIALECTS["onnx", kind].read({name: a[d] for name, a in arrays.items()}) for d in range(1 + both)]
     if peepholes is not None:
         hidden = found[0]["weight_hh"].shape[1]
         if peepholes.shape != (len(found), 3 * hidden):
-            raise CheckpointError(f"P is {peepholes.shape}, should be {(len(found), 3 * hidden)}\n{AGAIN}")
+            raise CheckpointError(f"P has shape {peepholes.shape}, should be {(len(found), 3 * hidden)}\n{AGAIN}")
         for weights, row in zip(found, peepholes, strict=True):
             weights |= dict(zip(_PEEPHOLES, np.split(row, 3), strict=True))
     return found

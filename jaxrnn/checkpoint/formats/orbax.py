@@ -41,14 +41,16 @@ def read(path: str | os.PathLike[str], what: Reading) -> dict[str, Value]:
         raise
     except Exception as error:  # on damage, orbax, tensorstore and JSON raise almost anything
         cause = f"{type(error).__name__}: {error}".partition("\n")[0][:200]
-        raise CheckpointError(f"a damaged orbax checkpoint, or of another kind ({cause})\n{AGAIN}") from error
+        raise CheckpointError(
+            f"a damaged orbax checkpoint, or one that this orbax cannot read ({cause})\n{AGAIN}"
+        ) from error
     start = "" if what.key is None else f"{what.key}."
     chosen: dict[str, Value] = {}
     for name, value in arrays.items():
         if name.startswith(start):
             chosen[name.removeprefix(start)] = np.ascontiguousarray(value).reshape(np.shape(value))
     if arrays and not chosen:
-        raise CheckpointError(f"it has nothing under {what.key!r}\nits keys: {listed(arrays)}")
+        raise CheckpointError(f"it has no key {what.key!r}\nits keys: {listed(arrays)}")
     return chosen
 
 
@@ -61,7 +63,9 @@ def _tree_in(path: str) -> str:
         if is_orbax_tree(folder)
     ]
     if not trees:
-        raise CheckpointError("a directory, but no orbax checkpoint\ngive the path of the checkpoint in it")
+        raise CheckpointError(
+            "a directory without an orbax checkpoint\ngive the path of a file, or of a directory that orbax wrote"
+        )
     if len(trees) > 1 and not os.path.samefile(trees[0], path):
         names = listed(os.path.relpath(tree, path) for tree in trees)
         raise CheckpointError(f"a directory with several checkpoints\ngive the path of one of them: {names}")
@@ -116,7 +120,7 @@ def _check(described: Mapping[str, Any], path: str) -> None:
     for name, leaf in described.items():
         if getattr(leaf, "shape", None) is None or leaf.dtype is None:
             what = type(leaf).__name__.removesuffix("Metadata").lower()
-            raise CheckpointError(f"{name} is of type {what}, not an array\nsave the arrays alone")
+            raise CheckpointError(f"{name} is of type {what}, not an array\nsave only the arrays")
         size += math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize
     files = (os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names)
     stored = sum(map(os.path.getsize, files))
@@ -130,10 +134,14 @@ def write(file: IO[bytes], tensors: Mapping[str, Value], wrote: Callable[[int], 
     import orbax.checkpoint as ocp
 
     if not tensors:
-        raise CheckpointError("an orbax checkpoint cannot be empty\nchoose another format")
+        raise CheckpointError(
+            "no tensors, and an orbax checkpoint cannot be empty\nchoose another format, such as .safetensors"
+        )
     for name, value in tensors.items():
         if value.size == 0:
-            raise CheckpointError(f"{name} has no numbers, which orbax cannot write\nleave it out")
+            raise CheckpointError(
+                f"{name} has size 0, which orbax cannot write\nleave it out, or choose another format"
+            )
         check_unicode(name)
     path = file.name + NEW
     # Weights hardly compress, and compression doubles the memory that writing takes.

@@ -19,7 +19,7 @@ from jaxrnn.checkpoint.stored import Value
 
 STATE_DICT = "save only the tensors: torch.save(model.state_dict(), path)"
 
-_WITHOUT = f"{STATE_DICT}, or leave the rest out: only_tensors=True, on the command line --only-tensors"
+_WITHOUT = f"{STATE_DICT}, or leave the rest out: only_tensors=True, or --only-tensors on the command line"
 
 _DTYPES = {
     "Double": "float64", "Float": "float32", "Half": "float16", "BFloat16": "bfloat16", "Long": "int64",
@@ -111,7 +111,7 @@ class Packed:
         """What torch would restore it from, less the name of its class."""
         contents, name = self.state
         if type(contents) is not tuple or type(name) is not str:
-            raise ValueError("a packed module")
+            raise ValueError("a quantized module in an unknown form")
         return contents
 
 
@@ -190,7 +190,7 @@ def unpickle(data: bytes, left_out: set[str] | None = None, packed: bool = False
             cause, remedy = f"it holds more than tensors, and its code is not run: {refusal}", _WITHOUT
             if "torch.ScriptObject" in str(refusal):
                 cause = f"a quantized model, whose weights are packed by torch's own code: {refusal}"
-                remedy = "read its rounded weights: dequantize=True, on the command line --dequantize"
+                remedy = "read its rounded weights: dequantize=True, or --dequantize on the command line"
         raise CheckpointError(f"{cause}\n{remedy}") from refusal
     except _DAMAGE as damage:
         cause = str(damage).partition("\n")[0][:100]
@@ -233,7 +233,7 @@ class _Machine:
                 method(argument)
             elif opcode.name not in ("PROTO", "FRAME"):
                 raise _Refused(f"its pickle has the operation {opcode.name}")
-        raise EOFError("no end")
+        raise EOFError("it ends too early")
 
     def _items(self) -> list[Any]:
         """Pop everything above the last mark."""
@@ -295,7 +295,7 @@ class _Machine:
         if type(self.stack[-1]) is LeftOut:
             return
         if type(self.stack[-1]) is not list:
-            raise ValueError("it appends to what is no list")
+            raise ValueError("it appends to something that is not a list")
         self.stack[-1].extend(items)
 
     def _dict(self, _: None) -> None:
@@ -315,7 +315,7 @@ class _Machine:
         if type(target) is LeftOut:
             return
         if type(target) is not dict:
-            raise ValueError("it sets an item of what is no dict")
+            raise ValueError("it sets an item of something that is not a dict")
         for key, value in zip(items[::2], items[1::2], strict=True):
             if self.left_out is not None and type(key) in (LeftOut, Global):
                 continue
@@ -327,7 +327,7 @@ class _Machine:
     def _additems(self, _: None) -> None:
         items = self._items()
         if type(self.stack[-1]) is not set:
-            raise ValueError("it adds to what is no set")
+            raise ValueError("it adds to something that is not a set")
         self.stack[-1].update(map(_key, items))
 
     def _frozenset(self, _: None) -> None:
@@ -361,7 +361,7 @@ class _Machine:
     def _stack_global(self, _: None) -> None:
         name, module = self.stack.pop(), self.stack.pop()
         if type(name) is not str or type(module) is not str:
-            raise ValueError("the name of a global")
+            raise ValueError("the name of a function is not text")
         self._push_global(f"{module}.{name}")
 
     def _push_global(self, name: str) -> None:
@@ -387,7 +387,7 @@ class _Machine:
     def _binpersid(self, _: None) -> None:
         kind, storage, key, _location, size = self.stack.pop()
         if kind != "storage" or type(storage) is not Global or type(key) is not str or type(size) is not int:
-            raise ValueError("what it says of a storage")
+            raise ValueError("a storage in an unknown form")
         dtypes = _STORAGES | _QUANTIZED_STORAGES | dict.fromkeys(_BYTES, jnp.dtype(np.uint8))
         dtype = dtypes[storage.name]
         self.stack.append(Storage(key, dtype, size))
@@ -403,7 +403,7 @@ class _Machine:
         if type(self.stack[-1]) is Packed:
             self.stack[-1].state = state
         elif type(self.stack[-1]) is not dict:  # torch stores the version of a state dict's format
-            raise ValueError("it sets attributes")
+            raise ValueError("it sets attributes, as torch.save does not")
 
 
 def _key(key: Any) -> Any:
@@ -421,13 +421,13 @@ def _pairs(items: Any) -> list[tuple[Any, Any]]:
 
 def _text(value: Any) -> str:
     if type(value) is not str:
-        raise ValueError("what should be text")
+        raise ValueError("a value is not text, and should be")
     return value
 
 
 def _number(value: Any) -> Any:
     if type(value) not in (int, float):
-        raise ValueError("what should be a number")
+        raise ValueError("a value is not a number, and should be")
     return value
 
 
@@ -445,7 +445,7 @@ def _left_out(kind: Any) -> LeftOut:
 def _call(function: Any, arguments: Any) -> Any:
     """The data that torch would make of a call."""
     if type(function) is not Global or function.name not in _CALLS or type(arguments) is not tuple:
-        raise ValueError("it calls what is no function")
+        raise ValueError("it calls something that is not a function")
     name = function.name
     if name in _DATA_CALLS:
         return _DATA_CALLS[name](*arguments)
@@ -455,11 +455,11 @@ def _call(function: Any, arguments: Any) -> Any:
             raise ValueError("a tensor of an unknown type")
         # Without recursion: a file decides how deep this goes.
         if type(function) is not Global or function.name == name:
-            raise ValueError("a tensor made by what is no function")
+            raise ValueError("a tensor made by something that is not a function")
         return _call(function, arguments)
     if name.startswith("torch._utils._rebuild_parameter"):
         if type(arguments[0]) not in (StoredTensor, Other):
-            raise ValueError("a parameter of what is no tensor")
+            raise ValueError("a parameter made of something that is not a tensor")
         return arguments[0]
     if name not in _TENSOR_CALLS:
         what = _OTHER_CALLS[name]
@@ -488,12 +488,12 @@ def _tensor(
         dtype, more = _NAMED[more[0].name], more[1:]
     sizes = (storage.size, offset, *shape, *strides)
     if not (type(storage) is Storage and len(shape) == len(strides) <= _MOST_AXES):
-        raise ValueError("the shape of a tensor")
+        raise ValueError("a tensor has an impossible shape")
     if any(type(n) is not int or not 0 <= n < 1 << 63 for n in sizes):
-        raise ValueError("the size of a tensor")
+        raise ValueError("a tensor has an impossible size")
     bits = tuple(bit for bit in ("conj", "neg") if more and more[0] and more[0].get(bit))
     if ("conj" in bits and dtype.kind != "c") or (bits and not jnp.issubdtype(dtype, jnp.inexact)):
-        raise ValueError("the bits of a tensor")
+        raise ValueError("a tensor is conjugated or negated, and its dtype cannot be")
     return StoredTensor(storage, dtype, offset, tuple(shape), tuple(strides), bits)
 
 

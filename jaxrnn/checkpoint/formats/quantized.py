@@ -54,7 +54,7 @@ def _unpacked(tensors: Mapping[str, Any], halves: list[str]) -> dict[str, Any]:
             elif "_all_weight_values." not in name:
                 raise ValueError(f"{name} is packed in an unknown way")
         except (ValueError, TypeError, IndexError, KeyError, AttributeError) as error:
-            cause = f"damaged: what it says of the quantized {module} does not fit together: {error}"
+            cause = f"damaged: the parts of the quantized {module} do not fit together: {error}"
             raise CheckpointError(f"{cause}\n{AGAIN}") from error
     return found
 
@@ -64,7 +64,7 @@ def _named(weight: str, bias: str, packed: Any) -> dict[str, Any]:
     pair = packed.contents() if isinstance(packed, Packed) else packed
     tensors = [each for each in pair if isinstance(each, StoredTensor | Other)]
     if len(pair) != 2 or not tensors or pair[0] is not tensors[0] or len(tensors) + (pair[1] is None) != 2:
-        raise ValueError("what is no weight and bias")
+        raise ValueError("not a weight and a bias")
     return {weight: pair[0]} | ({} if pair[1] is None else {bias: pair[1]})
 
 
@@ -86,7 +86,9 @@ def _layers(prefix: str, tensors: Mapping[str, Any], halves: list[str]) -> dict[
         and inputs == [inputs[0] if i < directions else directions * hidden for i in range(len(cells))]
     ]
     if len(fits) != 1:
-        raise CheckpointError(f"{prefix} has two layers, or one in both directions: no name says which\n{_BEFORE}")
+        raise CheckpointError(
+            f"{prefix} has two layers, or one layer in two directions, and the file does not say which\n{_BEFORE}"
+        )
     found: dict[str, Any] = {}
     for index, pairs in enumerate(cells):
         suffix = f"_l{index // fits[0]}" + "_reverse" * (index % fits[0])
@@ -101,7 +103,7 @@ def _layers(prefix: str, tensors: Mapping[str, Any], halves: list[str]) -> dict[
 def _shape(tensor: StoredTensor | Other) -> tuple[int, ...]:
     stored = tensor.quantized[0] if isinstance(tensor, Other) and tensor.quantized else tensor
     if not isinstance(stored, StoredTensor) or len(stored.shape) != 2:
-        raise ValueError("a weight that is no matrix")
+        raise ValueError("a weight that is not a matrix")
     return stored.shape
 
 
@@ -158,5 +160,5 @@ class Plan:
         words = [f"the weights of {listed(self.halves)} are rounded to float16"] if self.halves else []
         if self.scales:
             cause = f"each number is at most {worst:.2g} from the one before quantization"  # half a scale
-            words.append(f"dequantized {listed(self.scales)}: {cause}; the quantized model also rounds what goes in")
+            words.append(f"dequantized {listed(self.scales)}: {cause}; the quantized model also rounds its inputs")
         return found, words

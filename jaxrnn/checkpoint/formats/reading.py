@@ -2,6 +2,7 @@
 
 import os
 import warnings
+from collections.abc import Callable
 from typing import NamedTuple
 
 from jaxrnn.checkpoint.errors import CheckpointError
@@ -15,16 +16,20 @@ class Reading(NamedTuple):
         key: the key of nested dicts under which the tensors are; None for those at the top.
         only_tensors: whether to leave out objects beside the tensors.
         dequantize: whether to compute the weights of quantized modules.
+        note: is told in words which of nested dicts was taken, and what was left out.
     """
 
     key: str | None = None
     only_tensors: bool = False
     dequantize: bool = False
+    note: Callable[[str], None] = lambda text: None
 
     def check_no_key(self, what: str) -> None:
         """Refuse a key for a format that nests no dicts."""
         if self.key is not None:
-            raise CheckpointError(f"{what} nests no dicts under keys such as {self.key!r}\nload it without a key")
+            raise CheckpointError(
+                f"{what} has no dicts in it, and so no key {self.key!r}\nleave out key=, or --key on the command line"
+            )
 
 
 def warn(path: str | os.PathLike[str], text: str) -> None:

@@ -54,7 +54,9 @@ def read(path: str | os.PathLike[str], what: Reading) -> dict[str, Value]:
             if name in tensors:
                 raise CheckpointError(f"a damaged safetensors file, two tensors are named {name}\n{AGAIN}")
             if info["dtype"] not in DTYPES:
-                raise CheckpointError(f"{name} is of {info['dtype']}, which NumPy has not\nconvert it before saving")
+                raise CheckpointError(
+                    f"{name} is of {info['dtype']}, which NumPy does not have\nconvert it before saving"
+                )
             dtype = jnp.dtype(DTYPES[info["dtype"]])
             tensors[name] = Stored(source, 8 + length + info["data_offsets"][0], dtype, tuple(info["shape"]))
         return {name: _little_endian(value) for name, value in tensors.items()}

@@ -26,7 +26,7 @@ def sniff(head: bytes) -> bool:
 
 
 def read(path: str | os.PathLike[str], what: Reading) -> dict[str, Value]:
-    tensors = choose(_load_legacy(path), what.key, is_torch_tensor)
+    tensors = choose(_load_legacy(path), what, is_torch_tensor)
     return {name: _from_torch(name, tensor) for name, tensor in tensors.items()}
 
 
@@ -34,9 +34,9 @@ def _load_legacy(path: str | os.PathLike[str]) -> Any:
     """Let torch read the file."""
     with open(path, "rb") as file:
         if file.read(2)[1:] >= b"\x04":
-            cause = "a pickle of protocol 4 or later in torch's old format, which torch's safe reader does not know"
+            cause = "a pickle of protocol 4 or later in torch's old format, which torch cannot read safely"
             raise CheckpointError(
-                f"{cause}\nsave it with torch's default protocol: torch.save(model.state_dict(), path)"
+                f"{cause}\nsave it again, without pickle_protocol=: torch.save(model.state_dict(), path)"
             )
     torch = _import_torch()
     try:

@@ -46,14 +46,14 @@ def read(path: str | os.PathLike[str], what: Reading) -> dict[str, Value]:
     def chosen(checkpoint: Any) -> dict[str, StoredTensor]:
         nonlocal plan
         if not what.dequantize:
-            return _checked(choose(checkpoint, what.key, _is_tensor))
-        packed = choose(checkpoint, what.key, lambda value: _is_tensor(value) or quantized.is_packed(value))
+            return _checked(choose(checkpoint, what, _is_tensor))
+        packed = choose(checkpoint, what, lambda value: _is_tensor(value) or quantized.is_packed(value))
         plan = quantized.Plan.of(packed)
         return _checked(plan.stored)
 
     tensors = _read_zip(path, chosen, left_out, what.dequantize)[1]
     if left_out:
-        warn(path, f"left out what is no tensor: {listed(sorted(left_out))}")
+        warn(path, f"left out objects that are not tensors: {listed(sorted(left_out))}")
     tensors, words = plan.dequantized(tensors)
     for text in words:
         warn(path, text)
@@ -139,7 +139,7 @@ def _entries(entries: list[zipfile.ZipInfo], size: int) -> dict[str, zipfile.Zip
         name = entry.filename.partition("/")[2]
         plain = entry.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) and not entry.filename.startswith("/")
         if name in found or not plain or ".." in entry.filename.split("/"):
-            raise CheckpointError(f"damaged: its entry {entry.filename} is none that torch.save writes\n{AGAIN}")
+            raise CheckpointError(f"damaged: torch.save writes no entry such as {entry.filename}\n{AGAIN}")
         found[name] = entry
     if "constants.pkl" in found:
         remedy = "export its tensors: torch.save(torch.jit.load(path).state_dict(), new_path)"
@@ -157,7 +157,7 @@ def _what_else(names: list[str]) -> str:
     if inside:
         return f"a zip file with checkpoints in it\nunzip it, and give one of them: {listed(inside)}"
     kind = "a NumPy .npz archive" if all(name.endswith(".npy") for name in names) else "a zip file"
-    return f"{kind}, but none of torch.save: it has no data.pkl\n{STATE_DICT}"
+    return f"{kind} that torch.save did not write: it has no data.pkl\n{STATE_DICT}"
 
 
 def _read(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> np.ndarray:
@@ -191,7 +191,7 @@ def _arrays(
     """
     order = _read(archive, entries["byteorder"]).tobytes() if "byteorder" in entries else b"little"
     if order not in (b"little", b"big"):
-        raise CheckpointError(f"damaged: its byte order is {order[:20]!r}\n{AGAIN}")
+        raise CheckpointError(f"damaged: its byte order should be little or big, and is {order[:20]!r}\n{AGAIN}")
     swap = order.decode() != sys.byteorder
     source = Source.of(file)
     by_storage: dict[str, list[str]] = {}
@@ -204,7 +204,7 @@ def _arrays(
             wanted = tensors[name].storage.nbytes
             if entry is None or wanted != entry.file_size:
                 found = "none are there" if entry is None else f"{entry.file_size} are there"
-                raise CheckpointError(f"damaged: of {name} {wanted} bytes should be stored, and {found}\n{AGAIN}")
+                raise CheckpointError(f"damaged: {name} should have {wanted} bytes, and {found}\n{AGAIN}")
         assert entry is not None  # every storage has a name
         if len(names) == 1 and entry.compress_type == zipfile.ZIP_STORED and tensors[names[0]].is_plain and not swap:
             tensor, offset = tensors[names[0]], _offset(file, archive, entry)
@@ -256,7 +256,9 @@ def write(file: IO[bytes], tensors: Mapping[str, Value], wrote: Callable[[int], 
     """Write contiguous tensors as torch.save writes a state dict."""
     for name, array in tensors.items():
         if not is_known(array.dtype):
-            raise CheckpointError(f"{name} is of {array.dtype}, which torch has not\nconvert it, or leave it out")
+            raise CheckpointError(
+                f"{name} has dtype {array.dtype}, which torch does not have\nconvert it, or leave it out"
+            )
     with zipfile.ZipFile(file, "w") as archive:
         archive.writestr("archive/data.pkl", pickle_tensors(tensors))
         archive.writestr("archive/byteorder", sys.byteorder)
