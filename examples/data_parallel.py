@@ -1,4 +1,4 @@
-"""The character language model on many devices: the batch shared out, the hidden units, or both; in many processes too.
+"""The character language model on many devices: the batch sharded, the hidden units, or both.
 
 It trains the model of `char_lm.py` in float64 over a mesh of devices, and on one of them alone, and shows that the
 losses are the same. Nothing in the model knows of devices but the name of one axis of the mesh, `hidden_axis`.
@@ -83,7 +83,7 @@ def start_processes(count: int) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(description="The character language model over a mesh of devices.")
     parser.add_argument("--devices", type=int, default=8, help="CPU devices in all (default: 8)")
-    parser.add_argument("--model", type=int, default=1, help="over how many of them hidden units are shared out (1)")
+    parser.add_argument("--model", type=int, default=1, help="how many of them to shard hidden units over (1)")
     parser.add_argument("--processes", type=int, default=1, help="processes on this machine (default: 1)")
     parser.add_argument("--pod", action="store_true", help="all devices of all hosts, each of which runs this program")
     parser.add_argument("--steps", type=int, default=200, help="training steps (default: 200)")

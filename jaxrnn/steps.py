@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jaxrnn._compat import time_major
@@ -165,8 +166,8 @@ def _checked(cell: Cell, state: object, like: jax.Array) -> Arrays:
         got = f"{len(state)}" if isinstance(state, tuple | list) else f"no tuple but {type(state).__name__}"
         raise ValueError(f"step of Cell {cell.name!r} should return a tuple of {len(cell.states)} arrays, got {got}")
     for name, a in zip(cell.states, state, strict=True):
-        if (jnp.shape(a), jnp.result_type(a)) != (like.shape, like.dtype):
-            wanted, got = f"{like.dtype} of shape {like.shape}", f"{jnp.result_type(a)} of shape {jnp.shape(a)}"
+        if (np.shape(a), jnp.result_type(a)) != (like.shape, like.dtype):
+            wanted, got = f"{like.dtype} of shape {like.shape}", f"{jnp.result_type(a)} of shape {np.shape(a)}"
             raise ValueError(f"step of Cell {cell.name!r} should return {name} as {wanted}, got {got}")
     return tuple(state)
 

@@ -1,7 +1,7 @@
 """Compile the cases for a TPU where there is none: what fails, what memory and how many operations a program takes.
 
 `libtpu` compiles ahead of time on a CPU machine, for a described topology: for one of its devices, for all of them
-where they can share the batch, and a sample for all of them with the hidden units shared out as well.
+where they can share the batch, and a sample for all of them with the hidden units sharded as well.
 """
 
 import concurrent.futures
@@ -32,7 +32,7 @@ TOPOLOGY = "v5e:2x2"
 EXACT = re.compile(r".*-layers1-bidirectional-hx|\w+Cell\w*-hx")
 # Ragged and chunked cases are compared in float64; of those that are compiled in float32 instead, a sample.
 RAGGED = re.compile(r".*-layers2-.*(lengths-unsorted|packed-unsorted|sorted-sorted|chunked)")
-# What is compiled with hidden units shared out, where there is an even number of them.
+# What is compiled with hidden units sharded, where there is an even number of them.
 HIDDEN = re.compile(r".*-bfloat16|.*-layers2-.*lengths-unsorted")
 COLLECTIVE = re.compile(r" (all-reduce|all-gather|all-to-all|reduce-scatter|collective-\w+)(?:-start)?\(")
 
@@ -87,7 +87,7 @@ def compile_all(
     def compile_each(entry: tuple[Case, str]) -> list[Program]:
         case, dtype = entry
         meshes = [Mesh(np.array(devices[:1]), "batch")]
-        packed = case.way in ("packed", "sorted")  # in whose data the rows lie interleaved, not to be shared out
+        packed = case.way in ("packed", "sorted")  # in whose data the rows are interleaved, and cannot be sharded
         if not packed and case.batch is not None and case.batch % len(devices) == 0:
             meshes.append(Mesh(np.array(devices), "batch"))
             if HIDDEN.fullmatch(case.name) and case.steps is not None and case.arguments["hidden_size"] % 2 == 0:
@@ -187,7 +187,7 @@ def show(found: Sequence[Program], console: Console) -> int:
         console.print(f"[red]FAIL[/] {program.name}: ", program.problem, sep="", highlight=False, soft_wrap=True)
     shared = sum("devices" in program.name for program in found)
     hidden = sum("hidden" in program.name for program in found)
-    words = f"{len(found)} programs, forward and training, {shared} of them with the batch shared out to all devices, "
+    words = f"{len(found)} programs, forward and training, {shared} of them with the batch sharded over all devices, "
     words += f"{hidden} with hidden units as well,"
     words += f" {'do not all' if failures else 'all'} compile"
     console.print(f"{words} for {TOPOLOGY}.", style="red" if failures else "green", highlight=False)

@@ -7,7 +7,7 @@ from pathlib import Path
 import jinja2
 
 from . import plots
-from .compare import DTYPES
+from .compare import DTYPES, LARGEST, LARGEST_ROUNDED, RATIO, RATIO_OVERALL, products_are_float32
 from .report import COLUMNS, Report
 from .training import STEPS
 
@@ -38,8 +38,15 @@ def write(path: Path, report: Report, command: str, scope: str) -> None:
             columns=COLUMNS,
             scope=scope,
             steps=STEPS,
+            limits=_limits(),
+            ratios=(RATIO, RATIO_OVERALL),
         )
     )
+
+
+def _limits() -> dict[str, float]:
+    """By dtype the largest scaled error that counts as right."""
+    return LARGEST if products_are_float32() else LARGEST | {"float32": LARGEST_ROUNDED}
 
 
 def _pictures(report: Report) -> dict[str, str]:

@@ -49,6 +49,9 @@ def from_flax(module: Any, variables: Mapping[str, Any] | None = None, rngs: nnx
 def from_flax(module: Any, variables: Mapping[str, Any] | None = None, rngs: nnx.Rngs | None = None) -> Any:
     """Convert a recurrent module of Flax: the same weights in ours, with the same results.
 
+    Flax has one bias where torch has two. The second, of zeros, is trained too: to train exactly as Flax does, freeze
+    `bias_ih` of an LSTM, `bias_hh` of a GRU or RNN.
+
     Args:
         module: of flax.nnx, an RNN, a Bidirectional of two, or an LSTMCell, OptimizedLSTMCell, GRUCell or SimpleCell;
             or of flax.linen the same, with its variables. Or the weights of one such module alone: Linen's variables or

@@ -32,7 +32,7 @@ class CuDNN:
             "it does not return the states of every step": layer.every,
             f"it does not recompute, and remat is {options.remat!r}": options.remat != "none",
             "it does not shard hidden units": options.hidden_axis is not None,
-            "it runs on one device, or in jax.shard_map with check_vma=False": _shared_out(layer),
+            "it runs on one device, or in jax.shard_map with check_vma=False": _sharded(layer),
             f"it needs sizes that are known and above 0, and x has shape {x.shape}": not _known(x.shape),
             f"it has no precision {_precision(options)!r}": _full_float32(options) is None,
         }
@@ -86,7 +86,7 @@ def _full_float32(options: Options) -> bool | None:
     return jax.lax.Precision.HIGHEST in both
 
 
-def _shared_out(layer: Layer) -> bool:
+def _sharded(layer: Layer) -> bool:
     """Whether several devices share the arrays, as far as that is known when it is traced.
 
     Each would run the whole batch. And JAX does not know over which axes of `jax.shard_map` cuDNN's results vary.

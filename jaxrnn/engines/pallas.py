@@ -48,17 +48,15 @@ class Pallas(Scan):
         cell, options, (time, batch, hidden) = run.settings.cell, run.settings.options, run.gates[0].shape
         mesh = jax.sharding.get_abstract_mesh()
         kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
-        shared_out = [name for name, kind in kinds if kind != AxisType.Manual and mesh.shape[name] > 1]
+        sharded = [name for name, kind in kinds if kind != AxisType.Manual and mesh.shape[name] > 1]
         if run.gates[0].dtype != jnp.float32:
             return f"it computes in float32 or bfloat16, and this is {run.gates[0].dtype}"
         if run.recurrent.weight_hr is not None:
             return "it runs no projection"
         if run.captured or any("hidden" not in each.axes for each in cell.own.values()):
             return "the cell's step closes over arrays, or has a parameter without an axis 'hidden'"
-        if options.hidden_axis is not None or shared_out:
-            return (
-                f"no kernel is shared out over mesh axes {shared_out or options.hidden_axis}; jax.shard_map can do it"
-            )
+        if options.hidden_axis is not None or sharded:
+            return f"it cannot be sharded over mesh axes {sharded or options.hidden_axis}: call it in jax.shard_map"
         if not all(isinstance(size, int) and size > 0 for size in (time, batch)):
             return "the number of steps or rows is symbolic, or 0"
         if (precision := _precision(run)) not in (*_WHOLE, *_ROUNDED):
