@@ -156,8 +156,9 @@ def _what_else(names: list[str]) -> str:
         return f"an archive of torch.package, which holds code\nload it with torch.package, and {STATE_DICT}"
     if inside:
         return f"a zip file with checkpoints in it\nunzip it, and give one of them: {listed(inside)}"
-    kind = "a NumPy .npz archive" if all(name.endswith(".npy") for name in names) else "a zip file"
-    return f"{kind} that torch.save did not write: it has no data.pkl\n{STATE_DICT}"
+    if all(name.endswith(".npy") for name in names):
+        return "a NumPy .npz archive\nread it with numpy.load; jaxrnn.from_flax converts weights of Flax"
+    return f"a zip file that torch.save did not write: it has no data.pkl\n{STATE_DICT}"
 
 
 def _read(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> np.ndarray:
