@@ -181,8 +181,8 @@ def _static(name: str, value: Any) -> NDArray[np.int64]:
     """A 1-D array of integers that are not traced."""
     if is_traced(value):
         raise TypeError(
-            f"{name} should not be traced, as under jit: pack outside jit and pass the PackedSequence in, or give padded "
-            "rows and lengths= to the layer"
+            f"{name} should not be traced, as under jit: pack outside jit and pass the PackedSequence in, or give "
+            "padded rows and lengths= to the layer"
         )
     array = np.asarray(value)
     if not (np.issubdtype(array.dtype, np.integer) or array.size == 0):
