@@ -38,7 +38,7 @@ PLATFORMS = {"cpu": "cpu", "gpu": "cuda,rocm", "tpu": "tpu"}
 TASKS = {
     "compare": {"live", "filter", "dtype", "side", "engine", "platform", "precision", "json", "report"},
     "record": set[str](),
-    "--model": {"key", "inputs", "live", "side", "engine", "platform", "precision", "json", "report"},
+    "--model": {"key", "inputs", "dtype", "live", "side", "engine", "platform", "precision", "json", "report"},
     "--compile-only": {"filter", "dtype", "platform", "precision", "json"},
 }
 
@@ -92,7 +92,11 @@ def main(arguments: Sequence[str] | None = None, prog: str = f"python -m {__pack
     parser.add_argument("--model", metavar="FILE", help="compare the recurrent modules in your own checkpoint")
     parser.add_argument("--key", help="with --model: the key that holds the state dict, for example trainer.model")
     parser.add_argument(
-        "--inputs", metavar="NPY", help="with --model: also run on this .npy file, (time, batch, features)"
+        "--inputs",
+        metavar="NPY",
+        action="append",
+        default=[],
+        help="with --model: also run on this .npy file, (time, batch, features); repeatable",
     )
     parser.add_argument("--platform", choices=PLATFORMS, help="the devices to run on (default: JAX's own)")
     parser.add_argument(
@@ -119,6 +123,8 @@ def main(arguments: Sequence[str] | None = None, prog: str = f"python -m {__pack
         parser.error("--live compares with PyTorch: pip install 'jaxrnn[torch]'; without --live with recorded results")
     if options.live == "cuda" and torch and not torch.cuda.is_available():
         parser.error("--live cuda: this PyTorch sees no GPU")
+    if options.model and options.dtype not in (None, "float64", "float32"):
+        parser.error(f"--model takes --dtype float64 or float32, got {options.dtype}")
     if options.compile_only and options.platform != "tpu":
         parser.error("--compile-only compiles for a TPU: add --platform tpu")
     for path in (options.json, options.report):
@@ -173,7 +179,7 @@ def _refuse_unused(parser: argparse.ArgumentParser, options: argparse.Namespace)
 
 
 def _model(options: argparse.Namespace) -> int:
-    """Compare a user's own modules, in float64, with torch run here."""
+    """Compare a user's own modules with torch run here."""
     if installed_torch() is None:
         print("--model compares with PyTorch: pip install 'jaxrnn[torch]'; jaxrnn check runs without", file=sys.stderr)
         return 2
@@ -184,7 +190,7 @@ def _model(options: argparse.Namespace) -> int:
         return 2
     options.live = options.live or "cpu"
     cases = [model.with_limit(case, options.live) for case in cases]
-    return _judge(cases, [], ["float64"], options)
+    return _judge(cases, [], [options.dtype] if options.dtype else ["float64", "float32"], options)
 
 
 def _judge(cases: Sequence[Case], runs: list[training.Run], dtypes: Sequence[str], options: argparse.Namespace) -> int:
@@ -196,7 +202,9 @@ def _judge(cases: Sequence[Case], runs: list[training.Run], dtypes: Sequence[str
     outcomes, trained, torch = _outcomes(cases, runs, options.side, dtypes, options.live)
     done = len(outcomes) + len(trained)
     stopped = done < count
-    report = Report.of(options.side, outcomes, trained, torch, {} if stopped else _places(outcomes, options.side))
+    places = {} if stopped else _places(outcomes, options.side)
+    # A user's weights may sum more terms, or fewer numbers, than the ratios are made for.
+    report = Report.of(options.side, outcomes, trained, torch, places, ratios=not options.model)
     if done:
         report.show(Console())
     if stopped:

@@ -80,6 +80,7 @@ class Case:
         lengths: of the rows, for the ways that have any.
         second: whether it is differentiated twice, and forward: see `tangents`.
         limit: the largest float64 error that counts as right; None for that of all cases.
+        float32_limit: the same in float32.
     """
 
     name: str
@@ -94,6 +95,7 @@ class Case:
     lengths: tuple[int, ...] | None = None
     second: bool = False
     limit: float | None = None
+    float32_limit: float | None = None
 
     @property
     def inexact(self) -> str | None:

@@ -36,10 +36,9 @@ def products_are_float32() -> bool:
 
 def largest(case: Case, dtype: str) -> float:
     """The largest error that counts as right, scaled by max(1, largest of the truth)."""
-    if dtype == "float64" and case.limit is not None:
-        return case.limit
+    own = {"float64": case.limit, "float32": case.float32_limit}.get(dtype)
     if dtype != "float32" or products_are_float32():
-        return LARGEST[dtype]
+        return LARGEST[dtype] if own is None else own
     return LARGEST_ACROSS_A_KINK if KINDS[case.kind].cell == RNN_RELU else LARGEST_ROUNDED
 
 

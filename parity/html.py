@@ -7,6 +7,7 @@ from pathlib import Path
 import jinja2
 
 from . import plots
+from .cases import ENOUGH
 from .compare import DTYPES, LARGEST, LARGEST_ROUNDED, RATIO, RATIO_OVERALL, products_are_float32
 from .report import COLUMNS, Report
 from .training import STEPS
@@ -40,6 +41,7 @@ def write(path: Path, report: Report, command: str, scope: str) -> None:
             steps=STEPS,
             limits=_limits(),
             ratios=(RATIO, RATIO_OVERALL),
+            enough=ENOUGH,
         )
     )
 

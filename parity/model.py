@@ -5,8 +5,9 @@ the order in which numbers are added up. What it changes in torch's own results 
 """
 
 import dataclasses
+import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -23,6 +24,8 @@ RENUMBERINGS = 4
 # Our results differ from torch's in more than the order of sums, and few renumberings do not find the worst: in 117
 # random ill-conditioned modules right results were up to 3.9 times as far apart.
 FACTOR = 8
+# A rounding error in float32 is so many times one in float64.
+EPS_RATIO = float(np.finfo(np.float32).eps / np.finfo(np.float64).eps)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,28 +37,30 @@ class Module(Probe):
         return self.name
 
 
-def cases(path: str, key: str | None, inputs: str | None) -> list[Module]:
+def cases(path: str, key: str | None = None, inputs: Sequence[str] = ()) -> list[Module]:
     """The cases of a checkpoint.
 
     Args:
         path, key: as for `jaxrnn.checkpoint.load`.
-        inputs: a .npy file of shape (time, batch, features), or (batch, features) for cells, or None. Every module with
-            as many features and axes is run on it, too.
+        inputs: .npy files of shape (time, batch, features), or (batch, features) for cells. Every module with as many
+            features and axes is run on each, too.
 
     Raises:
         CheckpointError: the file, or what is in it, cannot be used.
-        ValueError: there is no recurrent module, or none takes the inputs.
+        ValueError: there is no recurrent module, or none takes a file's inputs.
     """
     tensors = load(path, key)
     found = [rnn for rnn in find_rnns(tensors) if rnn.in_torch]
     if not found:
         raise ValueError(f"{path}: no recurrent weights that torch has\n`jaxrnn inspect` lists what there is")
-    given = None if inputs is None else _inputs(inputs)
+    labels = ["given inputs"] if len(inputs) == 1 else [os.path.basename(file) for file in inputs]
+    given = dict(zip(labels, map(_inputs, inputs), strict=True))
     made = [case for rnn in found for case in _of(rnn, tensors, given)]
-    if given is not None and len(made) == len(found):
-        sizes = sorted({rnn.input_size for rnn in found})
-        wanted = " or ".join(f"(time, batch, {size})" for size in sizes)
-        raise ValueError(f"{inputs}: no module takes shape {given.shape}\ngive an array of shape {wanted}")
+    for file, (label, array) in zip(inputs, given.items(), strict=True):
+        if not any(case.name.endswith(f" on {label}") for case in made):
+            sizes = sorted({rnn.input_size for rnn in found})
+            wanted = " or ".join(f"(time, batch, {size})" for size in sizes)
+            raise ValueError(f"{file}: no module takes shape {array.shape}\ngive an array of shape {wanted}")
     return made
 
 
@@ -70,7 +75,7 @@ def _inputs(path: str) -> np.ndarray:
     return given
 
 
-def _of(rnn: FoundRNN, tensors: dict[str, np.ndarray], given: np.ndarray | None) -> Iterator[Module]:
+def _of(rnn: FoundRNN, tensors: dict[str, np.ndarray], given: Mapping[str, np.ndarray]) -> Iterator[Module]:
     kind = rnn.class_name
     if rnn.kind == "RNN":
         kind += "_TANH"  # which no state dict says
@@ -80,7 +85,7 @@ def _of(rnn: FoundRNN, tensors: dict[str, np.ndarray], given: np.ndarray | None)
     name = f"{rnn.prefix.removesuffix('.') or rnn.kind} ({kind})"
 
     def case(label: str, steps: int | None, batch: int, x: np.ndarray | None) -> Module:
-        module = Module(f"{name} on {label}", kind, rnn.arguments, steps, batch, hx=True, dtypes=("float64",))
+        module = Module(f"{name} on {label}", kind, rnn.arguments, steps, batch, hx=True)
         random = np.random.RandomState(zlib.crc32(module.name.encode()))
         inputs, results = (
             {name: random.standard_normal(shape) for name, shape in shapes.items()} for shapes in module.shapes()[1:]
@@ -90,12 +95,13 @@ def _of(rnn: FoundRNN, tensors: dict[str, np.ndarray], given: np.ndarray | None)
         return dataclasses.replace(module, given=(parameters, inputs, results))
 
     yield case("random inputs", None if rnn.is_cell else STEPS, BATCH, None)
-    if given is not None and given.ndim == (2 if rnn.is_cell else 3) and given.shape[-1] == rnn.input_size:
-        yield case("given inputs", None if rnn.is_cell else given.shape[0], given.shape[-2], given)
+    for label, array in given.items():
+        if array.ndim == (2 if rnn.is_cell else 3) and array.shape[-1] == rnn.input_size:
+            yield case(label, None if rnn.is_cell else array.shape[0], array.shape[-2], array)
 
 
 def with_limit(case: Module, device: str) -> Module:
-    """The case, with a limit from what renumbering changes in torch's own results, if that is above the usual one."""
+    """The case, with limits from what renumbering changes in torch's own results, if they are above the usual ones."""
     torch = run_torch(case, "float64", device)
     moved = 0.0
     for seed in range(RENUMBERINGS):
@@ -107,6 +113,7 @@ def with_limit(case: Module, device: str) -> Module:
                 moved, float(np.max(np.abs(back - array), initial=0) / max(1, np.max(np.abs(array), initial=0)))
             )
     limit = FACTOR * moved
+    case = dataclasses.replace(case, float32_limit=max(LARGEST["float32"], limit * EPS_RATIO))
     return case if limit <= LARGEST["float64"] else dataclasses.replace(case, limit=limit)
 
 

@@ -238,3 +238,16 @@ def test_tied_weights() -> None:
     tensors = jaxrnn.state_dict(cell)
     with pytest.raises(jaxrnn.CheckpointError, match=r"  copy is unexpected: it equals weight_hh\n"):
         jaxrnn.load_state_dict(cell, {**tensors, "copy": tensors["weight_hh"]})
+
+
+def test_gradients_have_torchs_names_in_a_module() -> None:
+    model = nnx.Sequential(nnx.Linear(3, 2, rngs=nnx.Rngs(0)), nnx.Dropout(0.5, rngs=nnx.Rngs(1)))
+    state = nnx.grad(lambda model: model(np.ones((5, 3), np.float32)).sum())(model)
+    with pytest.raises(TypeError, match=r"got an nnx\.State") as refused:
+        jaxrnn.state_dict(state)
+    split, merge = str(refused.value).partition("of it: ")[2].split("; ")
+    names = {"model": model, "state": state, "nnx": nnx}
+    exec(split, names)
+    merged = jaxrnn.state_dict(eval(merge, names))
+    assert merged.keys() == {"0.weight", "0.bias"}
+    assert_close(merged["0.weight"], np.asarray(state["layers"][0]["kernel"][...]).T)

@@ -33,7 +33,7 @@ def test_every_module_is_a_case(tmp_path: Path) -> None:
     }
     jaxrnn.checkpoint.save(tmp_path / "a.pt", _tensors(specs, np.ones))
     np.save(tmp_path / "x.npy", np.full((7, 2, 3), 5.0))
-    cases = model.cases(str(tmp_path / "a.pt"), None, str(tmp_path / "x.npy"))
+    cases = model.cases(str(tmp_path / "a.pt"), inputs=[str(tmp_path / "x.npy")])
     assert [(case.name, case.kind, case.steps) for case in cases] == [
         ("a (LSTM_PROJ) on random inputs", "LSTM_PROJ", 16),
         ("a (LSTM_PROJ) on given inputs", "LSTM_PROJ", 7),
@@ -51,15 +51,21 @@ def test_every_module_is_a_case(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.torch
 def test_the_runner_on_a_model(torch: types.ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    np.save(tmp_path / "x.npy", np.random.RandomState(0).randn(5, 2, 48))
-    arguments = ["--model", DENOISER, "--inputs", str(tmp_path / "x.npy"), "--json", str(tmp_path / "out.json")]
+    arguments = ["--model", DENOISER, "--json", str(tmp_path / "out.json")]
+    for name, features in (("x.npy", 48), ("y.npy", 1)):
+        np.save(tmp_path / name, np.random.RandomState(0).randn(5, 2, features))
+        arguments += ["--inputs", str(tmp_path / name)]
     assert runner.main(arguments) == 0
     printed = capsys.readouterr().out
-    assert f"jaxrnn gives what torch {torch.__version__} (live) gives: 3 cases" in " ".join(printed.split())
+    assert f"jaxrnn gives what torch {torch.__version__} (live) gives: 4 cases" in " ".join(printed.split())
     report = json.loads((tmp_path / "out.json").read_text())
     assert report["passed"]
-    names = ["decoder (GRU) on random inputs", "decoder (GRU) on given inputs", "encoder (LSTM) on random inputs"]
+    names = ["decoder (GRU) on random inputs", "decoder (GRU) on x.npy"]
+    names += ["encoder (LSTM) on random inputs", "encoder (LSTM) on y.npy"]
     assert list(dict.fromkeys(row["kind"] for row in report["rows"])) == names
+    for row in report["rows"]:  # torch's own float32 error stands beside ours
+        assert 0 < row["worst"] < 4e-6
+        assert row["torch_rms"] > 0
 
 
 @pytest.mark.torch
@@ -91,7 +97,7 @@ def _chaotic(tmp_path: Path, scale: float, cell: jaxrnn.Cell, steps: int = 40, *
     tensors = _tensors(specs, lambda shape: random.uniform(-scale, scale, shape))
     jaxrnn.checkpoint.save(tmp_path / "a.pt", {name: array.astype(np.float64) for name, array in tensors.items()})
     np.save(tmp_path / "x.npy", random.standard_normal((steps, 2, 3)))
-    return model.cases(str(tmp_path / "a.pt"), None, str(tmp_path / "x.npy"))
+    return model.cases(str(tmp_path / "a.pt"), inputs=[str(tmp_path / "x.npy")])
 
 
 @pytest.mark.torch
@@ -107,7 +113,7 @@ def test_renumbering_changes_nothing_but_rounding(
         assert model.with_limit(case, "cpu").limit is None
     cell_spec: Specs = {"c.": jaxrnn.CellSpec(cell, 3, 12)}
     jaxrnn.checkpoint.save(tmp_path / "c.pt", _tensors(cell_spec, np.random.RandomState(0).standard_normal))
-    [case] = model.cases(str(tmp_path / "c.pt"), None, None)
+    [case] = model.cases(str(tmp_path / "c.pt"))
     assert model.with_limit(case, "cpu").limit is None
 
 
@@ -139,6 +145,20 @@ def test_the_limit_is_what_the_model_allows(
     mistake = 3 * limit
     assert runner.main(arguments) == 1
     assert "FAIL a (GRU) on given inputs: h_n in float64 is off by" in capsys.readouterr().out
+
+
+@pytest.mark.torch
+def test_a_mistake_in_float32_alone_fails(
+    torch: types.ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def wrong(case: Case, dtype: str) -> Arrays:
+        found = sides.run_torch(case, dtype)
+        return found | {"h_n": found["h_n"] + np.asarray(1e-4 if dtype == "float32" else 0.0, dtype)}
+
+    monkeypatch.setitem(sides.SIDES, "jaxrnn", wrong)
+    assert runner.main(["--model", DENOISER]) == 1
+    assert "FAIL decoder (GRU) on random inputs: h_n in float32 is off by 0.0001" in capsys.readouterr().out
+    assert runner.main(["--model", DENOISER, "--dtype", "float64"]) == 0
 
 
 @pytest.mark.torch

@@ -104,6 +104,9 @@ def state_dict(module: nnx.Module) -> dict[str, NDArray[Any]]:
     Two differences cannot be set: a BatchNorm's running variance is biased in Flax, and unbiased in torch; and Flax's
     Embed has no `padding_idx`, whose row torch does not train.
 
+    Gradients have torch's names in a model that holds them:
+    `graph, _, others = nnx.split(model, nnx.Param, ...)`, then `state_dict(nnx.merge(graph, gradient, others))`.
+
     Args:
         module: any flax.nnx module.
 
@@ -114,7 +117,7 @@ def state_dict(module: nnx.Module) -> dict[str, NDArray[Any]]:
     Raises:
         CheckpointError: a layer's parameters have more axes than it expects, because `nnx.vmap` stacked several
             modules; the message says how to take one of them.
-        TypeError: `module` is a Linen module: use `jaxrnn.checkpoint.linen.state_dict`.
+        TypeError: `module` is a Linen module: use `jaxrnn.checkpoint.linen.state_dict`. Or it is an nnx.State.
 
     Warns:
         UserWarning: a setting is not torch's default: the epsilon of a norm, a BatchNorm's momentum (torch's is 1 minus
@@ -195,12 +198,17 @@ def contents_of(module: nnx.Module) -> Contents:
     """Every parameter and every layer of a module, in torch's order.
 
     Raises:
-        TypeError: `module` is a Linen module.
+        TypeError: `module` is a Linen module, or the state of a module.
         CheckpointError: the module is a stack of several, as `nnx.vmap` makes.
     """
     owner = type(module).__name__
     if isinstance(module, linen.Module):
         raise TypeError(f"module should be an nnx.Module, got Linen's {owner}: use jaxrnn.checkpoint.linen instead")
+    if isinstance(module, nnx.State):  # without its modules, layouts are unknown: kernels would not be transposed
+        raise TypeError(
+            "module should be an nnx.Module, got an nnx.State. Make a module of it: "
+            "graph, _, others = nnx.split(model, nnx.Param, ...); nnx.merge(graph, state, others)"
+        )
     contents = _under(module)
     contents.refuse_stacked(owner, _TAKE_ONE)
     return contents
