@@ -14,7 +14,8 @@ The order in which to read the package:
 `packed` and `checkpoint` can be read on their own.
 
 To add a cell, write it in `more_cells`; a format of files, see `checkpoint/files`; an engine, `engines/__init__`; an
-option, add a field to `options.Options`, a keyword to its TypedDict and to the modules, and use it where it acts.
+option, add a field to `options.Options`, a keyword to its TypedDict and to the modules, its sentence to
+`_docs.ARGUMENTS`, and use it where it acts.
 """
 
 from jaxrnn import checkpoint, linen
