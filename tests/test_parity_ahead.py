@@ -113,8 +113,8 @@ def test_a_kernels_instructions_are_counted(tmp_path: Path) -> None:
 
 def test_the_guide_gives_the_same_options() -> None:
     guide = (Path(__file__).parents[1] / "examples" / "accelerators.md").read_text()
-    _, _, rest = guide.partition("graphs = ")
-    assert ast.literal_eval(rest.partition("\nstep")[0]) == ahead.GRAPHS
+    _, _, rest = guide.partition(">>> graphs = ")
+    assert ast.literal_eval(rest.partition("\n>>> ")[0].replace("\n... ", "\n")) == ahead.GRAPHS
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="libtpu is here")

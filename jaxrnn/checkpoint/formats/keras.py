@@ -57,7 +57,7 @@ def read(path: str | os.PathLike[str], what: Reading) -> dict[str, Value]:
         # In Python alone: what is damaged raises, where HDF5's own library may crash, or never return.
         pyfive = importlib.import_module("pyfive")
     except ImportError as error:
-        cause = "a file of Keras, and reading it needs the package pyfive"
+        cause = "a file of Keras (HDF5), and reading it needs the package pyfive"
         raise CheckpointError(f'{cause}\npip install "jaxrnn[keras]"') from error
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
