@@ -72,7 +72,7 @@ def _blocks(path: str, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", (ROOT / path).read_text(), re.M | re.S)
 
 
-@pytest.mark.parametrize("path", GUIDES)
+@pytest.mark.parametrize("path", [GUIDES[0], *(pytest.param(path, marks=pytest.mark.slow) for path in GUIDES[1:])])
 def test_every_block_of_python_runs(path: str, clone: Path) -> None:
     text = (ROOT / path).read_text()
     blocks = _blocks(path, "python")
