@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = f"python -m {__pack
     parser = argparse.ArgumentParser(
         prog=prog,
         **with_examples(
-            "Compare jaxrnn with PyTorch: every kind of module, values and gradients. All of it takes about 5 minutes "
+            "Compare jaxrnn with PyTorch: every kind of module, values and gradients. All of it takes about 6 minutes "
             "on two cores. Ctrl-C stops, and shows what was done.",
             f"{prog} --filter gru",
             f"{prog} --model examples/denoiser.safetensors",
@@ -197,7 +197,7 @@ def _judge(cases: Sequence[Case], runs: list[training.Run], dtypes: Sequence[str
     """Compare, and say what came of it. Ctrl-C ends it, and what was compared by then is said."""
     count = len(cases) + len(runs)
     if count > MANY:
-        words = f"comparing {count} cases, mostly compiling: all {len(CASES) + len(training.RUNS)} take about 5 minutes"
+        words = f"comparing {count} cases, mostly compiling: all {len(CASES) + len(training.RUNS)} take about 6 minutes"
         print(f"{words} on two cores. Ctrl-C stops, and shows what was done.", file=sys.stderr)
     outcomes, trained, torch = _outcomes(cases, runs, options.side, dtypes, options.live)
     done = len(outcomes) + len(trained)
