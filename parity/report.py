@@ -132,7 +132,10 @@ class Report:
                 words.append(f"The rms {overall.dtype} error is {overall.ratio:.2f} of torch's own,")
                 words.append(f"at worst {top.ratio:.2f} for one kind and quantity, {top.name}.")
             else:
-                words.append(f"Comparing {overall.dtype} errors with torch's takes {ENOUGH:,} numbers of one quantity.")
+                words.append(
+                    f"These are too few numbers to compare {overall.dtype} errors with torch's: {ENOUGH:,} of one quantity "
+                    "are needed."
+                )
         if self.training:
             losses, weights = (max(getattr(run, what) for run in self.training) for what in ("losses", "weights"))
             words.append(f"{len(self.training)} trainings of {STEPS} steps stay together:")
