@@ -133,8 +133,7 @@ class Report:
                 words.append(f"at worst {top.ratio:.2f} for one kind and quantity, {top.name}.")
             else:
                 words.append(
-                    f"These are too few numbers to compare {overall.dtype} errors with torch's: it takes {ENOUGH:,} of one "
-                    "quantity."
+                    f"Too few numbers to compare {overall.dtype} errors with torch's: it takes {ENOUGH:,} of a kind."
                 )
         if self.training:
             losses, weights = (max(getattr(run, what) for run in self.training) for what in ("losses", "weights"))
