@@ -54,7 +54,8 @@ def _mypy(path: Path) -> set[int]:
     command = [sys.executable, "-m", "mypy", *options, str(path)]
     ran = subprocess.run(command, env={**os.environ, "MYPYPATH": str(ROOT)}, cwd=ROOT, capture_output=True, text=True)
     print(ran.stdout, ran.stderr)
-    found = {int(line) for line in re.findall(rf"^{re.escape(str(path))}:(\d+): error: ", ran.stdout, re.M)}
+    # mypy's cache keeps errors with the folder of the run before.
+    found = {int(line) for line in re.findall(rf"^\S*/{re.escape(path.name)}:(\d+): error: ", ran.stdout, re.M)}
     assert ran.returncode == bool(found)
     return found
 
@@ -64,7 +65,7 @@ def _pyright(path: Path) -> set[int]:
     settings = {"typeCheckingMode": "strict", "include": [path.name], "extraPaths": [str(ROOT)]}
     project = path.with_name("pyrightconfig.json")
     project.write_text(json.dumps(settings))
-    answer = _run_pyright("--pythonpath", sys.executable, "--project", str(project))
+    answer = _run_pyright("--project", str(project))
     assert answer["summary"]["filesAnalyzed"] == 1
     return {error["range"]["start"]["line"] + 1 for error in answer["generalDiagnostics"]}
 
@@ -72,7 +73,10 @@ def _pyright(path: Path) -> set[int]:
 def _run_pyright(*options: str) -> Any:
     pytest.importorskip("pyright", reason="pyright is not installed")
     command = [sys.executable, "-m", "pyright", "--outputjson", *options]
-    ran = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, cwd=ROOT, capture_output=True, text=True)
+    # It asks the first Python on the path where packages are.
+    path = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": path}
+    ran = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
     print(ran.stdout, ran.stderr)
     return json.loads(ran.stdout)
 
