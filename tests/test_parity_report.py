@@ -139,6 +139,8 @@ def test_a_report_of_a_model_has_no_words_on_the_suite(monkeypatch: pytest.Monke
     assert "Every kind and quantity, in float64" in page.headings
     for words in ("long sequences", "float32", "large cases", "not all cases", "rms ratio"):
         assert words not in page.text
+    assert "At most 1e-12 counts as right in float64." in page.text
+    assert "Each recurrent module of the checkpoint was run by itself." in page.text
     assert page.open == []
 
 
