@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Unpack, overload
+from typing import Any, NamedTuple, TypedDict, Unpack, overload
 
 import jax
 import jax.numpy as jnp
@@ -23,19 +23,31 @@ State = Any  # a jax.Array, or for a cell of several states a tuple
 Output = Any  # a jax.Array, or a PackedSequence if x is one
 
 
+class PackedMarks(TypedDict, total=False):
+    """Keywords of every call over a sequence, for type checkers. Modules and functions add their own."""
+
+    reset: ArrayLike | None
+    reset_state: HX
+
+
+class Marks(PackedMarks, total=False):
+    """The same for rows that are not packed."""
+
+    lengths: Lengths | None
+
+
+class _PackedKeywords(PackedMarks, Keywords, total=False):
+    dropout_key: jax.Array | None
+    dropout_masks: Sequence[ArrayLike] | None
+
+
+class _Keywords(_PackedKeywords, Marks, total=False):
+    pass
+
+
 @overload
 def apply(
-    spec: Spec[StateT],
-    params: Mapping[str, ArrayLike],
-    x: ArrayLike,
-    hx: HX = None,
-    *,
-    lengths: Lengths | None = None,
-    reset: ArrayLike | None = None,
-    reset_state: HX = None,
-    dropout_key: jax.Array | None = None,
-    dropout_masks: Sequence[ArrayLike] | None = None,
-    **options: Unpack[Keywords],
+    spec: Spec[StateT], params: Mapping[str, ArrayLike], x: ArrayLike, hx: HX = None, **keywords: Unpack[_Keywords]
 ) -> tuple[jax.Array, StateT]: ...
 @overload
 def apply(
@@ -43,13 +55,7 @@ def apply(
     params: Mapping[str, ArrayLike],
     x: PackedSequence,
     hx: HX = None,
-    *,
-    lengths: None = None,
-    reset: ArrayLike | None = None,
-    reset_state: HX = None,
-    dropout_key: jax.Array | None = None,
-    dropout_masks: Sequence[ArrayLike] | None = None,
-    **options: Unpack[Keywords],
+    **keywords: Unpack[_PackedKeywords],
 ) -> tuple[PackedSequence, StateT]: ...
 @_docs.described
 @spelled_out

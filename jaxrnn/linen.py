@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Generic, TypedDict, Unpack, overload
+from typing import TYPE_CHECKING, Any, Generic, Unpack, overload
 
 import jax
 import jax.numpy as jnp
@@ -16,21 +16,22 @@ from flax import linen
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxrnn import _docs, engines, flax_cell, flax_sharding
-from jaxrnn.calls import HX, Output, call, call_cell
+from jaxrnn.calls import HX, Marks, Output, PackedMarks, call, call_cell
 from jaxrnn.cells import GRU_CELL, LSTM_CELL, Cell, Nonlinearity, Pair, StateT, rnn_cell
 from jaxrnn.options import CellKeywords, Engine, Keywords, MeshAxis, Options, Remat, floating_dtype
 from jaxrnn.packed import Lengths, PackedSequence
 from jaxrnn.spec import CellSpec, Spec
 
 
-class _Marks(TypedDict, total=False):
-    """The keywords of a call, for type checkers."""
+class _PackedCall(PackedMarks, total=False):
+    """The keywords of a layer's call, for type checkers."""
 
-    lengths: Lengths | None
-    reset: ArrayLike | None
-    reset_state: HX
     deterministic: bool | None
     rng: jax.Array | None
+
+
+class _Call(_PackedCall, Marks, total=False):
+    """The same for rows that are not packed."""
 
 
 _Variables = Mapping[str, Any]
@@ -98,7 +99,13 @@ class _Layers(_Module[StateT]):
 
         @overload
         def apply(
-            self, variables: _Variables, x: ArrayLike, hx: HX = None, *, rngs: _Rngs = None, **marks: Unpack[_Marks]
+            self,
+            variables: _Variables,
+            x: ArrayLike,
+            hx: HX = None,
+            *,
+            rngs: _Rngs = None,
+            **keywords: Unpack[_Call],
         ) -> tuple[jax.Array, StateT]: ...
         @overload
         def apply(
@@ -108,7 +115,7 @@ class _Layers(_Module[StateT]):
             hx: HX = None,
             *,
             rngs: _Rngs = None,
-            **marks: Unpack[_Marks],
+            **keywords: Unpack[_PackedCall],
         ) -> tuple[PackedSequence, StateT]: ...
         @overload
         def apply(self, variables: _Variables, *args: Any, **kwargs: Any) -> Any: ...
@@ -116,7 +123,7 @@ class _Layers(_Module[StateT]):
 
         @overload
         def init_with_output(
-            self, rngs: _Rngs, x: ArrayLike, hx: HX = None, **marks: Unpack[_Marks]
+            self, rngs: _Rngs, x: ArrayLike, hx: HX = None, **keywords: Unpack[_Call]
         ) -> tuple[tuple[jax.Array, StateT], dict[str, Any]]: ...
         @overload
         def init_with_output(self, rngs: _Rngs, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]: ...
@@ -130,28 +137,10 @@ class _Layers(_Module[StateT]):
         return {name: linen.with_partitioning(draw, names[name]) for name, draw in draws.items()}
 
     @overload
-    def __call__(
-        self,
-        x: ArrayLike,
-        hx: HX = None,
-        *,
-        lengths: Lengths | None = None,
-        reset: ArrayLike | None = None,
-        reset_state: HX = None,
-        deterministic: bool | None = None,
-        rng: jax.Array | None = None,
-    ) -> tuple[jax.Array, StateT]: ...
+    def __call__(self, x: ArrayLike, hx: HX = None, **keywords: Unpack[_Call]) -> tuple[jax.Array, StateT]: ...
     @overload
     def __call__(
-        self,
-        x: PackedSequence,
-        hx: HX = None,
-        *,
-        lengths: None = None,
-        reset: ArrayLike | None = None,
-        reset_state: HX = None,
-        deterministic: bool | None = None,
-        rng: jax.Array | None = None,
+        self, x: PackedSequence, hx: HX = None, **keywords: Unpack[_PackedCall]
     ) -> tuple[PackedSequence, StateT]: ...
     @linen.compact
     @_docs.described

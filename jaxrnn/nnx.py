@@ -16,7 +16,7 @@ from flax import nnx
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxrnn import _compat, _docs, engines, flax_cell, flax_sharding
-from jaxrnn.calls import HX, Output, call, call_cell
+from jaxrnn.calls import HX, Marks, Output, PackedMarks, call, call_cell
 from jaxrnn.cells import GRU_CELL, LSTM_CELL, RNN_RELU, Cell, Nonlinearity, Pair, StateT, rnn_cell
 from jaxrnn.options import CellKeywords, Engine, Keywords, MeshAxis, Options, Remat, floating_dtype, spelled_out
 from jaxrnn.packed import Lengths, PackedSequence
@@ -123,6 +123,17 @@ class _Module(nnx.Module, Generic[StateT]):
         return f"{type(self).__name__}({', '.join(parts)})"
 
 
+class _PackedCall(PackedMarks, total=False):
+    """The keywords of a layer's call, for type checkers."""
+
+    deterministic: bool | None
+    rngs: Randomness | None
+
+
+class _Call(_PackedCall, Marks, total=False):
+    """The same for rows that are not packed."""
+
+
 class _Layers(_Module[StateT], Weights):
     """What RNN, LSTM, GRU and Recurrent share: the call, and dropout as in nnx.Dropout."""
 
@@ -181,28 +192,10 @@ class _Layers(_Module[StateT], Weights):
         return self.dropout > 0 and self.num_layers > 1
 
     @overload
-    def __call__(
-        self,
-        x: ArrayLike,
-        hx: HX = None,
-        *,
-        lengths: Lengths | None = None,
-        reset: ArrayLike | None = None,
-        reset_state: HX = None,
-        deterministic: bool | None = None,
-        rngs: Randomness | None = None,
-    ) -> tuple[jax.Array, StateT]: ...
+    def __call__(self, x: ArrayLike, hx: HX = None, **keywords: Unpack[_Call]) -> tuple[jax.Array, StateT]: ...
     @overload
     def __call__(
-        self,
-        x: PackedSequence,
-        hx: HX = None,
-        *,
-        lengths: None = None,
-        reset: ArrayLike | None = None,
-        reset_state: HX = None,
-        deterministic: bool | None = None,
-        rngs: Randomness | None = None,
+        self, x: PackedSequence, hx: HX = None, **keywords: Unpack[_PackedCall]
     ) -> tuple[PackedSequence, StateT]: ...
     @_docs.described
     def __call__(

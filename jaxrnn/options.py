@@ -86,6 +86,12 @@ class Options:
                 raise TypeError(f"{caller}() got an unexpected keyword argument {name!r}{hint}")
         return cls(**keywords)
 
+    @property
+    def precision_in_effect(self) -> Any:
+        """The precision of the products: as asked for, or else JAX's setting."""
+        config: Any = jax.config  # whose type does not name its settings
+        return config.jax_default_matmul_precision if self.precision is None else self.precision
+
     def check_mesh(self, hidden_size: int) -> None:
         """Raise ValueError unless hidden units can be sharded over `hidden_axis` of the mesh in effect."""
         axis, mesh = self.hidden_axis, jax.sharding.get_abstract_mesh()

@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 
 import jaxrnn
+from jaxrnn.options import Options
 
 from .cases import CHUNKS, Arrays, Case
 
@@ -118,8 +119,7 @@ def precision() -> str:
 
     TF32 and bfloat16 products, which accelerators take by default, are a choice of speed, not what is compared here.
     """
-    config: Any = jax.config  # whose type does not name what it holds
-    return config.jax_default_matmul_precision or "highest"
+    return Options().precision_in_effect or "highest"
 
 
 # Modules that differ in their numbers only are equal here, and share a compilation. Old compilations are dropped: each

@@ -76,7 +76,7 @@ WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         TypeError,
         "param_dtype should be floating, got int32",
     ),
-    "save a module": (lambda: checkpoint.save("x.pt", _gru()), TypeError, "make it by jaxrnn.state_dict(module)"),  # type: ignore[arg-type]
+    "save a module": (lambda: checkpoint.save("x.pt", _gru()), TypeError, "make it by jaxrnn.state_dict(module)"),
     "save a number": (
         lambda: checkpoint.save("x.pt", {"epoch": 3}),
         jaxrnn.CheckpointError,

@@ -34,7 +34,7 @@ class CuDNN:
             "it does not shard hidden units": options.hidden_axis is not None,
             "it runs on one device, or in jax.shard_map with check_vma=False": _sharded(layer),
             f"it needs sizes that are known and above 0, and x has shape {x.shape}": not _known(x.shape),
-            f"it has no precision {_precision(options)!r}": _full_float32(options) is None,
+            f"it has no precision {options.precision_in_effect!r}": _full_float32(options) is None,
         }
         return next((reason for reason, applies in reasons.items() if applies), None)
 
@@ -68,15 +68,9 @@ def _flat(weights: tuple[dict[str, jax.Array], ...]) -> jax.Array:
     return jnp.concatenate([a.ravel() for a in matrices + biases])
 
 
-def _precision(options: Options) -> jax.lax.PrecisionLike:
-    """What the options ask for, or JAX's setting, which its types do not list."""
-    default: Any = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
-    return default if options.precision is None else options.precision
-
-
 def _full_float32(options: Options) -> bool | None:
     """Whether products must not be in TF32, as JAX's are on a GPU unless told so; None if cuDNN cannot do as told."""
-    given = _precision(options)
+    given = options.precision_in_effect
     if given is None:
         return False
     try:

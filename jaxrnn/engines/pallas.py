@@ -59,7 +59,7 @@ class Pallas(Scan):
             return f"it cannot be sharded over mesh axes {sharded or options.hidden_axis}: call it in jax.shard_map"
         if not all(isinstance(size, int) and size > 0 for size in (time, batch)):
             return "the number of steps or rows is symbolic, or 0"
-        if (precision := _precision(run)) not in (*_WHOLE, *_ROUNDED):
+        if (precision := options.precision_in_effect) not in (*_WHOLE, *_ROUNDED):
             return f"its precision is 'highest' or the default, and this is {precision!r}"
         if self._block(run) == 0:
             return f"hidden_size={hidden} with {batch} rows takes more than {self.memory // _MIB} MiB on the chip"
@@ -284,22 +284,18 @@ class _Kept(NamedTuple):
         return None if self.ends is None else time >= self.ends[...]
 
 
-def _precision(run: Run) -> Any:
-    config: Any = jax.config  # whose type does not name what it holds
-    given = run.settings.options.precision
-    return config.jax_default_matmul_precision if given is None else given
-
-
 def _with_precision(run: Run) -> Run:
     """A kernel is made when the program is lowered: then JAX's default may be another."""
-    options = dataclasses.replace(run.settings.options, precision=_precision(run))
+    options = run.settings.options
+    options = dataclasses.replace(options, precision=options.precision_in_effect)
     return run._replace(settings=run.settings._replace(options=options))
 
 
 def _weight_dtype(run: Run) -> np.dtype:
     """With the default precision, a TPU multiplies in bfloat16: then the weights take half of the memory."""
     weight = run.recurrent.weight_hh
-    return np.dtype(weight.dtype if weight is not None and _precision(run) in _WHOLE else jnp.bfloat16)
+    whole = run.settings.options.precision_in_effect in _WHOLE
+    return np.dtype(weight.dtype if weight is not None and whole else jnp.bfloat16)
 
 
 def _up(number: int, multiple: int) -> int:
