@@ -1,4 +1,4 @@
-"""Prepare a README for a package index, which has no files beside it: its links become those of the repository.
+"""Make a README's links absolute. A package index shows the README alone, where relative links lead nowhere.
 
     python .ci/package_page.py https://github.com/OWNER/jaxrnn README.md > page.md
 

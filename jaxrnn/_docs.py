@@ -1,4 +1,4 @@
-"""What docstrings share. `help(jaxrnn.LSTM)` then says everything, and each sentence is written once."""
+"""What docstrings share: so `help(jaxrnn.LSTM)` can say everything, and each sentence is written once."""
 
 import inspect
 import re
@@ -93,7 +93,7 @@ The rows of the weights and biases hold r, z, n in this order.""",
 }
 GATES = {"RNN": 1, "LSTM": 4, "GRU": 3}
 
-# Of torch's arguments and calls, and why.
+# What someone who comes from torch would not expect.
 _DIFFERENCES = """Differs from torch.nn.{name}:
     `dtype` is, as in Flax, the dtype to compute in; torch's `dtype` is `param_dtype`. There is no
     `device`.
@@ -139,7 +139,7 @@ _CELL_PARAMETERS = """Parameters, with torch's names, shapes and order:
 
 
 def complete(docstring: str, parameters: Iterable[str]) -> str:
-    """A docstring whose `Args:` describe every parameter, in their order: from `ARGUMENTS` what it does not itself."""
+    """Describe every parameter under `Args:`, in order. Those that the docstring leaves out come from `ARGUMENTS`."""
     docstring = inspect.cleandoc(docstring)
     before, heading, after = docstring.partition("Args:\n")
     own: dict[str, str] = {}

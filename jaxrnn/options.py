@@ -42,16 +42,7 @@ class Keywords(CellKeywords, total=False):
 class Options:
     """How a call computes. None of it changes the results by more than rounding.
 
-    Attributes:
-        dtype: the floating dtype to compute in; if None, the arrays' promoted dtype.
-        precision: the precision of the products, as for `jax.lax.dot_general`.
-        remat: what the forward pass saves for the backward pass. "none": everything, nothing is recomputed. "gates":
-            only the states; gates are recomputed. An integer k: the state before every k-th step; the rest is
-            recomputed.
-        hidden_axis: the mesh axis, or axes, of type Auto, over which hidden units are sharded.
-        unroll: how many steps the loop makes at a time, as for `jax.lax.scan`; if None, 4 on a GPU and 1 elsewhere.
-        engine: what runs the loop over time: a name in `jaxrnn.engines.ENGINES`; a tuple of such names, of which the
-            first that can run it does; "auto" for those in `jaxrnn.engines.AUTO`.
+    Its fields are keywords of modules and functions; `_docs.ARGUMENTS` says what each means.
 
     Raises:
         TypeError: dtype is not floating.
