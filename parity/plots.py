@@ -17,8 +17,9 @@ from .reference import ULPS
 from .training import Trained
 
 COLUMNS = 3
-COLORS = {"torch": "#d9730d"}
 OURS = "#1f5fbf"
+COLORS = {"torch": "#d9730d", "flax.nnx": "#4f9a4f", "flax.linen": "#9ac79a", "keras": "#a3293d"}
+COLORS |= {"cudnn": "#2a8a8a", "graphs": "#c9a227", "pallas": "#7d5ba6"}
 STYLE: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "jaxrnn", "font.size": 9, "font.family": "sans-serif"}
 
 
@@ -51,6 +52,46 @@ def _svg(figure: Figure) -> bytes:
 def _legend(figure: Figure, axis: Axes) -> None:
     handles, labels = axis.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper right", ncols=len(labels), frameon=False)
+
+
+def ratios(found: Mapping[str, Mapping[str, Mapping[str, Sequence[float]]]], names: Mapping[str, str]) -> Figure:
+    """Their time over ours: points are medians, bars the middle half of all turns.
+
+    Args:
+        found: for each workload, program and side the quartiles.
+        names: for each side that is drawn, what to call it.
+    """
+    programs = list(dict.fromkeys(program for by_program in found.values() for program in by_program))
+    figure = Figure(figsize=(9, 0.3 * len(found) + 1.4), layout="constrained")
+    axes = figure.subplots(1, len(programs), sharey=True, squeeze=False)[0]
+    for axis, program in zip(axes, programs, strict=True):
+        for index, (side, name) in enumerate(names.items()):
+            rows = {row: by[program][side] for row, by in enumerate(found.values()) if side in by.get(program, {})}
+            offset = 0.6 * ((index + 0.5) / len(names) - 0.5)
+            low, middle, high = zip(*rows.values(), strict=True) if rows else ((), (), ())
+            spread = [
+                [m - q for m, q in zip(middle, low, strict=True)],
+                [q - m for m, q in zip(middle, high, strict=True)],
+            ]
+            places = [row + offset for row in rows]
+            axis.errorbar(middle, places, xerr=spread, fmt="o", markersize=4.5, color=COLORS[side], label=name)
+        axis.axvline(1, color="#333333", linewidth=1)
+        axis.set_xscale("log")
+        left, right = min(axis.get_xlim()[0], 0.45), max(axis.get_xlim()[1], 2.2)
+        axis.set_xlim(left, right)
+        ticks = [2.0**power for power in range(-6, 10) if left <= 2.0**power <= right]
+        axis.set_xticks(ticks, [f"{tick:g}x" for tick in ticks])
+        axis.minorticks_off()
+        axis.axvspan(1, right, color=OURS, alpha=0.06, linewidth=0)
+        axis.set_title(f"{program}: their time / jaxrnn's", fontsize=10, loc="left")
+        axis.set_yticks(range(len(found)), list(found))
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.tick_params(axis="y", length=0)
+        axis.grid(axis="x", alpha=0.25)
+    axes[0].set_ylim(len(found) - 0.5, -0.5)
+    axes[0].legend(loc="lower right", frameon=True, edgecolor="none")
+    figure.supxlabel("right of the line jaxrnn is faster; bars show the middle half of all turns", fontsize=9)
+    return figure
 
 
 def errors_in_ulp(histograms: Sequence[Histogram], side: str) -> bytes:

@@ -226,10 +226,32 @@ class Results:
 
     def ratio(self, workload: str, program: str, theirs: str) -> float | None:
         """Their time over ours: over that of one device, but torch's, on all cores, over the faster of ours."""
-        ours = ("jaxrnn", "sharded") if theirs == "torch" else ("jaxrnn",)
-        times = [t.ms for side in ours if (t := self.found.get((workload, program, side)))]
         their = self.found.get((workload, program, theirs))
-        return their.ms / min(times) if their else None
+        return their.ms / self._ours(workload, program, theirs).ms if their else None
+
+    def _ours(self, workload: str, program: str, theirs: str) -> Timed:
+        """What their time is compared with."""
+        sides = ("jaxrnn", "sharded") if theirs == "torch" else ("jaxrnn",)
+        found = [self.found[key] for side in sides if (key := (workload, program, side)) in self.found]
+        return min(found, key=lambda timed: timed.ms)
+
+    def ratios(self) -> dict[str, dict[str, dict[str, list[float]]]]:
+        """For each workload, program and side the quartiles of their time over ours, turn by turn."""
+
+        def quartiles(name: str, program: str, side: str) -> list[float]:
+            ours = self._ours(name, program, side).times
+            turns = [their / our for their, our in zip(self.found[name, program, side].times, ours, strict=False)]
+            return statistics.quantiles(turns, n=4) if len(turns) > 1 else 3 * turns
+
+        return {
+            name: {
+                program: {
+                    side: quartiles(name, program, side) for side in self.theirs if (name, program, side) in self.found
+                }
+                for program in reversed(PROGRAMS)
+            }
+            for name in self.names
+        }
 
     def summary(self) -> list[dict[str, Any]]:
         """The geometric mean of the ratios for each program and side, and the worst of them."""
@@ -288,36 +310,13 @@ def _figure(value: float | None) -> str:
 
 
 def plot(results: Results, path: Path) -> None:
-    """Draw the ratios as bars, in the format that the path's suffix says."""
+    """Draw the ratios, in the format that the path's suffix says."""
     import matplotlib
-    from matplotlib.figure import Figure
 
-    from .plots import COLORS, OURS, STYLE
+    from .plots import STYLE, ratios
 
-    colors = {"flax.nnx": OURS, "flax.linen": "#7aa6de", "keras": "#a3293d", "cudnn": "#4f9a4f"}
-    colors |= {"graphs": "#c9a227", "pallas": "#7d5ba6"} | COLORS
-    count = len(results.theirs) or 1
-    height = 0.81 / count
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(10, 0.42 * len(results.names) + 1.2), layout="constrained")
-        for axis, program in zip(figure.subplots(1, 2, sharey=True), PROGRAMS, strict=True):
-            for number, side in enumerate(results.theirs):
-                found = [results.ratio(name, program, side) for name in results.names]
-                ratios = {index: ratio for index, ratio in enumerate(found) if ratio}
-                places = [index + height * (number - (count - 1) / 2) for index in ratios]
-                axis.barh(
-                    places, [r - 1 for r in ratios.values()], 0.92 * height, left=1, label=side, color=colors[side]
-                )
-            axis.axvline(1, color="black", linewidth=0.8)
-            axis.set_xscale("log")
-            axis.set_xticks(ticks := [0.5, 1, 2, 4, 8], [f"{tick:g}" for tick in ticks])
-            axis.minorticks_off()
-            axis.set_title(f"{program}: their time over ours", fontsize=9, loc="left")
-            axis.set_yticks(range(len(results.names)), results.names)
-            axis.spines[["top", "right"]].set_visible(False)
-        axis.invert_yaxis()
-        figure.legend(*axis.get_legend_handles_labels(), loc="outside upper right", ncols=count, frameon=False)
-        figure.savefig(path)
+        ratios(results.ratios(), {side: side for side in results.theirs}).savefig(path)
 
 
 def _environment() -> dict[str, Any]:
@@ -408,6 +407,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = f"python -m {__pack
                 "results": [timed.json() for timed in results.found.values()],
                 "refused": [dataclasses.asdict(timed) for timed in results.refused],
                 "summary": results.summary(),
+                "ratios": results.ratios(),
             }
             options.json.write_text(json.dumps(everything, indent=1) + "\n")
     results.show(Console(), rates)

@@ -4,7 +4,7 @@
 machine:
 
     python -m parity --json parity.json
-    python -m parity.speed --sides flax.nnx,torch --json speed.json
+    python -m parity.speed --sides sharded,flax.nnx,torch --json speed.json
     python examples/pictures/draw.py --parity parity.json --speed speed.json
 
 The other two are diagrams. They need `pip install -e ".[report]"`.
@@ -12,20 +12,21 @@ The other two are diagrams. They need `pip install -e ".[report]"`.
 
 import argparse
 import json
-import statistics
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import matplotlib
+from jaxrnn.parity import plots
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
 HERE = Path(__file__).parent
-OURS, TORCH, FLAX, GREY, INK = "#1f5fbf", "#d9730d", "#4f9a4f", "#d8dade", "#333333"
-STYLE = {"svg.fonttype": "path", "svg.hashsalt": "jaxrnn", "font.size": 10, "font.family": "DejaVu Sans"}
+OURS, TORCH, FLAX = plots.OURS, plots.COLORS["torch"], plots.COLORS["flax.nnx"]
+GREY, INK = "#d8dade", "#333333"
+STYLE = plots.STYLE | {"svg.fonttype": "path", "font.size": 10, "font.family": "DejaVu Sans"}  # no font is needed
 KINDS = {"LSTM": "LSTM", "LSTM_PROJ": "LSTM, projected", "GRU": "GRU"}
 KINDS |= {"RNN_TANH": "RNN, tanh", "RNN_RELU": "RNN, relu", "LSTMCell": "LSTMCell", "GRUCell": "GRUCell"}
 KINDS |= {"RNNCell_TANH": "RNNCell, tanh", "RNNCell_RELU": "RNNCell, relu"}
@@ -50,17 +51,8 @@ def summary_of_parity(report: dict[str, Any]) -> dict[str, Any]:
 
 
 def summary_of_speed(results: dict[str, Any]) -> dict[str, Any]:
-    """The quartiles of each side's time over ours, turn by turn, and the median times; of `parity.speed --json`."""
-    found: dict[str, Any] = {"environment": results["environment"], "machine": results.get("machine", ""), "ratios": {}}
-    times = {(r["workload"], r["program"], r["side"]): r["times"] for r in results["results"]}
-    for (workload, program, side), theirs in times.items():
-        ours = times[workload, program, "jaxrnn"]
-        if side == "torch" and (sharded := times.get((workload, program, "sharded"))):
-            ours = min(ours, sharded, key=statistics.median)
-        entry = found["ratios"].setdefault(workload, {}).setdefault(program, {})
-        turns = [their / our for their, our in zip(theirs, ours, strict=False)]
-        entry[side] = {"ms": statistics.median(theirs), "quartiles": statistics.quantiles(turns, n=4)}
-    return found
+    """Where `parity.speed --json` ran, and the quartiles of their time over ours."""
+    return {"environment": results["environment"], "ratios": results["ratios"]}
 
 
 def parity(data: dict[str, Any]) -> Figure:
@@ -89,40 +81,6 @@ def parity(data: dict[str, Any]) -> Figure:
     axis.tick_params(axis="y", length=0)
     axis.grid(axis="x", alpha=0.25)
     axis.legend(loc="upper center", bbox_to_anchor=(0.35, 0.85), frameon=True, edgecolor="none")
-    return figure
-
-
-def speed(data: dict[str, Any]) -> Figure:
-    """Their time over ours, with quartiles, for each workload."""
-    names = list(data["ratios"])
-    figure = Figure(figsize=(9, 0.3 * len(names) + 1.4), layout="constrained")
-    sides = {"flax.nnx": ("Flax", FLAX, -0.15), "torch": ("PyTorch", TORCH, 0.15)}
-    axes: Sequence[Axes] = figure.subplots(1, 2, sharey=True)
-    for axis, program in zip(axes, ("training", "inference"), strict=True):
-        for side, (label, color, offset) in sides.items():
-            rows = [row for row, name in enumerate(names) if side in data["ratios"][name].get(program, {})]
-            quartiles = [data["ratios"][names[row]][program][side]["quartiles"] for row in rows]
-            middle = [each[1] for each in quartiles]
-            spread = [[each[1] - each[0] for each in quartiles], [each[2] - each[1] for each in quartiles]]
-            places = [row + offset for row in rows]
-            axis.errorbar(middle, places, xerr=spread, fmt="o", markersize=4.5, color=color, label=label)
-        axis.axvline(1, color=INK, linewidth=1)
-        axis.set_xscale("log")
-        low, high = axis.get_xlim()
-        axis.set_xlim(min(low, 0.45), max(high, 2.2))
-        ticks = [tick for tick in (0.25, 0.5, 1, 2, 4, 8, 16, 32) if axis.get_xlim()[0] <= tick <= axis.get_xlim()[1]]
-        axis.set_xticks(ticks, [f"{tick:g}x" for tick in ticks])
-        axis.minorticks_off()
-        axis.axvspan(1, axis.get_xlim()[1], color=OURS, alpha=0.06, linewidth=0)
-        axis.set_title(f"{program}: their time / jaxrnn's", fontsize=10, loc="left")
-        axis.set_yticks(range(len(names)), names)
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.tick_params(axis="y", length=0)
-        axis.grid(axis="x", alpha=0.25)
-    axes[0].set_ylim(len(names) - 0.5, -0.5)
-    axes[0].legend(loc="lower right", frameon=True, edgecolor="none")
-    words = "right of the line jaxrnn is faster; bars show the middle half of all turns"
-    figure.supxlabel(words, fontsize=9, color=INK)
     return figure
 
 
@@ -232,10 +190,10 @@ def main(arguments: Iterable[str] | None = None) -> int:
         if given:
             (HERE / name).write_text(json.dumps(summary(json.loads(given.read_text())), indent=1) + "\n")
     with matplotlib.rc_context(STYLE):
-        for name, draw in (("parity", parity), ("speed", speed)):
-            if (HERE / f"{name}.json").exists():
-                _save(draw(json.loads((HERE / f"{name}.json").read_text())), options.out / f"{name}.svg")
-        for name, figure in (("stack", stack()), ("lengths", lengths())):
+        errors, times = (json.loads((HERE / f"{name}.json").read_text()) for name in ("parity", "speed"))
+        speed = plots.ratios(times["ratios"], {"flax.nnx": "Flax", "torch": "PyTorch"})
+        pictures = {"parity": parity(errors), "speed": speed, "stack": stack(), "lengths": lengths()}
+        for name, figure in pictures.items():
             _save(figure, options.out / f"{name}.svg")
     return 0
 
