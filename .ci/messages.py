@@ -61,6 +61,11 @@ def _assigned(tree: ast.AST) -> Known:
     return found
 
 
+def _constants(path: Path) -> Known:
+    module = ast.Module([node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Assign)], [])
+    return {name: values for name, values in _assigned(module).items() if name.strip("_").isupper()}
+
+
 def _lines_of_text(node: ast.AST) -> Iterator[ast.expr]:
     """Texts that are part of a message made elsewhere: `yield f"..."`, and what is added to a list of problems."""
     if isinstance(node, ast.Yield) and node.value and _is_text(node.value):
@@ -95,12 +100,10 @@ def messages(path: Path, constants: Known) -> Iterator[tuple[int, str, str]]:
 def all_messages() -> Iterator[tuple[str, str, str]]:
     """Every message of the package and of the parity suite: its place, what is raised, and the words."""
     paths = [path for folder in ("jaxrnn", "parity") for path in sorted((ROOT / folder).rglob("*.py"))]
-    constants: Known = {}
+    own = {path: _constants(path) for path in paths}
+    imported = {name: value for constants in own.values() for name, value in constants.items()}
     for path in paths:
-        module = ast.Module([node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Assign)], [])
-        constants |= {name: values for name, values in _assigned(module).items() if name.strip("_").isupper()}
-    for path in paths:
-        for line, kind, words in sorted(messages(path, constants)):
+        for line, kind, words in sorted(messages(path, imported | own[path])):
             yield f"{path.relative_to(ROOT)}:{line}", kind, words
 
 

@@ -27,6 +27,7 @@ from jaxrnn.checkpoint.errors import about, listed
 from jaxrnn.checkpoint.files import Tensors, opened
 from jaxrnn.checkpoint.flax_cells import with_torchs_names
 from jaxrnn.checkpoint.formats.reading import Reading
+from jaxrnn.checkpoint.named import Described, said_of
 from jaxrnn.checkpoint.names import under
 from jaxrnn.checkpoint.stored import Value, equal, not_finite, read
 
@@ -180,12 +181,9 @@ def _suite(name: str) -> Callable[[Sequence[str], str], int]:
 
 def _load(path: str, key: str | None, arguments: argparse.Namespace) -> Tensors:
     """Read all tensors of a file, and fold weights that are in parts."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    with _printed_warnings():
         note = functools.partial(_note, path)
         tensors = opened(path, Reading(key, arguments.only_tensors, arguments.dequantize, note))
-    for warning in caught:
-        _print(f"warning: {warning.message}", sys.stderr)
     with about(path):
         tensors = fold(tensors, arguments.raw)
     with _progress(f"reading {os.path.basename(path)}", tensors) as progress:
@@ -193,6 +191,15 @@ def _load(path: str, key: str | None, arguments: argparse.Namespace) -> Tensors:
     if odd:
         _print(f"warning: {path}: NaN or infinite numbers in {listed(odd)}", sys.stderr)
     return tensors
+
+
+@contextlib.contextmanager
+def _printed_warnings(prefix: str = "") -> Iterator[None]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    for warning in caught:
+        _print(f"warning: {prefix}{warning.message}", sys.stderr)
 
 
 def _note(path: str, text: str) -> None:
@@ -212,7 +219,7 @@ def _progress(what: str, tensors: Tensors, times: int = 1) -> Iterator[Callable[
 
 
 def _found(path: str, tensors: Tensors) -> list[FoundRNN]:
-    with about(path):
+    with about(path), _printed_warnings(f"{path}: "):
         found = find_rnns(tensors)
     if not found:
         keys = f"its keys: {listed(tensors)}" if tensors else "it has no tensors at all"
@@ -247,7 +254,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
         for rnn in found
     ]
     _print_table(columns, described)
-    _print_assumed(found)
+    _print_settings(found)
     return 0
 
 
@@ -266,14 +273,25 @@ def _print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     print_table(table, Console(markup=False, emoji=False, highlight=False))  # a prefix may look like markup
 
 
-def _print_assumed(found: list[FoundRNN]) -> None:
+def _print_settings(found: list[FoundRNN]) -> None:
+    """Tell what the file says beside the weights, and what was assumed because it does not."""
     for rnn in found:
         if rnn.beside:
             _print(f"\nBeside {rnn.prefix or 'it'}, and unknown to torch.nn.{rnn.class_name}: {listed(rnn.beside)}")
-    assumed = {name: value for rnn in found for name, value in rnn.assumed.items()}
-    if assumed:
-        settings = ", ".join(f"{name}={value!r}" for name, value in assumed.items())
-        _print(f"\nAssumed, because no state dict says it: {settings}")
+    prefixes: dict[tuple[str, str, str], list[str]] = {}
+    for rnn in found:
+        for words, settings in (
+            ("From the file", rnn.said),
+            ("Assumed, because the file does not say it", rnn.assumed),
+        ):
+            for name, value in settings.items():
+                prefixes.setdefault((words, name, repr(value)), []).append(rnn.prefix)
+    lines: dict[str, list[str]] = {}
+    for (words, name, value), those in prefixes.items():
+        several = sum(other == name for _, other, _ in prefixes) > 1
+        lines.setdefault(words, []).append(f"{name}={value}" + (f" of {listed(those)}" if several else ""))
+    for words, texts in lines.items():
+        _print(f"\n{words}: {', '.join(texts)}")
 
 
 def _convert(arguments: argparse.Namespace) -> int:
@@ -282,11 +300,15 @@ def _convert(arguments: argparse.Namespace) -> int:
     tensors = _load(arguments.file, arguments.key, arguments)
     if arguments.only_rnn:
         tensors = with_torchs_names(tensors)
-        found = _found(arguments.file, tensors)
-        tensors = {key: tensors[key] for key in (rnn.prefix + name for rnn in found for name in rnn.spec.shapes())}
+        keys = [rnn.prefix + name for rnn in _found(arguments.file, tensors) for name in rnn.spec.shapes()]
+        tensors = Described({key: tensors[key] for key in keys}, said_of(tensors))
     chosen = _chosen(arguments.file, tensors, arguments.prefix)
     if not chosen:
         raise CheckpointError(f"{arguments.file}: it has no tensors\ngive another file, or --key")
+    found: list[FoundRNN] = []
+    with contextlib.suppress(CheckpointError), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # any tensors can be converted
+        found = find_rnns(with_torchs_names(chosen))
     with about(arguments.file):
         for rename in arguments.rename:
             chosen = _renamed(chosen, rename)
@@ -299,6 +321,9 @@ def _convert(arguments: argparse.Namespace) -> int:
         print(json.dumps({"out": arguments.out, "tensors": len(chosen), "numbers": numbers, "keys": list(chosen)}))
         return 0
     _print(f"wrote {arguments.out}: {len(chosen)} tensors of {numbers:,} numbers\nkeys: {listed(chosen)}")
+    _print_settings(found)
+    if any(rnn.said for rnn in found):
+        _print(f"{arguments.out} holds weights alone: give the file's settings to the modules")
     return 0
 
 
@@ -406,7 +431,7 @@ def _check(arguments: argparse.Namespace) -> int:
     ]
     difference = [] if torch is None else [f"from torch {torch.__version__}"]
     _print_table(("prefix", "kind", "finite", *difference, "verdict"), table)
-    _print_assumed(found)
+    _print_settings(found)
     count = f"{len(found)} recurrent module{'s' * (len(found) > 1)}"
     if torch is None:
         _print(f"\n{count} built and run. PyTorch is not installed: nothing to compare with.")

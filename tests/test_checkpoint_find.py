@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 import jaxrnn
 from jaxrnn import CellSpec, Spec
 from jaxrnn.checkpoint import CheckpointError, FoundRNN, find_rnns
+from jaxrnn.checkpoint.named import Described
+from jaxrnn.checkpoint.names import under
 
 CELLS = [jaxrnn.LSTM_CELL, jaxrnn.GRU_CELL, jaxrnn.RNN_TANH]
 DTYPES = [np.dtype(np.float32), np.dtype(np.float64), np.dtype(np.float16), jnp.dtype(jnp.bfloat16)]
@@ -260,11 +262,28 @@ def test_look_alikes_are_no_torch_modules(tensors):
     assert find_rnns(tensors) == []
 
 
-def test_problems_of_every_set_at_once():
+def test_problems_of_every_set_at_once() -> None:
     spec = Spec(jaxrnn.GRU_CELL, 2, 3)
-    tensors = tensors_of(spec, "a.") | tensors_of(spec, "b.") | tensors_of(spec, "c.")
+    tensors = tensors_of(spec, "a.") | tensors_of(spec, "c.")
     del tensors["a.bias_ih_l0"], tensors["c.weight_hh_l0"]
-    assert refusal(tensors) == ["a.bias_ih_l0 is missing", "c.weight_hh_l0 is missing"]
+    problems = ["a.bias_ih_l0 is missing", "c.weight_hh_l0 is missing"]
+    assert refusal(tensors) == problems
+    tensors |= tensors_of(spec, "b.")  # whole: it is found in spite of them
+    with pytest.warns(UserWarning, match=r"\n  ".join(["^left out .*:", *problems]) + "\nsave") as caught:
+        assert [rnn.prefix for rnn in find_rnns(tensors)] == ["b."]
+    assert caught[0].filename == __file__
+
+
+def test_what_a_file_says_is_used_and_not_assumed() -> None:
+    spec = Spec(jaxrnn.RNN_TANH, 2, 3)
+    tensors = tensors_of(spec, "m._orig_mod.a.") | tensors_of(spec, "b.")
+    said = {"m._orig_mod.a.": {"nonlinearity": "relu", "batch_first": True}}
+    one, other = find_rnns(Described(tensors, said))
+    assert (one.spec.cell, one.spec.batch_first, one.assumed) == (jaxrnn.RNN_RELU, True, {})
+    assert {"nonlinearity": "relu", "batch_first": True}.items() <= one.arguments.items()
+    assert other.assumed == {"nonlinearity": "tanh", "batch_first": False}
+    [under_m] = find_rnns(under(Described(tensors, said), "m."))
+    assert under_m.assumed == {}
 
 
 def test_layer_gap():

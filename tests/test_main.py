@@ -44,7 +44,7 @@ def test_inspect_lists_every_recurrent_module(model: Path, capsys: pytest.Captur
     count = sum(int(np.prod(shape)) for shape in LSTM.shapes().values())
     assert rows["encoder."] == ["LSTM", "10", "20", "2", "yes", "yes", "5", "float32", f"{count:,}"]
     assert rows["cell."] == ["GRUCell", "3", "4", "1", "no", "no", "no", "bfloat16", "84"]
-    assert lines[-1] == "Assumed, because no state dict says it: batch_first=False, dropout=0.0"
+    assert lines[-1] == "Assumed, because the file does not say it: batch_first=False, dropout=0.0"
 
 
 def test_convert_takes_a_module_out(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from jaxrnn.checkpoint.errors import AGAIN, CheckpointError, about, is_text, listed
 from jaxrnn.checkpoint.formats import FILES, Format, index, orbax
 from jaxrnn.checkpoint.formats.reading import Reading
+from jaxrnn.checkpoint.named import Described, said_of
 from jaxrnn.checkpoint.stored import Value, read
 
 Path = str | os.PathLike[str]
@@ -71,7 +72,8 @@ def load(
     ...     checkpoint.load(path)
     {'scale': array([1., 2.])}
     """
-    return {name: read(value) for name, value in opened(path, Reading(key, only_tensors, dequantize)).items()}
+    tensors = opened(path, Reading(key, only_tensors, dequantize))
+    return Described({name: read(value) for name, value in tensors.items()}, said_of(tensors))
 
 
 def opened(path: Path, what: Reading = _ALL) -> Tensors:

@@ -5,6 +5,7 @@ import dataclasses
 import math
 import re
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,8 +17,9 @@ from jaxrnn import more_cells
 from jaxrnn.cells import GRU_CELL, LSTM_CELL, RNN_RELU, RNN_TANH, ROLES, Cell
 from jaxrnn.checkpoint.arrays import dtype_of
 from jaxrnn.checkpoint.errors import CheckpointError
+from jaxrnn.checkpoint.named import said_of
 from jaxrnn.checkpoint.names import fold, misfits
-from jaxrnn.spec import CellSpec, Shape, Spec
+from jaxrnn.spec import CellSpec, Shape, Spec, level_outside
 
 _TORCH_CELLS = (LSTM_CELL, GRU_CELL, RNN_TANH)
 _MORE_CELLS = tuple(cell for cell in vars(more_cells).values() if isinstance(cell, Cell) and cell.own)
@@ -37,6 +39,7 @@ class FoundRNN:
         spec: its settings: a `jaxrnn.Spec` for layers, a `jaxrnn.CellSpec` for a cell.
         dtype: its tensors' dtype.
         beside: other keys that begin with weight_ or bias_ and have the same prefix. They may change what it computes.
+        said: the settings that the file says, although weights do not. They are in spec.
 
     >>> import jax, jaxrnn
     >>> params = jaxrnn.CellSpec(jaxrnn.LSTM_CELL, 10, 20, bias=False).init(jax.random.key(0))
@@ -50,6 +53,7 @@ class FoundRNN:
     spec: Spec | CellSpec
     dtype: np.dtype[Any]
     beside: tuple[str, ...] = ()
+    said: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
 
     @property
     def class_name(self) -> str:
@@ -63,7 +67,7 @@ class FoundRNN:
         arguments |= {"input_size": self.input_size, "hidden_size": self.hidden_size, "bias": self.bias}
         if not self.is_cell:
             arguments |= {"num_layers": self.num_layers, "bidirectional": self.bidirectional}
-        return arguments | ({"proj_size": self.proj_size} if self.proj_size else {})
+        return arguments | ({"proj_size": self.proj_size} if self.proj_size else {}) | dict(self.said)
 
     @property
     def is_cell(self) -> bool:
@@ -111,7 +115,7 @@ class FoundRNN:
 
     @property
     def assumed(self) -> dict[str, object]:
-        """The settings that a state dict does not hold, with the values that `spec` assumes."""
+        """The settings that neither weights nor the file say, with the values that `spec` assumes."""
         assumed: dict[str, object] = {}
         if self.spec.cell == RNN_TANH:
             assumed["nonlinearity"] = "tanh"
@@ -119,7 +123,7 @@ class FoundRNN:
             assumed["batch_first"] = self.spec.batch_first
             if self.spec.num_layers > 1:
                 assumed["dropout"] = self.spec.dropout
-        return assumed
+        return {name: value for name, value in assumed.items() if name not in self.said}
 
 
 def find_rnns(tensors: Mapping[str, Any], cells: Sequence[Cell] = ()) -> list[FoundRNN]:
@@ -133,7 +137,7 @@ def find_rnns(tensors: Mapping[str, Any], cells: Sequence[Cell] = ()) -> list[Fo
 
     Args:
         tensors: from name to array of numpy, jax or torch, such as from `jaxrnn.checkpoint.load` or `state_dict()`.
-            Weights in parts are folded: see `jaxrnn.checkpoint.fold`.
+            Weights in parts are folded: see `jaxrnn.checkpoint.fold`. What `load` read of settings is used.
         cells: your own cells to look for, beside jaxrnn's. Each must have parameters of its own: layers of a cell
             without are taken for torch's of the same shapes.
 
@@ -141,9 +145,12 @@ def find_rnns(tensors: Mapping[str, Any], cells: Sequence[Cell] = ()) -> list[Fo
         A `FoundRNN` for each, in the order of their first keys; an empty list if there is none.
 
     Raises:
-        CheckpointError: weights do not fit together; the message names every key that is missing, or has a wrong shape
-            or dtype.
+        CheckpointError: weights do not fit together, and no module is complete; the message names every key that is
+            missing, or has a wrong shape or dtype.
         ValueError: one of `cells` has no parameters of its own.
+
+    Warns:
+        UserWarning: the same, if other modules are complete.
 
     >>> import jax, jaxrnn
     >>> from jaxrnn import checkpoint
@@ -159,6 +166,7 @@ def find_rnns(tensors: Mapping[str, Any], cells: Sequence[Cell] = ()) -> list[Fo
     cells = (*cells, *_MORE_CELLS)
     roles = {*ROLES, *(name for cell in cells for name in cell.own)}
     tensors = fold(tensors)
+    said = said_of(tensors)
     groups: dict[tuple[str, bool], dict[str, Any]] = {}
     keys = [key for key in tensors if isinstance(key, str)]
     for key in keys:
@@ -172,18 +180,24 @@ def find_rnns(tensors: Mapping[str, Any], cells: Sequence[Cell] = ()) -> list[Fo
     found = []
     for (prefix, is_cell), group in groups.items():
         spec: Spec | CellSpec | None = None
+        wrong: list[str] = []
         if is_cell:
             under = bisect.bisect(keys, prefix + chr(sys.maxunicode)) - bisect.bisect_left(keys, prefix)
             if under == len(group):
-                spec = _cell_spec(prefix, group, problems)
+                spec = _cell_spec(prefix, group, wrong)
         elif any(match["role"] in ROLES for name in group if (match := _LAYER_NAME.fullmatch(name))):
-            spec = _layers_spec(prefix, group, cells, problems)
+            spec = _layers_spec(prefix, group, cells, wrong)
         if spec is not None:
-            problems += _misfits(prefix, group, spec.shapes())
+            wrong += _misfits(prefix, group, spec.shapes())
+        if spec is not None and not wrong:
             others = keys[bisect.bisect_left(keys, prefix) : bisect.bisect(keys, prefix + chr(sys.maxunicode))]
             names = [key.removeprefix(prefix) for key in others]
             beside = tuple(name for name in names if _LIKE_OURS.fullmatch(name) and name not in group)
-            found.append(FoundRNN(prefix, spec, dtype_of(next(iter(group.values()))), beside))
+            settings = said.get(prefix, {})
+            found.append(
+                FoundRNN(prefix, _with(spec, settings), dtype_of(next(iter(group.values()))), beside, settings)
+            )
+        problems += wrong
     for target, text in misfits(tensors).items():
         prefix, dot, leaf = target.rpartition(".")
         alone = (
@@ -193,10 +207,21 @@ def find_rnns(tensors: Mapping[str, Any], cells: Sequence[Cell] = ()) -> list[Fo
             problems.append(text)
     if problems:
         lines = "\n  ".join(problems)
-        raise CheckpointError(
+        text = (
             f"recurrent weights that do not fit together:\n  {lines}\nsave the whole state_dict() of a torch.nn module"
         )
+        if not found:
+            raise CheckpointError(text)
+        warnings.warn(f"left out {text}", stacklevel=level_outside())
     return found
+
+
+def _with(spec: Spec | CellSpec, said: Mapping[str, Any]) -> Spec | CellSpec:
+    """A spec with the settings that the file says."""
+    others = {name: value for name, value in said.items() if name != "nonlinearity"}
+    if said.get("nonlinearity") == "relu":
+        others["cell"] = RNN_RELU
+    return dataclasses.replace(spec, **others)
 
 
 def _layers_spec(prefix: str, group: dict[str, Any], cells: Sequence[Cell], problems: list[str]) -> Spec | None:

@@ -16,6 +16,7 @@ import jaxrnn.nnx
 from jaxrnn.checkpoint.dialects import DIALECTS, Dialect, Weights
 from jaxrnn.checkpoint.errors import CheckpointError, listed
 from jaxrnn.checkpoint.find import find_rnns
+from jaxrnn.checkpoint.named import Described, said_of
 
 _ONE_BY_ONE = "convert its cells one by one: jaxrnn.from_flax(module.forward_rnn.cell)"
 
@@ -167,7 +168,7 @@ def with_torchs_names(tensors: Mapping[str, Any]) -> dict[str, Any]:
     The two of a Bidirectional are one layer. Its prefix, and that of an RNN, is without the names inside it.
     """
     cells = flax_cells(tensors)
-    converted = dict(tensors)
+    converted = Described(tensors, said_of(tensors))
     for prefix, (_, dialect, arrays) in cells.items():
         for name in arrays:
             del converted[prefix + name]

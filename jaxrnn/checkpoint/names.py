@@ -8,6 +8,7 @@ import numpy as np
 
 from jaxrnn.checkpoint.arrays import to_numpy
 from jaxrnn.checkpoint.errors import CheckpointError, listed
+from jaxrnn.checkpoint.named import Described, Names, said_of
 
 # What torch.compile, FSDP and activation checkpointing put into names.
 _WRAPPED = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
@@ -69,14 +70,14 @@ def fold(tensors: Mapping[str, Any], raw: bool = False) -> dict[str, Any]:
         dtype = next(iter(arrays.values())).dtype if "orig" not in arrays else arrays["orig"].dtype
         folded[next(iter(names.values()))] = (target, value.astype(dtype))
         gone.update(names.values())
-    plain: dict[str, Any] = {}
+    plain = Names[Any]("leave one of them out")
     for name, key in renamed.items():
         if name in folded:
             target, value = folded[name]
-            plain[target] = value
+            plain.put(target, value, f"{key} and its other parts")
         elif name not in gone:
-            plain[name] = tensors[key]
-    return plain
+            plain.put(name, tensors[key], key)
+    return Described(plain, {_WRAPPED.sub("", prefix): settings for prefix, settings in said_of(tensors).items()})
 
 
 def _dropped(target: str, name: str, names: Mapping[str, Any], raw: bool) -> str:
@@ -174,7 +175,8 @@ def under(tensors: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     found = {key.removeprefix(prefix): tensors[key] for key in keys if key.startswith(prefix)}
     if found and all(name.startswith(".") for name in found):
         raise CheckpointError(f"the prefix {prefix!r} should end in a dot\ngive {prefix + '.'!r}")
-    return found
+    said = {path.removeprefix(prefix): each for path, each in said_of(tensors).items() if path.startswith(prefix)}
+    return Described(found, said)
 
 
 def as_in_module(names: Iterable[str], wanted: Mapping[str, Any], prefix: str) -> list[str]:

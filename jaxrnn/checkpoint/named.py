@@ -1,0 +1,57 @@
+"""Described by name: no two under one name, and what a file says of the modules that they belong to."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
+
+from jaxrnn.checkpoint.errors import CheckpointError
+
+_ValueT = TypeVar("_ValueT")
+
+
+class Described(dict[str, Any]):
+    """Described by name.
+
+    Attributes:
+        said: by the prefix of a recurrent module ("encoder.lstm."), the arguments of its constructor in torch that the
+            file says and weights do not: nonlinearity, batch_first, dropout.
+    """
+
+    def __init__(
+        self, tensors: Mapping[str, Any] | Iterable[tuple[str, Any]] = (), said: Mapping[str, Mapping[str, Any]] = {}
+    ) -> None:
+        super().__init__(tensors)
+        self.said = {prefix: dict(settings) for prefix, settings in said.items()}
+
+
+def said_of(tensors: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """What the file of these tensors says of modules; nothing if they come from elsewhere."""
+    return tensors.said if isinstance(tensors, Described) else {}
+
+
+class Names(dict[str, _ValueT]):
+    """A dict in which no name is taken twice. All that gets a new name goes through one.
+
+    Args:
+        remedy: the line of the message that says what to do.
+    """
+
+    def __init__(self, remedy: str) -> None:
+        super().__init__()
+        self._remedy = remedy
+        self._sources: dict[str, str] = {}
+
+    def put(self, name: str, value: _ValueT, source: str) -> None:
+        """Add a value.
+
+        Args:
+            name: its name here.
+            value: the value.
+            source: its name where it comes from, for the message.
+
+        Raises:
+            CheckpointError: the name is taken; the message shows both sources.
+        """
+        if name in self:
+            raise CheckpointError(f"{self._sources[name]} and {source} are both read as {name}\n{self._remedy}")
+        self[name] = value
+        self._sources[name] = source
