@@ -5,6 +5,7 @@ These libraries promise what their API references document. JAX promises nothing
 """
 
 import functools
+import inspect
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -329,6 +330,29 @@ def called_module(context: Any) -> linen.Module:
     The context's class is not public, and Linen documents only its `orig_method`.
     """
     return context.module
+
+
+def called_by_sequential(module: nnx.Module | linen.Module) -> bool:
+    """Whether Flax's Sequential calls a module with the results of the one before, a tuple that it unpacks.
+
+    Only the frames of the call tell: Sequential calls a module as a user does.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, nnx.Sequential | linen.Sequential):
+            return not _same(caller.layers[0], module)  # which gets what the user gave
+        own = frame.f_globals.get("__name__", "").partition(".")[0] in ("jaxrnn", "flax", "jax", "contextlib")
+        if not own or (isinstance(caller, nnx.Module | linen.Module) and not _same(caller, module)):
+            return False
+        frame = frame.f_back
+    return False
+
+
+def _same(one: Any, module: Any) -> bool:
+    """Whether both are one module, or one is Linen's copy of it inside a transform."""
+    linens = isinstance(one, linen.Module) and isinstance(module, linen.Module)
+    return one is module or (linens and one.name is not None and one.name == module.name)
 
 
 def is_orbax_tree(path: str) -> bool:

@@ -41,8 +41,8 @@ ARGUMENTS = {
     "x": "the input, (time, batch, input_size), or (batch, time, input_size) with `batch_first`, or unbatched (time, "
     "input_size); floating. Or a PackedSequence of such steps.",
     "hx": "the initial state h_0, for a cell of several states a tuple or list, (h_0, c_0) for an LSTM, of the shapes "
-    "that are returned; zeros if None. A state that all rows share, such as a learned one, may have a batch of 1, no "
-    "batch, or the last axis alone.",
+    "that are returned; zeros if None. A state that all rows share, such as a learned one, may have a batch of 1, or "
+    "the last axis alone.",
     "lengths": "how many steps each row has, integers from 0 to time, (batch,), or for unbatched x (); all steps if "
     "None. Padding in x affects no result and no gradient. Under jit lengths are data, and cannot be checked: a length "
     "below 0 counts as 0, and one above time as time.",
@@ -102,8 +102,8 @@ _DIFFERENCES = """Differs from torch.nn.{name}:
 _CELL_DIFFERENCES = _DIFFERENCES.rpartition("\n")[0]
 
 _LAYER_CALL = """Call:
-    `output, {state} = module(x, hx=None, *, lengths=None, reset=None, reset_state=None,
-    {extra})`
+    `output, {state} = module(x, hx=None, {before}*, lengths=None, reset=None,
+    reset_state=None, {after})`
 
     x                                         output                  {states}
     (time, batch, input_size)                 (time, batch, D * H)    (D * num_layers, batch, H)
@@ -181,13 +181,14 @@ def layer(kind: str = "", linen: bool = False) -> Callable[[type[Class]], type[C
     """
     lstm = kind == "LSTM"
     rows = f"{GATES[kind]} * hidden_size".removeprefix("1 * ") if kind else "gates * hidden_size"
-    extra = "deterministic=None, " + ("rng=None" if linen else "rngs=None")
+    off = "deterministic=None"
     names = ["hx", "lengths", "reset", "reset_state"]
     call = _LAYER_CALL.format(
         state="(h_n, c_n)" if lstm else "h_n",
         states="h_n; c_n with hidden_size" if lstm else "h_n",
         size="proj_size, or hidden_size without projection" if lstm or not kind else "hidden_size",
-        extra=extra,
+        before=f"{off}, " * linen,
+        after="rng=None" if linen else f"{off}, rngs=None",
         arguments=_entries({name: ARGUMENTS[name] for name in names} | _CALL_ARGUMENTS[linen]),
     )
     projected = "weight_hr_lk               (proj_size, hidden_size), with proj_size\n    " if lstm else ""

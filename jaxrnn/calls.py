@@ -15,7 +15,7 @@ from jaxrnn import _docs, meshes, recurrence, stack, steps
 from jaxrnn._compat import is_traced
 from jaxrnn.cells import Arrays, StateT
 from jaxrnn.options import CellKeywords, Keywords, Options, spelled_out
-from jaxrnn.packed import Lengths, PackedSequence, in_jax, layout, pack, pad
+from jaxrnn.packed import Lengths, PackedSequence, in_jax, layout, pack, pad, stacked
 from jaxrnn.spec import CellSpec, Spec
 
 HX = ArrayLike | Sequence[ArrayLike] | None
@@ -389,19 +389,26 @@ def _run(
     if state is None:
         state = tuple(jnp.broadcast_to(_zeros(x), shape) for shape in spec.state_shapes(x.shape[1]))
     x, state = meshes.varying_with((x, state), (given._replace(state=state), key))
-    marks = steps.Marks(reset=None if reset is None else reset[..., None])
+    marks, empty, first = steps.Marks(reset=None if reset is None else reset[..., None]), None, state
     if lengths is not None:
         times = jnp.arange(x.shape[0], dtype=jnp.int32)
         ended = (times[:, None] >= lengths.astype(jnp.int32)[None])[..., None]
-        x = jnp.where(ended, jnp.zeros_like(x), x)  # NaN in padding would reach the gradients through products
-        marks = marks._replace(ended=ended)
+        # NaN where no step is made would reach the gradients through products.
+        x = jnp.where(ended, jnp.zeros_like(x), x)
+        marks = steps.Marks(ended, None if marks.reset is None else marks.reset & ~ended)
+        if given.state is not None:
+            empty = ended[0]
+            state = steps.select(empty, tuple(map(jnp.zeros_like, state)), state)
     dropout = key if masks is None else masks
     x, state, runs = stack.run(spec, options, params, x, state, marks, reset_state, dropout, every)
+    state = steps.select(empty, first, state)
     x, state = form.restore(x, _cast(state, dtypes))
     if not every:
         return x, state, ()
-    stacked = jax.tree.map(lambda *a: form.restore_every(jnp.stack(a)), *((run.state, run.gates) for run in runs))
-    return x, state, (_cast(stacked[0], dtypes), stacked[1])
+    states, gates = jax.tree.map(lambda *a: jnp.stack(a), *((run.state, run.gates) for run in runs))
+    states = _cast(steps.select(empty, tuple(a[:, None] for a in first), states), dtypes)
+    states, gates = jax.tree.map(form.restore_every, (states, gates))
+    return x, state, (states, gates)
 
 
 def _cast(arrays: Arrays, dtypes: Sequence[jnp.dtype]) -> Arrays:
@@ -500,22 +507,22 @@ def _described(value: Any) -> str:
 
 
 def _for_all_rows(name: str, array: jax.Array, shape: tuple[int, ...], batched: bool, one_step: bool) -> jax.Array:
-    """Broadcast a state without a batch, or with a batch of one, to all rows."""
+    """Broadcast a state of the last axis alone, or with a batch of one, to all rows."""
     if array.shape == shape:
         return array
     *layers, _, size = shape if batched else (None, *shape)
-    if batched and array.shape == (*layers, size):
-        array = array[..., None, :]
     if array.shape == (size,) or (batched and array.shape == (*layers, 1, size)):
         return jnp.broadcast_to(array, shape)
-    # As in torch, whose cells tell axes from sizes.
+    # As in torch, whose cells tell axes from sizes. (layers, size) is refused, too: it might be (batch, size).
     error = ValueError if one_step and array.ndim not in (1, 2) else RuntimeError
-    raise error(f"{name} should have shape {shape}, got {array.shape}")
+    remedy = f": for one state for all rows, {(*layers, 1, size)}" if batched and not one_step else ""
+    raise error(f"{name} should have shape {shape}, got {array.shape}{remedy}")
 
 
 def _lengths(lengths: Any, shape: tuple[int, ...], steps: int) -> jax.Array | None:
     if lengths is None:
         return None
+    lengths = stacked(lengths)
     array = lengths if isinstance(lengths, jax.Array) else np.asarray(lengths, None if np.size(lengths) else np.int32)
     if not jnp.issubdtype(array.dtype, jnp.integer):
         raise TypeError(f"lengths should be integers, got {array.dtype}")
@@ -534,6 +541,7 @@ def _reset(spec: Spec, reset: ArrayLike | None, shape: tuple[int, ...]) -> jax.A
         return None
     if spec.bidirectional:
         raise ValueError("reset should be None for a bidirectional network, whose backward direction starts at the end")
+    reset = stacked(reset)
     array = in_jax(reset, None if np.size(reset) else bool)
     if array.dtype != bool:
         raise TypeError(f"reset should be boolean, got {array.dtype}")

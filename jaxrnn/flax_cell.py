@@ -1,4 +1,4 @@
-"""Flax's convention for cells, shared by the adapters for both Flax APIs.
+"""Flax's conventions, shared by the modules for both Flax APIs: those of cells, and what Sequential does with a tuple.
 
 The carry is the first argument and the first result, an LSTM's is (c, h), and any number of batch axes is allowed.
 """
@@ -10,6 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxrnn._compat import called_by_sequential
+
 # What a cell says that Flax's RNN was given as it is, when that asks for `num_feature_axes`.
 NOT_FLAXS = "Flax's RNN takes a jaxrnn cell as FlaxCell(cell): or use jaxrnn's RNN, LSTM or GRU, which need no wrapper"
 
@@ -18,6 +20,15 @@ def check(cell: Any, kind: type) -> None:
     """Raise TypeError unless the cell is one of this Flax API."""
     if not isinstance(cell, kind):
         raise TypeError(f"cell should be an RNNCell, LSTMCell or GRUCell of {kind.__module__}, got {cell!r}")
+
+
+def refuse_state_of_sequential(module: Any, hx: Any) -> None:
+    """Raise TypeError if hx is the state of another module, because Flax's Sequential unpacked what that returned."""
+    if hx is not None and called_by_sequential(module):
+        raise TypeError(
+            f"hx of {type(module).__name__} should not be the state of the module before it in Sequential, which "
+            "unpacks (output, state): put `lambda output, state: output` between the two"
+        )
 
 
 def initialize_carry(cell: Any, input_shape: tuple[int, ...], make: Callable[..., jax.Array] = jnp.zeros) -> Any:

@@ -26,7 +26,6 @@ from jaxrnn.spec import CellSpec, Spec
 class _PackedCall(PackedMarks, total=False):
     """The keywords of a layer's call, for type checkers."""
 
-    deterministic: bool | None
     rng: jax.Array | None
 
 
@@ -103,6 +102,7 @@ class _Layers(_Module[StateT]):
             variables: _Variables,
             x: ArrayLike,
             hx: HX = None,
+            deterministic: bool | None = None,
             *,
             rngs: _Rngs = None,
             **keywords: Unpack[_Call],
@@ -113,6 +113,7 @@ class _Layers(_Module[StateT]):
             variables: _Variables,
             x: PackedSequence,
             hx: HX = None,
+            deterministic: bool | None = None,
             *,
             rngs: _Rngs = None,
             **keywords: Unpack[_PackedCall],
@@ -123,7 +124,12 @@ class _Layers(_Module[StateT]):
 
         @overload
         def init_with_output(
-            self, rngs: _Rngs, x: ArrayLike, hx: HX = None, **keywords: Unpack[_Call]
+            self,
+            rngs: _Rngs,
+            x: ArrayLike,
+            hx: HX = None,
+            deterministic: bool | None = None,
+            **keywords: Unpack[_Call],
         ) -> tuple[tuple[jax.Array, StateT], dict[str, Any]]: ...
         @overload
         def init_with_output(self, rngs: _Rngs, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]: ...
@@ -137,10 +143,12 @@ class _Layers(_Module[StateT]):
         return {name: linen.with_partitioning(draw, names[name]) for name, draw in draws.items()}
 
     @overload
-    def __call__(self, x: ArrayLike, hx: HX = None, **keywords: Unpack[_Call]) -> tuple[jax.Array, StateT]: ...
+    def __call__(
+        self, x: ArrayLike, hx: HX = None, deterministic: bool | None = None, **keywords: Unpack[_Call]
+    ) -> tuple[jax.Array, StateT]: ...
     @overload
     def __call__(
-        self, x: PackedSequence, hx: HX = None, **keywords: Unpack[_PackedCall]
+        self, x: PackedSequence, hx: HX = None, deterministic: bool | None = None, **keywords: Unpack[_PackedCall]
     ) -> tuple[PackedSequence, StateT]: ...
     @linen.compact
     @_docs.described
@@ -148,17 +156,18 @@ class _Layers(_Module[StateT]):
         self,
         x: ArrayLike | PackedSequence,
         hx: HX = None,
+        deterministic: bool | None = None,
         *,
         lengths: Lengths | None = None,
         reset: ArrayLike | None = None,
         reset_state: HX = None,
-        deterministic: bool | None = None,
         rng: jax.Array | None = None,
     ) -> tuple[Output, StateT]:
         """Run over a sequence.
 
         Args:
-            deterministic: whether dropout is off. With dropout, give it either here or as a field.
+            deterministic: whether dropout is off. With dropout, give it either here or as a field. It can be given by
+                position, so that `linen.remat` can name it: `linen.remat(jaxrnn.linen.LSTM, static_argnums=3)`.
             rng: a jax key for dropout, in place of the one that `apply` was given for `rng_collection`.
 
         Returns:
@@ -167,6 +176,7 @@ class _Layers(_Module[StateT]):
         Raises:
             As `jaxrnn.apply`; and ValueError if `deterministic` is given twice, or needed and not given.
         """
+        flax_cell.refuse_state_of_sequential(self, hx)
         if self.dropout > 0 and self.num_layers > 1:
             off = linen.merge_param("deterministic", self.deterministic, deterministic)
             rng = None if off else self.make_rng(self.rng_collection) if rng is None else rng
@@ -337,6 +347,7 @@ class _OneStep(_Module[StateT]):
     @linen.compact
     def __call__(self, x: ArrayLike, hx: HX = None) -> StateT:
         """Make one step: x and hx to the next state, as the class says. Errors are those of `jaxrnn.apply_cell`."""
+        flax_cell.refuse_state_of_sequential(self, hx)
         return call_cell(self.options, self.spec, self._params(), x, hx)
 
     __call__.__qualname__ = "cell"  # for Python's own messages, which would name this class

@@ -230,6 +230,7 @@ class _Layers(_Module[StateT], Weights):
                 reset to a bidirectional module.
             RuntimeError: the size of x, hx, lengths, reset or reset_state does not fit, or the sequence is empty.
         """
+        flax_cell.refuse_state_of_sequential(self, hx)
         key = None
         deterministic = self.deterministic if deterministic is None else deterministic
         if self._drops() and not deterministic:
@@ -452,6 +453,7 @@ class _OneStep(_Module[StateT]):
             ValueError: x or hx is neither 1-D nor 2-D.
             RuntimeError: the size of x or hx does not fit.
         """
+        flax_cell.refuse_state_of_sequential(self, hx)
         return call_cell(self.options, self.spec, self._params(), x, hx)
 
     __call__.__qualname__ = "cell"  # for Python's own messages, which would name this class

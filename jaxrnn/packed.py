@@ -34,6 +34,15 @@ def in_jax(value: Any, dtype: Any = None) -> jax.Array:
         return jnp.asarray(value, dtype)
 
 
+def stacked(value: Any) -> Any:
+    """A list of traced numbers as one array, such as a batch's lengths under jit; anything else as it is."""
+    return jnp.asarray(value) if isinstance(value, Sequence) and _any_traced(value) else value
+
+
+def _any_traced(value: Any) -> bool:
+    return any(map(is_traced, jax.tree.leaves(value)))
+
+
 def _array(value: Any) -> Array:
     return value if isinstance(value, np.ndarray) else in_jax(value)
 
@@ -102,6 +111,15 @@ class PackedSequence(_Fields):
             if inverse is None or not np.array_equal(given, inverse):
                 raise ValueError(f"unsorted_indices should be the inverse of sorted_indices, got {given.tolist()}")
         return tuple.__new__(cls, (data, *map(_frozen, (sizes, order, inverse))))
+
+    def __jax_array__(self) -> jax.Array:
+        # jnp.asarray would try to stack the fields: its words would not say what to write.
+        raise TypeError(
+            "a PackedSequence is not one array: give its data, such as packed._replace(data=linear(packed.data))"
+        )
+
+    def __array__(self, *args: Any, **kwargs: Any) -> NDArray[Any]:
+        return np.asarray(self.__jax_array__())  # which raises
 
 
 def _frozen(integers: NDArray[Any] | None) -> NDArray[np.int64] | None:
@@ -179,7 +197,7 @@ def _gather(a: jax.Array, places: NDArray[Any], **settings: Any) -> jax.Array:
 
 def _static(name: str, value: Any) -> NDArray[np.int64]:
     """A 1-D array of integers that are not traced."""
-    if is_traced(value):
+    if _any_traced(value):
         raise TypeError(
             f"{name} should not be traced, as under jit: pack outside jit and pass the PackedSequence in, or give "
             "padded rows and lengths= to the layer"

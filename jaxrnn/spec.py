@@ -131,7 +131,10 @@ def _roles(cell: Cell, bias: bool | int, proj_size: int = 0) -> tuple[str, ...]:
 
 def _check_type(name: str, value: object, kind: type) -> None:
     if not isinstance(value, kind):
-        raise TypeError(f"{name} should be of type {kind.__name__}, got {value!r} of type {type(value).__name__}")
+        got = f"got {value!r} of type {type(value).__name__}"
+        same = jnp.issubdtype(getattr(value, "dtype", object), jnp.integer if kind is int else jnp.bool_)
+        remedy = f": write {kind.__name__}({name})" if same else ""
+        raise TypeError(f"{name} should be of type {kind.__name__}, {got}{remedy}")
 
 
 def _check_cell(cell: object) -> None:
@@ -162,7 +165,7 @@ class Spec(_Shapes[StateT]):
             `(time, batch, features)`. Touches neither `h_0` nor `h_n`.
         dropout: the probability with which an output of every layer but the last is zeroed in training.
         bidirectional: whether each layer also runs backward in time.
-        proj_size: features of the projected hidden state of an LSTM; 0 for no projection.
+        proj_size: features of the projected hidden state, for an LSTM and other cells that allow it; 0 for none.
 
     Raises:
         TypeError: a size is not an int, or `bias` or `batch_first` is not a bool.
@@ -199,7 +202,10 @@ class Spec(_Shapes[StateT]):
                 raise ValueError(f"{name} should be greater than zero, got {value}")
         _check_type("proj_size", self.proj_size, int)
         if self.proj_size and not self.cell.projects:
-            raise ValueError(f"proj_size is for LSTM only, got proj_size={self.proj_size} for {self.cell.name}")
+            raise ValueError(
+                f"proj_size should be 0 for {self.cell.name}, got {self.proj_size}: only a Cell with projects=True, "
+                "such as LSTM_CELL, can have a projection"
+            )
         if not 0 <= self.proj_size < self.hidden_size:
             raise ValueError(
                 f"proj_size should be 0 for none, or less than hidden_size={self.hidden_size}, got {self.proj_size}"

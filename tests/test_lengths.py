@@ -123,6 +123,70 @@ def test_a_row_of_length_0_keeps_its_state(ragged: Ragged) -> None:
     assert_close(found, ragged.results(np.zeros_like(found["output"]), ragged.hx), atol=0)
 
 
+def test_a_state_that_no_step_reads_reaches_nothing() -> None:
+    """NaN in the hx of a row of length 0."""
+    ragged, empty = Ragged(jaxrnn.Spec(LSTM_CELL, F, H, bidirectional=True)), ROWS == 0
+
+    def run(params: dict, odd: float) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+        hx = tuple(jnp.where(empty[:, None], odd, a) for a in ragged.hx)
+        found = ragged.run(params, ragged.x, hx, lengths=ROWS)
+        return found, {name: a[:, ~empty] for name, a in found.items()}
+
+    def differentiate(odd: float) -> Any:
+        rows, pullback, found = jax.vjp(lambda params: run(params, odd)[::-1], ragged.params, has_aux=True)
+        return rows, pullback(jax.tree.map(jnp.cos, rows)), found
+
+    *found, (every) = jax.jit(differentiate)(jnp.nan)
+    assert_close(tuple(found), jax.jit(differentiate)(0.0)[:2], atol=1e-15)
+    for name, a in every.items():
+        assert np.all(np.isnan(a[:, empty])) or name == "output", name
+    assert np.all(every["output"][:, empty] == 0)
+
+
+@pytest.mark.parametrize("spec", [ONE, jaxrnn.Spec(LSTM_CELL, F, H, num_layers=2)], ids=str)
+def test_a_reset_past_the_end_reaches_nothing(spec: jaxrnn.Spec) -> None:
+    params, x, reset = parameters(spec), normal(T, N, F), np.arange(T)[:, None] >= np.array([3, 4, 0, 2])
+    inside = reset & ~PADDING
+    assert inside.any()
+
+    @jax.jit
+    def differentiate(odd: float, reset: np.ndarray) -> Any:
+        # Of the rows that are reset past their ends alone.
+        state = [jnp.where(np.any(inside, axis=0)[:, None], normal(1, H), odd) for _ in spec.cell.states]
+        whole = tuple(jnp.broadcast_to(a, (spec.num_layers, N, H)) for a in state)
+        given = {"lengths": ROWS, "reset": reset, "reset_state": whole if len(whole) > 1 else whole[0]}
+        run = lambda params: jnp.sum(jnp.sin(jaxrnn.apply(spec, params, x, **given)[0]))  # noqa: E731
+        return jax.value_and_grad(run)(params)
+
+    assert_close(differentiate(jnp.nan, reset), differentiate(0.0, inside), atol=1e-15)
+
+
+def test_the_states_of_every_step_of_a_row_of_length_0() -> None:
+    hx = normal(1, N, H)
+    inside = jaxrnn.trajectory(ONE, parameters(ONE), normal(T, N, F), hx, lengths=ROWS)
+    assert_close(inside.states["h"][:, :, 2], np.broadcast_to(hx[:, None, 2], (1, T, H)), atol=0)
+
+
+@pytest.mark.parametrize("through", [jax.jit, jax.vmap], ids=lambda transform: transform.__name__)
+def test_lists_of_traced_numbers(through: Any) -> None:
+    """As of a batch that goes through jit as it is."""
+    params, x = parameters(ONE), normal(2, T, 3, F)
+    lengths, reset = [[1, 3, 5], [0, 2, 4]], normal(2, T, 3) > 1
+
+    def run(x: Any, lengths: Any, reset: Any) -> Any:
+        return jaxrnn.apply(ONE, params, x, lengths=lengths, reset=reset)
+
+    expected = [run(x[k], lengths[k], reset[k]) for k in range(2)]
+    if through is jax.jit:
+        assert_close(jax.jit(run)(x[0], lengths[0], reset[0].tolist()), expected[0], atol=1e-15)
+        assert_close(jax.jit(run)(x[0], tuple(lengths[0]), [list(row) for row in reset[0]]), expected[0], atol=1e-15)
+        return
+    rows = jnp.array(lengths).T
+    steps = jnp.moveaxis(jnp.array(reset), 0, -1)
+    found = jax.vmap(lambda x, a, b: run(x, list(a), [list(row) for row in b]), (0, 1, 2))(x, rows, steps)
+    assert_close(found, jax.tree.map(lambda *a: np.stack(a), *expected), atol=1e-15)
+
+
 def test_whole_lengths_are_no_lengths(ragged: Ragged) -> None:
     whole = ragged.run(ragged.params, ragged.x, ragged.hx, lengths=[T] * N)
     assert_close(whole, ragged.run(ragged.params, ragged.x, ragged.hx), atol=1e-15)

@@ -125,7 +125,7 @@ def test_params_have_torchs_keys_and_ranges() -> None:
         (lambda: jaxrnn.linen.LSTM(3, 0), ValueError, "hidden_size should be greater than zero, got 0"),
         (lambda: jaxrnn.linen.GRU(3.0, 4), TypeError, "input_size should be of type int"),
         (lambda: jaxrnn.linen.GRU(3, 4, bias=1), TypeError, "bias should be of type bool"),
-        (lambda: jaxrnn.linen.GRU(3, 4, proj_size=2), ValueError, "proj_size is for LSTM only"),
+        (lambda: jaxrnn.linen.GRU(3, 4, proj_size=2), ValueError, "proj_size should be 0 for GRU, got 2"),
         (lambda: jaxrnn.linen.LSTM(3, 4, proj_size=4), ValueError, "less than hidden_size=4"),
         (lambda: jaxrnn.linen.RNN(3, 4, 2, "sine"), ValueError, "nonlinearity should be 'tanh' or 'relu', got 'sine'"),
         (lambda: jaxrnn.linen.RNNCell(3, 4, True, "sine"), ValueError, "nonlinearity should be 'tanh' or 'relu'"),
@@ -178,6 +178,12 @@ def test_dropout_through_rng_collections() -> None:
         gru.apply(variables, x, deterministic=False)
     with pytest.raises(ValueError, match='"deterministic" must be passed'):
         gru.apply(variables, x)
+    # By position, so that linen.remat can name it as static.
+    again = linen.remat(jaxrnn.linen.GRU, static_argnums=3)(3, 4, num_layers=2, dropout=0.5)
+    for deterministic in (True, False):
+        key = None if deterministic else jax.random.key(3)
+        expected = gru.apply(variables, x, None, deterministic, rng=key)[0]
+        assert_close(again.apply(variables, x, None, deterministic, rng=key)[0], expected, atol=0)
     # Where there is nothing to drop, nothing has to be said.
     jaxrnn.linen.GRU(3, 4, num_layers=2).init(KEY, x)
 

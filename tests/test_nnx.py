@@ -124,7 +124,7 @@ def test_a_bad_nonlinearity(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["RNN", "GRU"])
 def test_proj_size_is_the_lstms(name: str) -> None:
-    with pytest.raises(ValueError, match="proj_size is for LSTM only, got proj_size=2"):
+    with pytest.raises(ValueError, match=r"proj_size should be 0 for .*, got 2"):
         _make(name, proj_size=2)
 
 

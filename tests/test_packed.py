@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from arrays import parameters
 from comparing import assert_close
-from flax import nnx
+from flax import linen, nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from making import filled
@@ -361,6 +361,10 @@ PACKED = jaxrnn.pack_padded_sequence(X, [4, 2, 1])
         (lambda: jaxrnn.PackedSequence(X, [3, 2], None, [1, 2, 0]), ValueError, "inverse of sorted_indices"),
         (lambda: jax.jit(jaxrnn.pack_padded_sequence)(X, jnp.array([4, 2, 1])), TypeError, "lengths=.* layer"),
         (lambda: jax.jit(jaxrnn.PackedSequence)(X, jnp.array([3, 2])), TypeError, "batch_sizes should not be traced"),
+        (lambda: jax.jit(jaxrnn.pack_padded_sequence)(X, [4, 2, 1]), TypeError, "lengths should not be traced"),
+        (lambda: nnx.Linear(2, 3, rngs=nnx.Rngs(0))(PACKED), TypeError, r"packed\._replace\(data=linear\(packed\.data"),
+        (lambda: linen.Dense(3).init(jax.random.key(0), PACKED), TypeError, "PackedSequence is not one array"),
+        (lambda: np.tanh(PACKED), TypeError, "PackedSequence is not one array"),
     ],
 )  # fmt: skip
 def test_bad_input_that_torch_lets_pass(call: Any, error: type[Exception], message: str) -> None:

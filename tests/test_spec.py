@@ -102,9 +102,28 @@ def test_torch_raises_the_same(torch: types.ModuleType, bad: dict, error: type[E
         torch.nn.LSTM(**{"input_size": 3, "hidden_size": 4, **bad})
 
 
-@pytest.mark.parametrize("cell", [jaxrnn.RNN_TANH, jaxrnn.GRU_CELL], ids=lambda cell: cell.name)
-def test_only_an_lstm_projects(cell: jaxrnn.Cell) -> None:
-    with pytest.raises(ValueError, match="proj_size is for LSTM only"):
+@pytest.mark.parametrize(
+    ("bad", "remedy"),
+    [
+        ({"input_size": np.int64(2)}, ": write int(input_size)"),
+        ({"num_layers": np.int8(2)}, ": write int(num_layers)"),
+        ({"bias": np.True_}, ": write bool(bias)"),
+        ({"hidden_size": np.float32(2.5)}, ""),
+        ({"hidden_size": 2.5}, ""),
+    ],
+    ids=str,
+)
+def test_what_to_write_for_numbers_of_numpy(bad: dict, remedy: str) -> None:
+    with pytest.raises(TypeError) as caught:
+        jaxrnn.Spec(jaxrnn.LSTM_CELL, **{"input_size": 3, "hidden_size": 4, **bad})
+    assert str(caught.value).rpartition(f"of type {type(next(iter(bad.values()))).__name__}")[2] == remedy
+
+
+@pytest.mark.parametrize("cell", [jaxrnn.RNN_TANH, jaxrnn.GRU_CELL, jaxrnn.IND_RNN_CELL], ids=lambda cell: cell.name)
+def test_cells_that_do_not_project(cell: jaxrnn.Cell) -> None:
+    with pytest.raises(
+        ValueError, match=f"proj_size should be 0 for {cell.name}, got 2: only a Cell with projects=True"
+    ):
         jaxrnn.Spec(cell, 3, 4, proj_size=2)
 
 
