@@ -401,12 +401,13 @@ def _run(
             state = steps.select(empty, tuple(map(jnp.zeros_like, state)), state)
     dropout = key if masks is None else masks
     x, state, runs = stack.run(spec, options, params, x, state, marks, reset_state, dropout, every)
-    state = steps.select(empty, first, state)
-    x, state = form.restore(x, _cast(state, dtypes))
+    x, state = form.restore(x, steps.select(empty, first, _cast(state, dtypes)))
     if not every:
         return x, state, ()
     states, gates = jax.tree.map(lambda *a: jnp.stack(a), *((run.state, run.gates) for run in runs))
-    states = _cast(steps.select(empty, tuple(a[:, None] for a in first), states), dtypes)
+    states = _cast(states, dtypes)
+    if empty is not None:
+        states = steps.select(empty, tuple(a[:, None] for a in first), states)
     states, gates = jax.tree.map(form.restore_every, (states, gates))
     return x, state, (states, gates)
 
