@@ -78,14 +78,15 @@ def _inputs(path: str) -> np.ndarray:
 def _of(rnn: FoundRNN, tensors: dict[str, np.ndarray], given: Mapping[str, np.ndarray]) -> Iterator[Module]:
     kind = rnn.class_name
     if rnn.kind == "RNN":
-        kind += "_TANH"  # which no state dict says
+        kind += rnn.spec.cell.name.removeprefix("RNN")  # tanh, unless the file says relu
     elif rnn.proj_size:
         kind += "_PROJ"
     parameters = {name: tensors[rnn.prefix + name].astype(np.float64) for name in rnn.spec.shapes()}
     name = f"{rnn.prefix.removesuffix('.') or rnn.kind} ({kind})"
+    arguments = {key: value for key, value in rnn.arguments.items() if key not in rnn.said}  # time-major, no dropout
 
     def case(label: str, steps: int | None, batch: int, x: np.ndarray | None) -> Module:
-        module = Module(f"{name} on {label}", kind, rnn.arguments, steps, batch, hx=True)
+        module = Module(f"{name} on {label}", kind, arguments, steps, batch, hx=True)
         random = np.random.RandomState(zlib.crc32(module.name.encode()))
         inputs, results = (
             {name: random.standard_normal(shape) for name, shape in shapes.items()} for shapes in module.shapes()[1:]

@@ -64,6 +64,7 @@ def check(rnn: FoundRNN, tensors: Mapping[str, Any], torch: ModuleType | None) -
         make = functools.partial(getattr(jaxrnn.nnx, rnn.class_name), **rnn.arguments, param_dtype=np.float64)
         module = nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0)))  # without random numbers, which would be compiled
         load_state_dict(module, params)
+        module.eval()  # as torch's below
         states = jax.tree.map(lambda shape: random.standard_normal(shape.shape), jax.eval_shape(module, x))
         hx = states if rnn.is_cell else states[1]
         ours = [np.asarray(array) for array in jax.tree.leaves(module(x, hx))]
