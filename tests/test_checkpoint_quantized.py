@@ -130,3 +130,11 @@ def test_mutated_files_are_read_or_refused(torch: types.ModuleType, tmp_path: Pa
         except CheckpointError:
             refused += 1
     assert 30 < refused < 300
+
+
+def test_a_plain_weight_beside_a_quantized_one_of_its_name(torch: types.ModuleType, tmp_path: Path) -> None:
+    quantized = _quantized(torch, torch.nn.ModuleDict({"fc": torch.nn.Linear(8, 4)})).state_dict()
+    path = tmp_path / "both.pt"
+    torch.save(quantized | {"fc.weight": torch.zeros(4, 8)}, path)
+    with pytest.raises(CheckpointError, match=r"fc\._packed_params\._packed_params and fc\.weight are both read as fc\.w"):
+        load(path, dequantize=True)

@@ -8,6 +8,7 @@ import numpy as np
 
 from jaxrnn.checkpoint.errors import AGAIN, CheckpointError, listed
 from jaxrnn.checkpoint.formats.pickles import Other, Packed, StoredTensor
+from jaxrnn.checkpoint.named import Names
 from jaxrnn.checkpoint.stored import Value, read
 
 _BEFORE = "save the state_dict() of the model before it was quantized"
@@ -33,29 +34,31 @@ def _unpacked(tensors: Mapping[str, Any], halves: list[str]) -> dict[str, Any]:
     Raises:
         CheckpointError: a module is packed in a way that torch does not pack it, or its settings are in doubt.
     """
-    found: dict[str, Any] = {}
+    found = Names[Any](_BEFORE)
     linear = {name.removesuffix(_LINEAR) for name in tensors if name.endswith(_LINEAR)}
     for name, value in tensors.items():
         module, dot, leaf = name.rpartition(".")
         if any(name.endswith(each) and name.removesuffix(each) in linear for each in _UNUSED):
             continue
-        if not is_packed(value):
-            found[name] = value
-            continue
+        weights: dict[str, Any] = {}
         try:
-            if name.endswith(_LAYERS):
-                found |= _layers(name.removesuffix(_LAYERS), tensors, halves)
+            if not is_packed(value):
+                weights = {name: value}
+            elif name.endswith(_LAYERS):
+                weights = _layers(name.removesuffix(_LAYERS), tensors, halves)
             elif name.endswith(_CELL):
                 role = leaf.removeprefix("_packed_weight_")
-                found |= _named(f"{module}{dot}weight_{role}", f"{module}{dot}bias_{role}", value)
+                weights = _named(f"{module}{dot}weight_{role}", f"{module}{dot}bias_{role}", value)
             elif name.endswith(_LINEAR):
                 prefix = name.removesuffix(_LINEAR)
-                found |= _named(f"{prefix}weight", f"{prefix}bias", value)
+                weights = _named(f"{prefix}weight", f"{prefix}bias", value)
             elif "_all_weight_values." not in name:
                 raise ValueError(f"{name} is packed in an unknown way")
         except (ValueError, TypeError, IndexError, KeyError, AttributeError) as error:
             cause = f"damaged: the parts of the quantized {module} do not fit together: {error}"
             raise CheckpointError(f"{cause}\n{AGAIN}") from error
+        for each, tensor in weights.items():
+            found.put(each, tensor, name)
     return found
 
 
