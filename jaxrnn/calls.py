@@ -454,7 +454,10 @@ def _check_spec(spec: object, kind: type) -> None:
 
 def _floating(name: str, value: Any) -> jax.Array:
     if isinstance(value, Sequence):  # jnp.asarray would stack it, maybe along the wrong axis
-        raise TypeError(f"{name} should be one array, got {type(value).__name__} of length {len(value)}")
+        remedy = (
+            ": of the (output, state) that a module returns, give output" if name == "x" and len(value) == 2 else ""
+        )
+        raise TypeError(f"{name} should be one array, got {type(value).__name__} of length {len(value)}{remedy}")
     array = in_jax(value)
     if not jnp.issubdtype(array.dtype, jnp.floating):
         raise TypeError(f"{name} should be floating, got {array.dtype}")

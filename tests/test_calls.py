@@ -154,6 +154,7 @@ BAD_CALLS = [
         RuntimeError,
         "at least one time step on axis 1",
     ),
+    (GRU, ((ONES, np.zeros((1, N, H))),), TypeError, r"x should be one array, got tuple of length 2: .* give output"),
     (GRU, (ONES.astype(np.int32),), TypeError, "x should be floating, got int32"),
     (GRU, (ONES.astype(bool),), TypeError, "x should be floating, got bool"),
     (GRU, (ONES.astype(np.complex64),), TypeError, "x should be floating, got complex64"),
