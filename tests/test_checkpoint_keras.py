@@ -4,6 +4,8 @@ import io
 import json
 import os
 import random
+import re
+import time
 import warnings
 import zipfile
 from pathlib import Path
@@ -19,6 +21,7 @@ from memory import memory_to_refuse
 
 import jaxrnn
 from jaxrnn.checkpoint import CheckpointError, find_rnns, load
+from jaxrnn.checkpoint.formats.keras import _config
 
 pytest.importorskip("pyfive", reason="pyfive is not installed")
 h5py = pytest.importorskip("h5py", reason="h5py, which writes files, is not installed")
@@ -171,6 +174,184 @@ def test_halves_that_are_not_concatenated(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=r"both\. has merge_mode=sum"):
         [found] = find_rnns(load(_saved(tmp_path, _hdf5(groups, config))))
     assert found.bidirectional
+
+
+def _read(tmp_path: Path, groups: dict[str, list[np.ndarray]], config: Any) -> tuple[dict[str, Any], list[str]]:
+    """The modules found by prefix, and what was said."""
+    path = _saved(tmp_path, _hdf5(groups, config))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = {rnn.prefix: rnn for rnn in find_rnns(load(path))}
+    return found, [str(each.message).removeprefix(f"{path}: ") for each in caught]
+
+
+def _functional_2(*layers: dict[str, Any], **inputs: list[list[Any]]) -> dict[str, Any]:
+    """A functional model of Keras 2: what each layer is called with."""
+    nodes = [layer | {"inbound_nodes": [inputs[layer["config"]["name"]]]} for layer in layers]
+    return {"class_name": "Functional", "config": {"name": "model", "layers": nodes}}
+
+
+def test_masks_and_states_in_functional_models_of_keras_2(tmp_path: Path) -> None:
+    layers = (
+        {"class_name": "InputLayer", "config": {"name": "start"}},
+        {"class_name": "Embedding", "config": {"name": "em", "mask_zero": True}},
+        _layer("LSTM", "masked", return_sequences=True, time_major=False),
+        _layer("GRU", "last", reset_after=True),
+        _layer("GRU", "free", reset_after=True, time_major=True),
+        _layer("LSTM", "given"),
+    )
+    config = _functional_2(
+        *layers, start=[], em=[["start", 0, 0, {}]], masked=[["em", 0, 0, {}]], last=[["masked", 0, 0, {}]],
+        free=[["last", 0, 0, {}]], given=[["start", 0, 0, {"mask": ["m", 0, 0]}], ["h", 0, 0, {}], ["c", 0, 0, {}]],
+    )  # fmt: skip
+    groups = {f"model_weights/{name}/{name}/cell": _arrays(kind) for kind, name in (
+        ("LSTM", "masked"), ("GRU", "last"), ("GRU", "free"), ("LSTM", "given"),
+    )}  # fmt: skip
+    found, words = _read(tmp_path, groups, config)
+    mask = "which may mask steps: if it masks the ends of rows alone, give lengths=, and take h_n for the last output"
+    assert sorted(words) == [
+        "given. comes after its argument mask, " + mask,
+        "given. is called with initial_state: give it as hx, with the layers and directions on the first axis",
+        "last. comes after em (Embedding), " + mask,
+        "masked. comes after em (Embedding), " + mask,
+    ]
+    assert {prefix: rnn.spec.batch_first for prefix, rnn in found.items()} == {
+        "masked.": True, "last.": True, "free.": False, "given.": True,
+    }  # fmt: skip
+
+
+def test_a_gru_from_before_reset_after(tmp_path: Path) -> None:
+    """Without biases its weights do not tell that it computes otherwise; its configuration does."""
+    config = {"class_name": "Sequential", "config": [_layer("GRU", "old")]}
+    arrays = _arrays("GRU", bias=False)
+    found, [text] = _read(tmp_path, {"model_weights/old/old": arrays}, config)
+    assert not found
+    assert text.endswith(": old (reset_after=False, where torch's GRU has True)")
+    found, [text] = _read(tmp_path, {"old/old": arrays}, None)
+    assert "old." in found
+    assert "assumed are Keras's default activations, go_backwards=False, no mask, reset_after=True" in text
+
+
+def test_what_a_configuration_says_must_fit_the_weights(tmp_path: Path) -> None:
+    config = {"class_name": "Sequential", "config": [_layer("LSTM", "a", units=7)]}
+    _, [text] = _read(tmp_path, {"model_weights/a/a/cell": _arrays("LSTM")}, config)
+    assert text.endswith(": a (units=7 in the configuration, and 3 in its weights)")
+
+
+def test_unknown_settings_are_named(tmp_path: Path) -> None:
+    config = {"class_name": "Sequential", "config": [_layer("LSTM", "a", zoneout=0.1, new={"x": [1]}, on=True)]}
+    _, words = _read(tmp_path, {"model_weights/a/a/cell": _arrays("LSTM")}, config)
+    unknown = "jaxrnn does not know what it does: compare the outputs with the original's"
+    assert words == [f"a. has {each}: {unknown}" for each in ("zoneout=0.1", "new=None", "on")]
+
+
+@pytest.mark.parametrize("container", ["layers", "_layer_checkpoint_dependencies"])
+def test_layers_whose_names_are_not_in_the_file(container: str, tmp_path: Path) -> None:
+    """Keras 3.0 numbers the layers of each class; Keras 2 numbers them otherwise."""
+    config = {"class_name": "Sequential", "config": {"layers": [
+        _layer("GRU", "gru_1", reset_after=False), _layer("LSTM", "b"), _layer("LSTM", "c", go_backwards=True),
+    ]}}  # fmt: skip
+    names = {"gru": "GRU", "lstm": "LSTM", "lstm_1": "LSTM"}
+    groups = {f"{container}/{name}/cell/vars": _arrays(kind) for name, kind in names.items()}
+    data = _zip(config_json=json.dumps(config).encode(), model_weights_h5=_hdf5(groups))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        load(_saved(tmp_path, data))
+    words = [str(each.message).partition(": ")[2] for each in caught]
+    assert words[0].endswith(": gru (reset_after=False, where torch's GRU has True)")
+    if container == "layers":
+        assert words[1:] == ["lstm_1. has go_backwards: flip its input along the time axis"]
+    else:
+        assert "does not say the settings of lstm., lstm_1." in words[1]
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "name"),
+    [
+        ("layers/a/b/cell/vars", "layers/a.b/cell/vars", r"layers\.a\.b\.cell\."),
+        ("a/b.c/vars", "a.b/c/vars", r"a\.b\.c\.0"),
+    ],
+)
+def test_groups_that_would_have_one_name(one: str, other: str, name: str, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        _read(tmp_path, {one: _arrays("LSTM"), other: _arrays("LSTM")}, None)
+    words = rf"{one}\S* and {other}\S* are both read as {name}\nrename one of them, and save the model again"
+    assert re.search(words, str(caught.value))
+
+
+CONFIG = {
+    "class_name": "Functional",
+    "config": {"name": "model", "layers": [
+        {"class_name": "InputLayer", "config": {"name": "in"}, "inbound_nodes": []},
+        {"class_name": "Masking", "config": {"name": "mask"}, "inbound_nodes": [[["in", 0, 0, {}]]]},
+        _layer("LSTM", "tagger", dtype={"class_name": "DTypePolicy", "config": {"name": "float32"}}),
+        {"class_name": "Bidirectional", "config": {
+            "name": "both", "layer": _layer("GRU", "gru", return_sequences=True), "merge_mode": "sum",
+        }, "inbound_nodes": [{"args": [{"config": {"keras_history": ["mask", 0, 0]}}], "kwargs": {"mask": None}}]},
+        {"class_name": "RNN", "config": {"name": "st", "cell": {
+            "class_name": "StackedRNNCells", "config": {"name": "cells", "cells": [_layer("LSTMCell", "x")] * 2},
+        }}},
+        {"class_name": "Sequential", "config": {"name": "functional", "layers": [
+            {"class_name": "TimeDistributed", "config": {"name": "td", "layer": _layer("SimpleRNN", "simple_rnn")}},
+        ]}},
+    ]},
+}  # fmt: skip
+
+
+def _changed(value: Any, numbers: random.Random) -> Any:
+    """A configuration in which something is something else."""
+    if numbers.random() < 0.03:
+        junk = (
+            None,
+            True,
+            -1,
+            1e308,
+            "",
+            "layers",
+            "LSTM",
+            [],
+            {},
+            [[[]]],
+            {"class_name": "RNN", "config": {}},
+            ["a", 0],
+        )
+        return numbers.choice((*junk, value, [value], {"class_name": "Bidirectional", "config": {"layer": value}}))
+    if isinstance(value, dict):
+        return {name: _changed(each, numbers) for name, each in value.items()}
+    return [_changed(each, numbers) for each in value] if isinstance(value, list) else value
+
+
+def test_any_configuration_is_read_or_refused(tmp_path: Path) -> None:
+    numbers, said = random.Random(0), set()
+    names = {"layers/lstm_1/vars": "tagger", "layers/bidirectional/vars": "both"}
+    groups = KERAS_3 | {
+        f"layers/rnn/cell/cells/{name}/vars": _arrays("LSTM", H) for name in ("lstm_cell", "lstm_cell_1")
+    }
+    old = {"model_weights/both/both/forward_gru/gru_cell": _arrays("GRU"), "model_weights/st/st/x": _arrays("LSTM")}
+    weights, weights_2 = _hdf5(groups, names=names), _hdf5(old)
+    for i in range(150):
+        config = json.dumps(_changed(CONFIG, numbers) if i else CONFIG)
+        data = _zip(config_json=config.encode(), model_weights_h5=weights if i % 2 else weights_2)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            load(_saved(tmp_path, data))
+        said |= {str(each.message).partition(": ")[2][:60] for each in caught}
+    assert len(said) > 10
+
+
+def test_a_huge_configuration_takes_no_time(tmp_path: Path) -> None:
+    many = [_layer("LSTM", "a") for _ in range(10_000)]
+    config = {"class_name": "Sequential", "config": {"name": "a", "layers": many}}
+    for depth in range(60):
+        config = {"class_name": "Sequential", "config": {"name": f"a{depth}", "layers": [config]}}
+    groups = {f"model_weights/a58/a/lstm_cell_{i}": _arrays("LSTM", 1) for i in range(100)}
+    data = _hdf5(groups)
+    start = time.perf_counter()
+    with pytest.warns(UserWarning, match="does not say the settings"):
+        load(_saved(tmp_path, _zip(config_json=json.dumps(config).encode(), model_weights_h5=data)))
+    assert time.perf_counter() - start < 5
+    with pytest.raises(CheckpointError, match="over 50000 recurrent layers"):
+        _config(json.dumps({"class_name": "Sequential", "config": [_layer("LSTM", f"a{i}") for i in range(50_001)]}))
 
 
 @weights_alone

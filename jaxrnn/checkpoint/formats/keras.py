@@ -161,12 +161,13 @@ def _variables(
 
 def _config(config: Any) -> Config | None:
     """A model's configuration, if the file has one."""
+    if config is None:
+        return None
     try:
-        return None if config is None else Config(json.loads(config))
+        raw = json.loads(config)
     except (ValueError, TypeError, RecursionError) as error:
-        if isinstance(error, CheckpointError):
-            raise
         raise CheckpointError(f"the configuration of the model is damaged: {error}\n{AGAIN}") from error
+    return Config(raw)
 
 
 class _Part(NamedTuple):
@@ -378,18 +379,17 @@ def _guessed(
 def _named(modules: list[_Module], notes: "_Notes") -> dict[str, _Parts]:
     """The modules by their prefixes. Those that would have the same are named by their whole paths."""
     tops = Counter(module.where[0] for module in modules if not module.numbered)
-    short = ["".join(f"{each}." for each in _names_of(module, tops)) for module in modules]
-    count = Counter(short)
+    groups = [next(iter(module.parts.values())).group for module in modules]
+    prefixes = [".".join(_names_of(module, tops)) for module in modules]
+    first = prefixes
+    for longer in ([module.where for module in modules], [_layers_in(group) for group in groups]):
+        count = Counter(prefixes)
+        prefixes = [".".join(path) if count[each] > 1 else each for each, path in zip(prefixes, longer, strict=True)]
     named = Names[_Parts](_RENAME)
-    renamed: dict[str, list[str]] = {}
-    for prefix, module in zip(short, modules, strict=True):
-        source = "/".join(next(iter(module.parts.values())).group)
-        if count[prefix] > 1:
-            whole = "".join(f"{each}." for each in module.where)
-            renamed.setdefault(prefix, []).append(whole)
-            prefix = whole
-        named.put(prefix, module.parts, source)
-    notes.renamed = renamed
+    for before, prefix, module, group in zip(first, prefixes, modules, groups, strict=True):
+        named.put(f"{prefix}.", module.parts, "/".join(group))
+        if before != prefix:
+            notes.renamed.setdefault(before, []).append(prefix)
     return named
 
 
@@ -430,10 +430,10 @@ def _lacking(part: _Part) -> list[str]:
     hidden, columns = part.arrays["recurrent_kernel"].shape
     bias, settings = part.arrays.get("bias"), part.settings
     kind = part.cell.chain[-1].kind if part.cell else part.kind
-    if kind.removesuffix("Cell") == f"~{part.kind}":
-        return [f"{part.kind} that is not Keras's"]
-    if not part.kind or kind.removesuffix("Cell") != part.kind:
-        return [f"{kind.removeprefix('~').removesuffix('Cell') or 'a layer'} of {part.gates} gates"]
+    if kind.removesuffix("Cell") != part.kind or not part.kind:
+        name = kind.removeprefix("~")
+        same = part.kind and name.removesuffix("Cell") == part.kind
+        return [f"{name} that is not Keras's" if same else f"{name or 'a layer'} of {part.gates} gates"]
     if bias is not None and bias.shape == (2 * columns,):
         return [f"CuDNN{part.kind}'s layout"]
     reasons = [shown(finding.name, finding.value) for finding in _findings(part) if finding.refused]
@@ -546,7 +546,10 @@ class _Notes:
 
     def words(self) -> list[str]:
         """All of it, a line for each thing."""
-        words = [f"several layers are named {each}: they are {listed(new)} here" for each, new in self.renamed.items()]
+        words = [
+            f"several layers are named {each}: of these, {listed(new)} are read by their paths in the file"
+            for each, new in self.renamed.items()
+        ]
         if self._unknown:
             whole = "" if self._configured else "read a file of model.save(path) instead, or "
             words.append(

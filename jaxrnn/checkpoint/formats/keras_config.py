@@ -1,5 +1,6 @@
 """The configuration of a Keras model: its recurrent layers, where they are, and what becomes of their settings."""
 
+import functools
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -47,7 +48,6 @@ _LAYER: dict[str, Row] = {
     "go_backwards": warned(False, remedy=FLIP),
     "stateful": warned(False, remedy="give each call the state that the last one returned, as hx"),
     "unroll": _HOW,
-    "use_cudnn": _HOW,
     "zero_output_for_mask": neutral("is about steps past the end of a row, which are zero here"),
     # of Keras 2
     "time_major": USED,
@@ -78,6 +78,7 @@ TABLES = {
     name: Table(f"keras.layers.{name}", rows)
     for name, rows in {
         **{kind: _LAYER | _OF_CELLS | rows for kind, rows in _OF_KIND.items()},
+        **{kind: _LAYER | _OF_CELLS | _OF_KIND[kind] | {"use_cudnn": _HOW} for kind in ("LSTM", "GRU")},
         **{f"{kind}Cell": _ANY | _OF_CELLS | rows for kind, rows in _OF_KIND.items()},
         "RNN": _LAYER | {"cell": USED},
         "StackedRNNCells": _ANY | {"cells": USED, "reverse_state_order": neutral("orders states alone")},
@@ -92,11 +93,13 @@ TABLES = {
     }.items()
 }
 MASKS = {
-    "Masking": Table("keras.layers.Masking", _ANY | {"mask_value": warned(remedy=MASKED)}),
+    "Masking": Table(
+        "keras.layers.Masking", dict.fromkeys(_ANY, _NOT_RECURRENT) | {"mask_value": warned(remedy=MASKED)}
+    ),
     "Embedding": Table(
         "keras.layers.Embedding",
         {
-            **_ANY,
+            **dict.fromkeys(_ANY, _NOT_RECURRENT),
             "mask_zero": warned(False, remedy=MASKED),
             **dict.fromkeys(
                 ("input_dim", "output_dim", "embeddings_initializer", "embeddings_regularizer"), _NOT_RECURRENT
@@ -207,6 +210,7 @@ class Config:
     def __init__(self, raw: Any) -> None:
         self._cells: dict[Path, Cell] = {}
         self._by_name: dict[tuple[str, str], list[Cell]] = {}  # of the layer of the model that has it, and its own
+        self._makes: dict[int, str] = {}  # what makes a mask, by a model's list of layers
         self._titles: dict[Path, str] = {}  # of what is in a model, by the group's name
         root = node_of(raw)
         self._root = root.name if root else ""
@@ -290,15 +294,29 @@ class Config:
         elif node.kind in TABLES or "units" in node.settings:
             self._add((*path, "cell"), place)
 
+    def _mask_of(self, node: Node) -> str:
+        """What in a layer or a model makes a mask, by its name and class; "" if nothing does."""
+        findings = MASKS[node.kind].findings(node.settings) if node.kind in MASKS else ()
+        if any(finding.row.words == MASKED for finding in findings):
+            return f"{node.name[:80]} ({node.kind})"
+        if node.layers is None:
+            inner = node_of(node.settings.get("layer"))
+            return self._mask_of(inner) if inner else ""
+        if id(node.layers) not in self._makes:
+            found = (self._mask_of(inner) for each in node.layers if (inner := node_of(each)))
+            self._makes[id(node.layers)] = next(filter(None, found), "")
+        return self._makes[id(node.layers)]
+
     def _in_model(self, layers: list[Any], path: Path, place: Cell) -> Iterator[tuple[Node | None, Path, Cell]]:
         nodes = [node_of(each) for each in layers]
         groups = _groups(nodes)
-        numbered = set(groups)
-        for node, group, mask in zip(nodes, groups, _masks(nodes, place.mask), strict=True):
+        alone = Counter(node.kind for node in nodes if node)
+        made = [self._mask_of(node) if node else "" for node in nodes]
+        for node, group, mask in zip(nodes, groups, _masks(nodes, made, place.mask), strict=True):
             if node is None:
                 continue
             self._titles[(*path, "layers", group)] = node.name
-            if f"{group}_1" not in numbered:  # whose numbers Keras 2 counts in another way
+            if alone[node.kind] == 1:  # Keras 2 numbers them in another way
                 self._titles[(*path, "_layer_checkpoint_dependencies", group)] = node.name
             words, masked, trains = _called(node)
             below = place._replace(names=(*place.names, (node.name,)), words=(*place.words, *words), trains=trains)
@@ -314,21 +332,25 @@ def _directions(node: Node, inner: Node) -> tuple[Node, Node]:
     return inner, backward
 
 
+@functools.lru_cache
+def _group(kind: str) -> str:
+    """The name of the group in which Keras puts a layer of a list, by its class."""
+    name = re.sub(r"\W+", "", kind)
+    return re.sub("([a-z])([A-Z])", r"\1_\2", re.sub("(.)([A-Z][a-z]+)", r"\1_\2", name)).lower()
+
+
 def _groups(nodes: list[Node | None]) -> list[str]:
-    """The names of the groups in which Keras puts the layers of a list: by class, and numbered."""
+    """The names of the groups of the layers of a list: those of one class are numbered."""
     count: Counter[str] = Counter()
     found = []
-    for node in nodes:
-        name = re.sub(r"\W+", "", node.kind if node else "")
-        name = re.sub("([a-z])([A-Z])", r"\1_\2", re.sub("(.)([A-Z][a-z]+)", r"\1_\2", name)).lower()
+    for name in [_group(node.kind if node else "") for node in nodes]:
         found.append(f"{name}_{count[name]}" if count[name] else name)
         count[name] += 1
     return found
 
 
-def _masks(nodes: list[Node | None], outer: str) -> list[str]:
-    """For each layer of a model what may mask its input, "" if nothing does."""
-    made = [_mask_of(node) if node else "" for node in nodes]
+def _masks(nodes: list[Node | None], made: list[str], outer: str) -> list[str]:
+    """For each layer of a model what may mask its input, "" if nothing does: what others made, or is there outside."""
     by_name = {node.name: i for i, node in enumerate(nodes) if node}
     if all(node is None or node.calls is None for node in nodes):  # a Sequential
         following: dict[int, list[int]] = {i: [i + 1] for i in range(len(nodes) - 1)}
@@ -353,22 +375,6 @@ def _masks(nodes: list[Node | None], outer: str) -> list[str]:
                     found[other] = mask
                     todo += [other] if not made[other] else []
     return found
-
-
-def _mask_of(node: Node) -> str:
-    """What in a layer or a model makes a mask, by its name and class; "" if nothing does."""
-    todo: list[Any] = [node]
-    while todo:
-        each = todo.pop()
-        found = each if isinstance(each, Node) else node_of(each)
-        if found is not None:
-            findings = MASKS[found.kind].findings(found.settings) if found.kind in MASKS else ()
-            if any(finding.row.words == MASKED for finding in findings):
-                return f"{found.name[:80]} ({found.kind})"
-            todo += [found.settings]
-        elif isinstance(each, dict | list):
-            todo += each.values() if isinstance(each, dict) else each
-    return ""
 
 
 def _ends_mask(node: Node) -> bool:
@@ -415,9 +421,9 @@ def _given(call: Any) -> dict[str, Any]:
         args, given = call.get("args"), call.get("kwargs")
         named = dict(zip(_POSITIONS, args, strict=False)) if isinstance(args, list) else {}
         return named | (given if isinstance(given, dict) else {})
-    first = call[0] if isinstance(call, list) and call else ()
-    given = first[3] if isinstance(first, list) and len(first) > 3 else {}  # of Keras 2
-    return (given if isinstance(given, dict) else {}) | ({"initial_state": call[1:]} if len(call or ()) > 1 else {})
+    call = call if isinstance(call, list) else []  # of Keras 2
+    given = call[0][3] if call and isinstance(call[0], list) and len(call[0]) > 3 else {}
+    return (given if isinstance(given, dict) else {}) | ({"initial_state": call[1:]} if len(call) > 1 else {})
 
 
 def said_of(finding: Finding) -> str:
