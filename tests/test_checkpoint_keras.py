@@ -22,11 +22,14 @@ from memory import memory_to_refuse
 import jaxrnn
 from jaxrnn.checkpoint import CheckpointError, find_rnns, load
 from jaxrnn.checkpoint.formats.keras import _config
+from jaxrnn.checkpoint.formats.keras_config import CALL
 
 pytest.importorskip("pyfive", reason="pyfive is not installed")
 h5py = pytest.importorskip("h5py", reason="h5py, which writes files, is not installed")
 F, H = 2, 3
 GATES = {"LSTM": 4, "GRU": 3, "SimpleRNN": 1}
+UNKNOWN = "jaxrnn does not know what it does: compare the outputs with the original's"
+MASK = "which may mask steps: if it masks the ends of rows alone, give lengths=, and take h_n for the last output"
 weights_alone = pytest.mark.filterwarnings("ignore:.*weights alone")
 
 
@@ -208,16 +211,38 @@ def test_masks_and_states_in_functional_models_of_keras_2(tmp_path: Path) -> Non
         ("LSTM", "masked"), ("GRU", "last"), ("GRU", "free"), ("LSTM", "given"),
     )}  # fmt: skip
     found, words = _read(tmp_path, groups, config)
-    mask = "which may mask steps: if it masks the ends of rows alone, give lengths=, and take h_n for the last output"
     assert sorted(words) == [
-        "given. comes after its argument mask, " + mask,
+        f"given. comes after its argument mask, {MASK}",
         "given. is called with initial_state: give it as hx, with the layers and directions on the first axis",
-        "last. comes after em (Embedding), " + mask,
-        "masked. comes after em (Embedding), " + mask,
+        f"last. comes after em (Embedding), {MASK}",
+        f"masked. comes after em (Embedding), {MASK}",
     ]
     assert {prefix: rnn.spec.batch_first for prefix, rnn in found.items()} == {
         "masked.": True, "last.": True, "free.": False, "given.": True,
     }  # fmt: skip
+
+
+CALLED = {  # what is said of an argument
+    "mask": f"comes after its argument mask, {MASK}",
+    "initial_state": "is called with initial_state: give it as hx, with the layers and directions on the first axis",
+    "training": "is called with training=True, and has dropout=0.5: what is read here drops nothing",
+    "constants": "is called with constants: write a jaxrnn.Cell that has them",
+    "unheard_of": f"is called with unheard_of: {UNKNOWN}",
+    **dict.fromkeys(("sequence", "sequences", "inputs"), ""),
+}
+
+
+@pytest.mark.parametrize("name", [*CALL, "unheard_of"])
+@pytest.mark.parametrize("given", [True, False])
+def test_arguments_of_calls(name: str, given: bool, tmp_path: Path) -> None:
+    tensor = {"class_name": "__keras_tensor__", "config": {"keras_history": ["start", 0, 0]}}
+    value = given if name == "training" else [tensor] if given else None
+    node = {"args": [tensor], "kwargs": {name: value}}
+    layer = _layer("LSTM", "a", dropout=0.5) | {"inbound_nodes": [node]}
+    config = {"class_name": "Functional", "config": {"name": "model", "layers": [layer]}}
+    _, words = _read(tmp_path, {"model_weights/a/a/cell": _arrays("LSTM")}, config)
+    said = f"a. {CALLED[name]}" if CALLED[name] and given else ""
+    assert words == ([said] if said else [f"a. is called with {name}=None: {UNKNOWN}"] if name == "unheard_of" else [])
 
 
 def test_a_gru_from_before_reset_after(tmp_path: Path) -> None:
@@ -241,8 +266,7 @@ def test_what_a_configuration_says_must_fit_the_weights(tmp_path: Path) -> None:
 def test_unknown_settings_are_named(tmp_path: Path) -> None:
     config = {"class_name": "Sequential", "config": [_layer("LSTM", "a", zoneout=0.1, new={"x": [1]}, on=True)]}
     _, words = _read(tmp_path, {"model_weights/a/a/cell": _arrays("LSTM")}, config)
-    unknown = "jaxrnn does not know what it does: compare the outputs with the original's"
-    assert words == [f"a. has {each}: {unknown}" for each in ("zoneout=0.1", "new=None", "on")]
+    assert words == [f"a. has {each}: {UNKNOWN}" for each in ("zoneout=0.1", "new=None", "on")]
 
 
 @pytest.mark.parametrize("container", ["layers", "_layer_checkpoint_dependencies"])
@@ -339,6 +363,7 @@ def test_any_configuration_is_read_or_refused(tmp_path: Path) -> None:
     assert len(said) > 10
 
 
+@pytest.mark.slow
 def test_a_huge_configuration_takes_no_time(tmp_path: Path) -> None:
     many = [_layer("LSTM", "a") for _ in range(10_000)]
     config = {"class_name": "Sequential", "config": {"name": "a", "layers": many}}

@@ -119,7 +119,7 @@ CALL = Table(
         "inputs": USED,
         "training": USED,
         "initial_state": warned(None, remedy="give it as hx, with the layers and directions on the first axis"),
-        "constants": refused(None, remedy=_WRITE),
+        "constants": warned(None, remedy="write a jaxrnn.Cell that has them"),
     },
 )
 _POSITIONS = ("sequences", "initial_state", "mask", "training")
