@@ -486,6 +486,11 @@ def test_directions_of_different_kinds(tmp_path: Path) -> None:
         "relu": (_layer("SimpleRNN", activation="relu"), _layer("SimpleRNN", go_backwards=True)),
         "sizes": (_layer("LSTM"), _layer("LSTM", 5, go_backwards=True)),
         "kinds": (_layer("GRU"), _layer("LSTM", go_backwards=True)),
+        "swapped": (_layer("GRU", go_backwards=True), _layer("LSTM")),
+        "stacks": (
+            layers.RNN([_cell("GRU"), _cell("GRU", 4)], return_sequences=True),
+            layers.RNN(_cell("GRU"), return_sequences=True, go_backwards=True),
+        ),
         "biases": (_layer("GRU", use_bias=False), _layer("GRU", go_backwards=True)),
     }
     both = {f"{name}.": layers.Bidirectional(one, backward_layer=two, name=name) for name, (one, two) in pairs.items()}
@@ -574,14 +579,14 @@ def test_a_class_that_is_not_kerass(tmp_path: Path) -> None:
     class LSTM(keras.layers.LSTM):  # which may compute anything
         pass
 
-    class Cell(keras.layers.LSTMCell):
+    class MyCell(keras.layers.LSTMCell):
         pass
 
-    model = _sequential(LSTM(H, name="own", return_sequences=True), keras.layers.RNN(Cell(H), name="cell"))
-    [(_, tensors, words)] = _recurrent(model, ".keras", path=tmp_path)
-    [text] = words
+    model = _sequential(LSTM(H, name="own", return_sequences=True), keras.layers.RNN(MyCell(H), name="cell"))
+    [(_, tensors, [text]), (_, _, [alone])] = _recurrent(model, ".keras", ".weights.h5", path=tmp_path)
+    assert "of own., cell. (whose cell is named my_cell), but weights alone: " in alone
     assert "own (LSTM that is not Keras's)" in text
-    assert "cell (Cell of 4 gates)" in text
+    assert "cell (MyCell of 4 gates)" in text
     assert not find_rnns(tensors)
 
 

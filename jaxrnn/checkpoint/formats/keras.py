@@ -341,22 +341,28 @@ def _guessed(
     cells: Mapping[Path, tuple[str | None, ...]], groups: Iterable[Path], configured: bool
 ) -> dict[Path, _Place]:
     """The places of cells of which no configuration says anything, by the names of groups."""
-    beside: dict[Path, list[str]] = {}
-    for group in groups:
-        path = _layers_in(group)
-        beside.setdefault(path[:-1], []).append(path[-1]) if path else None
+    stacks: dict[Path, list[str]] = {}
+    for path in map(_layers_in, groups):
+        if path[-3:-1] == _STACK and len(path) > 3:
+            stacks.setdefault(path[:-1], []).append(path[-1])
+    stacks = {
+        path: sorted(names, key=lambda name: (len(name), name))
+        for path, names in stacks.items()
+        if len({name.rstrip("_0123456789") for name in names}) == 1
+    }
+    levels = {(*path, name): i for path, names in stacks.items() for i, name in enumerate(names)}
     alone = Counter(path[:-1] for group in cells if CELL.fullmatch((path := _layers_in(group))[-1]))
     places: dict[Path, _Place] = {}
     for group in cells:
         path = _layers_in(group)
-        stacked = sorted(beside[path[:-1]], key=lambda name: (len(name), name)) if path[-3:-1] == _STACK else []
-        if len(path) > 3 and stacked and len({name.rstrip("_0123456789") for name in stacked}) == 1:
-            places[group] = _Place(path[:-3], "", stacked.index(path[-1]), len(stacked))
+        if path in levels:
+            places[group] = _Place(path[:-3], "", levels[path], len(stacks[path[:-1]]))
         elif len(path) > 1 and CELL.fullmatch(path[-1]) and alone[path[:-1]] == 1:
             places[group] = _Place(path[:-1])
         else:
             places[group] = _Place(path)
     bases = {(place.where, group[-1] == "vars") for group, place in places.items()}
+    titles = {place.where: cells[group][len(place.where) - 1] for group, place in places.items()}
     for group, place in places.items():
         *outer, last = place.where
         numbered = group[-1] == "vars"
@@ -367,12 +373,9 @@ def _guessed(
             continue
         if ((*outer, f"{_OTHER[side]}_{rest}"), numbered) not in bases:
             continue
-        title = cells[group][len(outer)]
-        if side == "backward" or not title or title.startswith("forward_"):
+        forward = titles.get((*outer, f"forward_{rest}"))
+        if not forward or forward.startswith("forward_"):  # as Bidirectional names it
             places[group] = place._replace(where=tuple(outer), side=f"{side}_layer")
-    for group, place in places.items():  # a forward layer that Bidirectional has not named is of another class
-        if place.side == _SIDES[1] and _SIDES[0] not in {o.side for o in places.values() if o.where == place.where}:
-            places[group] = place._replace(where=(*place.where, _layers_in(group)[len(place.where)]), side="")
     return places
 
 
@@ -415,10 +418,9 @@ def _reasons(parts: _Parts) -> list[str]:
         for reason in _lacking(part):
             found.setdefault(reason, set()).add(side)
     reasons = [reason if where == sides else f"{reason} of its {listed(where)}" for reason, where in found.items()]
-    levels = next(iter(parts.values())).levels
-    wanted = {(side, level) for side in (_SIDES if any(sides) else ("",)) for level in range(levels)}
-    if parts.keys() != wanted:
-        reasons.append(f"{len(parts)} of its {len(wanted)} cells are like torch's")
+    wanted = {(side, level) for (side, _), part in parts.items() for level in range(part.levels)}
+    if parts.keys() != wanted or (any(sides) and sides != {*_SIDES}):
+        reasons.append(f"only {len(parts)} of its cells are like torch's")
     backward = {side: bool(part.settings.get("go_backwards")) for (side, _), part in parts.items() if part.cell}
     if len(backward) == 2 and len(set(backward.values())) == 1:
         reasons.append("both of its directions run the same way")

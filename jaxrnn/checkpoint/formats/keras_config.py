@@ -73,7 +73,7 @@ _OF_KIND: dict[str, dict[str, Row]] = {
 }
 _INNER = {"layer": USED}
 _NOT_RECURRENT = neutral("is of a layer that is not recurrent")
-# By class: what becomes of each setting. `_OTHERS` are not recurrent, and change what recurrent layers do.
+# By class: what becomes of each setting. Those in MASKS are not recurrent, and change what recurrent layers do.
 TABLES = {
     name: Table(f"keras.layers.{name}", rows)
     for name, rows in {
@@ -436,4 +436,4 @@ def shown(name: str, value: Any) -> str:
     if isinstance(value, dict):
         value = value.get("registered_name") or value.get("class_name")
     known = isinstance(value, str | int | float | None) and value is not True and value != "__keras_tensor__"
-    return f"{name}={value}"[:80] if known else name
+    return " ".join((f"{name}={value}" if known else name).split())[:80]
