@@ -263,6 +263,53 @@ def test_what_a_configuration_says_must_fit_the_weights(tmp_path: Path) -> None:
     assert text.endswith(": a (units=7 in the configuration, and 3 in its weights)")
 
 
+def _encoder(**groups: str) -> tuple[dict[str, list[np.ndarray]], dict[str, Any]]:
+    """A file of Keras 3's .h5 with a layer of one's own that has these, and its configuration, which does not."""
+    config = {"name": "model", "layers": [{"class_name": "Custom>Encoder", "config": {"name": "enc", "units": H}}]}
+    arrays = {f"model_weights/enc/model/enc/{name}": _arrays(kind) for name, kind in groups.items()}
+    return arrays, {"class_name": "Sequential", "config": config}
+
+
+def test_layers_in_a_layer_of_ones_own(tmp_path: Path) -> None:
+    """Two cells are two modules; what is named forward and backward may both run forward; units are not the LSTM's."""
+    inside = {"lstm_cell_1": "LSTM", "lstm_cell_2": "LSTM", "forward_x/gru_cell": "GRU", "backward_x/gru_cell": "GRU"}
+    found, [text] = _read(tmp_path, *_encoder(**inside, **{"my_backward_rnn/simple_rnn_cell": "SimpleRNN"}))
+    assert {prefix.removeprefix("enc.model.enc."): rnn.bidirectional for prefix, rnn in found.items()} == {
+        "lstm_cell_1.": False, "lstm_cell_2.": False, "forward_x.": False, "backward_x.": False,
+        "my_backward_rnn.": False,
+    }  # fmt: skip
+    assert "which its configuration leaves out: assumed are Keras's default activations" in text
+    assert not any(rnn.said for rnn in found.values())
+    found, [text] = _read(tmp_path, *_encoder(**{"lstm/lstm_cell": "LSTM"}))
+    assert [*found] == ["enc."]
+    assert "does not say the settings of enc., which its configuration leaves out" in text
+    found, [text] = _read(tmp_path, *_encoder(lstm_cell="LSTM"))  # it may be a subclass of LSTM
+    assert not found
+    assert text.endswith(": enc (Encoder of 4 gates)")
+
+
+def test_a_layer_of_the_same_name_in_a_layer_of_ones_own(tmp_path: Path) -> None:
+    layers = [_layer("LSTM", "a", go_backwards=True), {"class_name": "Own", "config": {"name": "own"}}]
+    inner = {"class_name": "Functional", "config": {"name": "enc", "layers": layers}}
+    groups = {f"model_weights/enc/enc/{name}/lstm_cell": _arrays("LSTM") for name in ("a", "own/a")}
+    _, words = _read(tmp_path, groups, {"class_name": "Sequential", "config": [inner]})
+    assert words[0].startswith("the file does not say the settings of enc.enc.own.a., which its configuration leaves")
+    assert words[1:] == ["enc.enc.a. has go_backwards: flip its input along the time axis"]
+
+
+def test_directions_that_run_the_same_way(tmp_path: Path) -> None:
+    """Keras 3 refuses this; a file may say it."""
+    layers = {name: _layer("LSTM", f"{name[:-6]}_a", go_backwards=True) for name in ("forward_layer", "backward_layer")}
+    layer = {"name": "b", "layer": layers["forward_layer"], "backward_layer": layers["backward_layer"]}
+    config = {"class_name": "Sequential", "config": [{"class_name": "Bidirectional", "config": layer}]}
+    groups = {f"model_weights/b/b/{each}_a/lstm_cell": _arrays("LSTM") for each in ("forward", "backward")}
+    found, [text] = _read(tmp_path, groups, config)
+    assert not found
+    assert text.endswith(": b (both of its directions run the same way)")
+    layers["forward_layer"]["config"]["go_backwards"] = False
+    assert [rnn.bidirectional for rnn in _read(tmp_path, groups, config)[0].values()] == [True]
+
+
 def test_unknown_settings_are_named(tmp_path: Path) -> None:
     config = {"class_name": "Sequential", "config": [_layer("LSTM", "a", zoneout=0.1, new={"x": [1]}, on=True)]}
     _, words = _read(tmp_path, {"model_weights/a/a/cell": _arrays("LSTM")}, config)
