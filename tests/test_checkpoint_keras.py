@@ -4,6 +4,8 @@ import io
 import json
 import os
 import random
+import re
+import time
 import warnings
 import zipfile
 from pathlib import Path
@@ -19,11 +21,16 @@ from memory import memory_to_refuse
 
 import jaxrnn
 from jaxrnn.checkpoint import CheckpointError, find_rnns, load
+from jaxrnn.checkpoint.formats.keras import _config
+from jaxrnn.checkpoint.formats.keras_config import CALL
 
 pytest.importorskip("pyfive", reason="pyfive is not installed")
 h5py = pytest.importorskip("h5py", reason="h5py, which writes files, is not installed")
 F, H = 2, 3
 GATES = {"LSTM": 4, "GRU": 3, "SimpleRNN": 1}
+UNKNOWN = "jaxrnn does not know what it does: compare the outputs with the original's"
+MASK = "which may mask steps: if it masks the ends of rows alone, give lengths=, and take h_n for the last output"
+weights_alone = pytest.mark.filterwarnings("ignore:.*weights alone")
 
 
 def _arrays(kind: str, features: int = F, bias: bool = True) -> list[np.ndarray]:
@@ -52,8 +59,8 @@ def _saved(tmp_path: Path, data: bytes, name: str = "model.h5") -> Path:
     return tmp_path / name
 
 
-def _layer(kind: str, name: str, **settings: Any) -> dict[str, Any]:
-    return {"class_name": kind, "config": {"name": name, "units": H, **settings}}
+def _layer(kind: str, name: str, class_name: str = "", **settings: Any) -> dict[str, Any]:
+    return {"class_name": class_name or kind, "config": {"name": name, "units": H, **settings}}
 
 
 @pytest.mark.slow
@@ -84,8 +91,10 @@ def test_every_file_that_keras_writes(tmp_path: Path) -> None:
         for prefix, (x, output) in expected.items():
             rnn = found[prefix]
             params = {key: tensors[prefix + key] for key in rnn.spec.shapes()}
-            ours = jaxrnn.apply(rnn.spec, params, np.swapaxes(x, 0, 1))[0]
-            assert_close(np.swapaxes(ours, 0, 1), output, atol=2e-6)
+            assert rnn.spec.batch_first == ("weights" not in name)  # weights alone do not say it
+            axes = (0, 1) if rnn.spec.batch_first else (1, 0)
+            ours = jaxrnn.apply(rnn.spec, params, np.moveaxis(x, axes, (0, 1)))[0]
+            assert_close(np.moveaxis(ours, (0, 1), axes), output, atol=2e-6)
 
 
 KERAS_3 = {
@@ -99,6 +108,7 @@ KERAS_3 = {
 }
 
 
+@weights_alone
 def test_names_are_those_of_layers_and_attributes(tmp_path: Path) -> None:
     names = {"layers/lstm_1/vars": "tagger", "encoder/lstm/vars": "lstm_7", "layers/bidirectional/vars": "both"}
     tensors = load(_saved(tmp_path, _hdf5(KERAS_3, names=names)))
@@ -112,6 +122,7 @@ def test_names_are_those_of_layers_and_attributes(tmp_path: Path) -> None:
     assert [name for name in tensors if "_l0" not in name] == ["layers.dense.0"]
 
 
+@weights_alone
 def test_names_in_files_of_keras_2(tmp_path: Path) -> None:
     groups = {
         "model_weights/lstm_1/lstm_1/lstm_cell_3": _arrays("LSTM"),
@@ -148,6 +159,7 @@ def test_what_weights_do_not_hold_is_said(kind: str, settings: dict[str, Any], w
     assert len(find_rnns(tensors)) == ("left out" not in words)
 
 
+@weights_alone
 def test_a_layer_of_cudnn_is_left_out(tmp_path: Path) -> None:
     arrays = [*_arrays("LSTM", bias=False), normal(8 * H)]
     groups = {"cu_dnnlstm_1/cu_dnnlstm_1": arrays, "lstm_1/lstm_1": _arrays("LSTM")}
@@ -167,6 +179,254 @@ def test_halves_that_are_not_concatenated(tmp_path: Path) -> None:
     assert found.bidirectional
 
 
+def _read(tmp_path: Path, groups: dict[str, list[np.ndarray]], config: Any) -> tuple[dict[str, Any], list[str]]:
+    """The modules found by prefix, and what was said."""
+    path = _saved(tmp_path, _hdf5(groups, config))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = {rnn.prefix: rnn for rnn in find_rnns(load(path))}
+    return found, [str(each.message).removeprefix(f"{path}: ") for each in caught]
+
+
+def _functional_2(*layers: dict[str, Any], **inputs: list[list[Any]]) -> dict[str, Any]:
+    """A functional model of Keras 2: what each layer is called with."""
+    nodes = [layer | {"inbound_nodes": [inputs[layer["config"]["name"]]]} for layer in layers]
+    return {"class_name": "Functional", "config": {"name": "model", "layers": nodes}}
+
+
+def test_masks_and_states_in_functional_models_of_keras_2(tmp_path: Path) -> None:
+    layers = (
+        {"class_name": "InputLayer", "config": {"name": "start"}},
+        {"class_name": "Embedding", "config": {"name": "em", "mask_zero": True}},
+        _layer("LSTM", "masked", return_sequences=True, time_major=False),
+        _layer("GRU", "last", reset_after=True),
+        _layer("GRU", "free", reset_after=True, time_major=True),
+        _layer("LSTM", "given"),
+    )
+    config = _functional_2(
+        *layers, start=[], em=[["start", 0, 0, {}]], masked=[["em", 0, 0, {}]], last=[["masked", 0, 0, {}]],
+        free=[["last", 0, 0, {}]], given=[["start", 0, 0, {"mask": ["m", 0, 0]}], ["h", 0, 0, {}], ["c", 0, 0, {}]],
+    )  # fmt: skip
+    groups = {f"model_weights/{name}/{name}/cell": _arrays(kind) for kind, name in (
+        ("LSTM", "masked"), ("GRU", "last"), ("GRU", "free"), ("LSTM", "given"),
+    )}  # fmt: skip
+    found, words = _read(tmp_path, groups, config)
+    assert sorted(words) == [
+        f"given. comes after its argument mask, {MASK}",
+        "given. is called with initial_state: give it as hx, with the layers and directions on the first axis",
+        f"last. comes after em (Embedding), {MASK}",
+        f"masked. comes after em (Embedding), {MASK}",
+    ]
+    assert {prefix: rnn.spec.batch_first for prefix, rnn in found.items()} == {
+        "masked.": True, "last.": True, "free.": False, "given.": True,
+    }  # fmt: skip
+
+
+CALLED = {  # what is said of an argument
+    "mask": f"comes after its argument mask, {MASK}",
+    "initial_state": "is called with initial_state: give it as hx, with the layers and directions on the first axis",
+    "training": "is called with training=True, and has dropout=0.5: what is read here drops nothing",
+    "constants": "is called with constants: write a jaxrnn.Cell that has them",
+    "unheard_of": f"is called with unheard_of: {UNKNOWN}",
+    **dict.fromkeys(("sequence", "sequences", "inputs"), ""),
+}
+
+
+@pytest.mark.parametrize("name", [*CALL, "unheard_of"])
+@pytest.mark.parametrize("given", [True, False])
+def test_arguments_of_calls(name: str, given: bool, tmp_path: Path) -> None:
+    tensor = {"class_name": "__keras_tensor__", "config": {"keras_history": ["start", 0, 0]}}
+    value = given if name == "training" else [tensor] if given else None
+    node = {"args": [tensor], "kwargs": {name: value}}
+    layer = _layer("LSTM", "a", dropout=0.5) | {"inbound_nodes": [node]}
+    config = {"class_name": "Functional", "config": {"name": "model", "layers": [layer]}}
+    _, words = _read(tmp_path, {"model_weights/a/a/cell": _arrays("LSTM")}, config)
+    said = f"a. {CALLED[name]}" if CALLED[name] and given else ""
+    assert words == ([said] if said else [f"a. is called with {name}=None: {UNKNOWN}"] if name == "unheard_of" else [])
+
+
+def test_a_gru_from_before_reset_after(tmp_path: Path) -> None:
+    """Without biases its weights do not tell that it computes otherwise; its configuration does."""
+    config = {"class_name": "Sequential", "config": [_layer("GRU", "old")]}
+    arrays = _arrays("GRU", bias=False)
+    found, [text] = _read(tmp_path, {"model_weights/old/old": arrays}, config)
+    assert not found
+    assert text.endswith(": old (reset_after=False, where torch's GRU has True)")
+    found, [text] = _read(tmp_path, {"old/old": arrays}, None)
+    assert "old." in found
+    assert "assumed are Keras's default activations, go_backwards=False, no mask, reset_after=True" in text
+
+
+def test_what_a_configuration_says_must_fit_the_weights(tmp_path: Path) -> None:
+    config = {"class_name": "Sequential", "config": [_layer("LSTM", "a", units=7)]}
+    _, [text] = _read(tmp_path, {"model_weights/a/a/cell": _arrays("LSTM")}, config)
+    assert text.endswith(": a (units=7 in the configuration, and 3 in its weights)")
+
+
+def _encoder(**groups: str) -> tuple[dict[str, list[np.ndarray]], dict[str, Any]]:
+    """A file of Keras 3's .h5 with a layer of one's own that has these, and its configuration, which does not."""
+    config = {"name": "model", "layers": [{"class_name": "Custom>Encoder", "config": {"name": "enc", "units": H}}]}
+    arrays = {f"model_weights/enc/model/enc/{name}": _arrays(kind) for name, kind in groups.items()}
+    return arrays, {"class_name": "Sequential", "config": config}
+
+
+def test_layers_in_a_layer_of_ones_own(tmp_path: Path) -> None:
+    """Two cells are two modules; what is named forward and backward may both run forward; units are not the LSTM's."""
+    inside = {"lstm_cell_1": "LSTM", "lstm_cell_2": "LSTM", "forward_x/gru_cell": "GRU", "backward_x/gru_cell": "GRU"}
+    found, [text] = _read(tmp_path, *_encoder(**inside, **{"my_backward_rnn/simple_rnn_cell": "SimpleRNN"}))
+    assert {prefix.removeprefix("enc.model.enc."): rnn.bidirectional for prefix, rnn in found.items()} == {
+        "lstm_cell_1.": False, "lstm_cell_2.": False, "forward_x.": False, "backward_x.": False,
+        "my_backward_rnn.": False,
+    }  # fmt: skip
+    assert "which its configuration leaves out: assumed are Keras's default activations" in text
+    assert not any(rnn.said for rnn in found.values())
+    found, [text] = _read(tmp_path, *_encoder(**{"lstm/lstm_cell": "LSTM"}))
+    assert [*found] == ["enc."]
+    assert "does not say the settings of enc., which its configuration leaves out" in text
+    found, [text] = _read(tmp_path, *_encoder(lstm_cell="LSTM"))  # it may be a subclass of LSTM
+    assert not found
+    assert text.endswith(": enc (Encoder of 4 gates)")
+
+
+def test_a_layer_of_the_same_name_in_a_layer_of_ones_own(tmp_path: Path) -> None:
+    layers = [_layer("LSTM", "a", go_backwards=True), {"class_name": "Own", "config": {"name": "own"}}]
+    inner = {"class_name": "Functional", "config": {"name": "enc", "layers": layers}}
+    groups = {f"model_weights/enc/enc/{name}/lstm_cell": _arrays("LSTM") for name in ("a", "own/a")}
+    _, words = _read(tmp_path, groups, {"class_name": "Sequential", "config": [inner]})
+    assert words[0].startswith("the file does not say the settings of enc.enc.own.a., which its configuration leaves")
+    assert words[1:] == ["enc.enc.a. has go_backwards: flip its input along the time axis"]
+
+
+def test_directions_that_run_the_same_way(tmp_path: Path) -> None:
+    """Keras 3 refuses this; a file may say it."""
+    layers = {name: _layer("LSTM", f"{name[:-6]}_a", go_backwards=True) for name in ("forward_layer", "backward_layer")}
+    layer = {"name": "b", "layer": layers["forward_layer"], "backward_layer": layers["backward_layer"]}
+    config = {"class_name": "Sequential", "config": [{"class_name": "Bidirectional", "config": layer}]}
+    groups = {f"model_weights/b/b/{each}_a/lstm_cell": _arrays("LSTM") for each in ("forward", "backward")}
+    found, [text] = _read(tmp_path, groups, config)
+    assert not found
+    assert text.endswith(": b (both of its directions run the same way)")
+    layers["forward_layer"]["config"]["go_backwards"] = False
+    assert [rnn.bidirectional for rnn in _read(tmp_path, groups, config)[0].values()] == [True]
+
+
+def test_unknown_settings_are_named(tmp_path: Path) -> None:
+    config = {"class_name": "Sequential", "config": [_layer("LSTM", "a", zoneout=0.1, new={"x": [1]}, on=True)]}
+    _, words = _read(tmp_path, {"model_weights/a/a/cell": _arrays("LSTM")}, config)
+    assert words == [f"a. has {each}: {UNKNOWN}" for each in ("zoneout=0.1", "new=None", "on")]
+
+
+@pytest.mark.parametrize("container", ["layers", "_layer_checkpoint_dependencies"])
+def test_layers_whose_names_are_not_in_the_file(container: str, tmp_path: Path) -> None:
+    """Keras 3.0 numbers the layers of each class; Keras 2 numbers them otherwise."""
+    config = {"class_name": "Sequential", "config": {"layers": [
+        _layer("GRU", "gru_1", reset_after=False), _layer("LSTM", "b"), _layer("LSTM", "c", go_backwards=True),
+    ]}}  # fmt: skip
+    names = {"gru": "GRU", "lstm": "LSTM", "lstm_1": "LSTM"}
+    groups = {f"{container}/{name}/cell/vars": _arrays(kind) for name, kind in names.items()}
+    data = _zip(config_json=json.dumps(config).encode(), model_weights_h5=_hdf5(groups))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        load(_saved(tmp_path, data))
+    words = [str(each.message).partition(": ")[2] for each in caught]
+    assert words[0].endswith(": gru (reset_after=False, where torch's GRU has True)")
+    if container == "layers":
+        assert words[1:] == ["lstm_1. has go_backwards: flip its input along the time axis"]
+    else:
+        assert "does not say the settings of lstm., lstm_1." in words[1]
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "name"),
+    [
+        ("layers/a/b/cell/vars", "layers/a.b/cell/vars", r"layers\.a\.b\.cell\."),
+        ("a/b.c/vars", "a.b/c/vars", r"a\.b\.c\.0"),
+    ],
+)
+def test_groups_that_would_have_one_name(one: str, other: str, name: str, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        _read(tmp_path, {one: _arrays("LSTM"), other: _arrays("LSTM")}, None)
+    words = rf"{one}\S* and {other}\S* are both read as {name}\nrename one of them, and save the model again"
+    assert re.search(words, str(caught.value))
+
+
+CONFIG = {
+    "class_name": "Functional",
+    "config": {"name": "model", "layers": [
+        {"class_name": "InputLayer", "config": {"name": "in"}, "inbound_nodes": []},
+        {"class_name": "Masking", "config": {"name": "mask"}, "inbound_nodes": [[["in", 0, 0, {}]]]},
+        _layer("LSTM", "tagger", dtype={"class_name": "DTypePolicy", "config": {"name": "float32"}}),
+        {"class_name": "Bidirectional", "config": {
+            "name": "both", "layer": _layer("GRU", "gru", return_sequences=True), "merge_mode": "sum",
+        }, "inbound_nodes": [{"args": [{"config": {"keras_history": ["mask", 0, 0]}}], "kwargs": {"mask": None}}]},
+        {"class_name": "RNN", "config": {"name": "st", "cell": {
+            "class_name": "StackedRNNCells", "config": {"name": "cells", "cells": [_layer("LSTMCell", "x")] * 2},
+        }}},
+        {"class_name": "Sequential", "config": {"name": "functional", "layers": [
+            {"class_name": "TimeDistributed", "config": {"name": "td", "layer": _layer("SimpleRNN", "simple_rnn")}},
+        ]}},
+    ]},
+}  # fmt: skip
+
+
+def _changed(value: Any, numbers: random.Random) -> Any:
+    """A configuration in which something is something else."""
+    if numbers.random() < 0.03:
+        junk = (
+            None,
+            True,
+            -1,
+            1e308,
+            "",
+            "layers",
+            "LSTM",
+            [],
+            {},
+            [[[]]],
+            {"class_name": "RNN", "config": {}},
+            ["a", 0],
+        )
+        return numbers.choice((*junk, value, [value], {"class_name": "Bidirectional", "config": {"layer": value}}))
+    if isinstance(value, dict):
+        return {name: _changed(each, numbers) for name, each in value.items()}
+    return [_changed(each, numbers) for each in value] if isinstance(value, list) else value
+
+
+def test_any_configuration_is_read_or_refused(tmp_path: Path) -> None:
+    numbers, said = random.Random(0), set()
+    names = {"layers/lstm_1/vars": "tagger", "layers/bidirectional/vars": "both"}
+    groups = KERAS_3 | {
+        f"layers/rnn/cell/cells/{name}/vars": _arrays("LSTM", H) for name in ("lstm_cell", "lstm_cell_1")
+    }
+    old = {"model_weights/both/both/forward_gru/gru_cell": _arrays("GRU"), "model_weights/st/st/x": _arrays("LSTM")}
+    weights, weights_2 = _hdf5(groups, names=names), _hdf5(old)
+    for i in range(150):
+        config = json.dumps(_changed(CONFIG, numbers) if i else CONFIG)
+        data = _zip(config_json=config.encode(), model_weights_h5=weights if i % 2 else weights_2)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            load(_saved(tmp_path, data))
+        said |= {str(each.message).partition(": ")[2][:60] for each in caught}
+    assert len(said) > 10
+
+
+@pytest.mark.slow
+def test_a_huge_configuration_takes_no_time(tmp_path: Path) -> None:
+    many = [_layer("LSTM", "a") for _ in range(10_000)]
+    config = {"class_name": "Sequential", "config": {"name": "a", "layers": many}}
+    for depth in range(60):
+        config = {"class_name": "Sequential", "config": {"name": f"a{depth}", "layers": [config]}}
+    groups = {f"model_weights/a58/a/lstm_cell_{i}": _arrays("LSTM", 1) for i in range(100)}
+    data = _hdf5(groups)
+    start = time.perf_counter()
+    with pytest.warns(UserWarning, match="does not say the settings"):
+        load(_saved(tmp_path, _zip(config_json=json.dumps(config).encode(), model_weights_h5=data)))
+    assert time.perf_counter() - start < 5
+    with pytest.raises(CheckpointError, match="over 50000 recurrent layers"):
+        _config(json.dumps({"class_name": "Sequential", "config": [_layer("LSTM", f"a{i}") for i in range(50_001)]}))
+
+
+@weights_alone
 def test_bfloat16(tmp_path: Path) -> None:
     file = io.BytesIO()
     arrays = [array.astype(jnp.bfloat16) for array in _arrays("LSTM")]

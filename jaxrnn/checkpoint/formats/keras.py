@@ -6,11 +6,11 @@ import itertools
 import json
 import math
 import os
-import re
 import warnings
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from typing import IO, Any, NamedTuple
 
 import jax.numpy as jnp
@@ -20,8 +20,23 @@ from jaxrnn.checkpoint.arrays import NO_NUMBERS, dtype_of
 from jaxrnn.checkpoint.dialects import DIALECTS
 from jaxrnn.checkpoint.errors import AGAIN, CheckpointError, as_text, check_unicode, listed
 from jaxrnn.checkpoint.formats.bombs import Budget, largest
+from jaxrnn.checkpoint.formats.keras_config import (
+    CELL,
+    CONTAINERS,
+    FLIP,
+    FLIP_MASKED,
+    MASKED,
+    TABLES,
+    Cell,
+    Config,
+    Path,
+    said_of,
+    shown,
+)
 from jaxrnn.checkpoint.formats.reading import Reading, warn
+from jaxrnn.checkpoint.named import Described, Names
 from jaxrnn.checkpoint.stored import Value
+from jaxrnn.checkpoint.tables import Finding
 
 _HDF5 = b"\x89HDF\r\n\x1a\n"
 _CONFIG, _WEIGHTS = "config.json", "model.weights.h5"  # in a .keras file
@@ -30,13 +45,12 @@ _DEEPEST, _MOST = 64, 50_000  # groups in groups, and in all
 _SAVE = "save the model again, in one file: model.save(path)"
 _NOWHERE = (1 << 64) - 1  # the address of what is not stored
 _OPTIMIZER = ("optimizer", "optimizer_weights")
-_CONTAINERS = ("layers", "_layer_checkpoint_dependencies", "model_weights")
-_CELL = re.compile(r"cell|(lstm|gru|simple_rnn)_cell(_\d+)?")
-_DIRECTION = re.compile(r"(forward|backward)_\w+")
+_RENAME = "rename one of them, and save the model again"
 _ARRAYS = ("kernel", "recurrent_kernel", "bias")  # in Keras 3 numbered
 _KINDS = {4: "LSTM", 3: "GRU", 1: "SimpleRNN"}  # by gates
-
-Path = tuple[str, ...]
+_SIDES = ("forward_layer", "backward_layer")  # a Bidirectional's attributes
+_OTHER = {"forward": "backward", "backward": "forward"}
+_STACK = ("cell", "cells")  # the attributes under which an RNN has stacked cells
 
 
 def sniff(head: bytes) -> bool:
@@ -73,7 +87,10 @@ def read(path: str | os.PathLike[str], what: Reading) -> dict[str, Value]:
         except Exception as error:  # pyfive checks little itself: Python's errors are its checks
             cause = f"a damaged HDF5 file: {type(error).__name__} {error}".partition("\n")[0]
             raise CheckpointError(f"{cause}\n{AGAIN}") from error
-    tensors, words = _converted(variables, _settings(config))
+    try:
+        tensors, words = _converted(variables, _config(config))
+    except RecursionError as error:
+        raise CheckpointError(f"the configuration of the model is nested too deeply\n{AGAIN}") from error
     for text in words:
         warn(path, text)
     for name in tensors:
@@ -103,17 +120,17 @@ class _Variable(NamedTuple):
 
     Attributes:
         path: of groups, and its name in the last.
-        names: for each group the name of the layer that it holds, where Keras noted one, and otherwise the group's.
+        titles: for each group the name of the layer that it holds, where Keras noted one.
         array: its value.
     """
 
     path: Path
-    names: Path
+    titles: tuple[str | None, ...]
     array: np.ndarray
 
 
 def _variables(
-    pyfive: Any, group: Any, path: Path, names: Path, budget: Budget, count: Iterator[int]
+    pyfive: Any, group: Any, path: Path, titles: tuple[str | None, ...], budget: Budget, count: Iterator[int]
 ) -> Iterator[_Variable]:
     """Every array of numbers in a group and below it."""
     for name in group:
@@ -125,8 +142,8 @@ def _variables(
         if isinstance(item, pyfive.Group):
             variables = item.get("vars")
             noted = variables.attrs.get("name") if isinstance(variables, pyfive.Group) else None
-            title = as_text(noted) if isinstance(noted, str | bytes) and noted else name
-            yield from _variables(pyfive, item, below, (*names, title), budget, count)
+            title = as_text(noted) if isinstance(noted, str | bytes) and noted else None
+            yield from _variables(pyfive, item, below, (*titles, title), budget, count)
         elif isinstance(item, pyfive.Dataset) and isinstance(item.dtype, np.dtype):
             bfloat16 = item.dtype == "V2" and item.attrs.get("dtype") in ("bfloat16", b"bfloat16")
             if not bfloat16 and dtype_of(np.empty(0, item.dtype)) == NO_NUMBERS:
@@ -139,135 +156,430 @@ def _variables(
                 raise CheckpointError(f"the numbers of {'/'.join(below)} are in another file\n{_SAVE}")
             array = np.array(item[()]) if math.prod(item.shape) else np.empty(item.shape, item.dtype)
             array = array.view(jnp.bfloat16) if bfloat16 else array.astype(array.dtype.newbyteorder("="))
-            yield _Variable(below, names, array)
+            yield _Variable(below, titles, array)
 
 
-def _settings(config: Any) -> dict[str, dict[str, Any]]:
-    """The settings of every layer in a model's configuration, by its name, with those of its cell."""
-    found: dict[str, dict[str, Any]] = {}
+def _config(config: Any) -> Config | None:
+    """A model's configuration, if the file has one."""
+    if config is None:
+        return None
     try:
-        left = [] if config is None else [json.loads(config)]
+        raw = json.loads(config)
     except (ValueError, TypeError, RecursionError) as error:
         raise CheckpointError(f"the configuration of the model is damaged: {error}\n{AGAIN}") from error
-    while left:
-        node = left.pop()
-        if isinstance(node, dict):
-            settings = node.get("config")
-            if isinstance(settings, dict) and isinstance(settings.get("name"), str):
-                found[settings["name"]] = {"class_name": node.get("class_name")} | settings
-                cell = settings.get("cell")
-                if isinstance(cell, dict) and isinstance(cell.get("config"), dict):
-                    found[settings["name"]] |= {"class_name": cell.get("class_name")} | cell["config"]
-            left += node.values()
-        elif isinstance(node, list):
-            left += node
-    return found
+    return Config(raw)
 
 
-class _Layer(NamedTuple):
-    """One layer in one direction.
+class _Part(NamedTuple):
+    """The weights of one cell: of a layer, in one direction.
 
     Attributes:
-        where: the names of what it is in, and of the layer; both directions have the same.
-        reverse: whether it is the backward layer of a Bidirectional, False in the forward layer, and None in neither.
-        settings: its own, if they are known.
-        merge_mode: that of the Bidirectional.
+        group: where they are in the file.
         arrays: Keras's, by name.
+        cell: what the configuration says of it; None if it does not.
+        levels: how many cells are stacked there.
+        title: the name of the cell, where the file says it.
+    """
+
+    group: Path
+    arrays: dict[str, np.ndarray]
+    cell: Cell | None
+    levels: int
+    title: str | None
+
+    @property
+    def gates(self) -> int:
+        hidden, columns = self.arrays["recurrent_kernel"].shape
+        return int(columns // hidden)
+
+    @property
+    def kind(self) -> str:
+        """The class in Keras, by the number of gates."""
+        return _KINDS.get(self.gates, "")
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return self.cell.settings if self.cell else {}
+
+    @property
+    def nonlinearity(self) -> str:
+        """An RNN's."""
+        return "relu" if self.kind == "SimpleRNN" and self.settings.get("activation") == "relu" else "tanh"
+
+    def weights(self) -> dict[str, np.ndarray]:
+        """torch's, by role."""
+        try:
+            return DIALECTS["keras", self.kind].read(self.arrays)
+        except CheckpointError as error:
+            raise CheckpointError(f"{'/'.join(self.group)}: {error}") from error
+
+    @property
+    def form(self) -> tuple[Any, ...]:
+        """What all layers and directions of a module of torch have in common."""
+        state = self.arrays["recurrent_kernel"]
+        return self.kind, state.shape, state.dtype, "bias" in self.arrays, self.nonlinearity
+
+
+_Parts = dict[tuple[str, int], _Part]  # by the attribute of a Bidirectional that has it, or "", and by the level
+
+
+class _Module(NamedTuple):
+    """A recurrent layer: what torch has as a module.
+
+    Attributes:
+        where: the names of groups down to its own.
+        titles: the names of the layers in them, where the file says them.
+        numbered: whether the file is one of Keras 3, in which arrays have numbers.
+        parts: its cells.
     """
 
     where: Path
-    reverse: bool | None
-    settings: Mapping[str, Any]
-    merge_mode: str
-    arrays: dict[str, np.ndarray]
+    titles: tuple[str | None, ...]
+    numbered: bool
+    parts: _Parts
 
 
-def _layer(group: list[_Variable], settings: Mapping[str, Mapping[str, Any]]) -> _Layer | None:
-    """The layer whose cell has these variables, all of one group; None if it is no recurrent layer."""
-    numbered = group[0].path[-2:-1] == ("vars",)
+class _Place(NamedTuple):
+    """Where a cell is: the path of the module, the attribute of a Bidirectional, the level, and how many there are."""
+
+    where: Path
+    side: str = ""
+    level: int = 0
+    levels: int = 1
+
+
+def _arrays(group: list[_Variable]) -> dict[str, np.ndarray] | None:
+    """Keras's arrays by name, if these variables, all of one group, are those of a recurrent cell."""
+    path = group[0].path[:-1]
+    numbered = path[-1:] == ("vars",)
     known = {str(i): name for i, name in enumerate(_ARRAYS)} if numbered else {name: name for name in _ARRAYS}
     arrays = {name: each.array for each in group if (name := known.get(each.path[-1].partition(":")[0]))}
-    path, names = (list(part[: -1 - numbered]) for part in (group[0].path, (*group[0].names, "")))
     shapes = [arrays[name].shape for name in _ARRAYS[:2] if name in arrays]
     if len(arrays) < len(group) or [len(shape) for shape in shapes] != [2, 2] or shapes[0][1] != shapes[1][1]:
         return None
     hidden, columns = shapes[1]
-    if not hidden or columns % hidden or not path or (numbered and not _CELL.fullmatch(path[-1])):
+    if not hidden or columns % hidden or not _layers_in(path) or (numbered and not CELL.fullmatch(path[-2])):
         return None
-    if _CELL.fullmatch(path[-1]) and len(path) > 1:
-        path, names = path[:-1], names[:-1]
-    if not numbered:  # the names of weights repeat the model's and the layer's
-        path = names = [each for each in path if each not in _CONTAINERS]
-    direction = next((i for i, each in enumerate(path) if i and _DIRECTION.fullmatch(each)), None)
-    titles = [names[-1], names[-1].removeprefix("forward_").removeprefix("backward_"), *names[::-1]]
-    own = next((settings[title] for title in titles if "units" in settings.get(title, {})), {})
-    merged = (settings[title].get("merge_mode") for title in names if "merge_mode" in settings.get(title, {}))
-    # What is in a list of layers goes by the layer's name, an attribute by its own.
-    inside = [
-        name if i and path[i - 1] in _CONTAINERS else each
-        for i, (each, name) in enumerate(zip(path, names, strict=True))
-    ]
-    where = tuple(each for each in inside[:direction] if each not in _CONTAINERS)
-    reverse = None if direction is None else path[direction].startswith("backward")
-    return _Layer(where, reverse, own, str(next(merged, "concat")), arrays)
+    return arrays
 
 
-def _converted(
-    variables: list[_Variable], settings: Mapping[str, Mapping[str, Any]]
-) -> tuple[dict[str, Value], list[str]]:
+def _layers_in(group: Path) -> Path:
+    """The part of a group's path that names layers."""
+    if group[-1:] == ("vars",):
+        return group[:-1]
+    return group[1:] if group[0] == "model_weights" and len(group) > 1 else group
+
+
+def _converted(variables: list[_Variable], config: Config | None) -> tuple[Described, list[str]]:
     """The weights, and what there is to say of them."""
     groups: dict[Path, list[_Variable]] = {}
     for each in variables:
         groups.setdefault(each.path[:-1], []).append(each)
-    layers = {path: layer for path, group in groups.items() if (layer := _layer(group, settings))}
-    firsts = [where[0] for where in {layer.where for layer in layers.values()}]
-    tensors: dict[str, Value] = {}
-    left_out: list[str] = []
-    words: dict[str, None] = {}
+    modules = _modules(groups, config)
+    tensors, said = Names[Value](_RENAME), dict[str, dict[str, Any]]()
+    notes = _Notes(config is not None)
+    used: set[Path] = set()
+    for prefix, parts in _named(modules, notes).items():
+        if reasons := _reasons(parts):
+            notes.left_out[f"{prefix.removesuffix('.')} ({', '.join(reasons)})"] = None
+            continue
+        used.update(part.group for part in parts.values())
+        split = _split(prefix, parts)
+        notes.add(prefix, parts, list(split))
+        for below, some in split.items():
+            said[below] = _said(some)
+            for (side, level), part in some.items():
+                suffix = f"_l{level}{'_reverse' * (side == _SIDES[1])}"
+                for role, array in part.weights().items():
+                    tensors.put(f"{below}{role}{suffix}", array, "/".join(part.group))
     for path, group in groups.items():
-        if path not in layers:
-            tensors |= {".".join(part for part in each.path if part != "vars"): each.array for each in group}
-            continue
-        layer = layers[path]
-        legacy = path[-1] != "vars" and firsts.count(layer.where[0]) == 1
-        prefix = "".join(f"{each}." for each in (layer.where[:1] if legacy else layer.where))
-        kind, reasons = _kind(layer)
-        if reasons:
-            left_out.append(f"{prefix.removesuffix('.')} ({', '.join(reasons)})")
-            continue
-        if layer.settings.get("go_backwards") and layer.reverse is None:
-            words[f"{prefix} has go_backwards: flip its input along the time axis"] = None
-        if layer.settings.get("activation") == "relu":
-            words[f"{prefix} has relu, which weights do not say: make the module with nonlinearity='relu'"] = None
-        if layer.merge_mode != "concat":
-            words[f"{prefix} has merge_mode={layer.merge_mode}, and torch concatenates: merge the output's halves"] = (
-                None
-            )
-        try:
-            weights = DIALECTS["keras", kind].read(layer.arrays)
-        except CheckpointError as error:
-            raise CheckpointError(f"{'/'.join(path)}: {error}") from error
-        tensors |= {f"{prefix}{role}_l0{'_reverse' * bool(layer.reverse)}": array for role, array in weights.items()}
-    if left_out:
-        words = {f"left out layers that torch does not have: {listed(dict.fromkeys(left_out))}": None, **words}
-    return tensors, list(words)
+        if path not in used:
+            for each in group:
+                tensors.put(".".join(part for part in each.path if part != "vars"), each.array, "/".join(each.path))
+    return Described(tensors, {prefix: settings for prefix, settings in said.items() if settings}), notes.words()
 
 
-def _kind(layer: _Layer) -> tuple[str, list[str]]:
-    """The class in Keras, and what of the layer torch does not have."""
-    hidden, columns = layer.arrays["recurrent_kernel"].shape
-    kind, settings = _KINDS.get(columns // hidden, ""), layer.settings
-    name = str(settings.get("class_name", kind)).removesuffix("Cell")
-    if not kind or name != kind:
-        return kind, [f"{name or 'a layer'} of {columns // hidden} gates"]
-    usual = ("tanh", "relu") if kind == "SimpleRNN" else ("tanh",)
-    reasons = []
-    for setting, values in (("activation", usual), ("recurrent_activation", ("sigmoid",))):
-        if (value := settings.get(setting, values[0])) not in values:
-            reasons.append(f"{setting}={value}"[:80])
-    bias = layer.arrays.get("bias")
+def _modules(groups: Mapping[Path, list[_Variable]], config: Config | None) -> list[_Module]:
+    """The cells, by the recurrent layer that they are in."""
+    arrays = {path: found for path, group in groups.items() if (found := _arrays(group)) is not None}
+    titles = {path: groups[path][0].titles[: len(_layers_in(path))] for path in arrays}
+    cells = {path: _cell_of(path, titles[path], config) for path in arrays}
+    count = Counter(map(id, cells.values()))
+    cells = {path: cell if count[id(cell)] == 1 else None for path, cell in cells.items()}  # of one group alone
+    unknown = {path: titles[path] for path, cell in cells.items() if cell is None}
+    guessed = _guessed(unknown, groups, config is not None)
+    modules: dict[Any, _Module] = {}
+    for path, found in arrays.items():
+        cell, numbered = cells[path], path[-1] == "vars"
+        place = guessed[path] if cell is None else _place(path, cell)
+        key: Any = (numbered, place.where) if cell is None else cell.module
+        if key in modules and (place.side, place.level) in modules[key].parts:
+            key = path
+        module = modules.setdefault(key, _Module(place.where, titles[path][: len(place.where)], numbered, {}))
+        module.parts[place.side, place.level] = _Part(path, found, cell, place.levels, titles[path][-1])
+    return list(modules.values())
+
+
+def _cell_of(group: Path, titles: tuple[str | None, ...], config: Config | None) -> Cell | None:
+    """What the configuration says of the cell in a group."""
+    if config is None:
+        return None
+    path = _layers_in(group)
+    return config.by_path(path, titles) if group[-1] == "vars" else config.by_names(path)
+
+
+def _place(group: Path, cell: Cell) -> _Place:
+    path = _layers_in(group)
+    end = len(cell.module)
+    if group[-1] != "vars":
+        names = cell.names[cell.depth - 1]
+        end = next((i for i, each in enumerate(path) if i and each in names), 0) + 1
+    return _Place(path[:end], cell.side, cell.level, cell.levels)
+
+
+def _guessed(
+    cells: Mapping[Path, tuple[str | None, ...]], groups: Iterable[Path], configured: bool
+) -> dict[Path, _Place]:
+    """The places of cells of which no configuration says anything, by the names of groups."""
+    stacks: dict[Path, list[str]] = {}
+    for path in map(_layers_in, groups):
+        if path[-3:-1] == _STACK and len(path) > 3:
+            stacks.setdefault(path[:-1], []).append(path[-1])
+    stacks = {
+        path: sorted(names, key=lambda name: (len(name), name))
+        for path, names in stacks.items()
+        if len({name.rstrip("_0123456789") for name in names}) == 1
+    }
+    levels = {(*path, name): i for path, names in stacks.items() for i, name in enumerate(names)}
+    alone = Counter(path[:-1] for group in cells if CELL.fullmatch((path := _layers_in(group))[-1]))
+    places: dict[Path, _Place] = {}
+    for group in cells:
+        path = _layers_in(group)
+        if path in levels:
+            places[group] = _Place(path[:-3], "", levels[path], len(stacks[path[:-1]]))
+        elif len(path) > 1 and CELL.fullmatch(path[-1]) and alone[path[:-1]] == 1:
+            places[group] = _Place(path[:-1])
+        else:
+            places[group] = _Place(path)
+    bases = {(place.where, group[-1] == "vars") for group, place in places.items()}
+    titles = {place.where: cells[group][len(place.where) - 1] for group, place in places.items()}
+    for group, place in places.items():
+        *outer, last = place.where
+        numbered = group[-1] == "vars"
+        side, _, rest = last.partition("_")
+        if not outer or side not in _OTHER or not rest or (numbered and rest != "layer"):
+            continue
+        if configured and not numbered and outer[-1] == outer[0]:  # which the configuration does not call Bidirectional
+            continue
+        if ((*outer, f"{_OTHER[side]}_{rest}"), numbered) not in bases:
+            continue
+        forward = titles.get((*outer, f"forward_{rest}"))
+        if not forward or forward.startswith("forward_"):  # as Bidirectional names it
+            places[group] = place._replace(where=tuple(outer), side=f"{side}_layer")
+    return places
+
+
+def _named(modules: list[_Module], notes: "_Notes") -> dict[str, _Parts]:
+    """The modules by their prefixes. Those that would have the same are named by their whole paths."""
+    tops = Counter(module.where[0] for module in modules if not module.numbered)
+    groups = [next(iter(module.parts.values())).group for module in modules]
+    prefixes = [".".join(_names_of(module, tops)) for module in modules]
+    first = prefixes
+    for longer in ([module.where for module in modules], [_layers_in(group) for group in groups]):
+        count = Counter(prefixes)
+        prefixes = [".".join(path) if count[each] > 1 else each for each, path in zip(prefixes, longer, strict=True)]
+    named = Names[_Parts](_RENAME)
+    for before, prefix, module, group in zip(first, prefixes, modules, groups, strict=True):
+        named.put(f"{prefix}.", module.parts, "/".join(group))
+        if before != prefix:
+            notes.renamed.setdefault(before, []).append(prefix)
+    return named
+
+
+def _names_of(module: _Module, tops: Mapping[str, int]) -> Path:
+    """The names in a module's prefix. What is in a list of layers goes by the layer's name, an attribute by its own."""
+    if not module.numbered:
+        return module.where[:1] if tops[module.where[0]] == 1 else module.where
+    names: list[str] = []
+    contained = False
+    for i, (each, title) in enumerate(zip(module.where, module.titles, strict=True)):
+        container = not contained and each in CONTAINERS and i + 1 < len(module.where)
+        if not container:
+            names.append((title or each) if contained else each)
+        contained = container
+    return tuple(names)
+
+
+def _reasons(parts: _Parts) -> list[str]:
+    """What of a module torch does not have."""
+    sides = {side for side, _ in parts}
+    found: dict[str, set[str]] = {}
+    for (side, _), part in parts.items():
+        for reason in _lacking(part):
+            found.setdefault(reason, set()).add(side)
+    reasons = [reason if where == sides else f"{reason} of its {listed(where)}" for reason, where in found.items()]
+    wanted = {(side, level) for (side, _), part in parts.items() for level in range(part.levels)}
+    if parts.keys() != wanted or (any(sides) and sides != {*_SIDES}):
+        reasons.append(f"only {len(parts)} of its cells are like torch's")
+    backward = {side: bool(part.settings.get("go_backwards")) for (side, _), part in parts.items() if part.cell}
+    if len(backward) == 2 and len(set(backward.values())) == 1:
+        reasons.append("both of its directions run the same way")
+    return reasons
+
+
+def _lacking(part: _Part) -> list[str]:
+    """What of a cell torch does not have."""
+    hidden, columns = part.arrays["recurrent_kernel"].shape
+    bias, settings = part.arrays.get("bias"), part.settings
+    kind = part.cell.chain[-1].kind if part.cell else part.kind
+    if kind.removesuffix("Cell") != part.kind or not part.kind:
+        name = kind.removeprefix("~")
+        same = part.kind and name.removesuffix("Cell") == part.kind
+        return [f"{name} that is not Keras's" if same else f"{name or 'a layer'} of {part.gates} gates"]
     if bias is not None and bias.shape == (2 * columns,):
-        return kind, [f"CuDNN{kind}'s layout"]
-    if kind == "GRU" and not settings.get("reset_after", bias is None or bias.ndim == 2):
+        return [f"CuDNN{part.kind}'s layout"]
+    reasons = [shown(finding.name, finding.value) for finding in _findings(part) if finding.refused]
+    if part.kind == "SimpleRNN" and (value := settings.get("activation", "tanh")) not in ("tanh", "relu"):
+        reasons.append(shown("activation", value))
+    if part.cell and settings.get("units", hidden) != hidden:
+        reasons.append(f"{shown('units', settings['units'])} in the configuration, and {hidden} in its weights")
+    after = settings.get("reset_after", part.cell is None if bias is None else bias.ndim == 2)
+    if part.kind == "GRU" and after is not True:
         reasons.append("reset_after=False, where torch's GRU has True")
-    return kind, reasons
+    return reasons
+
+
+def _findings(part: _Part) -> Iterator[Finding]:
+    for node in part.cell.chain if part.cell else ():
+        if node.kind in TABLES:
+            yield from TABLES[node.kind].findings(node.settings)
+
+
+def _split(prefix: str, parts: _Parts) -> dict[str, _Parts]:
+    """What torch can have as one module, by prefix: the whole, or each direction, or each cell."""
+    if _fit(parts):
+        return {prefix: parts}
+    found: dict[str, _Parts] = {}
+    for side in sorted({side for side, _ in parts}, reverse=True):
+        below = f"{prefix}{side}." if side else prefix
+        some: _Parts = {("", level): part for (each, level), part in parts.items() if each == side}
+        if _fit(some):
+            found[below] = some
+        else:
+            found |= {f"{below}cells.{level}.": {("", 0): some["", level]} for level in range(len(some))}
+    return found
+
+
+def _fit(parts: _Parts) -> bool:
+    """Whether torch can have these as one module."""
+    hidden = next(iter(parts.values())).arrays["recurrent_kernel"].shape[0]
+    same = len({part.form for part in parts.values()}) == 1
+    first = {part.arrays["kernel"].shape[0] for (_, level), part in parts.items() if level == 0}
+    above = {part.arrays["kernel"].shape[0] for (_, level), part in parts.items() if level}
+    return same and len(first) == 1 and above <= {hidden} and (not above or len({side for side, _ in parts}) == 1)
+
+
+def _said(parts: _Parts) -> dict[str, Any]:
+    """What the configuration says of a module, and weights do not."""
+    settings = [part.settings for part in parts.values()]
+    if any(part.cell is None for part in parts.values()):
+        return {}
+    said: dict[str, Any] = {"batch_first": not settings[0].get("time_major")}
+    one = next(iter(parts.values()))
+    if one.kind == "SimpleRNN":
+        said["nonlinearity"] = one.nonlinearity
+    if any(level for _, level in parts) and not any(map(_drops, parts.values())):
+        said["dropout"] = 0.0
+    return said
+
+
+def _drops(part: _Part) -> list[str]:
+    """The dropout of a cell."""
+    settings = part.settings
+    return [shown(name, settings[name]) for name in ("dropout", "recurrent_dropout") if settings.get(name)]
+
+
+class _Notes:
+    """What is to be said of a file.
+
+    Attributes:
+        left_out: layers that torch does not have.
+        renamed: for prefixes that several layers would have had, those that they got.
+
+    Args:
+        configured: whether the file has a configuration.
+    """
+
+    def __init__(self, configured: bool) -> None:
+        self.left_out: dict[str, None] = {}
+        self.renamed: dict[str, list[str]] = {}
+        self._configured = configured
+        self._words: dict[str, None] = {}
+        self._unknown: dict[str, None] = {}
+        self._assumed: dict[str, None] = {}
+
+    def add(self, prefix: str, parts: _Parts, modules: list[str]) -> None:
+        """Note what is to be said of a module that was read as these."""
+        words: dict[str, None] = {}
+        for part in parts.values():
+            words |= dict.fromkeys(part.cell.words if part.cell else ())
+            if part.cell and part.cell.trains and (drops := _drops(part)):
+                words[f"is called with training=True, and has {listed(drops)}: what is read here drops nothing"] = None
+            for finding in _findings(part):
+                if not finding.refused and finding.name != "go_backwards":
+                    words[said_of(finding)] = None
+            if part.nonlinearity == "relu":
+                words["has relu, which weights do not say: make the module with nonlinearity='relu'"] = None
+        one = next((part for (side, _), part in parts.items() if side != _SIDES[1]), None)
+        if one and one.cell:
+            flip, mask = bool(one.settings.get("go_backwards")), one.cell.mask
+            if mask:
+                remedy = FLIP_MASKED if flip else MASKED
+                words[f"comes after {mask}, which may mask steps{' and has go_backwards' * flip}: {remedy}"] = None
+            elif flip:
+                words[f"has go_backwards: {FLIP}"] = None
+        self._words |= {f"{prefix} {text}": None for text in words}
+        if len(modules) > 1:
+            self._words[f"{prefix} is more than torch has in one module: {_recipe(prefix, modules)}"] = None
+        if any(part.cell is None for part in parts.values()):
+            odd = {part.title for part in parts.values() if part.title and not CELL.fullmatch(part.title)}
+            self._unknown[f"{prefix} (whose cell is named {listed(sorted(odd))})" if odd else prefix] = None
+            self._assumed |= dict.fromkeys(_assumed(parts))
+
+    def words(self) -> list[str]:
+        """All of it, a line for each thing."""
+        words = [
+            f"several layers are named {each}: of these, {listed(new)} are read by their paths in the file"
+            for each, new in self.renamed.items()
+        ]
+        if self._unknown:
+            whole = "" if self._configured else "read a file of model.save(path) instead, or "
+            words.append(
+                f"the file does not say the settings of {listed(self._unknown)}, "
+                f"{'which its configuration leaves out' if self._configured else 'but weights alone'}: assumed are "
+                f"{', '.join(self._assumed)}; {whole}compare the outputs with Keras's"
+            )
+        if self.left_out:
+            raw = "which keep Keras's names and layout, for a jaxrnn.Cell"
+            words.insert(0, f"left out layers that torch does not have, {raw}: {listed(self.left_out)}")
+        return words + list(self._words)
+
+
+def _assumed(parts: _Parts) -> list[str]:
+    """What is assumed of a module, of which no settings are known."""
+    one = next(iter(parts.values()))
+    found = ["Keras's default activations", "go_backwards=False", "no mask"]
+    if len({side for side, _ in parts}) > 1:
+        found.append("merge_mode='concat'")
+    if one.kind == "GRU" and "bias" not in one.arrays:
+        found.append("reset_after=True")
+    return found
+
+
+def _recipe(prefix: str, modules: list[str]) -> str:
+    """How to compute with several modules what a layer of Keras computes."""
+    sides = [[each for each in modules if each.startswith(f"{prefix}{side}.")] for side in _SIDES]
+    runs = [" and then ".join(each) for each in (sides if all(sides) else [modules])]
+    if len(runs) == 1:
+        return f"run {runs[0]}"
+    return f"run {runs[0]}; run {runs[1]} on the input flipped along the time axis, flip the output, and concatenate"

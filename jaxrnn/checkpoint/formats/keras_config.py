@@ -1,0 +1,439 @@
+"""The configuration of a Keras model: its recurrent layers, where they are, and what becomes of their settings."""
+
+import functools
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+from jaxrnn.checkpoint.errors import AGAIN, CheckpointError
+from jaxrnn.checkpoint.tables import USED, Finding, Row, Table, neutral, refused, warned
+
+Path = tuple[str, ...]
+
+CONTAINERS = ("layers", "_layer_checkpoint_dependencies")  # of models in files of Keras 3, and of late Keras 2
+CELL = re.compile(r"cell|(lstm|gru|simple_rnn)_cell(_\d+)?")
+FLIP = "flip its input along the time axis"
+MASKED = "if it masks the ends of rows alone, give lengths=, and take h_n for the last output"
+FLIP_MASKED = "reverse the valid steps of each row, give lengths=, and take h_n for the last output"
+_DEEPEST, _MOST = 128, 50_000  # of paths, and of layers: files with more groups are refused, too
+
+_TRAINING = neutral("changes training alone")
+_SHAPES = neutral("the weights' shapes say it")
+_START = neutral("is how weights start, and the file has them")
+_HOW = neutral("changes how the layer computes, not what")
+_INPUT = neutral("describes the input")
+_WRITE = "write a jaxrnn.Cell"
+
+_ANY: dict[str, Row] = {
+    "name": USED,
+    "trainable": _TRAINING,
+    "activity_regularizer": _TRAINING,
+    "dtype": warned(
+        None,
+        "float32",
+        "float64",
+        "float16",
+        "bfloat16",
+        remedy="make the module with the dtype in which that computes, such as dtype=jnp.float16",
+    ),
+    # of Keras 2
+    "batch_input_shape": _INPUT,
+    "dynamic": _HOW,
+}
+_LAYER: dict[str, Row] = {
+    **_ANY,
+    "return_sequences": neutral("every output is returned here, and the last state is h_n"),
+    "return_state": neutral("the state is always returned here"),
+    "go_backwards": warned(False, remedy=FLIP),
+    "stateful": warned(False, remedy="give each call the state that the last one returned, as hx"),
+    "unroll": _HOW,
+    "zero_output_for_mask": neutral("is about steps past the end of a row, which are zero here"),
+    # of Keras 2
+    "time_major": USED,
+    "input_dim": _INPUT,
+    "input_length": _INPUT,
+}
+_OF_CELLS: dict[str, Row] = {
+    "units": USED,
+    "use_bias": _SHAPES,
+    "activation": refused("tanh", remedy=_WRITE),
+    **dict.fromkeys((f"{each}_initializer" for each in ("kernel", "recurrent", "bias")), _START),
+    **dict.fromkeys((f"{each}_regularizer" for each in ("kernel", "recurrent", "bias")), _TRAINING),
+    **dict.fromkeys((f"{each}_constraint" for each in ("kernel", "recurrent", "bias")), _TRAINING),
+    "dropout": USED,
+    "recurrent_dropout": USED,
+    "seed": _TRAINING,
+    "implementation": _HOW,  # of Keras 2
+}
+_OF_KIND: dict[str, dict[str, Row]] = {
+    "SimpleRNN": {"activation": USED},
+    "LSTM": {"recurrent_activation": refused("sigmoid", remedy=_WRITE), "unit_forget_bias": _START},
+    "GRU": {"recurrent_activation": refused("sigmoid", remedy=_WRITE), "reset_after": USED},
+}
+_INNER = {"layer": USED}
+_NOT_RECURRENT = neutral("is of a layer that is not recurrent")
+# By class: what becomes of each setting. Those in MASKS are not recurrent, and change what recurrent layers do.
+TABLES = {
+    name: Table(f"keras.layers.{name}", rows)
+    for name, rows in {
+        **{kind: _LAYER | _OF_CELLS | rows for kind, rows in _OF_KIND.items()},
+        **{kind: _LAYER | _OF_CELLS | _OF_KIND[kind] | {"use_cudnn": _HOW} for kind in ("LSTM", "GRU")},
+        **{f"{kind}Cell": _ANY | _OF_CELLS | rows for kind, rows in _OF_KIND.items()},
+        "RNN": _LAYER | {"cell": USED},
+        "StackedRNNCells": _ANY | {"cells": USED, "reverse_state_order": neutral("orders states alone")},
+        "Bidirectional": {
+            **_ANY,
+            **_INNER,
+            "backward_layer": USED,
+            "merge_mode": warned("concat", remedy="merge the output's halves, because torch concatenates"),
+            "weights": _START,
+        },
+        "TimeDistributed": _ANY | _INNER,
+    }.items()
+}
+MASKS = {
+    "Masking": Table(
+        "keras.layers.Masking", dict.fromkeys(_ANY, _NOT_RECURRENT) | {"mask_value": warned(remedy=MASKED)}
+    ),
+    "Embedding": Table(
+        "keras.layers.Embedding",
+        {
+            **dict.fromkeys(_ANY, _NOT_RECURRENT),
+            "mask_zero": warned(False, remedy=MASKED),
+            **dict.fromkeys(
+                ("input_dim", "output_dim", "embeddings_initializer", "embeddings_regularizer"), _NOT_RECURRENT
+            ),
+            **dict.fromkeys(("embeddings_constraint", "input_length", "sparse", "weights"), _NOT_RECURRENT),
+            **dict.fromkeys(("lora_rank", "lora_alpha", "quantization_config"), _NOT_RECURRENT),
+        },
+    ),
+}
+# What a functional model gives a recurrent layer in a call.
+CALL = Table(
+    "a call of a recurrent layer",
+    {
+        "mask": USED,
+        "sequence": USED,
+        "sequences": USED,
+        "inputs": USED,
+        "training": USED,
+        "initial_state": warned(None, remedy="give it as hx, with the layers and directions on the first axis"),
+        "constants": warned(None, remedy="write a jaxrnn.Cell that has them"),
+    },
+)
+_POSITIONS = ("sequences", "initial_state", "mask", "training")
+
+
+class Node(NamedTuple):
+    """A layer, model or cell in a configuration.
+
+    Attributes:
+        kind: its class in keras.layers; of a class from elsewhere its name, with "~" before it.
+        settings: its configuration.
+        calls: how the functional model that has it calls it.
+    """
+
+    kind: str
+    settings: Mapping[str, Any]
+    calls: Any
+
+    @property
+    def name(self) -> str:
+        name = self.settings.get("name")
+        return name if isinstance(name, str) else ""
+
+    @property
+    def layers(self) -> list[Any] | None:
+        """The layers of a model."""
+        layers = self.settings.get("layers")
+        return layers if isinstance(layers, list) else None
+
+
+class Cell(NamedTuple):
+    """A recurrent cell in a configuration.
+
+    Attributes:
+        module: the path of the outermost recurrent layer that it is in.
+        chain: what it is in, from that layer to the cell.
+        side: the attribute of its Bidirectional that has it; "" outside.
+        level: its place among stacked cells.
+        levels: how many there are.
+        mask: what may mask its input.
+        trains: whether it is called with training=True.
+        words: what else is to be said.
+        names: for each layer that it is in, and itself, the names that Keras may give its weights.
+        depth: how many of these are of the outermost recurrent layer, and what that is in.
+    """
+
+    module: Path = ()
+    chain: tuple[Node, ...] = ()
+    side: str = ""
+    level: int = 0
+    levels: int = 1
+    mask: str = ""
+    trains: bool = False
+    words: tuple[str, ...] = ()
+    names: tuple[tuple[str, ...], ...] = ()
+    depth: int = 0
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Of the cell, and of the layers around it that it does not have itself."""
+        return {name: value for node in self.chain for name, value in node.settings.items()}
+
+
+def node_of(raw: Any) -> Node | None:
+    """What a dict describes, if it is a layer, a model or a cell."""
+    if not isinstance(raw, dict) or not isinstance(raw.get("class_name"), str):
+        return None
+    settings, module = raw.get("config"), raw.get("module", "keras")
+    if isinstance(settings, list):  # of Sequential, before Keras 2.2
+        settings = {"layers": settings}
+    if not isinstance(settings, dict):
+        return None
+    own = isinstance(module, str) and module.split(".")[0] in ("keras", "tf_keras", "tensorflow", "keras_core")
+    kind = raw["class_name"].rpartition(">")[2][:80]
+    if isinstance(policy := settings.get("dtype"), dict) and policy.get("class_name") in ("DTypePolicy", "Policy"):
+        named = policy.get("config")
+        settings = {**settings, "dtype": named.get("name") if isinstance(named, dict) else policy}
+    return Node(kind if own and ">" not in raw["class_name"] else f"~{kind}", settings, raw.get("inbound_nodes"))
+
+
+class Config:
+    """The recurrent cells of a model's configuration.
+
+    Args:
+        raw: the configuration, which may hold anything that JSON can.
+    """
+
+    def __init__(self, raw: Any) -> None:
+        self._cells: dict[Path, Cell] = {}
+        self._by_name: dict[tuple[str, str], list[Cell]] = {}  # of the layer of the model that has it, and its own
+        self._makes: dict[int, str] = {}  # what makes a mask, by a model's list of layers
+        self._titles: dict[Path, str] = {}  # of what is in a model, by the group's name
+        root = node_of(raw)
+        self._root = root.name if root else ""
+        todo: list[tuple[Node | None, Path, Cell]] = [(root, (), Cell())]
+        while todo:
+            node, path, place = todo.pop()
+            if node is not None and len(path) <= _DEEPEST:
+                todo += self._inside(node, path, place)
+            if len(self._cells) > _MOST:
+                raise CheckpointError(f"the configuration of the model has over {_MOST} recurrent layers\n{AGAIN}")
+
+    def by_path(self, path: Path, titles: Iterable[str | None]) -> Cell | None:
+        """The cell whose weights are in a group of a file of Keras 3.
+
+        Args:
+            path: the names of groups, from the outermost.
+            titles: the name of the layer that each holds, where the file says it.
+        """
+        found: Path = ()
+        contained = False
+        for each, title in zip(path, titles, strict=True):
+            if contained:
+                found = (*found[:-1], "layers", title or self._titles.get((*found, each), ""))
+            else:
+                found = (*found, each)
+            contained = not contained and each in CONTAINERS
+        return self._cells.get(found)
+
+    def by_names(self, path: Path) -> Cell | None:
+        """The cell whose weights have these names in a file of Keras 2, from the outermost layer's to the cell's."""
+        found = list(self._by_name.get((path[0], path[-1]), ()))
+        if CELL.fullmatch(path[-1]) and len(path) > 1:
+            found += self._by_name.get((path[0], path[-2]), ())
+        found = [cell for cell in found if self._follows(path[1:], cell)] if len(found) <= _DEEPEST else []
+        return found[0] if found and all(cell.chain == found[0].chain for cell in found) else None
+
+    def _follows(self, path: Path, cell: Cell) -> bool:
+        """Whether names follow each other as those of what a cell is in do; some may be left out."""
+        names = iter([(self._root,), *cell.names])
+        last = len(path) - 1
+        return all(
+            any(each in some for some in names) or (i == last and CELL.fullmatch(each)) for i, each in enumerate(path)
+        )
+
+    def _add(self, path: Path, cell: Cell) -> None:
+        self._cells[path] = cell
+        # Keras 2 may not name the only cell of a layer.
+        alone = cell.levels == 1 and len(cell.chain) > 1 and cell.chain[-2].kind == "RNN"
+        for name in {*cell.names[-1], *(cell.names[-2] if alone and len(cell.names) > 1 else ())}:
+            self._by_name.setdefault((cell.names[0][0], name), []).append(cell)
+
+    def _inside(self, node: Node, path: Path, place: Cell) -> Iterator[tuple[Node | None, Path, Cell]]:
+        """What is directly in a layer or model, with its path and place. A cell is noted instead."""
+        if node.layers is not None:
+            yield from self._in_model(node.layers, path, place)
+            return
+        if not path:
+            return
+        if not place.names or node.name not in place.names[-1]:
+            place = place._replace(names=(*place.names, (node.name,)))
+        if not place.chain:
+            place = place._replace(module=path, depth=len(place.names))
+        place = place._replace(chain=(*place.chain, node))
+        inner = node_of(node.settings.get("layer"))
+        if node.kind == "Bidirectional" and inner is not None:
+            for side, layer in zip(("forward_layer", "backward_layer"), _directions(node, inner), strict=True):
+                names = {layer.name: None, f"{side.partition('_')[0]}_{inner.name.removeprefix('forward_')}": None}
+                yield layer, (*path, side), place._replace(side=side, names=(*place.names, tuple(names)))
+        elif node.kind == "TimeDistributed":
+            words = ["is in a TimeDistributed: merge the first two axes of its input"]
+            words += [said_of(finding) for finding in TABLES[node.kind].findings(node.settings)]
+            yield inner, (*path, "layer"), place._replace(chain=(), words=(*place.words, *words))
+        elif node.kind == "RNN":
+            yield node_of(node.settings.get("cell")), (*path, "cell"), place
+        elif node.kind == "StackedRNNCells" and isinstance(cells := node.settings.get("cells"), list):
+            nodes = [node_of(each) for each in cells]
+            for level, (each, group) in enumerate(zip(nodes, _groups(nodes), strict=True)):
+                yield each, (*path, "cells", group), place._replace(level=level, levels=len(nodes))
+        elif [each.kind for each in place.chain[-2:-1]] in (["RNN"], ["StackedRNNCells"]) or node.kind.endswith("Cell"):
+            self._add(path, place)
+        elif node.kind in TABLES or "units" in node.settings:
+            self._add((*path, "cell"), place)
+
+    def _mask_of(self, node: Node) -> str:
+        """What in a layer or a model makes a mask, by its name and class; "" if nothing does."""
+        findings = MASKS[node.kind].findings(node.settings) if node.kind in MASKS else ()
+        if any(finding.row.words == MASKED for finding in findings):
+            return f"{node.name[:80]} ({node.kind})"
+        if node.layers is None:
+            inner = node_of(node.settings.get("layer"))
+            return self._mask_of(inner) if inner else ""
+        if id(node.layers) not in self._makes:
+            found = (self._mask_of(inner) for each in node.layers if (inner := node_of(each)))
+            self._makes[id(node.layers)] = next(filter(None, found), "")
+        return self._makes[id(node.layers)]
+
+    def _in_model(self, layers: list[Any], path: Path, place: Cell) -> Iterator[tuple[Node | None, Path, Cell]]:
+        nodes = [node_of(each) for each in layers]
+        groups = _groups(nodes)
+        alone = Counter(node.kind for node in nodes if node)
+        made = [self._mask_of(node) if node else "" for node in nodes]
+        for node, group, mask in zip(nodes, groups, _masks(nodes, made, place.mask), strict=True):
+            if node is None:
+                continue
+            self._titles[(*path, "layers", group)] = node.name
+            if alone[node.kind] == 1:  # Keras 2 numbers them in another way
+                self._titles[(*path, "_layer_checkpoint_dependencies", group)] = node.name
+            words, masked, trains = _called(node)
+            below = place._replace(names=(*place.names, (node.name,)), words=(*place.words, *words), trains=trains)
+            yield node, (*path, "layers", node.name), below._replace(mask=mask or masked)
+
+
+def _directions(node: Node, inner: Node) -> tuple[Node, Node]:
+    """The layers of a Bidirectional. Keras 2 notes the backward one only if it is not made of the other."""
+    if (backward := node_of(node.settings.get("backward_layer"))) is None:
+        name = f"backward_{inner.name.removeprefix('forward_')}"
+        other = {**inner.settings, "name": name, "go_backwards": not inner.settings.get("go_backwards")}
+        backward = inner._replace(settings=other)
+    return inner, backward
+
+
+@functools.lru_cache
+def _group(kind: str) -> str:
+    """The name of the group in which Keras puts a layer of a list, by its class."""
+    name = re.sub(r"\W+", "", kind)
+    return re.sub("([a-z])([A-Z])", r"\1_\2", re.sub("(.)([A-Z][a-z]+)", r"\1_\2", name)).lower()
+
+
+def _groups(nodes: list[Node | None]) -> list[str]:
+    """The names of the groups of the layers of a list: those of one class are numbered."""
+    count: Counter[str] = Counter()
+    found = []
+    for name in [_group(node.kind if node else "") for node in nodes]:
+        found.append(f"{name}_{count[name]}" if count[name] else name)
+        count[name] += 1
+    return found
+
+
+def _masks(nodes: list[Node | None], made: list[str], outer: str) -> list[str]:
+    """For each layer of a model what may mask its input, "" if nothing does: what others made, or is there outside."""
+    by_name = {node.name: i for i, node in enumerate(nodes) if node}
+    if all(node is None or node.calls is None for node in nodes):  # a Sequential
+        following: dict[int, list[int]] = {i: [i + 1] for i in range(len(nodes) - 1)}
+        starts = [(0, outer)] if outer and nodes else []
+    else:
+        following = {}
+        for i, node in enumerate(nodes):
+            for name in _tensors(node.calls) if node else ():
+                if name in by_name:
+                    following.setdefault(by_name[name], []).append(i)
+        starts = [(i, outer) for i, node in enumerate(nodes) if outer and node and node.kind == "InputLayer"]
+    found = [""] * len(nodes)
+    for i, mask in starts:
+        found[i] = mask
+    todo = [i for i in range(len(nodes)) if made[i] or found[i]]
+    while todo:
+        i = todo.pop()
+        node, mask = nodes[i], made[i] or found[i]
+        if node is not None and not _ends_mask(node):
+            for other in following.get(i, ()):
+                if not found[other]:
+                    found[other] = mask
+                    todo += [other] if not made[other] else []
+    return found
+
+
+def _ends_mask(node: Node) -> bool:
+    """Whether it is a recurrent layer of which the last output alone goes on."""
+    inner = node_of(node.settings.get("layer")) if node.kind == "Bidirectional" else node
+    recurrent = inner is not None and inner.kind in ("RNN", *_OF_KIND)
+    return bool(recurrent and inner is not None and not inner.settings.get("return_sequences"))
+
+
+def _tensors(calls: Any) -> Iterator[str]:
+    """The names of the layers whose outputs a layer is called with."""
+    todo = [calls]
+    while todo:
+        each = todo.pop()
+        if isinstance(each, dict):
+            history = each.get("keras_history")
+            if isinstance(history, list) and history and isinstance(history[0], str):
+                yield history[0]
+            todo += each.values()
+        elif isinstance(each, list):
+            if len(each) > 2 and isinstance(each[0], str) and isinstance(each[1], int):  # of Keras 2
+                yield each[0]
+            todo += each
+
+
+def _called(node: Node) -> tuple[list[str], str, bool]:
+    """How a functional model calls a recurrent layer: what is to be said, its mask, and whether it trains."""
+    inner = node_of(node.settings.get("layer")) if node.kind in ("Bidirectional", "TimeDistributed") else node
+    if inner is None or inner.kind not in ("RNN", *_OF_KIND) or not isinstance(node.calls, list):
+        return [], "", False
+    calls = [_given(call) for call in node.calls]
+    words = {
+        f"is called with {shown(finding.name, finding.value)}: {finding.row.words}": None
+        for given in calls
+        for finding in CALL.findings(given)
+    }
+    masked = any(given.get("mask") is not None for given in calls)
+    return list(words), "its argument mask" * masked, any(given.get("training") is True for given in calls)
+
+
+def _given(call: Any) -> dict[str, Any]:
+    """The arguments of a call, by name."""
+    if isinstance(call, dict):
+        args, given = call.get("args"), call.get("kwargs")
+        named = dict(zip(_POSITIONS, args, strict=False)) if isinstance(args, list) else {}
+        return named | (given if isinstance(given, dict) else {})
+    call = call if isinstance(call, list) else []  # of Keras 2
+    given = call[0][3] if call and isinstance(call[0], list) and len(call[0]) > 3 else {}
+    return (given if isinstance(given, dict) else {}) | ({"initial_state": call[1:]} if len(call) > 1 else {})
+
+
+def said_of(finding: Finding) -> str:
+    """What a warning says of a setting."""
+    return f"has {shown(finding.name, finding.value)}: {finding.row.words}"
+
+
+def shown(name: str, value: Any) -> str:
+    """A setting for a message; of what is nested its class alone."""
+    if isinstance(value, dict):
+        value = value.get("registered_name") or value.get("class_name")
+    known = isinstance(value, str | int | float | None) and value is not True and value != "__keras_tensor__"
+    return " ".join((f"{name}={value}" if known else name).split())[:80]
