@@ -1,6 +1,5 @@
 """Match tensors to the parameters of a Flax module of either API: names, layouts and dtypes."""
 
-import hashlib
 import itertools
 import re
 from collections.abc import Container, Iterator, Mapping
@@ -13,7 +12,7 @@ import numpy as np
 from jaxrnn.checkpoint.arrays import NO_NUMBERS, dtype_of, to_numpy
 from jaxrnn.checkpoint.errors import CheckpointError, listed
 from jaxrnn.checkpoint.flax_layers import Entry, kind_of
-from jaxrnn.checkpoint.names import as_named, fold, misfits, under
+from jaxrnn.checkpoint.names import as_named, fold, identity, misfits, under
 
 # Kinds of dtype: values are cast within a kind, as in torch; an integer or complex weight is a mistake.
 _KINDS = (jnp.floating, jnp.complexfloating, jnp.integer, jnp.bool_)
@@ -158,15 +157,15 @@ def fit(owner: str, contents: Contents, tensors: Mapping[str, Any], prefix: str,
     problems += [text for target, text in misfits(folded).items() if target.removeprefix(prefix) in missing]
     if strict and unexpected:
         # torch saves a tied weight under each of its names; a Flax model may have it once.
-        known = {_identity(values[name]): name for name in reversed(given)}
-        copies = [known.get(_identity(values[name])) for name in unexpected]
+        known = {identity(values[name]): name for name in reversed(given)}
+        copies = [known.get(identity(values[name])) for name in unexpected]
         problems += [
             f"{name} is unexpected" + (f": it equals {copy}" if copy else "")
             for name, copy in zip(unexpected, copies, strict=True)
         ]
     arrays, odd = {}, []
     for name in given:
-        if (other := first[id(params[name].place)]) != name and _identity(values[name]) != _identity(values[other]):
+        if (other := first[id(params[name].place)]) != name and identity(values[name]) != identity(values[other]):
             problems.append(f"{other} and {name} are one shared parameter in the module, but two different tensors")
         try:
             arrays[name], finite = _fitted(name, values[name], params[name])
@@ -197,14 +196,6 @@ def _prefixes_of_all(params: Mapping[str, Parameter], tensors: Mapping[str, Any]
     first = next(iter(params))
     prefixes = [key.removesuffix(first) for key in tensors if isinstance(key, str) and key.endswith(f".{first}")]
     return [prefix for prefix in prefixes if all(prefix + name in tensors for name in params)]
-
-
-def _identity(value: Any) -> tuple:
-    """A key that is equal for two tensors exactly if they are equal."""
-    dtype = dtype_of(value)
-    if dtype == NO_NUMBERS:
-        return (id(value),)
-    return dtype, tuple(value.shape), hashlib.sha256(to_numpy("", value).tobytes()).digest()
 
 
 def _fitted(name: str, value: Any, param: Parameter) -> tuple[jax.Array, bool]:
