@@ -202,6 +202,11 @@ def as_in_module(names: Iterable[str], wanted: Mapping[str, Any], prefix: str) -
     return list(as_named(wanted, under(plain, prefix)))
 
 
+def unwrapped(name: str) -> str:
+    """A name without DistributedDataParallel's `module.`."""
+    return _PARALLEL.sub("", name)
+
+
 def identity(value: Any) -> tuple:
     """A key that is equal for two tensors exactly if they are equal."""
     dtype = dtype_of(value)
@@ -221,7 +226,7 @@ def as_named(names: Mapping[str, Any], values: dict[str, Any]) -> dict[str, Any]
     """
     bare = Names[str](_LEAVE_OUT)
     for key in values:
-        name = _PARALLEL.sub("", key)
+        name = unwrapped(key)
         if key in names or name not in names or name in values:
             continue
         if name not in bare or identity(values[bare[name]]) != identity(values[key]):

@@ -60,8 +60,9 @@ def load_state_dict(
             dict.
 
     Warns:
-        UserWarning: a tensor has NaN or infinite numbers; it is loaded anyway. Or a setting of a loaded layer is not
-            torch's default, as for `state_dict`.
+        UserWarning: a tensor has NaN or infinite numbers, or numbers that become infinite in the parameter's dtype; it
+            is loaded anyway. A setting of a loaded layer is not torch's default, as for `state_dict`; or a recurrent
+            layer's setting is not what the file says that `jaxrnn.checkpoint.load` read.
 
     >>> import jaxrnn
     >>> from flax import nnx
