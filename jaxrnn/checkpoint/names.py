@@ -194,12 +194,16 @@ def under(tensors: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     return Described(found, said, modules)
 
 
-def as_in_module(names: Iterable[str], wanted: Mapping[str, Any], prefix: str) -> list[str]:
-    """Names in a checkpoint as a module has them, in the same order, as `load_state_dict` does it."""
-    plain = Names[str](_LEAVE_OUT)
-    for name in names:
-        plain.put(_WRAPPED.sub("", name), name, name)
-    return list(as_named(wanted, under(plain, prefix)))
+def as_in_module(named: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """Rename what is named as in a checkpoint as a module has it, in the same order, as `load_state_dict` does it.
+
+    Raises:
+        CheckpointError: two of them would have one name.
+    """
+    plain = Names[Any](_LEAVE_OUT)
+    for name, value in named.items():
+        plain.put(_WRAPPED.sub("", name), value, name)
+    return as_named(wanted, under(plain, prefix))
 
 
 def unwrapped(name: str) -> str:
