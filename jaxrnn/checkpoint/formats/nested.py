@@ -10,8 +10,18 @@ from jaxrnn.checkpoint.errors import CheckpointError, listed
 from jaxrnn.checkpoint.formats.pickles import STATE_DICT
 from jaxrnn.checkpoint.formats.reading import Reading
 from jaxrnn.checkpoint.named import Described, modules_of
+from jaxrnn.checkpoint.tables import Table, neutral, warned
 
 _NESTING = (dict, OrderedDict, list, tuple)
+# What torch's state dicts say of a module beside its tensors.
+METADATA = Table(
+    "_metadata of torch's state dicts",
+    {
+        # 2 of BatchNorm: it counts its batches, which changes no result here. Of others, quantized layers have 2 to 4.
+        "version": warned(None, 1, 2, 3, 4, remedy="it may store something else: compare the outputs"),
+        "spectral_norm": neutral("of the first version, which has no weight_v, fold says that parts are missing"),
+    },
+)
 _DEEPEST = 100  # nested dicts and lists; a state dict has a handful
 # The usual keys of a model's state dict beside an optimizer's.
 _USUAL_KEYS = ("state_dict", "model_state_dict", "model_state", "model")
@@ -57,7 +67,9 @@ def _note(whole: Any, path: list[str], tensors: dict[str, Any], note: Callable[[
         note(f"{taken}, and left out {listed(left_out)}" if left_out else taken)
 
 
-def choose(checkpoint: Any, what: Reading, is_tensor: Callable[[Any], bool]) -> dict[str, Any]:
+def choose(
+    checkpoint: Any, what: Reading, is_tensor: Callable[[Any], bool], warn: Callable[[str], None]
+) -> dict[str, Any]:
     """The tensors of the dict under a key; without one, of the dict under the only usual key, or at the top."""
     key, whole, path = what.key, checkpoint, list[str]()
     if key is not None:
@@ -87,7 +99,20 @@ def choose(checkpoint: Any, what: Reading, is_tensor: Callable[[Any], bool]) -> 
         others = [f"{n} ({'Tensor' if n in tensors else type(checkpoint[n]).__name__})" for n in wrong]
         raise CheckpointError(f"some entries of {_at(path)} are not named tensors: {listed(others)}\n{STATE_DICT}")
     _note(whole, path, named, what.note)
+    metadata = getattr(checkpoint, "_metadata", None)
+    for text in _unknown(metadata if isinstance(metadata, dict) else {}):
+        warn(text)
     return Described(named, modules=modules_of(checkpoint))
+
+
+def _unknown(metadata: dict[str, Any]) -> Iterator[str]:
+    """What the metadata of a state dict has that is not known, each once, with the modules."""
+    places: dict[str, list[str]] = {}
+    for place, settings in metadata.items():
+        for finding in METADATA.findings(settings if isinstance(settings, dict) else {}):
+            places.setdefault(f"{finding}\n{finding.row.words}", []).append(place or "the whole model")
+    for text, modules in places.items():
+        yield f"the state dict of {listed(modules)} has {text}"
 
 
 def _nested(checkpoint: dict, is_tensor: Callable[[Any], bool]) -> list[Any]:

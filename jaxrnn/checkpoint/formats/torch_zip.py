@@ -1,5 +1,6 @@
 """Files of torch.save since torch 1.6, read and written without torch."""
 
+import functools
 import os
 import re
 import struct
@@ -47,7 +48,7 @@ def read(path: str | os.PathLike[str], what: Reading) -> dict[str, Value]:
     def chosen(checkpoint: Any) -> dict[str, StoredTensor]:
         nonlocal plan, modules
         wanted = (lambda value: _is_tensor(value) or quantized.is_packed(value)) if what.dequantize else _is_tensor
-        found = choose(checkpoint, what, wanted)
+        found = choose(checkpoint, what, wanted, functools.partial(warn, path))
         modules = modules_of(found)
         if not what.dequantize:
             return _checked(found)
