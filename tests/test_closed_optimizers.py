@@ -191,6 +191,10 @@ def test_a_setting_with_another_value(torch: types.ModuleType, name: str, key: s
             found = _two_steps(state, tensors)
         assert_close(found, _theirs(torch, optimizer, tensors))
         return
+    if row.use == "refused":
+        with pytest.raises(CheckpointError, match=f"{key}=True\ntorch's has none: remove it from param_groups"):
+            _two_steps(state, tensors)
+        del state["param_groups"][0][key]
     if key == "dampening":
         with pytest.raises(CheckpointError, match="to train on without it, set it to 0 in param_groups"):
             _two_steps(state, tensors)

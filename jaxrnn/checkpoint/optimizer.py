@@ -385,16 +385,19 @@ def _check_moments(states: Mapping[Any, Any], indices: Sequence[Any]) -> None:
 
 
 def _check_keys(state: Mapping[str, Any], groups: Sequence[_Group], kinds: Sequence[Kind]) -> None:
-    """Warn of settings that are not used and may change the steps."""
+    """Refuse or warn of settings that are not used and may change the steps."""
     found = [("", finding) for finding in STATE.findings(state)]
     for group, kind in zip(groups, kinds, strict=True):
         found += [(f"param_groups of torch's {kind.name} have ", finding) for finding in kind.table.findings(group)]
-    texts = [
-        f"{place or 'the state dict has '}{finding}\n{OTHER_KEY if finding.row.use == 'unknown' else finding.row.words}"
-        for place, finding in found
-    ]
-    for text in dict.fromkeys(texts):
-        warnings.warn(text, stacklevel=level_outside())
+    said: set[str] = set()
+    for place, finding in found:
+        remedy = OTHER_KEY if finding.row.use == "unknown" else finding.row.words
+        text = f"{place or 'the state dict has '}{finding}\n{remedy}"
+        if finding.refused:
+            raise CheckpointError(text)
+        if text not in said:  # each group may have it
+            said.add(text)
+            warnings.warn(text, stacklevel=level_outside())
 
 
 def _used(kept: Mapping[str, Any]) -> bool:

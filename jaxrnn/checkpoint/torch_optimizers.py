@@ -9,7 +9,7 @@ import optax
 
 from jaxrnn.checkpoint.arrays import to_numpy
 from jaxrnn.checkpoint.errors import CheckpointError, listed
-from jaxrnn.checkpoint.tables import USED, Table, neutral, warned
+from jaxrnn.checkpoint.tables import USED, Table, neutral, refused, warned
 
 STEP = "step"
 _Group = Mapping[str, Any]
@@ -44,7 +44,7 @@ class Kind(NamedTuple):
     @property
     def table(self) -> Table:
         """What becomes of the settings of a group."""
-        return Table(f"param_groups of torch.optim's {self.name}", {**dict.fromkeys(self.settings, USED), **_SETTINGS})
+        return Table(f"param_groups of torch.optim's {self.name}", {**_SETTINGS, **dict.fromkeys(self.settings, USED)})
 
 
 _SCHEDULES = neutral("of a schedule, which sets lr: its last one is used")
@@ -58,6 +58,7 @@ _SETTINGS = {
     **dict.fromkeys(("initial_lr", "max_lr", "min_lr", "swa_lr"), _SCHEDULES),
     **dict.fromkeys(("base_momentum", "max_momentum"), _MOMENTUM),
     "name": neutral("a label of one's own"),
+    "decoupled_weight_decay": refused(False, remedy="torch's has none: remove it from param_groups"),
 }
 # The keys of an optimizer's state dict.
 STATE = Table("torch's optimizer.state_dict()", {"state": USED, "param_groups": USED})
