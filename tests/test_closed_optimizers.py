@@ -20,8 +20,21 @@ from jaxrnn.checkpoint import CheckpointError
 from jaxrnn.checkpoint.torch_optimizers import KINDS, STATE
 
 pytestmark = pytest.mark.torch
-ROWS = [(name, key) for kind in KINDS if not kind.unequal for name in kind.name.split(", ") for key in kind.table]
-STATES = [(kind.name.split(", ")[0], key) for kind in KINDS if not kind.unequal for key in (*kind.fields, "step")]
+_QUICK = ("SGD", "Adam")
+ROWS = [
+    pytest.param(name, key, marks=[] if name in _QUICK else pytest.mark.slow)
+    for kind in KINDS
+    if not kind.unequal
+    for name in kind.name.split(", ")
+    for key in kind.table
+]
+STATES = [
+    pytest.param(name, key, marks=[] if name in _QUICK else pytest.mark.slow)
+    for kind in KINDS
+    if not kind.unequal
+    for name in kind.name.split(", ")[:1]
+    for key in (*kind.fields, "step")
+]
 TABLES = {name: kind.table for kind in KINDS for name in kind.name.split(", ")}
 SHAPES = {"w": (2, 3), "b": (3,), "v": (3,)}
 

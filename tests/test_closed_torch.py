@@ -147,7 +147,10 @@ def _other(torch: types.ModuleType, module: Any, name: str) -> Any:
 
 
 @pytest.mark.parametrize("kind", ["RNN", "GRUCell", "RNNCell"])
-@pytest.mark.parametrize("name", ATTRIBUTES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow) if row.use == "used" else name for name, row in ATTRIBUTES.items()],
+)
 def test_an_attribute_with_another_value(torch: types.ModuleType, name: str, kind: str) -> None:
     module = _module(torch, kind, **({"num_layers": 2} if kind == "RNN" else {})).eval()
     own = vars(module)
@@ -392,6 +395,7 @@ def test_what_is_beside_the_weights(torch: types.ModuleType, kind: str) -> None:
     assert_close(_follow(remedy, torch, module)(X[0]), _run(torch, module))
 
 
+@pytest.mark.slow
 def test_a_cell_without_biases_and_layers_with_another_nonlinearity(torch: types.ModuleType) -> None:
     """torch goes by the parameters, and by `mode`."""
     cell, rnn = _module(torch, "GRUCell"), _module(torch, "RNN")
@@ -426,19 +430,18 @@ def test_a_module_without_numbers(torch: types.ModuleType) -> None:
         jaxrnn.load_state_dict(ours, lazy.state_dict())
 
 
-def test_wrappers_and_quantized_modules(torch: types.ModuleType) -> None:
+@pytest.mark.parametrize("name", ["module", pytest.param("_orig_mod", marks=pytest.mark.slow)])
+def test_wrappers_and_quantized_modules(torch: types.ModuleType, name: str) -> None:
     plain = _module(torch)
-    for wrapped, name in (
-        (torch.nn.DataParallel(plain), "module"),
-        (torch.compile(plain, backend="eager"), "_orig_mod"),
-    ):
-        with pytest.raises(TypeError, match=f"give the module in it, torch_module.{name}$"):
-            jaxrnn.from_torch(wrapped)
-        jaxrnn.from_torch(getattr(wrapped, name))
+    wrapped = torch.nn.DataParallel(plain) if name == "module" else torch.compile(plain, backend="eager")
+    with pytest.raises(TypeError, match=f"give the module in it, torch_module.{name}$"):
+        jaxrnn.from_torch(wrapped)
+    jaxrnn.from_torch(getattr(wrapped, name))
     with pytest.raises(TypeError, match="give the module that was quantized, or save its state_dict"):
         jaxrnn.from_torch(torch.ao.nn.quantizable.LSTM(3, 4))
 
 
+@pytest.mark.slow
 def test_a_subclass_that_computes_the_same(torch: types.ModuleType) -> None:
     class Named(torch.nn.LSTM):
         unit = "step"
