@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from jaxrnn.checkpoint.arrays import is_torch_tensor
+from jaxrnn.checkpoint.arrays import is_lazy, is_torch_tensor
 from jaxrnn.checkpoint.errors import CheckpointError, listed
 from jaxrnn.checkpoint.names import fold, misfits
 from jaxrnn.checkpoint.tables import USED, Finding, Row, Table, neutral, refused, warned
@@ -18,6 +18,8 @@ _SPECTRAL = "torch.nn.utils.spectral_norm"
 _PARAMETRIZATIONS = "torch.nn.utils.parametrizations"
 _WEIGHTS = "to take the weights alone: {weights}"
 _CLEAR = "change the gradients in optax instead, and remove the hooks: {place}{name}.clear()"
+
+_IN_PLACE = refused(remedy="if torch's own is meant: del torch_module.__dict__[{name!r}]")
 
 
 def _rows(names: str, row: Row) -> dict[str, Row]:
@@ -166,17 +168,14 @@ def _findings(torch_module: Any, cls: type, shapes: Mapping[str, Any]) -> Iterat
         yield "torch_module.", finding
     own, fresh = vars(torch_module), vars(cls(1, 1, device="meta"))
     for name, value in _in_place(torch_module, shapes).items():
-        yield (
-            "torch_module.",
-            Finding(name, value, refused(remedy="if torch's own is meant: del torch_module.__dict__[{name!r}]")),
-        )
+        yield "torch_module.", Finding(name, value, _IN_PLACE)
     # Attributes that torch does not have change nothing, because no method of torch's reads them.
     settings = {name: own[name] for name in own if name in ATTRIBUTES or (name in fresh and own[name] != fresh[name])}
     hooks = {key: hook for key, hook in own["_forward_pre_hooks"].items() if not _folds(hook)}
     for finding in ATTRIBUTES.findings(settings | {"_forward_pre_hooks": hooks}):
         yield "torch_module.", finding
     for path, child in _submodules(torch_module):
-        for finding in ATTRIBUTES.findings({name: vars(child)[name] for name in _HOOKS}):
+        for finding in ATTRIBUTES.findings({name: vars(child)[name] for name in _HOOKS if name in vars(child)}):
             yield f"torch_module.get_submodule({path!r}).", finding
     module = vars(sys.modules["torch.nn.modules.module"])
     for finding in GLOBALS.findings({name: module[name] for name in module if name.startswith("_global_")}):
@@ -246,7 +245,7 @@ def _check_names(torch_module: Any, owner: str, shapes: Mapping[str, Any], weigh
     """Refuse what is beside a module's parameters, and parameters that are not there or have no numbers."""
     tensors = tensors_of(torch_module)
     for name, tensor in tensors.items():
-        if tensor.is_meta or "Uninitialized" in type(tensor).__name__:
+        if tensor.is_meta or is_lazy(tensor):
             remedy = "load its weights first: torch_module.load_state_dict(tensors, assign=True)"
             raise CheckpointError(f"{owner}: {name} has no numbers yet\n{remedy}")
     folded = fold(tensors)
