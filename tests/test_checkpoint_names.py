@@ -290,3 +290,99 @@ def test_other_parametrizations_are_named_and_their_remedy_works(name: str, torc
     assert_close(
         jaxrnn.state_dict(ours), {key: value.numpy() for key, value in model["lstm"].state_dict().items()}, atol=0
     )
+
+
+def _gru_in(*places: str, factor: float = 2.0) -> dict[str, np.ndarray]:
+    """The weights of a GRU at each place, multiplied for each place after the first."""
+    weights = jaxrnn.state_dict(_gru())
+    return {f"{p}{name}": value * factor**k for k, p in enumerate(places) for name, value in weights.items()}
+
+
+@pytest.mark.parametrize("places", [("module.enc.", "enc.module."), ("enc.module.", "module.module.enc.")])
+@pytest.mark.parametrize("strict", [True, False])
+def test_wrapped_names_that_meet(places: tuple[str, str], strict: bool) -> None:
+    model = nnx.Dict(enc=_gru(1))
+    words = re.escape(f"{places[0]}weight_ih_l0 and {places[1]}weight_ih_l0 are both read as enc.weight_ih_l0\n")
+    with pytest.raises(CheckpointError, match=f"^{words}leave one of them out$"):
+        jaxrnn.load_state_dict(model, _gru_in(*places), strict=strict)
+    jaxrnn.load_state_dict(model, _gru_in(*places, factor=1.0), strict=False)  # two names of one tensor
+    assert_close(jaxrnn.state_dict(model), _gru_in("enc."), atol=0)
+    jaxrnn.load_state_dict(_gru(1), _gru_in(*places, "dec."), "dec.")  # what is elsewhere does not matter
+    names = [*_gru_in(*places)]
+    with pytest.raises(CheckpointError, match=words):
+        checkpoint.optimizer_from_torch({"state": {}, "param_groups": []}, model, names)
+
+
+@pytest.mark.parametrize("wrapper", ["_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module."])
+def test_keys_that_differ_by_a_wrapper(wrapper: str) -> None:
+    tensors = _gru_in("enc.", f"enc.{wrapper}")
+    words = rf"the keys enc\.weight_ih_l0 and enc\.{wrapper}weight_ih_l0 are both read as enc\.weight_ih_l0"
+    for read in (
+        checkpoint.fold,
+        checkpoint.find_rnns,
+        lambda tensors: jaxrnn.load_state_dict(_gru(), tensors, "enc."),
+    ):
+        with pytest.raises(CheckpointError, match=words):
+            read(tensors)
+    names = [*tensors]
+    with pytest.raises(CheckpointError, match=words.removeprefix("the keys ")):
+        checkpoint.optimizer_from_torch({"state": {}, "param_groups": []}, nnx.Dict(enc=_gru()), names)
+
+
+def test_a_cells_weights_beside_a_layers() -> None:
+    """Neither is taken for the other: those that are not needed are unexpected."""
+    layer = jaxrnn.state_dict(_gru())
+    cell = {name.removesuffix("_l0"): value + 1 for name, value in layer.items()}
+    with pytest.raises(CheckpointError, match="\n  weight_ih is unexpected\n"):
+        jaxrnn.load_state_dict(_gru(1), cell | layer)
+    with pytest.raises(CheckpointError, match="\n  weight_ih_l0 is unexpected\n"):
+        jaxrnn.load_state_dict(jaxrnn.GRUCell(3, 4, rngs=nnx.Rngs(0)), cell | layer)
+
+
+def test_parts_in_both_spellings_of_torch() -> None:
+    """They do not get mixed, and two weights do not become one."""
+    one = {"weight_g": np.full((2, 1), 2.0), "weight_v": np.eye(2)}
+    other = {"parametrizations.weight.original0": np.full((2, 1), 3.0), "parametrizations.weight.original1": np.eye(2)}
+    words = r"weight_g with its other parts and parametrizations\.weight\.original0 with its other parts are both read"
+    with pytest.raises(CheckpointError, match=words):
+        checkpoint.fold(one | other)
+    same = {name: value for name, (_, value) in zip(other, one.items(), strict=True)}
+    assert_close(checkpoint.fold(one | same), {"weight": 2 * np.eye(2)})
+    linear = nnx.Linear(2, 2, use_bias=False, rngs=nnx.Rngs(0))
+    for mixed in (["weight_v", "parametrizations.weight.original0"], ["weight_g", "parametrizations.weight.original1"]):
+        parts = {name: value for name, value in (one | other).items() if name in mixed}
+        assert checkpoint.fold(parts) == parts
+        with pytest.raises(CheckpointError, match="a parametrization computes weight from parametrizations"):
+            jaxrnn.load_state_dict(linear, parts)
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("norm", ["weight_norm", "spectral_norm"])
+def test_a_parametrization_without_weights_after_a_norm(
+    torch: types.ModuleType, norm: str, legacy: bool, tmp_path: Any
+) -> None:
+    """Of which torch's files say in `_metadata` that it is there."""
+    lstm = torch.nn.LSTM(3, 4)
+    getattr(torch.nn.utils.parametrizations, norm)(lstm, "weight_hh_l0")
+    model = torch.nn.ModuleDict({"enc": torch.nn.ModuleDict({"_orig_mod": lstm})}).eval()
+
+    def save() -> str:
+        torch.save(model.state_dict(), tmp_path / "a.pt", _use_new_zipfile_serialization=not legacy)
+        return str(tmp_path / "a.pt")
+
+    [found] = checkpoint.find_rnns(checkpoint.load(save()))
+    assert found.prefix == "enc."
+    twice = type("Twice", (torch.nn.Module,), {"forward": lambda self, weight: 2 * weight})
+    torch.nn.utils.parametrize.register_parametrization(lstm, "weight_hh_l0", twice())
+    tensors = checkpoint.load(save())
+    words = r"a parametrization computes enc\.weight_hh_l0 from .*enc\.parametrizations\.weight_hh_l0\.1, and files do"
+    for given in (tensors, checkpoint.fold(tensors)):
+        with pytest.raises(CheckpointError, match=words):
+            checkpoint.find_rnns(given)
+        with pytest.raises(CheckpointError, match=words.replace(r"enc\.", "(enc.)?")):
+            jaxrnn.load_state_dict(jaxrnn.LSTM(3, 4, rngs=nnx.Rngs(0)), given, "enc.")
+    torch.nn.utils.parametrize.remove_parametrizations(lstm, "weight_hh_l0")
+    ours = jaxrnn.LSTM(3, 4, rngs=nnx.Rngs(0))
+    jaxrnn.load_state_dict(ours, checkpoint.load(save()), "enc.")
+    assert_close(ours.weight_hh_l0[...], lstm.weight_hh_l0.detach().numpy(), atol=0)

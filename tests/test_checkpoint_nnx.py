@@ -15,6 +15,7 @@ from flax import nnx
 from making import filled
 
 import jaxrnn
+from jaxrnn.checkpoint.named import Described
 
 KINDS: list[tuple[str, dict[str, Any]]] = [
     ("RNN", {"num_layers": 2, "nonlinearity": "relu", "batch_first": True}),
@@ -251,3 +252,58 @@ def test_gradients_have_torchs_names_in_a_module() -> None:
     merged = jaxrnn.state_dict(eval(merge, names))
     assert merged.keys() == {"0.weight", "0.bias"}
     assert_close(merged["0.weight"], np.asarray(state["layers"][0]["kernel"][...]).T)
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize(
+    ("dtype", "number"), [("float32", 1e300), ("float32", -1e39), ("float16", 7e4), ("bfloat16", 1e39)]
+)
+def test_numbers_that_become_infinite_are_named(torch: types.ModuleType, dtype: str, number: float) -> None:
+    cell = _make("GRUCell", {}, dtype=jnp.dtype(dtype))
+    tensors = {name: value.astype(np.float64) for name, value in jaxrnn.state_dict(cell).items()}
+    tensors["bias_ih"][2] = number
+    tensors["weight_hh"][0, 0] = number / 10
+    assert torch.tensor(tensors["bias_ih"]).to(getattr(torch, dtype)).isinf().any()  # silently, in torch
+    words = rf"GRUCell: numbers in (weight_hh, )?bias_ih become infinite in {dtype}: the largest is \d\S* of bias_ih\n"
+    with pytest.warns(UserWarning, match=words) as caught:
+        jaxrnn.load_state_dict(cell, tensors)
+    setting = str(caught[0].message).partition("with ")[2]
+    again = eval(f"jaxrnn.GRUCell(3, 4, rngs=nnx.Rngs(0), {setting})", {"jaxrnn": jaxrnn, "nnx": nnx})
+    jaxrnn.load_state_dict(again, tensors)
+    assert_close(jaxrnn.state_dict(again), tensors, atol=0)
+
+
+def test_numbers_that_become_infinite_without_x64() -> None:
+    tensors = {name: np.full(value.shape, 1e300) for name, value in jaxrnn.state_dict(_make("GRUCell", {})).items()}
+    with jax.enable_x64(False), pytest.warns(UserWarning, match=r'\nturn on 64 bits first, by jax.config.update\("'):
+        jaxrnn.load_state_dict(_make("GRUCell", {}), tensors)
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        ("RNN", {"nonlinearity": "relu"}),
+        ("RNN", {"batch_first": True, "dropout": 0.5, "nonlinearity": "tanh"}),
+        ("RNNCell", {"nonlinearity": "relu", "batch_first": True}),  # a cell has no batch_first
+    ],
+)
+@pytest.mark.parametrize("place", ["enc.", "module.enc.", "enc.module."])
+def test_what_the_file_says_and_the_module_has_otherwise(make: str, said: dict, place: str) -> None:
+    def model(**settings: Any) -> nnx.Module:
+        layers = {} if make == "RNNCell" else {"num_layers": 2}
+        return nnx.Dict(enc=_make(make, layers | settings))
+
+    plain = jaxrnn.state_dict(model())
+    tensors = Described({f"net.{place}{name.removeprefix('enc.')}": value for name, value in plain.items()})
+    tensors.said = {f"net.{place}": said, "other.": {"nonlinearity": "relu"}}
+    with pytest.warns(UserWarning, match="where the file says") as caught:
+        assert jaxrnn.load_state_dict(model(), tensors, "net.") == ([], [])
+    texts = [str(warning.message) for warning in caught]
+    different = {
+        name: value for name, value in said.items() if value != "tanh" and not ("Cell" in make and value is True)
+    }
+    assert [text.partition(",")[0] for text in texts] == [
+        f"Dict: enc.{name}={ {'relu': 'tanh', True: False, 0.5: 0.0}[value]!r}" for name, value in different.items()
+    ]
+    settings = [text.partition("make that module with ")[2] for text in texts]
+    jaxrnn.load_state_dict(model(**eval(f"dict({', '.join(settings)})")), tensors, "net.")

@@ -111,7 +111,7 @@ def test_what_is_in_doubt_is_refused_and_what_is_not_is_read(torch: types.Module
     assert list(load(_saved(torch, plain, tmp_path), dequantize=True)) == list(plain.state_dict())
 
 
-@pytest.mark.filterwarnings("ignore:.*dequantized")
+@pytest.mark.filterwarnings("ignore:.*dequantized", "ignore:.*the state dict of")
 def test_mutated_files_are_read_or_refused(torch: types.ModuleType, tmp_path: Path) -> None:
     path = _saved(torch, _quantized(torch, torch.nn.ModuleList([torch.nn.LSTM(2, 3)])), tmp_path)
     with zipfile.ZipFile(path) as archive:

@@ -1,6 +1,7 @@
 import io
 import pickle
 import re
+import shlex
 import sys
 import types
 import zipfile
@@ -281,3 +282,70 @@ def test_keys_that_are_alike_in_a_tree(torch, tmp_path):
     tree = checkpoint.load_tree(tmp_path / "a.pt")
     assert [tree["a"]["b"], tree["a.b"], tree[0], tree["0"]] == [1, 2, 3, 4]
     assert tree["dtype"] == "torch.float32"
+
+
+def _lists(torch: types.ModuleType) -> dict[str, object]:
+    """What a file may hold in which no dict of tensors is at the top."""
+    one, other = {"weight": torch.ones(2)}, {"weight": torch.zeros(2)}
+    moments = {"state": {0: {"exp_avg": torch.ones(2)}}, "param_groups": [{"lr": 0.1, "params": [0]}]}
+    return {
+        "list": [one, other],
+        "tuple": (3, one),
+        "list under a key": {"models": [one, other], "epoch": 3},
+        "list under a usual key": {"model": [one, other]},
+        "lists in dicts in lists": [{"epoch": 1}, {"runs": [[{"net": {"ema": [other]}}]]}],
+        "numbers as keys": {0: one, 1: other},
+        "names with dots": {"a.b": {"c": one}, "a": {"b": {"d": 1}}},
+        "names with blanks": {"the best": {"of all": one}},
+        "an empty name": {"": one, "x": other},
+        "a name that hides another": {"a.b": one, "a": {"b": other}},
+        "an optimizer before": {"optimizer": moments, "nets": [one]},
+        "tensors before": {"nets": [torch.ones(1)], "others": {"x": one}},
+        "the number and its text": {0: {"x": one}, "0": {"x": other}, "1": dict(other)},
+    }
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("key", [True, False], ids=["key", "command line"])
+def test_the_advised_key_works(key, zipped, torch, tmp_path, refusal):
+    path = tmp_path / "a.pt"
+    for value in _lists(torch).values():
+        torch.save(value, path, _use_new_zipfile_serialization=zipped)
+        remedy = _remedy(path)
+        if key:
+            found = checkpoint.load(path, key=eval(re.search(r"key=('.*'|\".*\"), on", remedy)[1]))
+        else:
+            options = shlex.split(remedy.partition("on the command line ")[2])
+            assert options[0] == "--key"
+            found = checkpoint.load(path, key=options[1])
+        assert list(found) == ["weight"]
+
+
+def _remedy(path, key=None):
+    with pytest.raises(CheckpointError) as caught:
+        checkpoint.load(path, key=key)
+    return str(caught.value).partition("\n")[2]
+
+
+@pytest.mark.torch
+def test_keys_of_lists_and_dicts_without_one(zipped, torch, tmp_path):
+    path = tmp_path / "a.pt"
+
+    def save(value: object) -> None:
+        torch.save(value, path, _use_new_zipfile_serialization=zipped)
+
+    save({"nets": [{"w": torch.ones(1)}], "more": [[torch.ones(1)]]})
+    assert "key='nets.0'" in _remedy(path)
+    assert "key='nets.0'" in _remedy(path, "nets")
+    read = "torch.save(model.state_dict(), path), or read all of it with jaxrnn.checkpoint.load_tree(path)"
+    assert read in _remedy(path, "more")
+    save([torch.ones(1), torch.ones(1)])  # tensors without names
+    assert read in _remedy(path)
+    assert len(checkpoint.load_tree(path)) == 2
+    save({0: {"w": torch.ones(1)}, "0": {"w": torch.ones(1)}})
+    assert read in _remedy(path)
+    with pytest.raises(
+        CheckpointError, match=r"its '0' may be the key 0 or the key '0'\nread all of it with .*load_tree"
+    ):
+        checkpoint.load(path, key="0")
+    assert list(checkpoint.load_tree(path)) == [0, "0"]

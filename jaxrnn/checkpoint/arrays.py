@@ -20,9 +20,16 @@ def is_torch_tensor(value: object) -> bool:
     return torch is not None and isinstance(value, torch.Tensor)
 
 
+def is_lazy(tensor: Any) -> bool:
+    """Whether it is a parameter of a lazy layer that has not been called: it has no shape."""
+    return isinstance(tensor, sys.modules["torch"].nn.parameter.UninitializedTensorMixin)
+
+
 def dtype_of(value: Any) -> np.dtype:
     """The NumPy dtype of an array of NumPy, JAX, torch or a file; `NO_NUMBERS` for anything else."""
-    if isinstance(value, np.ndarray | np.generic | jax.Array | Stored) or is_torch_tensor(value):
+    if isinstance(value, np.ndarray | np.generic | jax.Array | Stored) or (
+        is_torch_tensor(value) and not is_lazy(value)
+    ):
         try:
             dtype = jnp.dtype(str(value.dtype).removeprefix("torch.")).newbyteorder("=")
         except TypeError:
@@ -41,6 +48,8 @@ def to_numpy(name: str, value: Any) -> np.ndarray:
     if isinstance(value, Stored):
         return value.read()
     dtype = dtype_of(value)
+    if is_torch_tensor(value) and is_lazy(value):
+        raise CheckpointError(f"{name} is a lazy tensor, without numbers yet\ncall the model once in torch")
     if is_torch_tensor(value):
         kind = next((kind for kind in ("meta", "quantized", "nested") if getattr(value, f"is_{kind}")), None)
         if kind is None and str(value.layout) != "torch.strided":

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from jaxrnn.checkpoint.errors import AGAIN, CheckpointError, about, is_text, listed
 from jaxrnn.checkpoint.formats import FILES, Format, index, orbax
 from jaxrnn.checkpoint.formats.reading import Reading
-from jaxrnn.checkpoint.named import Described, said_of
+from jaxrnn.checkpoint.named import Described, modules_of, said_of
 from jaxrnn.checkpoint.stored import Value, read
 
 Path = str | os.PathLike[str]
@@ -73,7 +73,7 @@ def load(
     {'scale': array([1., 2.])}
     """
     tensors = opened(path, Reading(key, only_tensors, dequantize))
-    return Described({name: read(value) for name, value in tensors.items()}, said_of(tensors))
+    return Described({name: read(value) for name, value in tensors.items()}, said_of(tensors), modules_of(tensors))
 
 
 def opened(path: Path, what: Reading = _ALL) -> Tensors:

@@ -16,7 +16,7 @@ from jaxrnn import _compat
 from jaxrnn.checkpoint.errors import CheckpointError, listed
 from jaxrnn.checkpoint.flax_layers import Entry, kind_of
 from jaxrnn.checkpoint.matching import Contents, Parameter, fit, interchangeable
-from jaxrnn.checkpoint.optimizer import order_lost, resumed, trained
+from jaxrnn.checkpoint.optimizer import are_named, order_lost, resumed, trained
 from jaxrnn.spec import CellSpec, Spec
 
 Path = tuple[str, ...]
@@ -185,9 +185,11 @@ def optax_from_torch(
     }
     if names is not None:
         names = trained(names, described, contents, prefix)
-    elif doubtful := _order_in_doubt([(tuple(name.split(".")), param) for name, param in described.items()]):
+    elif not are_named(state, described, prefix) and (
+        doubtful := _order_in_doubt([(tuple(name.split(".")), param) for name, param in described.items()])
+    ):
         raise order_lost(doubtful, "Linen has that of the calls")
-    return resumed(state, described, names, learning_rate, steps_made).for_tree(variables["params"])
+    return resumed(state, described, names, learning_rate, steps_made, prefix).for_tree(variables["params"])
 
 
 def _order_in_doubt(params: list[tuple[Path, Parameter]]) -> list[str]:

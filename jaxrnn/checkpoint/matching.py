@@ -1,6 +1,5 @@
 """Match tensors to the parameters of a Flax module of either API: names, layouts and dtypes."""
 
-import hashlib
 import itertools
 import re
 from collections.abc import Container, Iterator, Mapping
@@ -10,10 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxrnn.cells import RNN_RELU, RNN_TANH
 from jaxrnn.checkpoint.arrays import NO_NUMBERS, dtype_of, to_numpy
 from jaxrnn.checkpoint.errors import CheckpointError, listed
 from jaxrnn.checkpoint.flax_layers import Entry, kind_of
-from jaxrnn.checkpoint.names import as_named, fold, misfits, under
+from jaxrnn.checkpoint.named import said_of
+from jaxrnn.checkpoint.names import as_named, fold, identity, misfits, under, unwrapped
+from jaxrnn.spec import CellSpec, Spec
 
 # Kinds of dtype: values are cast within a kind, as in torch; an integer or complex weight is a mistake.
 _KINDS = (jnp.floating, jnp.complexfloating, jnp.integer, jnp.bool_)
@@ -141,7 +143,8 @@ def fit(owner: str, contents: Contents, tensors: Mapping[str, Any], prefix: str,
         got = f"{type(tensors).__name__}\nread a file with jaxrnn.checkpoint.load(path)"
         raise TypeError(f"tensors should be a dict from name to array, got {got}")
     folded = fold(tensors)
-    values = as_named(params, under(folded, prefix))
+    chosen = under(folded, prefix)
+    values = as_named(params, chosen)
     given = [name for name in params if name in values]
     # Some formats keep one name of a tied weight.
     first: dict[int, str] = {}
@@ -158,19 +161,21 @@ def fit(owner: str, contents: Contents, tensors: Mapping[str, Any], prefix: str,
     problems += [text for target, text in misfits(folded).items() if target.removeprefix(prefix) in missing]
     if strict and unexpected:
         # torch saves a tied weight under each of its names; a Flax model may have it once.
-        known = {_identity(values[name]): name for name in reversed(given)}
-        copies = [known.get(_identity(values[name])) for name in unexpected]
+        known = {identity(values[name]): name for name in reversed(given)}
+        copies = [known.get(identity(values[name])) for name in unexpected]
         problems += [
             f"{name} is unexpected" + (f": it equals {copy}" if copy else "")
             for name, copy in zip(unexpected, copies, strict=True)
         ]
     arrays, odd = {}, []
+    large: dict[str, float] = {}
     for name in given:
-        if (other := first[id(params[name].place)]) != name and _identity(values[name]) != _identity(values[other]):
+        if (other := first[id(params[name].place)]) != name and identity(values[name]) != identity(values[other]):
             problems.append(f"{other} and {name} are one shared parameter in the module, but two different tensors")
         try:
-            arrays[name], finite = _fitted(name, values[name], params[name])
+            arrays[name], finite, largest = _fitted(name, values[name], params[name])
             odd += [] if finite else [name]
+            large |= {name: largest} if largest else {}
         except CheckpointError as error:
             problems.append(str(error).partition("\n")[0])
     if problems:
@@ -189,7 +194,37 @@ def fit(owner: str, contents: Contents, tensors: Mapping[str, Any], prefix: str,
             remedy += "; strict=False allows missing and unexpected keys"
         raise CheckpointError("\n  ".join([f"{owner}: the tensors{where} do not fit:", *problems]) + f"\n{remedy}")
     warnings = [f"{owner}: NaN or infinite numbers in {listed(odd)}"] if odd else []
-    return Fit(arrays, missing, unexpected, [*warnings, *contents.differences(owner, arrays)])
+    if large:
+        warnings.append(f"{owner}: {_too_large(large, values, arrays)}")
+    warnings += contents.differences(owner, arrays)
+    return Fit(arrays, missing, unexpected, [*warnings, *_contradicted(owner, params, said_of(chosen))])
+
+
+def _too_large(large: Mapping[str, float], values: Mapping[str, Any], arrays: Mapping[str, jax.Array]) -> str:
+    """A warning about numbers that become infinite."""
+    name = max(large, key=lambda name: large[name])
+    cause = f"numbers in {listed(large)} become infinite in {arrays[name].dtype}: the largest is {large[name]:.3g}"
+    wanted = dtype_of(values[name])
+    remedy = f"make the module with param_dtype={str(wanted)!r}"
+    if jax.dtypes.canonicalize_dtype(wanted) != wanted:
+        remedy = f'turn on 64 bits first, by jax.config.update("jax_enable_x64", True), and {remedy}'
+    return f"{cause} of {name}\n{remedy}"
+
+
+def _contradicted(owner: str, params: Mapping[str, Parameter], said: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """Warnings about settings of recurrent modules that a file says, and that the module has otherwise."""
+    layers = {name.removesuffix(param.entry.name): param.layer for name, param in params.items()}
+    for path, settings in said.items():
+        place = path if path in layers else unwrapped(path)
+        spec = getattr(layers.get(place), "spec", None)
+        if not isinstance(spec, Spec | CellSpec):
+            continue
+        own = {"nonlinearity": {RNN_TANH: "tanh", RNN_RELU: "relu"}.get(spec.cell, spec.cell.name)}
+        own |= {name: getattr(spec, name) for name in settings if hasattr(spec, name)}
+        for name, value in settings.items():
+            if name in own and own[name] != value:
+                cause = f"{place}{name}={own[name]!r}, where the file says {name}={value!r}"
+                yield f"{owner}: {cause}\nmake that module with {name}={value!r}"
 
 
 def _prefixes_of_all(params: Mapping[str, Parameter], tensors: Mapping[str, Any]) -> list[str]:
@@ -199,16 +234,11 @@ def _prefixes_of_all(params: Mapping[str, Parameter], tensors: Mapping[str, Any]
     return [prefix for prefix in prefixes if all(prefix + name in tensors for name in params)]
 
 
-def _identity(value: Any) -> tuple:
-    """A key that is equal for two tensors exactly if they are equal."""
-    dtype = dtype_of(value)
-    if dtype == NO_NUMBERS:
-        return (id(value),)
-    return dtype, tuple(value.shape), hashlib.sha256(to_numpy("", value).tobytes()).digest()
+def _fitted(name: str, value: Any, param: Parameter) -> tuple[jax.Array, bool, float | None]:
+    """`value` with the parameter's layout, dtype and devices; whether it is finite; and its largest number if not now.
 
-
-def _fitted(name: str, value: Any, param: Parameter) -> tuple[jax.Array, bool]:
-    """`value` with the parameter's layout, dtype and devices; and whether it is finite."""
+    Numbers out of the dtype's range become infinite, as in torch's copy_.
+    """
     dtype, wanted = dtype_of(value), jnp.result_type(param.value)
     if dtype == NO_NUMBERS:
         to_numpy(name, value)  # whose message says what it is
@@ -217,10 +247,17 @@ def _fitted(name: str, value: Any, param: Parameter) -> tuple[jax.Array, bool]:
     ):
         raise CheckpointError(f"{name} is {dtype} {tuple(value.shape)}, should be {wanted} {param.shape}")
     array = to_numpy(name, value)
-    finite = not jnp.issubdtype(dtype, jnp.inexact) or bool(np.isfinite(array).all())
-    # Numbers out of range become infinite without a warning, as in torch's copy_.
+    infinite = _infinite(array)
     with np.errstate(over="ignore"):
-        array = param.entry.to_flax(array, param.layer).astype(wanted)
+        fitted = param.entry.to_flax(array, param.layer).astype(wanted)
+    largest = None
+    if dtype != wanted and _infinite(fitted) > infinite:
+        largest = float(np.max(np.abs(array[np.isfinite(array)])))
     if isinstance(param.value, jax.Array) and param.value.committed:
-        return jax.device_put(array, param.value.sharding), finite
-    return jnp.asarray(array), finite
+        return jax.device_put(fitted, param.value.sharding), not infinite, largest
+    return jnp.asarray(fitted), not infinite, largest
+
+
+def _infinite(array: np.ndarray) -> int:
+    """How many numbers are NaN or infinite."""
+    return array.size - int(np.count_nonzero(np.isfinite(array))) if jnp.issubdtype(array.dtype, jnp.inexact) else 0

@@ -14,13 +14,19 @@ class Described(dict[str, Any]):
     Attributes:
         said: by the prefix of a recurrent module ("encoder.lstm."), the arguments of its constructor in torch that the
             file says and weights do not: nonlinearity, batch_first, dropout.
+        modules: the paths of torch's modules, as its state dicts say them: also of those without tensors. By default
+            those that `tensors` has.
     """
 
     def __init__(
-        self, tensors: Mapping[str, Any] | Iterable[tuple[str, Any]] = (), said: Mapping[str, Mapping[str, Any]] = {}
+        self,
+        tensors: Mapping[str, Any] | Iterable[tuple[str, Any]] = (),
+        said: Mapping[str, Mapping[str, Any]] = {},
+        modules: Iterable[str] | None = None,
     ) -> None:
         super().__init__(tensors)
         self.said = {prefix: dict(settings) for prefix, settings in said.items()}
+        self.modules = frozenset(modules_of(tensors) if modules is None else modules)
 
 
 def said_of(tensors: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -28,16 +34,24 @@ def said_of(tensors: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return tensors.said if isinstance(tensors, Described) else {}
 
 
+def modules_of(tensors: Any) -> frozenset[str]:
+    """The paths of torch's modules, if tensors are a state dict of torch's or come from one."""
+    metadata = getattr(tensors, "_metadata", None)
+    paths = metadata if isinstance(metadata, Mapping) else getattr(tensors, "modules", ())
+    return frozenset(path for path in paths if isinstance(path, str))
+
+
 class Names(dict[str, _ValueT]):
     """A dict in which no name is taken twice. All that gets a new name goes through one.
 
     Args:
         remedy: the line of the message that says what to do.
+        kind: what the sources are, for the message.
     """
 
-    def __init__(self, remedy: str) -> None:
+    def __init__(self, remedy: str, kind: str = "") -> None:
         super().__init__()
-        self._remedy = remedy
+        self._remedy, self._kind = remedy, kind
         self._sources: dict[str, str] = {}
 
     def put(self, name: str, value: _ValueT, source: str) -> None:
@@ -52,6 +66,8 @@ class Names(dict[str, _ValueT]):
             CheckpointError: the name is taken; the message shows both sources.
         """
         if name in self:
-            raise CheckpointError(f"{self._sources[name]} and {source} are both read as {name}\n{self._remedy}")
+            raise CheckpointError(
+                f"{self._kind}{self._sources[name]} and {source} are both read as {name}\n{self._remedy}"
+            )
         self[name] = value
         self._sources[name] = source

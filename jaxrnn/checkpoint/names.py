@@ -1,15 +1,17 @@
 """Names of weights in checkpoints: fold weights that torch's utilities store in parts, and strip wrappers' prefixes."""
 
+import hashlib
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
-from jaxrnn.checkpoint.arrays import to_numpy
+from jaxrnn.checkpoint.arrays import NO_NUMBERS, dtype_of, to_numpy
 from jaxrnn.checkpoint.errors import CheckpointError, listed
-from jaxrnn.checkpoint.named import Described, Names, said_of
+from jaxrnn.checkpoint.named import Described, Names, modules_of, said_of
 
+_LEAVE_OUT = "leave one of them out"
 # What torch.compile, FSDP and activation checkpointing put into names.
 _WRAPPED = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _PARALLEL = re.compile(r"(?<![^.])module\.")
@@ -45,15 +47,13 @@ def fold(tensors: Mapping[str, Any], raw: bool = False) -> dict[str, Any]:
     {'head.weight': array([[6., 8.],
            [0., 1.]])}
     """
-    renamed: dict[str, str] = {}
+    renamed = Names[str](_LEAVE_OUT, "the keys ")
     for key in tensors:
-        name = _WRAPPED.sub("", key) if isinstance(key, str) else key
-        if name in renamed:
-            raise CheckpointError(f"the keys {renamed[name]} and {key} are both read as {name}\nleave one of them out")
-        renamed[name] = key
+        renamed.put(_WRAPPED.sub("", key) if isinstance(key, str) else key, key, key)
+    modules = frozenset(_WRAPPED.sub("", f"{path}.")[:-1] for path in modules_of(tensors))
     folded: dict[str, tuple[str, Any]] = {}  # from the name of the first part to the folded weight
     gone: set[str] = set()
-    for target, names in _parts(renamed).items():
+    for target, names in _parts(renamed, modules):
         recipe = _RECIPES.get(frozenset(names))
         if recipe is _raw:
             target = _dropped(target, names["raw"], renamed, raw)
@@ -70,14 +70,16 @@ def fold(tensors: Mapping[str, Any], raw: bool = False) -> dict[str, Any]:
         dtype = next(iter(arrays.values())).dtype if "orig" not in arrays else arrays["orig"].dtype
         folded[next(iter(names.values()))] = (target, value.astype(dtype))
         gone.update(names.values())
-    plain = Names[Any]("leave one of them out")
+    plain = Names[Any](_LEAVE_OUT)
     for name, key in renamed.items():
         if name in folded:
             target, value = folded[name]
-            plain.put(target, value, f"{key} and its other parts")
+            if target not in plain or identity(plain[target]) != identity(value):
+                plain.put(target, value, f"{key} with its other parts")
         elif name not in gone:
             plain.put(name, tensors[key], key)
-    return Described(plain, {_WRAPPED.sub("", prefix): settings for prefix, settings in said_of(tensors).items()})
+    said = {_WRAPPED.sub("", prefix): settings for prefix, settings in said_of(tensors).items()}
+    return Described(plain, said, modules)
 
 
 def _dropped(target: str, name: str, names: Mapping[str, Any], raw: bool) -> str:
@@ -99,7 +101,7 @@ def _dropped(target: str, name: str, names: Mapping[str, Any], raw: bool) -> str
 def misfits(tensors: Mapping[str, Any]) -> dict[str, str]:
     """For each weight that `fold` could not fold, by name: what is wrong with its parts."""
     found = {}
-    for target, names in _parts(tensors).items():
+    for target, names in _parts(tensors, modules_of(tensors)):
         recipe = _RECIPES.get(frozenset(names))
         if recipe is None and (odd := [name for name in names.values() if "parametrizations." in name]):
             path, _, leaf = target.rpartition(".")
@@ -117,16 +119,25 @@ def misfits(tensors: Mapping[str, Any]) -> dict[str, str]:
     return found
 
 
-def _parts(names: Iterable[str]) -> dict[str, dict[str, str]]:
-    """For each weight that seems to be in parts: from part to name."""
-    parts: dict[str, dict[str, str]] = {}
+def _parts(names: Iterable[str], modules: Iterable[str] = ()) -> list[tuple[str, dict[str, str]]]:
+    """Each weight that seems to be in parts, and from part to name.
+
+    Args:
+        names: of tensors.
+        modules: the paths of torch's modules. A parametrization after the first is a part, too, also without tensors.
+    """
+    parts: dict[tuple[str, bool], dict[str, str]] = {}
     for name in filter(lambda name: isinstance(name, str), names):
         if match := _PARAMETRIZED.fullmatch(name):
             part = _PARAMETRIZED_PARTS.get(match["part"], match["part"])
-            parts.setdefault(match["path"] + match["name"], {})[part] = name
+            parts.setdefault((match["path"] + match["name"], True), {})[part] = name
         elif match := _SUFFIXED.fullmatch(name):
-            parts.setdefault(match["target"], {})[match["part"]] = name
-    return parts
+            parts.setdefault((match["target"], False), {})[match["part"]] = name
+    for path in modules:
+        match = _PARAMETRIZED.fullmatch(path)
+        if match and match["part"] != "0" and (match["path"] + match["name"], True) in parts:
+            parts[match["path"] + match["name"], True].setdefault(match["part"], path)
+    return [(target, names) for (target, _), names in parts.items()]
 
 
 def _raw(raw: np.ndarray) -> np.ndarray:
@@ -168,7 +179,10 @@ _RECIPES: dict[frozenset[str], Callable[..., np.ndarray]] = {
 
 
 def under(tensors: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """The tensors whose keys start with a prefix; it is removed, and so is DistributedDataParallel's `module.`."""
+    """The tensors whose keys start with a prefix; it is removed, and so is DistributedDataParallel's `module.`.
+
+    Keys with one prefix stay different without it.
+    """
     keys = [key for key in tensors if isinstance(key, str)]
     if not any(key.startswith(prefix) for key in keys) and all(key.startswith("module.") for key in keys):
         prefix = f"module.{prefix}"
@@ -176,13 +190,33 @@ def under(tensors: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     if found and all(name.startswith(".") for name in found):
         raise CheckpointError(f"the prefix {prefix!r} should end in a dot\ngive {prefix + '.'!r}")
     said = {path.removeprefix(prefix): each for path, each in said_of(tensors).items() if path.startswith(prefix)}
-    return Described(found, said)
+    modules = [path.removeprefix(prefix) for path in modules_of(tensors) if path.startswith(prefix)]
+    return Described(found, said, modules)
 
 
-def as_in_module(names: Iterable[str], wanted: Mapping[str, Any], prefix: str) -> list[str]:
-    """Names in a checkpoint as a module has them, in the same order, as `load_state_dict` does it."""
-    plain = {_WRAPPED.sub("", name): name for name in names}
-    return list(as_named(wanted, under(plain, prefix)))
+def as_in_module(named: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """Rename what is named as in a checkpoint as a module has it, in the same order, as `load_state_dict` does it.
+
+    Raises:
+        CheckpointError: two of them would have one name.
+    """
+    plain = Names[Any](_LEAVE_OUT)
+    for name, value in named.items():
+        plain.put(_WRAPPED.sub("", name), value, name)
+    return as_named(wanted, under(plain, prefix))
+
+
+def unwrapped(name: str) -> str:
+    """A name without DistributedDataParallel's `module.`."""
+    return _PARALLEL.sub("", name)
+
+
+def identity(value: Any) -> tuple:
+    """A key that is equal for two tensors exactly if they are equal."""
+    dtype = dtype_of(value)
+    if dtype == NO_NUMBERS:
+        return (id(value),)
+    return dtype, tuple(value.shape), hashlib.sha256(to_numpy("", value).tobytes()).digest()
 
 
 def as_named(names: Mapping[str, Any], values: dict[str, Any]) -> dict[str, Any]:
@@ -190,12 +224,18 @@ def as_named(names: Mapping[str, Any], values: dict[str, Any]) -> dict[str, Any]
 
     DistributedDataParallel's `module.` is removed, wherever it is. A cell takes the weights of one layer, and one layer
     those of a cell.
+
+    Raises:
+        CheckpointError: two keys with different numbers would have the same name.
     """
-    others = {}
-    bare = {_PARALLEL.sub("", key): key for key in values if key not in names}
-    for name in names:
-        if name not in values and name in bare and not _PARALLEL.search(name):
-            others[bare[name]] = name
+    bare = Names[str](_LEAVE_OUT)
+    for key in values:
+        name = unwrapped(key)
+        if key in names or name not in names or name in values:
+            continue
+        if name not in bare or identity(values[bare[name]]) != identity(values[key]):
+            bare.put(name, key, key)
+    others = {key: name for name, key in bare.items()}
     values = {others.get(key, key): value for key, value in values.items()}
     others = {}
     for name in names:

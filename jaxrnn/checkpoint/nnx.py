@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, overload
 
 import jax
+import jax.numpy as jnp
 from flax import linen, nnx
 from numpy.typing import NDArray
 
@@ -17,12 +18,12 @@ from jaxrnn import _compat, flax_sharding
 from jaxrnn.checkpoint.arrays import dtype_of
 from jaxrnn.checkpoint.flax_layers import Entry, kind_of
 from jaxrnn.checkpoint.matching import Contents, Parameter, fit, interchangeable
+from jaxrnn.checkpoint.names import fold
+from jaxrnn.checkpoint.torch_modules import CLASSES, check, tensors_of
 from jaxrnn.spec import CellSpec, Spec
 
 if TYPE_CHECKING:
     import torch
-
-_CLASSES = ("RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell")
 
 
 def load_state_dict(
@@ -59,8 +60,9 @@ def load_state_dict(
             dict.
 
     Warns:
-        UserWarning: a tensor has NaN or infinite numbers; it is loaded anyway. Or a setting of a loaded layer is not
-            torch's default, as for `state_dict`.
+        UserWarning: a tensor has NaN or infinite numbers, or numbers that become infinite in the parameter's dtype; it
+            is loaded anyway. A setting of a loaded layer is not torch's default, as for `state_dict`; or a recurrent
+            layer's setting is not what the file says that `jaxrnn.checkpoint.load` read.
 
     >>> import jaxrnn
     >>> from flax import nnx
@@ -153,7 +155,8 @@ def from_torch(torch_module: Any, rngs: nnx.Rngs | None = None) -> Any:
     """Convert a torch module: the same settings and the same weights.
 
     Args:
-        torch_module: a torch.nn.RNN, LSTM, GRU, RNNCell, LSTMCell or GRUCell, on any device.
+        torch_module: a torch.nn.RNN, LSTM, GRU, RNNCell, LSTMCell or GRUCell, on any device; or a subclass that
+            computes the same. Weights in parts are folded (see `jaxrnn.checkpoint.fold`).
         rngs: nnx.Rngs for the dropout of the new module; `nnx.Rngs(0)` if None.
 
     Returns:
@@ -162,7 +165,13 @@ def from_torch(torch_module: Any, rngs: nnx.Rngs | None = None) -> Any:
 
     Raises:
         TypeError: `torch_module` is something else.
-        CheckpointError: its parameters are not those of its class, even after `jaxrnn.checkpoint.fold`.
+        CheckpointError: it does not compute what its class in torch.nn does: a subclass or the instance has its own
+            `forward` or another method that computes; there are hooks on its call, also those of all modules, or
+            parametrizations that `fold` does not know; or its parameters are not those of its class.
+
+    Warns:
+        UserWarning: it is trained otherwise than its class, because of hooks of gradients or because some of its
+            parameters are frozen. Or as `load_state_dict`.
 
     >>> import jaxrnn, torch
     >>> jaxrnn.from_torch(torch.nn.LSTM(10, 20, num_layers=2, bidirectional=True))
@@ -170,13 +179,12 @@ def from_torch(torch_module: Any, rngs: nnx.Rngs | None = None) -> Any:
     """
     # Whoever has a torch module has imported torch: no need to import it here.
     torch = sys.modules.get("torch")
-    classes = {name: getattr(torch.nn, name) for name in _CLASSES} if torch else {}
+    classes = {name: getattr(torch.nn, name) for name in CLASSES} if torch else {}
     name = next((name for name, cls in classes.items() if isinstance(torch_module, cls)), None)
     if name is None:
-        wanted = ", ".join(_CLASSES)
         raise TypeError(
-            f"torch_module should be one of torch.nn's {wanted}, got {type(torch_module).__name__}: "
-            "for a whole model, write it in Flax, and call jaxrnn.load_state_dict(model, torch_model.state_dict())"
+            f"torch_module should be one of torch.nn's {', '.join(CLASSES)}, got {type(torch_module).__name__}: "
+            + (_instead(torch_module, tuple(classes.values())))
         )
     make = getattr(jaxrnn.nnx, name)
     # Our constructors' positional arguments are torch's, which has an attribute of the same name for each.
@@ -185,13 +193,30 @@ def from_torch(torch_module: Any, rngs: nnx.Rngs | None = None) -> Any:
         for key, parameter in inspect.signature(make.__init__).parameters.items()
         if parameter.kind is parameter.POSITIONAL_OR_KEYWORD and key != "self"
     }
-    tensors = torch_module.state_dict()
-    dtype = jax.dtypes.canonicalize_dtype(dtype_of(next(iter(tensors.values()))))
+    if "nonlinearity" in settings and hasattr(torch_module, "mode"):  # by which torch's layers go
+        settings["nonlinearity"] = torch_module.mode.removeprefix("RNN_").lower()
+    if "bias_ih" in torch_module._parameters:  # by which torch's cells go
+        settings["bias"] = torch_module._parameters["bias_ih"] is not None
+    tensors = tensors_of(torch_module)
+    dtype = next((dtype_of(tensor) for key, tensor in tensors.items() if "weight" in key), jnp.dtype("float32"))
+    dtype = jax.dtypes.canonicalize_dtype(dtype)
     module = make(**settings, param_dtype=dtype, rngs=nnx.Rngs(0) if rngs is None else rngs)
-    load_state_dict(module, tensors)
+    call = f"jaxrnn.{repr(module)[:-1]}, param_dtype={str(dtype)!r}, rngs=nnx.Rngs(0))"
+    check(torch_module, classes[name], module.spec.shapes(), call)
+    load_state_dict(module, fold(tensors))
     if not torch_module.training:
         module.eval()
     return module
+
+
+def _instead(torch_module: Any, classes: tuple[type, ...]) -> str:
+    """What to do with something else than a recurrent module of torch's."""
+    for inner in ("module", "_orig_mod"):  # DataParallel and torch.compile
+        if isinstance(getattr(torch_module, inner, None), classes):
+            return f"give the module in it, torch_module.{inner}"
+    if type(torch_module).__module__.startswith(("torch.ao.", "torch.nn.quant")):
+        return "give the module that was quantized, or save its state_dict() and read it with dequantize=True"
+    return "for a whole model, write it in Flax, and call jaxrnn.load_state_dict(model, torch_model.state_dict())"
 
 
 def contents_of(module: nnx.Module) -> Contents:

@@ -1,7 +1,7 @@
 """Convert torch's optimizers, settings and state, to optax, to continue training where torch stopped."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -14,11 +14,14 @@ from jaxrnn.checkpoint.arrays import to_numpy
 from jaxrnn.checkpoint.errors import CheckpointError, listed
 from jaxrnn.checkpoint.flax_layers import Entry
 from jaxrnn.checkpoint.matching import Contents, Parameter
+from jaxrnn.checkpoint.named import Names
 from jaxrnn.checkpoint.names import as_in_module
 from jaxrnn.checkpoint.nnx import contents_of, order_in_doubt
-from jaxrnn.checkpoint.torch_optimizers import STEP, kind_of_optimizer, transformation
+from jaxrnn.checkpoint.torch_optimizers import OTHER_KEY, STATE, STEP, Kind, kind_of_optimizer, number, transformation
+from jaxrnn.spec import level_outside
 
 _ModuleT = TypeVar("_ModuleT", bound=nnx.Module)
+_Group = Mapping[str, Any]
 _COUNT = "count"
 _FROZEN = "frozen"
 _NAMES = "give names=, the parameters' names in the order of torch's param_groups"
@@ -40,9 +43,10 @@ def optax_from_torch(
     Args:
         state: torch's `optimizer.state_dict()`, with tensors of torch, numpy or jax.
         params: from name to array, as `spec.init` and `jaxrnn.state_dict` return.
-        names: the parameters' names in the order in which torch's optimizer got them, group after group; by default
-            those of params. Other parameters are not trained. Those with which torch has made no step, because they are
-            frozen or were never used, may be left out.
+        names: the parameters' names in the order in which torch's optimizer got them, group after group; by default the
+            names that it has itself (`param_names`, if it was given `model.named_parameters()`), else those of params.
+            Names that torch's optimizer has itself may be in any order. Other parameters are not trained. Those with
+            which torch has made no step, because they are frozen or were never used, may be left out.
         learning_rate: a number, or a schedule of the number of steps, which includes torch's; by default each group's
             last one. As in torch, Adagrad divides it as its `lr_decay` says.
         steps_made: how many steps torch has made. Only a schedule needs it, with SGD, whose state does not hold it.
@@ -51,11 +55,13 @@ def optax_from_torch(
         The transformation and its state for `params`.
 
     Raises:
-        CheckpointError: another optimizer, such as NAdam, which is another one in optax; a setting that optax lacks; or
-            a state that does not match the parameters.
+        CheckpointError: another optimizer, such as NAdam, which is another one in optax; a setting that optax lacks; a
+            state that does not match the parameters; or names and torch's own that contradict each other.
 
     Warns:
-        UserWarning: torch has made no step with a parameter among names, so it is not trained.
+        UserWarning: torch has made no step with a parameter among names, so it is not trained. The state has a setting
+            that torch's own optimizers have not, or one that a schedule changes and optax does not. Or names in torch's
+            groups are not those of params, whose order is taken.
 
     >>> import jax, jaxrnn, numpy as np, optax
     >>> params = jaxrnn.Spec(jaxrnn.GRU_CELL, 2, 3, bias=False).init(jax.random.key(0))
@@ -85,10 +91,11 @@ def optimizer_from_torch(
         state: torch's `optimizer.state_dict()`, with tensors of torch, numpy or jax.
         module: the module, as for `jaxrnn.load_state_dict`, with its parameters loaded.
         names: as for `optax_from_torch`, such as the keys of torch's `model.state_dict()`; those of buffers are
-            skipped. By default those of `jaxrnn.state_dict(module)`, which are in the order of torch's
-            `model.parameters()` if the attributes are.
+            skipped. By default those that torch's optimizer has itself, else those of `jaxrnn.state_dict(module)`,
+            which are in the order of torch's `model.parameters()` if the attributes are.
         learning_rate, steps_made: as for `optax_from_torch`.
-        prefix: as for `jaxrnn.load_state_dict`, for names; so a wrapper's `module.` and the like are removed from them.
+        prefix: as for `jaxrnn.load_state_dict`, for names and for those in state; so a wrapper's `module.` and the like
+            are removed from them.
 
     Returns:
         The optimizer, whose state has the layout of the module's parameters.
@@ -119,9 +126,9 @@ def optimizer_from_torch(
             described[name] = param._replace(place=places[id(param.place)])
     if names is not None:
         names = trained(names, described, contents, prefix)
-    elif doubtful := order_in_doubt(module):
+    elif not are_named(state, described, prefix) and (doubtful := order_in_doubt(module)):
         raise order_lost(doubtful, "Flax sorts attributes in nnx.jit and in copies")
-    found = resumed(state, described, names, learning_rate, steps_made)
+    found = resumed(state, described, names, learning_rate, steps_made, prefix)
     params = nnx.as_pure(nnx.state(module, nnx.Param))
     optimizer = nnx.Optimizer(module, found.transformation(params), wrt=nnx.Param)
     nnx.update(optimizer.opt_state, nnx.state(found.fill(nnx.as_pure(optimizer.opt_state))))
@@ -157,7 +164,10 @@ def clip_grad_norm(max_norm: float) -> optax.GradientTransformation:
 def trained(names: Sequence[str], described: Mapping[str, Parameter], contents: Contents, prefix: str) -> list[str]:
     """Names in a checkpoint as a module has them, without those of buffers."""
     buffers = (contents.params.keys() | contents.ignored) - described.keys()
-    return [name for name in as_in_module(names, contents.params, prefix) if name not in buffers]
+    repeated = Names[str]("give each name once")
+    for name in names:
+        repeated.put(name, name, name)
+    return [name for name in as_in_module(repeated, contents.params, prefix) if name not in buffers]
 
 
 def order_lost(doubtful: Sequence[str], reason: str) -> CheckpointError:
@@ -228,54 +238,55 @@ def resumed(
     names: Sequence[str] | None,
     learning_rate: optax.ScalarOrSchedule | None,
     steps_made: int | None,
+    prefix: str = "",
 ) -> Resumed:
     """Read torch's state dict.
 
     Args:
         state, names, learning_rate, steps_made: as for `optax_from_torch`.
         params: by name; a `place` is the path in the tree of parameters.
+        prefix: as for `optimizer_from_torch`, for the names in state.
 
     Raises:
         CheckpointError: as `optax_from_torch`.
     """
-    names = list(params if names is None else names)
     try:
         groups, states = list(state["param_groups"]), state["state"]
-        count = sum(len(group["params"]) for group in groups)
+        indices = [index for group in groups for index in group["params"]]
     except (KeyError, TypeError) as error:
         raise CheckpointError(
             f"state should be the state dict of a torch optimizer, but has no {error}\n{_SAVE}"
         ) from error
+    if any(isinstance(index, int) and str(index) in states for index in indices):  # as JSON makes of numbers
+        remedy = 'give numbers: state["state"] = {int(key): kept for key, kept in state["state"].items()}'
+        raise CheckpointError(f"the keys of state's moments are text, and those of param_groups numbers\n{remedy}")
     kinds = [
         kind_of_optimizer(group, {name for index in group["params"] for name in states.get(index) or {}})
         for group in groups
     ]
-    if unknown := [name for name in names if name not in params]:
-        raise CheckpointError(
-            f"names has {listed(unknown)}, which the module does not have\nits parameters: {listed(params)}"
-        )
-    indices = [index for group in groups for index in group["params"]]
-    used = [index for index in indices if _used(states.get(index) or {})]
-    unused = {index for index in indices if index not in used} if used else set()
-    if len(names) == count - len(unused):
-        named = dict(zip([index for index in indices if index not in unused], names, strict=True))
-    elif len(names) == count:
-        named = dict(zip(indices, names, strict=True))
-        if unused:
-            cause = "torch's optimizer has made no step with them, as with frozen or never used parameters"
-            words = f"{listed(named[index] for index in indices if index in unused)} are not trained: {cause}"
-            warnings.warn(f"{words}. To train them, start a fresh optax optimizer", stacklevel=3)
-    else:
-        cause = f"torch's optimizer has {count} parameters, and there are {len(names)} names"
-        raise CheckpointError(f"{cause}: {listed(names)}\n{_NAMES}")
+    _check_keys(state, groups, kinds)
+    stateful = [
+        index for group, kind in zip(groups, kinds, strict=True) if kind.keeps(group) for index in group["params"]
+    ]
+    used = {index for index in stateful if _used(states.get(index) or {})}
+    unused = {index for index in stateful if index not in used} if used else set()
+    named = _named(groups, indices, unused, params, names, prefix)
+    _check_moments(states, indices)
+    if frozen := [named[index] for index in indices if index in unused and index in named]:
+        cause = "torch's optimizer has made no step with them, as with frozen or never used parameters"
+        words = f"{listed(frozen)} are not trained: {cause}"
+        warnings.warn(f"{words}. To train them, start a fresh optax optimizer", stacklevel=3)
     labels = {param.place: _FROZEN for param in params.values()}
     moments: dict[tuple[Any, ...], dict[str, NDArray[Any]]] = {param.place: {} for param in params.values()}
     transformations = {_FROZEN: optax.set_to_zero()}
     counts = {}
-    for number, (group, kind) in enumerate(zip(groups, kinds, strict=True)):
-        label, steps = f"group {number}", set()
-        rate = float(group["lr"]) if learning_rate is None else learning_rate
-        transformations[label] = transformation(kind, group, rate)
+    for count, (group, kind) in enumerate(zip(groups, kinds, strict=True)):
+        label, steps = f"group {count}", set()
+        try:
+            rate = number(group["lr"]) if learning_rate is None else learning_rate
+            transformations[label] = transformation(kind, group, rate)
+        except KeyError as error:
+            raise CheckpointError(f"{label} of torch's {kind.name} has no {error}\n{_SAVE}") from error
         for index in group["params"]:
             if index in unused:
                 continue
@@ -292,6 +303,101 @@ def resumed(
             cause = f"{label} does not say how many steps torch has made, which the schedule starts from"
             raise CheckpointError(f"{cause}\ngive it: steps_made=1000")
     return Resumed(transformations, counts, labels, moments)
+
+
+def are_named(state: Mapping[str, Any], params: Mapping[str, Parameter], prefix: str) -> bool:
+    """Whether torch's state dict has names of these parameters, so that their order does not matter."""
+    try:
+        return not params.keys().isdisjoint(_said(state["param_groups"], params, prefix))
+    except (KeyError, TypeError, CheckpointError):  # `resumed` says what is wrong
+        return False
+
+
+def _names(group: _Group) -> Sequence[str] | None:
+    """The names of a group's parameters: param_names of torch, or keys in place of numbers, as of FSDP."""
+    keys = group.get("params", ())
+    return group.get("param_names") or (keys if any(isinstance(key, str) for key in keys) else None)
+
+
+def _named(
+    groups: Sequence[_Group],
+    indices: Sequence[Any],
+    unused: Set[Any],
+    params: Mapping[str, Parameter],
+    names: Sequence[str] | None,
+    prefix: str,
+) -> dict[Any, str]:
+    """The parameters' names by torch's numbers: by the names in torch's groups if there are any, else by order."""
+    if names is not None and (unknown := [name for name in names if name not in params]):
+        raise CheckpointError(
+            f"names has {listed(unknown)}, which the module does not have\nits parameters: {listed(params)}"
+        )
+    try:
+        said = _said(groups, params, prefix)
+    except CheckpointError as error:
+        if names is None:
+            raise CheckpointError(f"{str(error).partition(chr(10))[0]}\n{_NAMES}") from error
+        said = {}
+    if names is None and said.keys() & params.keys():
+        if unknown := [name for name in said if name not in params]:
+            cause = f"torch's param_names have {listed(unknown)}, which the module does not have"
+            raise CheckpointError(f"{cause}: its parameters are {listed(params)}\n{_NAMES}")
+        names = list(said)
+    elif names is None and said:
+        cause = f"the names in torch's param_groups are not the module's: {listed(said)}"
+        warnings.warn(f"{cause}. They are taken to be in the same order\n{_NAMES}", stacklevel=level_outside())
+    names = list(params if names is None else names)
+    named = {said[name]: name for name in names if name in said}
+    by_name = len(named) == len(names)
+    stepped = [index for index in indices if index not in unused]
+    found = indices if len(names) == len(indices) else stepped
+    if named.keys() < set(stepped) if by_name else len(names) != len(found):
+        cause = f"torch's optimizer has {len(indices)} parameters, and there are {len(names)} names"
+        raise CheckpointError(f"{cause}: {listed(names)}\n{_NAMES}")
+    if by_name:
+        return named
+    if wrong := [name for index, name in zip(found, names, strict=True) if said.get(name, index) != index]:
+        cause = f"names and torch's param_names say different places for {listed(wrong)}"
+        raise CheckpointError(f"{cause}\nleave out names=, or give torch's own names in it")
+    return dict(zip(found, names, strict=True))
+
+
+def _said(groups: Sequence[_Group], params: Mapping[str, Parameter], prefix: str) -> dict[str, Any]:
+    """The names in torch's groups, as the module has them, and torch's numbers; nothing if not all have names."""
+    named = Names[Any](_NAMES)
+    for group in groups:
+        own = _names(group)
+        if own is None:
+            return {}
+        if len(own) != len(group["params"]):
+            cause = f"a group has {len(group['params'])} parameters, and {len(own)} param_names"
+            raise CheckpointError(f"{cause}\n{_NAMES}")
+        for name, index in zip(own, group["params"], strict=True):
+            named.put(name, index, f"number {index}")
+    return as_in_module(named, params, prefix)
+
+
+def _check_moments(states: Mapping[Any, Any], indices: Sequence[Any]) -> None:
+    """Refuse moments that belong to no parameter."""
+    if strange := [key for key in states if key not in indices]:
+        cause = f"state has moments under {listed(map(repr, strange))}, which are in no group of param_groups"
+        raise CheckpointError(f"{cause}\n{_SAVE}")
+
+
+def _check_keys(state: Mapping[str, Any], groups: Sequence[_Group], kinds: Sequence[Kind]) -> None:
+    """Refuse or warn of settings that are not used and may change the steps."""
+    found = [("", finding) for finding in STATE.findings(state)]
+    for group, kind in zip(groups, kinds, strict=True):
+        found += [(f"param_groups of torch's {kind.name} have ", finding) for finding in kind.table.findings(group)]
+    said: set[str] = set()
+    for place, finding in found:
+        remedy = OTHER_KEY if finding.row.use == "unknown" else finding.row.words
+        text = f"{place or 'the state dict has '}{finding}\n{remedy}"
+        if finding.refused:
+            raise CheckpointError(text)
+        if text not in said:  # each group may have it
+            said.add(text)
+            warnings.warn(text, stacklevel=level_outside())
 
 
 def _used(kept: Mapping[str, Any]) -> bool:

@@ -59,8 +59,8 @@ class Finding(NamedTuple):
         return self.row.use == "refused"
 
     def __str__(self) -> str:
-        """The setting and its value, shortened: a file may hold anything."""
-        value = repr(self.value)
+        """The setting and its value, on one line and shortened: a file may hold anything."""
+        value = " ".join(repr(self.value).split())
         return f"{self.name}={value if len(value) <= 80 else value[:77] + '...'}"
 
 

@@ -7,7 +7,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxrnn.checkpoint.arrays import to_numpy
 from jaxrnn.checkpoint.errors import CheckpointError, listed
+from jaxrnn.checkpoint.tables import USED, Table, neutral, refused, warned
 
 STEP = "step"
 _Group = Mapping[str, Any]
@@ -21,7 +23,9 @@ class Kind(NamedTuple):
         name: its class in torch.
         told_by: its settings, or names in its state, that tell it.
         lacks: those that tell others.
-        fields: from the names in torch's state to the fields of optax's.
+        settings: its own settings that are used, beside those in `_SETTINGS`.
+        fields: from the names in torch's state to the fields of optax's. Any other name is refused.
+        keeps: whether it keeps a state for each parameter, with a group's settings.
         step: what makes a step of learning rate 1 of a gradient, from a group's settings.
         unequal: where optax has nothing that equals it: what differs.
         nearest: and what of optax is most like it.
@@ -30,17 +34,47 @@ class Kind(NamedTuple):
     name: str
     told_by: Set[str]
     lacks: Set[str] = frozenset()
+    settings: tuple[str, ...] = ()
     fields: Mapping[str, str] = {}
+    keeps: Callable[[_Group], bool] = lambda group: True
     step: Callable[[_Group], _Steps] = lambda group: []
     unequal: str = ""
     nearest: str = ""
 
+    @property
+    def table(self) -> Table:
+        """What becomes of the settings of a group."""
+        return Table(f"param_groups of torch.optim's {self.name}", {**_SETTINGS, **dict.fromkeys(self.settings, USED)})
+
+
+_SCHEDULES = neutral("of a schedule, which sets lr: its last one is used")
+_MOMENTUM = warned(remedy="the momentum stays at its last value: give the schedule in torch cycle_momentum=False")
+_SETTINGS = {
+    **dict.fromkeys(("params", "param_names", "lr", "weight_decay", "maximize"), USED),
+    **dict.fromkeys(("foreach", "fused"), neutral("the same sums in another order")),
+    # With either, torch computes the correction of the bias in float32.
+    "capturable": neutral("for CUDA graphs: the same formulas, to 1e-6"),
+    "differentiable": neutral("whether autograd goes through the steps: the same formulas, to 1e-6"),
+    **dict.fromkeys(("initial_lr", "max_lr", "min_lr", "swa_lr"), _SCHEDULES),
+    **dict.fromkeys(("base_momentum", "max_momentum"), _MOMENTUM),
+    "name": neutral("a label of one's own"),
+    "decoupled_weight_decay": refused(False, remedy="torch's has none: remove it from param_groups"),
+}
+# The keys of an optimizer's state dict.
+STATE = Table("torch's optimizer.state_dict()", {"state": USED, "param_groups": USED})
+OTHER_KEY = "torch.optim's own optimizers have none: if it is of another class, compare its next steps with those here"
+
+
+def number(value: Any) -> float:
+    """A setting that is a number, or an array of one: torch's lr may be a tensor."""
+    return float(value) if isinstance(value, int | float) else float(to_numpy("a setting", value).item())
+
 
 def _sgd(group: _Group) -> _Steps:
-    if group.get("dampening"):
+    momentum = number(group["momentum"])
+    if momentum and group.get("dampening"):
         cause = f"optax has no dampening, and torch's SGD has dampening={group['dampening']}"
         raise CheckpointError(f"{cause}\nto train on without it, set it to 0 in param_groups")
-    momentum = float(group["momentum"])
     return [optax.trace(momentum, nesterov=bool(group["nesterov"]))] if momentum else []
 
 
@@ -83,14 +117,14 @@ def _radam(group: _Group) -> _Steps:
 
 def _rmsprop(group: _Group) -> _Steps:
     scale = optax.scale_by_stddev if group["centered"] else optax.scale_by_rms
-    momentum = float(group["momentum"])
+    momentum = number(group["momentum"])
     trace = [optax.trace(momentum)] if momentum else []
-    return [scale(float(group["alpha"]), float(group["eps"]), eps_in_sqrt=False), *trace]
+    return [scale(number(group["alpha"]), number(group["eps"]), eps_in_sqrt=False), *trace]
 
 
 def _adagrad(group: _Group) -> _Steps:
-    eps, decay = float(group["eps"]), float(group["lr_decay"])
-    sums = optax.scale_by_rss(float(group["initial_accumulator_value"]))
+    eps, decay = number(group["eps"]), number(group["lr_decay"])
+    sums = optax.scale_by_rss(number(group["initial_accumulator_value"]))
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         _, new = sums.update(updates, state)
@@ -102,29 +136,44 @@ def _adagrad(group: _Group) -> _Steps:
 
 
 def _adadelta(group: _Group) -> _Steps:
-    return [optax.scale_by_adadelta(float(group["rho"]), float(group["eps"]))]
+    return [optax.scale_by_adadelta(number(group["rho"]), number(group["eps"]))]
 
 
 def _betas_and_eps(group: _Group) -> tuple[float, float, float]:
-    b1, b2 = map(float, group["betas"])
-    return b1, b2, float(group["eps"])
+    b1, b2 = map(number, group["betas"])
+    return b1, b2, number(group["eps"])
 
 
 _MOMENTS = {"exp_avg": "mu", "exp_avg_sq": "nu"}
-_TABLE = (
-    Kind("SGD", {"momentum", "dampening", "nesterov"}, fields={"momentum_buffer": "trace"}, step=_sgd),
+KINDS = (
+    Kind(
+        "SGD",
+        {"momentum", "dampening", "nesterov"},
+        settings=("momentum", "dampening", "nesterov"),
+        fields={"momentum_buffer": "trace"},
+        keeps=lambda group: bool(number(group["momentum"])),
+        step=_sgd,
+    ),
     Kind(
         "Adam, AdamW",
         {"betas", "amsgrad"},
         lacks={"momentum_decay"},
+        settings=("betas", "eps", "amsgrad", "decoupled_weight_decay"),
         fields=_MOMENTS | {"max_exp_avg_sq": "nu_max"},
         step=_adam,
     ),
-    Kind("Adamax", {"betas", "eps", "exp_inf"}, fields={"exp_avg": "mu", "exp_inf": "nu"}, step=_adamax),
+    Kind(
+        "Adamax",
+        {"betas", "eps", "exp_inf"},
+        settings=("betas", "eps"),
+        fields={"exp_avg": "mu", "exp_inf": "nu"},
+        step=_adamax,
+    ),
     Kind(
         "RAdam",
         {"betas", "decoupled_weight_decay"},
         lacks={"amsgrad", "momentum_decay"},
+        settings=("betas", "eps", "decoupled_weight_decay"),
         fields=_MOMENTS,
         step=_radam,
     ),
@@ -132,11 +181,24 @@ _TABLE = (
         "RMSprop",
         {"alpha", "centered", "momentum"},
         lacks={"lr_in_momentum"},  # of timm's, which adds eps inside the root
+        settings=("alpha", "eps", "centered", "momentum"),
         fields={"square_avg": "nu", "grad_avg": "mu", "momentum_buffer": "trace"},
         step=_rmsprop,
     ),
-    Kind("Adagrad", {"lr_decay", "initial_accumulator_value"}, fields={"sum": "sum_of_squares"}, step=_adagrad),
-    Kind("Adadelta", {"rho", "eps"}, fields={"square_avg": "e_g", "acc_delta": "e_x"}, step=_adadelta),
+    Kind(
+        "Adagrad",
+        {"lr_decay", "initial_accumulator_value"},
+        settings=("eps", "lr_decay", "initial_accumulator_value"),
+        fields={"sum": "sum_of_squares"},
+        step=_adagrad,
+    ),
+    Kind(
+        "Adadelta",
+        {"rho", "eps"},
+        settings=("rho", "eps"),
+        fields={"square_avg": "e_g", "acc_delta": "e_x"},
+        step=_adadelta,
+    ),
     Kind("NAdam", {"momentum_decay"}, unequal="its momentum grows, by momentum_decay", nearest="nadam"),
     Kind(
         "SparseAdam",
@@ -156,7 +218,7 @@ _TABLE = (
     Kind("Adafactor", {"beta2_decay"}, unequal="it caps the learning rate at 1 / sqrt(step)", nearest="adafactor"),
     Kind("Muon", {"ns_steps"}, unequal="it makes matrices orthogonal in bfloat16", nearest="contrib.muon"),
 )
-_KNOWN = listed(kind.name for kind in _TABLE if not kind.unequal)
+_KNOWN = listed(kind.name for kind in KINDS if not kind.unequal)
 _START_ANEW = "start a new optax optimizer on the loaded parameters"
 
 
@@ -171,7 +233,7 @@ def kind_of_optimizer(group: _Group, state: Set[str]) -> Kind:
         CheckpointError: optax has nothing that equals it, or it is not known.
     """
     present = group.keys() | state
-    kind = next((kind for kind in _TABLE if kind.told_by <= present and not kind.lacks & present), None)
+    kind = next((kind for kind in KINDS if kind.told_by <= present and not kind.lacks & present), None)
     if kind is None:
         settings = listed(name for name in group if name != "params")
         raise CheckpointError(f"the optimizer is not one of {_KNOWN}: its settings are {settings}\n{_START_ANEW}")
@@ -189,7 +251,7 @@ def transformation(kind: Kind, group: _Group, learning_rate: optax.ScalarOrSched
     Raises:
         CheckpointError: optax has nothing that equals a setting, or it is not known whether weight decay is decoupled.
     """
-    decay = float(group.get("weight_decay", 0))
+    decay = number(group.get("weight_decay", 0))
     decays = [optax.add_decayed_weights(decay)] if decay else []
     sign = [optax.scale(-1.0)] if group.get("maximize") else []
     step, rate = kind.step(group), optax.scale_by_learning_rate(learning_rate)

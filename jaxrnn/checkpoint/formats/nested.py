@@ -1,13 +1,27 @@
 """Find the dict of tensors in what a file of torch.save holds, and walk through all of it."""
 
+import contextlib
+import shlex
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from jaxrnn.checkpoint.errors import CheckpointError, listed
 from jaxrnn.checkpoint.formats.pickles import STATE_DICT
 from jaxrnn.checkpoint.formats.reading import Reading
+from jaxrnn.checkpoint.named import Described, modules_of
+from jaxrnn.checkpoint.tables import Table, neutral, warned
 
+_NESTING = (dict, OrderedDict, list, tuple)
+# What torch's state dicts say of a module beside its tensors.
+METADATA = Table(
+    "_metadata of torch's state dicts",
+    {
+        # 2 of BatchNorm: it counts its batches, which changes no result here. Of others, quantized layers have 2 to 4.
+        "version": warned(None, 1, 2, 3, 4, remedy="it may store something else: compare the outputs"),
+        "spectral_norm": neutral("of the first version, which has no weight_v, fold says that parts are missing"),
+    },
+)
 _DEEPEST = 100  # nested dicts and lists; a state dict has a handful
 # The usual keys of a model's state dict beside an optimizer's.
 _USUAL_KEYS = ("state_dict", "model_state_dict", "model_state", "model")
@@ -23,14 +37,21 @@ def under_key(tree: Any, key: str) -> tuple[Any, list[str]]:
             raise CheckpointError(f"{_at(path)} has no key {key!r}\nits keys: {listed(named)}")
         name = max(fits, key=len)  # which may have dots in it
         path.append(name)
+        if len(same := [each for each, _ in _items(tree) if str(each) == name]) > 1:
+            cause = f"{_at(path)} may be the key {same[0]!r} or the key {same[1]!r}"
+            raise CheckpointError(f"{cause}\nread all of it with jaxrnn.checkpoint.load_tree(path)")
         tree, key = named[name], key[len(name) + 1 :]
     return tree, path
 
 
+def _items(tree: Any) -> list[tuple[Any, Any]]:
+    """What a dict or a list holds, with its keys or numbers."""
+    return list(enumerate(tree) if isinstance(tree, list | tuple) else tree.items() if isinstance(tree, dict) else ())
+
+
 def _named(tree: Any) -> dict[str, Any]:
     """What a dict or a list holds, by its keys or numbers as text."""
-    items = enumerate(tree) if isinstance(tree, list | tuple) else tree.items() if isinstance(tree, dict) else ()
-    return {str(name): value for name, value in items}
+    return {str(name): value for name, value in _items(tree)}
 
 
 def _note(whole: Any, path: list[str], tensors: dict[str, Any], note: Callable[[str], None]) -> None:
@@ -46,12 +67,17 @@ def _note(whole: Any, path: list[str], tensors: dict[str, Any], note: Callable[[
         note(f"{taken}, and left out {listed(left_out)}" if left_out else taken)
 
 
-def choose(checkpoint: Any, what: Reading, is_tensor: Callable[[Any], bool]) -> dict[str, Any]:
+def choose(
+    checkpoint: Any, what: Reading, is_tensor: Callable[[Any], bool], warn: Callable[[str], None]
+) -> dict[str, Any]:
     """The tensors of the dict under a key; without one, of the dict under the only usual key, or at the top."""
     key, whole, path = what.key, checkpoint, list[str]()
     if key is not None:
         checkpoint, path = under_key(checkpoint, key)
-    _check_dict(checkpoint, path, is_tensor)
+    if not isinstance(checkpoint, dict):
+        got = "one tensor" if is_tensor(checkpoint) else f"of type {type(checkpoint).__name__}"
+        remedy = _key_to(whole, checkpoint, path, is_tensor)
+        raise CheckpointError(f"no recurrent weights: {_at(path)} is {got}, not a dict of tensors\n{remedy}")
     while key is None and len(path) < len(_USUAL_KEYS):  # a dict may contain itself
         usual = [name for name in _USUAL_KEYS if isinstance(checkpoint.get(name), dict)]
         usual = [name for name in usual if _holds(checkpoint[name], is_tensor)]
@@ -65,22 +91,28 @@ def choose(checkpoint: Any, what: Reading, is_tensor: Callable[[Any], bool]) -> 
         remedy = "read it with jaxrnn.checkpoint.load_tree, and give it to jaxrnn.checkpoint.optimizer_from_torch"
         raise CheckpointError(f"no recurrent weights: {_at(path)} is the state of an optimizer\n{remedy}")
     if nested:
-        first, value = [*path, str(nested[0])], checkpoint[nested[0]]
-        while len(first) < 8 and isinstance(value, dict) and not any(map(is_tensor, value.values())):
-            if not (below := _nested(value, is_tensor)):
-                break
-            first.append(str(below[0]))
-            value = value[below[0]]
-        remedy = f"say which dict to read: key={'.'.join(first)!r}, on the command line --key {'.'.join(first)}"
         cause = f"{_at(path)} has {'tensors, and' if tensors else 'no tensors, but'} dicts under {listed(nested)}"
-        raise CheckpointError(f"{cause}\n{remedy}")
+        raise CheckpointError(f"{cause}\n{_key_to(whole, checkpoint, path, is_tensor)}")
     named = {name: value for name, value in tensors.items() if isinstance(name, str)}
     if len(named) < len(tensors) or (checkpoint and not tensors):
         wrong = [name for name in tensors or checkpoint if name not in named]
         others = [f"{n} ({'Tensor' if n in tensors else type(checkpoint[n]).__name__})" for n in wrong]
         raise CheckpointError(f"some entries of {_at(path)} are not named tensors: {listed(others)}\n{STATE_DICT}")
     _note(whole, path, named, what.note)
-    return named
+    metadata = getattr(checkpoint, "_metadata", None)
+    for text in _unknown(metadata if isinstance(metadata, dict) else {}):
+        warn(text)
+    return Described(named, modules=modules_of(checkpoint))
+
+
+def _unknown(metadata: dict[str, Any]) -> Iterator[str]:
+    """What the metadata of a state dict has that is not known, each once, with the modules."""
+    places: dict[str, list[str]] = {}
+    for place, settings in metadata.items():
+        for finding in METADATA.findings(settings if isinstance(settings, dict) else {}):
+            places.setdefault(f"{finding}\n{finding.row.words}", []).append(place or "the whole model")
+    for text, modules in places.items():
+        yield f"the state dict of {listed(modules)} has {text}"
 
 
 def _nested(checkpoint: dict, is_tensor: Callable[[Any], bool]) -> list[Any]:
@@ -99,7 +131,7 @@ def _holds(value: Any, is_tensor: Callable[[Any], bool]) -> bool:
         value = left.pop()
         if is_tensor(value):
             return True
-        if type(value) in (dict, OrderedDict, list, tuple) and id(value) not in seen:
+        if type(value) in _NESTING and id(value) not in seen:
             seen.add(id(value))
             left += value.values() if isinstance(value, dict) else value
     return False
@@ -132,10 +164,37 @@ def mapped(value: Any, function: Callable[[str, Any], Any]) -> Any:
     return copy(value, ())
 
 
-def _check_dict(value: Any, path: list[str], is_tensor: Callable[[Any], bool]) -> None:
-    if not isinstance(value, dict):
-        what = "one tensor" if is_tensor(value) else f"of type {type(value).__name__}"
-        raise CheckpointError(f"no recurrent weights: {_at(path)} is {what}, not a dict of tensors\n{STATE_DICT}")
+def _key_to(whole: Any, tree: Any, path: list[str], is_tensor: Callable[[Any], bool]) -> str:
+    """What to do instead: give the key of the first dict that can be read, in a tree that cannot.
+
+    Args:
+        whole: all that the file holds, where the key has to lead to that dict and no other.
+        tree: what is under `path` in it.
+        path: keys.
+        is_tensor: whether something is a tensor.
+    """
+    for below, value in _dicts(tree, path, is_tensor):
+        key = ".".join(below)
+        named = all(isinstance(name, str) for name, item in value.items() if is_tensor(item))
+        with contextlib.suppress(CheckpointError):
+            if named and "param_groups" not in value and under_key(whole, key)[0] is value:
+                return f"say which dict to read: key={key!r}, on the command line --key {shlex.quote(key)}"
+    return f"{STATE_DICT}, or read all of it with jaxrnn.checkpoint.load_tree(path)"
+
+
+def _dicts(tree: Any, path: list[str], is_tensor: Callable[[Any], bool]) -> Iterator[tuple[list[str], dict]]:
+    """The dicts below that hold tensors and nothing that holds tensors in turn, each once, with their keys."""
+    seen: set[int] = set()
+    left = [(path, tree)]
+    while left:
+        path, value = left.pop()
+        if type(value) not in _NESTING or id(value) in seen or len(path) > _DEEPEST:
+            continue
+        seen.add(id(value))
+        if isinstance(value, dict) and any(map(is_tensor, value.values())) and not _nested(value, is_tensor):
+            yield path, value
+        if not (isinstance(value, dict) and "param_groups" in value):  # moments have no names
+            left += [([*path, str(name)], item) for name, item in reversed(_items(value))]
 
 
 def _at(path: list[str]) -> str:

@@ -8,6 +8,7 @@ import itertools
 import math
 import pickletools
 import struct
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -55,7 +56,7 @@ _TENSOR_CALLS = {
 _CODECS = {"latin1": "latin1", "latin-1": "latin1", "utf-8": "utf-8"}
 # Calls whose results are plain data.
 _DATA_CALLS: dict[str, Callable[..., Any]] = {
-    "collections.OrderedDict": lambda items=(): dict(_pairs(items)),
+    "collections.OrderedDict": lambda items=(): OrderedDict(_pairs(items)),
     "collections.Counter": lambda items=(): dict(_pairs(items.items() if type(items) is dict else items)),
     "torch.Size": lambda sizes: tuple(sizes),
     "torch.serialization._get_layout": lambda name: Other(
@@ -314,7 +315,7 @@ class _Machine:
         target = self.stack[-1]
         if type(target) is LeftOut:
             return
-        if type(target) is not dict:
+        if type(target) not in (dict, OrderedDict):
             raise ValueError("it sets an item of something that is not a dict")
         for key, value in zip(items[::2], items[1::2], strict=True):
             if self.left_out is not None and type(key) in (LeftOut, Global):
@@ -402,7 +403,9 @@ class _Machine:
             return
         if type(self.stack[-1]) is Packed:
             self.stack[-1].state = state
-        elif type(self.stack[-1]) is not dict:  # torch stores the version of a state dict's format
+        elif type(self.stack[-1]) is OrderedDict:  # torch stores the versions of a state dict's modules
+            self.stack[-1]._metadata = state.get("_metadata") if type(state) is dict else None  # type: ignore[attr-defined]
+        elif type(self.stack[-1]) is not dict:
             raise ValueError("it sets attributes, as torch.save does not")
 
 

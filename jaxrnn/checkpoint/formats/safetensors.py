@@ -12,8 +12,9 @@ from safetensors import SafetensorError, safe_open
 
 from jaxrnn.checkpoint import stored
 from jaxrnn.checkpoint.errors import AGAIN, CheckpointError, check_unicode, is_text
-from jaxrnn.checkpoint.formats.reading import Reading
+from jaxrnn.checkpoint.formats.reading import Reading, warn
 from jaxrnn.checkpoint.stored import Source, Stored, Value, pieces
+from jaxrnn.checkpoint.tables import Table, warned
 
 SUFFIXES = (".safetensors",)
 DTYPES = {
@@ -22,6 +23,12 @@ DTYPES = {
     "C64": "complex64", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu",
     "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz",
 }  # fmt: skip
+
+# What a file says beside its tensors; all but the format is free text of whoever saved it.
+METADATA = Table(
+    "__metadata__ of safetensors",
+    {"format": warned("pt", "np", "numpy", remedy="layouts may not be torch's: compare the outputs")},
+)
 
 
 def sniff(head: bytes) -> bool:
@@ -50,7 +57,11 @@ def read(path: str | os.PathLike[str], what: Reading) -> dict[str, Value]:
             raise CheckpointError(f"a damaged safetensors file, {cause}\n{AGAIN}") from error
         source = Source.of(file)
         tensors: dict[str, Value] = {}
-        for name, info in _entries(file.read(length)):
+        header = file.read(length)
+        metadata = dict(json.loads(header)).get("__metadata__") or {}
+        for finding in METADATA.findings({name: value for name, value in metadata.items() if name in METADATA}):
+            warn(path, f"it says {finding}\n{finding.row.words}")
+        for name, info in _entries(header):
             if name in tensors:
                 raise CheckpointError(f"a damaged safetensors file, two tensors are named {name}\n{AGAIN}")
             if info["dtype"] not in DTYPES:

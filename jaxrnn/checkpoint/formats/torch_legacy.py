@@ -1,5 +1,6 @@
 """Files of torch.save from before torch 1.6, which torch reads."""
 
+import functools
 import os
 import pickletools
 import re
@@ -12,7 +13,8 @@ from jaxrnn.checkpoint.arrays import is_torch_tensor, to_numpy
 from jaxrnn.checkpoint.errors import AGAIN, CheckpointError
 from jaxrnn.checkpoint.formats.nested import check_expanded, choose, mapped, under_key
 from jaxrnn.checkpoint.formats.pickles import STATE_DICT, is_object
-from jaxrnn.checkpoint.formats.reading import Reading
+from jaxrnn.checkpoint.formats.reading import Reading, warn
+from jaxrnn.checkpoint.named import Described, modules_of
 from jaxrnn.checkpoint.stored import Value
 
 # The first number in such a file.
@@ -26,8 +28,8 @@ def sniff(head: bytes) -> bool:
 
 
 def read(path: str | os.PathLike[str], what: Reading) -> dict[str, Value]:
-    tensors = choose(_load_legacy(path), what, is_torch_tensor)
-    return {name: _from_torch(name, tensor) for name, tensor in tensors.items()}
+    tensors = choose(_load_legacy(path), what, is_torch_tensor, functools.partial(warn, path))
+    return Described({name: _from_torch(name, tensor) for name, tensor in tensors.items()}, modules=modules_of(tensors))
 
 
 def _load_legacy(path: str | os.PathLike[str]) -> Any:

@@ -1,5 +1,6 @@
 """Files of torch.save since torch 1.6, read and written without torch."""
 
+import functools
 import os
 import re
 import struct
@@ -27,6 +28,7 @@ from jaxrnn.checkpoint.formats.pickles import (
     unpickle,
 )
 from jaxrnn.checkpoint.formats.reading import Reading, warn
+from jaxrnn.checkpoint.named import Described, modules_of
 from jaxrnn.checkpoint.stored import Source, Stored, Value, pieces
 
 _PIECE = 1 << 20  # bytes read at a time
@@ -41,14 +43,16 @@ def sniff(head: bytes) -> bool:
 
 def read(path: str | os.PathLike[str], what: Reading) -> dict[str, Value]:
     left_out: set[str] | None = set() if what.only_tensors else None
-    plan = quantized.Plan()
+    plan, modules = quantized.Plan(), frozenset[str]()
 
     def chosen(checkpoint: Any) -> dict[str, StoredTensor]:
-        nonlocal plan
+        nonlocal plan, modules
+        wanted = (lambda value: _is_tensor(value) or quantized.is_packed(value)) if what.dequantize else _is_tensor
+        found = choose(checkpoint, what, wanted, functools.partial(warn, path))
+        modules = modules_of(found)
         if not what.dequantize:
-            return _checked(choose(checkpoint, what, _is_tensor))
-        packed = choose(checkpoint, what, lambda value: _is_tensor(value) or quantized.is_packed(value))
-        plan = quantized.Plan.of(packed)
+            return _checked(found)
+        plan = quantized.Plan.of(found)
         return _checked(plan.stored)
 
     tensors = _read_zip(path, chosen, left_out, what.dequantize)[1]
@@ -57,7 +61,7 @@ def read(path: str | os.PathLike[str], what: Reading) -> dict[str, Value]:
     tensors, words = plan.dequantized(tensors)
     for text in words:
         warn(path, text)
-    return tensors
+    return Described(tensors, modules=modules)
 
 
 def _is_tensor(value: Any) -> bool:
