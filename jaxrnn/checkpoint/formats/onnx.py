@@ -111,7 +111,7 @@ _LAYERS_NAME = re.compile(r"(?P<prefix>.*\.|)(?P<role>(weight|bias)_[ih]h)_(?P<p
 
 def sniff(head: bytes) -> bool:
     # A protobuf message: its version, and then one of the fields of a model.
-    return head[:1] == b"\x08" and 0 < head[1] < 64 and head[2:3] in (b"\x12", b"\x1a", b"\x22", b"\x3a", b"\x42")
+    return head[:1] == b"\x08" and 0 < head[1] < 64 and head[2:3] in (b"\x12", b"\x1a", b'"', b"(", b"2", b":", b"B")
 
 
 def read(path: str | os.PathLike[str], what: Reading) -> dict[str, Value]:
@@ -153,11 +153,11 @@ class _Layer(NamedTuple):
     """A recurrent node.
 
     Attributes:
-        node: its name.
+        node: its name, and in which graph it is.
         prefix: what the names of its weights start with.
         kind: "LSTM", "GRU" or "RNN".
         said: what it says of nonlinearity and batch_first.
-        names: of its weights in the graph.
+        places: the graphs and names of its weights.
         weights: torch's, by name without the layer, for each direction.
         lengths: the graph and name of its sequence_lens.
         above: the graph and name of what makes its input, if that could be the layer below.
@@ -168,7 +168,7 @@ class _Layer(NamedTuple):
     prefix: str
     kind: str
     said: dict[str, Any]
-    names: tuple[str, ...]
+    places: tuple[tuple[Graph, str], ...]
     weights: list[dict[str, np.ndarray]]
     lengths: tuple[Graph, str]
     above: tuple[Graph, str] | None
@@ -185,12 +185,13 @@ class _Layer(NamedTuple):
         return same and self.above == other.output and one["weight_ih"].shape[1] == hidden * len(self.weights)
 
     def repeats(self, other: "_Layer") -> bool:
-        """Whether both are calls of one module. Branches may have other weights of the same names."""
-        same = (self.names, self.kind, self.said) == (other.names, other.kind, other.said)
-        return same and len(self.weights) == len(other.weights) and all(
-            one.keys() == two.keys() and all(_equal(one[role], two[role]) for role in one)
-            for one, two in zip(self.weights, other.weights, strict=True)
-        )  # fmt: skip
+        """Whether both are calls of one module. Branches may have the same weights, or others of the same names."""
+        if (self.kind, self.said, len(self.weights)) != (other.kind, other.said, len(other.weights)):
+            return False
+        names = [(each.prefix, [name for _, name in each.places]) for each in (self, other)]
+        return self.places == other.places or (
+            names[0] == names[1] and all(map(_equal_all, self.weights, other.weights))
+        )
 
 
 class _Found(NamedTuple):
@@ -222,7 +223,7 @@ def _tensors(graph: Graph, words: list[str]) -> Described:
         words += _unknown_fields(_FUNCTION if hasattr(each.proto, "opset_import") else _GRAPH, each.proto)
         for index, node in enumerate(each.nodes):
             name = as_text(node.name or f"{node.op_type}_{index}")
-            graphs += each.inside(node, _prefix(node, name) if each.function(node) is not None else "")
+            graphs += each.inside(node, name, _prefix(node, name) if each.function(node) is not None else "")
             _add(each, node, name, found)
     for layer in found.layers:
         for weights in layer.weights:
@@ -250,6 +251,10 @@ def _tensors(graph: Graph, words: list[str]) -> Described:
 
 def _equal(one: np.ndarray, other: np.ndarray) -> bool:
     return (one.dtype, one.shape) == (other.dtype, other.shape) and one.tobytes() == other.tobytes()
+
+
+def _equal_all(one: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray]) -> bool:
+    return one.keys() == other.keys() and all(_equal(one[name], other[name]) for name in one)
 
 
 def _unknown_fields(table: Table, message: Any) -> list[str]:
@@ -324,27 +329,30 @@ def _leave_out_parts(
 
 def _add(graph: Graph, node: Any, name: str, found: _Found) -> None:
     """Add what a node is, if it is a recurrence."""
+    operator, builtin = as_text(node.op_type), node.domain in BUILTIN
     if graph.function(node) is not None:
         return
-    operator, builtin = as_text(node.op_type), node.domain in BUILTIN
-    if operator not in _OPERATORS or not builtin:
-        if _RECURRENT.search(operator):
-            found.left_out.append(f"{name} ({operator if builtin else f'{as_text(node.domain)}.{operator}'})")
-        elif operator in _LOOPS and builtin:
-            found.loops.append(name)
-        elif operator in ("Tanh", "Relu") and any(each.key == "namespace" for each in node.metadata_props):
-            found.activations.setdefault(_prefix(node, name), set()).add(operator)
-        return
-    table = _OPERATORS[operator]
+    if operator in _OPERATORS and builtin:
+        _add_recurrent(graph, node, name, found)
+    elif _RECURRENT.search(operator):
+        found.left_out.append(f"{name} ({operator if builtin else f'{as_text(node.domain)}.{operator}'})")
+    elif operator in _LOOPS and builtin:
+        found.loops.append(name)
+    elif operator in ("Tanh", "Relu") and any(each.key == "namespace" for each in node.metadata_props):
+        found.activations.setdefault(_prefix(node, name), set()).add(operator)
+
+
+def _add_recurrent(graph: Graph, node: Any, name: str, found: _Found) -> None:
+    operator, prefix = node.op_type, graph.path + _prefix(node, name)
     given = [each if graph.home(each)[1] else "" for each in map(as_text, node.input)]
-    inputs = dict.fromkeys(_INPUTS, "") | dict(zip([each for each in _INPUTS if each in table], given, strict=False))
+    known = [each for each in _INPUTS if each in _OPERATORS[operator]]
+    inputs = dict.fromkeys(_INPUTS, "") | dict(zip(known, given, strict=False))
     attributes = {key: value_of(each) for key, each in graph.attributes_of(node).items()}
     arrays = {each: graph.constant(inputs[each]) for each in ("W", "R", "B", "P") if inputs[each] or each in "WR"}
-    findings = list(table.findings(_settings(graph, node, attributes, inputs)))
+    findings = list(_OPERATORS[operator].findings(_settings(graph, node, attributes, inputs)))
     reasons = [_reason(finding) for finding in findings if finding.refused]
     if (hidden := attributes.get("hidden_size")) is not None and _hidden(arrays["R"]) not in (None, hidden):
         reasons.append(f"hidden_size={hidden}, where its weights have {_hidden(arrays['R'])}")
-    prefix = graph.path + _prefix(node, name)
     if reasons:
         found.odd.add(prefix)
     if any(array is None for array in arrays.values()):
@@ -352,6 +360,7 @@ def _add(graph: Graph, node: Any, name: str, found: _Found) -> None:
     if reasons:
         found.left_out.append(f"{name} ({', '.join(reasons)})")
         return
+    found.words.extend(_unknown_fields(_NODE, node))
     found.words.extend(f"{name} {_sentence(finding)}" for finding in findings)
     both = attributes.get("direction") == "bidirectional"
     try:
@@ -359,30 +368,34 @@ def _add(graph: Graph, node: Any, name: str, found: _Found) -> None:
     except CheckpointError as error:
         raise CheckpointError(f"its node {name}: {error}") from error
     homes = {each: graph.home(inputs[each]) for each in inputs}
-    names = tuple(homes[each][1] for each in ("W", "R", "B", "P"))
-    graph.file.used.update(filter(None, names))
+    graph.file.used.update(homes[each][1] for each in arrays if homes[each][0].outer is None)
     said: dict[str, Any] = {"batch_first": True} if attributes.get("layout") else {}
     if operator == "RNN":
-        said["nonlinearity"] = _activations(table, attributes)[0]
+        said["nonlinearity"] = _activations(_OPERATORS[operator], attributes)[0]
     features = weights[0]["weight_ih"].shape[1]
     above = None if attributes.get("layout") else _below(graph, inputs["X"], len(weights), features)
     output = graph, as_text(node.output[0]) if node.output else ""
-    found.layers.append(_Layer(name, prefix, operator, said, names, weights, homes["sequence_lens"], above, output))
+    places = tuple(homes[each] for each in ("W", "R", "B", "P"))
+    found.layers.append(
+        _Layer(name + graph.where, prefix, operator, said, places, weights, homes["sequence_lens"], above, output)
+    )
 
 
 def _settings(graph: Graph, node: Any, attributes: Mapping[str, Any], inputs: Mapping[str, str]) -> dict[str, Any]:
     """What of a node the table of its operator is about, in the terms of the table."""
     table = _OPERATORS[node.op_type]
     activations = _activations(table, attributes)
+    batch_first = bool(attributes.get("layout"))
+    others = {*_INPUTS, *_OUTPUTS, "since_version"}  # names in the table that no attribute has
     settings = {
-        **attributes,
+        **{f"attribute {name}" if name in others else name: value for name, value in attributes.items()},
         "since_version": _version(node.op_type, graph),
         "activations": activations if activations in table["activations"].plain else attributes.get("activations"),
-        "sequence_lens": _lengths(graph, inputs, bool(attributes.get("layout"))),
-        "initial_h": _start(graph, inputs["initial_h"]),
+        "sequence_lens": _lengths(graph, inputs, batch_first),
+        "initial_h": _start(graph, inputs["initial_h"], batch_first),
     }
     if inputs["initial_c"]:
-        settings["initial_c"] = _start(graph, inputs["initial_c"])
+        settings["initial_c"] = _start(graph, inputs["initial_c"], batch_first)
     for name in {"linear_before_reset", "input_forget"} & table.keys():
         settings[name] = int(bool(attributes.get(name)))  # all but 0 is 1
     for what, names, known in (("input", node.input, _INPUTS), ("output", node.output, _OUTPUTS)):
@@ -424,17 +437,18 @@ def _sentence(finding: Finding) -> str:
     return f"{what}: {finding.row.words}"
 
 
-def _start(graph: Graph, name: str) -> str | None:
+def _start(graph: Graph, name: str, batch_first: bool) -> str | None:
     """The state by which a node starts; None if it is zero, or an input of the model."""
     if not name:
         return None
+    shape = " of shape (batch, directions, hidden)" if batch_first else ""
     if (array := graph.constant(name)) is not None:
-        return f"the state {_keep(graph, name, array)}, which is not zero" if np.any(array) else None
+        return f"the state {_keep(graph, name, array)}{shape}, which is not zero" if np.any(array) else None
     leaves = graph.leaves(name)
     if leaves.computed or (leaves.arrays and leaves.given):
-        return f"the state {name}, which the graph computes"
+        return f"the state {name}{shape}, which the graph computes"
     names = [_keep(each, inner, array) for (each, inner), array in leaves.arrays.items()]
-    return f"the state {name}, which the graph makes of {listed(names)}" if names else None
+    return f"the state {name}{shape}, which the graph makes of {listed(names)}" if names else None
 
 
 def _lengths(graph: Graph, inputs: Mapping[str, str], batch_first: bool) -> str | None:

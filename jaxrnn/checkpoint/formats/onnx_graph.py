@@ -88,12 +88,21 @@ class Graph:
         outer: the graph around it.
         call: the node that calls the function.
         path: the prefix for the names of what is in it.
+        where: which it is, for messages, such as " in then_branch of if".
     """
 
     def __init__(
-        self, proto: Any, file: File, opsets: Any, outer: "Graph | None" = None, call: Any = None, path: str = ""
+        self,
+        proto: Any,
+        file: File,
+        opsets: Any,
+        outer: "Graph | None" = None,
+        call: Any = None,
+        path: str = "",
+        where: str = "",
     ) -> None:
         self.proto, self.file, self.opsets, self.outer, self.path = proto, file, list(opsets), outer, path
+        self.where = where
         self._depth: int = 0 if outer is None else outer._depth + 1
         if self._depth > _DEEPEST:
             raise CheckpointError(f"an ONNX file whose graphs are nested too deeply\n{AGAIN}")
@@ -123,14 +132,18 @@ class Graph:
         """The function of the model that a node calls, or None."""
         return self.file.functions.get((_domain(node), as_text(node.op_type), as_text(node.overload)))
 
-    def inside(self, node: Any, path: str) -> Iterator["Graph"]:
+    def inside(self, node: Any, name: str, path: str) -> Iterator["Graph"]:
         """The graphs in a node, such as those of an If, and the body of the function that it calls."""
+        where = f" of {name}{self.where}"
         if (function := self.function(node)) is not None:
             self.file.budget.spend(_COST * (1 + len(function.node)))  # functions that call functions may be a bomb
-            yield Graph(function, self.file, function.opset_import, self, node, self.path + path)
+            yield Graph(
+                function, self.file, function.opset_import, self, node, self.path + path, f" in the call{where}"
+            )
         for attribute in node.attribute:
             for graph in [*attribute.graphs, *([attribute.g] if attribute.HasField("g") else [])]:
-                yield Graph(graph, self.file, self.opsets, self, path=self.path)
+                inner = f" in {as_text(attribute.name)}{where}"
+                yield Graph(graph, self.file, self.opsets, self, None, self.path, inner)
 
     def attributes_of(self, node: Any) -> dict[str, Any]:
         """A node's attributes, with those of the call for which a function's refer to."""
