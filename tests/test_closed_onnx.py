@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from jaxrnn.checkpoint import CheckpointError, find_rnns, load
 from jaxrnn.checkpoint.formats import onnx as reader
 
 onnx = pytest.importorskip("onnx", reason="onnx is not installed")
+_apply = jax.jit(jaxrnn.apply, static_argnums=0)
 GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
 T, B, F, H = 5, 2, 2, 3
 
@@ -304,13 +306,11 @@ def _follow(case: Case, words: list[str], tensors: Any, states: int) -> dict[str
             assert text.endswith(": give them to each call as lengths")
             name = text.split("steps in ")[1].partition(",")[0].partition(" ")[0]
             first["sequence_lens"] = tensors[name] if name in tensors else case.run((name,))[name]
-    lengths = first.pop("sequence_lens", None)
-    arguments: dict[str, Any] = {} if lengths is None else {"lengths": jnp.asarray(lengths)}
-    if first:
-        zero = np.zeros((1, B, H), "f4")
-        each = [jnp.asarray(first.get(name, zero)) for name in ("initial_h", "initial_c")[:states]]
-        arguments["hx"] = tuple(each) if states > 1 else each[0]
-    return arguments
+    # Always both, since zeros and all steps are the same as none, so that fewer programs are compiled.
+    zero = np.zeros((case.directions, B, case.hidden), "f4")
+    each = [jnp.asarray(first.get(name, zero)) for name in ("initial_h", "initial_c")[:states]]
+    lengths = first.get("sequence_lens", np.full(B, T, np.int32))
+    return {"lengths": jnp.asarray(lengths), "hx": tuple(each) if states > 1 else each[0]}
 
 
 def _check(case: Case, row: str, tmp_path: Path) -> str:
@@ -325,7 +325,7 @@ def _check(case: Case, row: str, tmp_path: Path) -> str:
     [found] = find_rnns(tensors)
     params = {name.removeprefix("one."): jnp.asarray(array) for name, array in tensors.items() if "one." in name}
     given = _follow(case, words, tensors, len(found.spec.cell.states))
-    output, last = jaxrnn.apply(found.spec, params, jnp.asarray(case.x), **given)
+    output, last = _apply(found.spec, params, jnp.asarray(case.x), **given)
     theirs = case.run()
     both = case.directions * case.hidden
     if "Y" in theirs:
@@ -338,9 +338,12 @@ def _check(case: Case, row: str, tmp_path: Path) -> str:
 
 
 ROWS = [(kind, name) for kind, table in reader._OPERATORS.items() for name in table]
+_QUICK = {("GRU", "linear_before_reset"), ("RNN", "activations"), *(row for row in ROWS if row[0] == "LSTM")}
 
 
-@pytest.mark.parametrize(("kind", "name"), ROWS)
+@pytest.mark.parametrize(
+    ("kind", "name"), [pytest.param(*row, marks=[] if row in _QUICK else pytest.mark.slow) for row in ROWS]
+)
 def test_each_setting_is_used_or_neutral_or_named(kind: str, name: str, tmp_path: Path) -> None:
     cases = _cases(kind, name)
     assert cases, f"no other value for {name} of {kind}"
@@ -704,7 +707,7 @@ def test_an_rnn_written_step_by_step(nonlinearity: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.torch
-@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+@pytest.mark.parametrize("kind", ["LSTM", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("GRU", "RNN"))])
 def test_a_learned_first_state_of_torch(kind: str, torch: Any, tmp_path: Path) -> None:
     torch.manual_seed(0)
 

@@ -155,7 +155,7 @@ class Graph:
             if (meant := self.attributes.get(as_text(each.ref_attr_name))) is not None:
                 found[name] = type(each)()
                 found[name].CopyFrom(meant)
-                found[name].name = each.name
+                found[name].name = name
         return found
 
     def home(self, name: str) -> tuple["Graph", str]:
@@ -215,11 +215,11 @@ class Graph:
             return None
         self.file.budget.spend(sum(array.nbytes for array in inputs.values() if array is not None))
         helper = library("onnx.helper")
-        described = [helper.make_tensor_value_info(each, 1, None) for each in (*inputs, name)]
-        alone = helper.make_node(node.op_type, list(node.input), list(node.output), domain=node.domain)
-        alone.attribute.extend(attributes.values())
-        graph = helper.make_graph([alone], "one", described[:-1], described[-1:])
         try:
+            described = [helper.make_tensor_value_info(each, 1, None) for each in (*inputs, name)]
+            alone = helper.make_node(node.op_type, list(node.input), list(node.output), domain=node.domain)
+            alone.attribute.extend(attributes.values())
+            graph = helper.make_graph([alone], "one", described[:-1], described[-1:])
             model = helper.make_model(graph, opset_imports=self.opsets)
             [made] = library("onnx.reference").ReferenceEvaluator(model).run([name], inputs)
         except Exception as error:  # of NumPy, on what does not fit
