@@ -505,6 +505,27 @@ def test_what_is_in_no_table_is_named(message: str, tmp_path: Path, monkeypatch:
         monkeypatch.setitem(MESSAGES[message], name, row)
 
 
+def test_a_hidden_size_that_is_not_the_weights(tmp_path: Path) -> None:
+    _, words = _loaded(Case("LSTM", {"hidden_size": 4}).model(), tmp_path)
+    assert words == ["left out nodes that torch does not have: one (hidden_size=4, where its weights have 3)"]
+
+
+def test_sparse_initializers_are_returned(tmp_path: Path) -> None:
+    model, array = _model(_graph([_node("Tanh", ["X"], "Y")], {})), np.array([[0, 2.0, 0], [3, 0, 0]])
+    values = onnx.numpy_helper.from_array(np.array([2.0, 3.0]), "sparse")
+    for places in (np.array([1, 3]), np.array([[0, 1], [1, 0]])):
+        del model.graph.sparse_initializer[:]
+        indices = onnx.numpy_helper.from_array(places)
+        model.graph.sparse_initializer.append(onnx.helper.make_sparse_tensor(values, indices, array.shape))
+        tensors, words = _loaded(model, tmp_path)
+        assert words == []
+        assert np.array_equal(tensors["sparse"], array)
+    for dims, cause in (([10**6, 10**6], "a bomb"), ([1, 2], "cannot be read"), ([-1, 3], "cannot be read")):
+        model.graph.sparse_initializer[0].dims[:] = dims
+        with pytest.raises(CheckpointError, match=f"{cause}.*\n"):
+            _loaded(model, tmp_path)
+
+
 def test_attributes_and_inputs_that_nobody_knows_are_named(tmp_path: Path) -> None:
     node = _recurrent("GRU", "one", "X", "Y", more=["", "", "seventh"], new=2, since_version=3)
     node.output.extend(["h", "third"])

@@ -14,7 +14,7 @@ from jaxrnn.checkpoint.formats.bombs import Budget
 from jaxrnn.checkpoint.formats.onnx_graph import BUILTIN, File, Graph, library, value_of
 from jaxrnn.checkpoint.formats.reading import Reading, warn
 from jaxrnn.checkpoint.named import Described, Names
-from jaxrnn.checkpoint.stored import Value
+from jaxrnn.checkpoint.stored import Value, equal
 from jaxrnn.checkpoint.tables import UNKNOWN, USED, Finding, Row, Table, neutral, refused, warned
 from jaxrnn.spec import Spec
 
@@ -238,7 +238,7 @@ def _tensors(graph: Graph, words: list[str]) -> Described:
     }
     _leave_out_parts(others, tensors, said, found)
     for name, array in {**others, **graph.file.states}.items():
-        if name not in tensors or not _equal(tensors[name], array):
+        if name not in tensors or not equal(tensors[name], array):
             tensors.put(name, array, f"the initializer {name}")
     if found.left_out:
         words.insert(0, f"left out nodes that torch does not have: {listed(found.left_out)}")
@@ -249,12 +249,8 @@ def _tensors(graph: Graph, words: list[str]) -> Described:
     return Described(tensors, said)
 
 
-def _equal(one: np.ndarray, other: np.ndarray) -> bool:
-    return (one.dtype, one.shape) == (other.dtype, other.shape) and one.tobytes() == other.tobytes()
-
-
 def _equal_all(one: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray]) -> bool:
-    return one.keys() == other.keys() and all(_equal(one[name], other[name]) for name in one)
+    return one.keys() == other.keys() and all(equal(one[name], other[name]) for name in one)
 
 
 def _unknown_fields(table: Table, message: Any) -> list[str]:
@@ -476,7 +472,7 @@ def _keep(graph: Graph, name: str, array: np.ndarray) -> str:
     if home is top and name in top.tensors:
         return name
     states, key, number = graph.file.states, name, 1
-    while key in top.tensors or (key in states and not _equal(states[key], array)):
+    while key in top.tensors or (key in states and not equal(states[key], array)):
         key, number = f"{name}.{number}", number + 1
     states[key] = array
     return key
