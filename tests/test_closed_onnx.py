@@ -511,9 +511,9 @@ def test_a_hidden_size_that_is_not_the_weights(tmp_path: Path) -> None:
 
 
 def test_sparse_initializers_are_returned(tmp_path: Path) -> None:
-    model, array = _model(_graph([_node("Tanh", ["X"], "Y")], {})), np.array([[0, 2.0, 0], [3, 0, 0]])
+    model, array = _model(_graph([_node("Tanh", ["X"], "Y")], {})), np.array([[0, 0, 2.0], [3, 0, 0]])
     values = onnx.numpy_helper.from_array(np.array([2.0, 3.0]), "sparse")
-    for places in (np.array([1, 3]), np.array([[0, 1], [1, 0]])):
+    for places in (np.array([2, 3]), np.array([[0, 2], [1, 0]])):
         del model.graph.sparse_initializer[:]
         indices = onnx.numpy_helper.from_array(places)
         model.graph.sparse_initializer.append(onnx.helper.make_sparse_tensor(values, indices, array.shape))
@@ -536,24 +536,34 @@ def test_attributes_and_inputs_that_nobody_knows_are_named(tmp_path: Path) -> No
 
 
 def test_branches_with_the_same_names_keep_both(tmp_path: Path) -> None:
-    inner = [_graph([_recurrent("LSTM", "one", "X", "Y")], _arrays("LSTM", "one", seed=seed)) for seed in (0, 5)]
-    for each in inner:
-        del each.input[:]
+    """Their weights, and their first states."""
+    inner = []
+    for seed in (0, 5):
+        arrays = _arrays("GRU", "one", seed=seed) | {"first": normal(1, B, H, seed=seed + 7).astype("f4")}
+        inner.append(_graph([_recurrent("GRU", "one", "X", "Y", more=["", "first"])], arrays))
+        del inner[-1].input[:]
     node = onnx.helper.make_node("If", ["C"], ["Y"], "if", then_branch=inner[0], else_branch=inner[1])
     condition = onnx.helper.make_tensor_value_info("C", onnx.TensorProto.BOOL, [])
     model = _model(_graph([node], {}, [*_values("X", sizes=[None, None, F]), condition]))
     tensors, words = _loaded(model, tmp_path)
     assert words == [
+        "one in then_branch of if starts from the state first, which is not zero: give it to each call as hx",
+        "one in else_branch of if starts from the state first.1, which is not zero: give it to each call as hx",
         "the nodes one in then_branch of if and one in else_branch of if have the prefix 'one.': load the second with "
-        "the prefix 'one.1.', or give the nodes other names"
+        "the prefix 'one.1.', or give the nodes other names",
     ]
     runtime, x = pytest.importorskip("onnxruntime"), normal(T, B, F).astype("f4")
     session = runtime.InferenceSession(model.SerializeToString())
     theirs = [session.run(None, {"X": x, "C": np.array(condition)})[0][:, 0] for condition in (True, False)]
-    for found in find_rnns(tensors):
+    for found, first in zip(find_rnns(tensors), ("first", "first.1"), strict=True):
         params = {name: jnp.asarray(tensors[found.prefix + name]) for name in found.spec.shapes()}
-        assert_close(jaxrnn.apply(found.spec, params, x)[0], theirs.pop(0), atol=1e-6, rtol=1e-6)
+        ours = _apply(found.spec, params, jnp.asarray(x), hx=jnp.asarray(tensors[first]))[0]
+        assert_close(ours, theirs.pop(0), atol=1e-6, rtol=1e-6)
     assert theirs == []
+    node = onnx.helper.make_node("If", ["C"], ["Y"], "if", then_branch=inner[0], else_branch=inner[0])
+    tensors, words = _loaded(_model(_graph([node], {}, [*_values("X"), condition])), tmp_path)
+    assert [each.prefix for each in find_rnns(tensors)] == ["one."]  # the same weights
+    assert len(words) == 2
 
 
 def test_a_node_and_an_initializer_of_one_name(tmp_path: Path) -> None:
@@ -619,6 +629,26 @@ def test_functions_are_looked_into(tmp_path: Path) -> None:
         params = {name: jnp.asarray(tensors[each.prefix + name]) for name in each.spec.shapes()}
         ours = jaxrnn.apply(each.spec, params, ours)[0]
     assert_close(ours, theirs, atol=1e-6, rtol=1e-6)
+
+
+def test_names_in_a_function_are_its_own(tmp_path: Path) -> None:
+    """A weight in a function has the name of an initializer outside, which stays."""
+    arrays = _arrays("LSTM", "")
+    constants = [
+        onnx.helper.make_node("Constant", [], [name], value=onnx.numpy_helper.from_array(array))
+        for name, array in arrays.items()
+    ]
+    function = _function("Block", [*constants, _recurrent("LSTM", "", "v", "Y", "lstm")], ["v"])
+    calls = [
+        onnx.helper.make_node("Block", ["X"], ["M"], "a", domain="local"),
+        onnx.helper.make_node("Block", ["X"], ["N"], "b", domain="local"),
+        _node("MatMul", ["X", "W"], "Y"),
+    ]
+    outside = normal(F, F, seed=3)
+    tensors, words = _loaded(_model(_graph(calls, {"W": outside}), [function]), tmp_path)
+    assert words == []
+    assert np.array_equal(tensors["W"], outside)
+    assert [each.prefix for each in find_rnns(tensors)] == ["b.lstm.", "a.lstm."]
 
 
 def _bomb(depth: int, calls: int) -> Any:

@@ -222,7 +222,7 @@ def _tensors(graph: Graph, words: list[str]) -> Described:
         each = graphs.pop()
         words += _unknown_fields(_FUNCTION if hasattr(each.proto, "opset_import") else _GRAPH, each.proto)
         for index, node in enumerate(each.nodes):
-            name = as_text(node.name or f"{node.op_type}_{index}")
+            name = as_text(node.name or f"{as_text(node.op_type)}_{index}")
             graphs += each.inside(node, name, _prefix(node, name) if each.function(node) is not None else "")
             _add(each, node, name, found)
     for layer in found.layers:
@@ -331,7 +331,8 @@ def _add(graph: Graph, node: Any, name: str, found: _Found) -> None:
     if operator in _OPERATORS and builtin:
         _add_recurrent(graph, node, name, found)
     elif _RECURRENT.search(operator):
-        found.left_out.append(f"{name} ({operator if builtin else f'{as_text(node.domain)}.{operator}'})")
+        full = operator if builtin else f"{as_text(node.domain)}.{operator}"
+        found.left_out.append(f"{name}{graph.where} ({full})")
     elif operator in _LOOPS and builtin:
         found.loops.append(name)
     elif operator in ("Tanh", "Relu") and any(each.key == "namespace" for each in node.metadata_props):
@@ -354,15 +355,15 @@ def _add_recurrent(graph: Graph, node: Any, name: str, found: _Found) -> None:
     if any(array is None for array in arrays.values()):
         reasons.append("its weights are computed by the graph")
     if reasons:
-        found.left_out.append(f"{name} ({', '.join(reasons)})")
+        found.left_out.append(f"{name}{graph.where} ({', '.join(reasons)})")
         return
     found.words.extend(_unknown_fields(_NODE, node))
-    found.words.extend(f"{name} {_sentence(finding)}" for finding in findings)
+    found.words.extend(f"{name}{graph.where} {_sentence(finding)}" for finding in findings)
     both = attributes.get("direction") == "bidirectional"
     try:
         weights = _by_direction(operator, {key: a for key, a in arrays.items() if key != "P"}, arrays.get("P"), both)
     except CheckpointError as error:
-        raise CheckpointError(f"its node {name}: {error}") from error
+        raise CheckpointError(f"its node {name}{graph.where}: {error}") from error
     homes = {each: graph.home(inputs[each]) for each in inputs}
     graph.file.used.update(homes[each][1] for each in arrays if homes[each][0].outer is None)
     said: dict[str, Any] = {"batch_first": True} if attributes.get("layout") else {}
