@@ -547,14 +547,14 @@ def test_branches_with_the_same_names_keep_both(tmp_path: Path) -> None:
     model = _model(_graph([node], {}, [*_values("X", sizes=[None, None, F]), condition]))
     tensors, words = _loaded(model, tmp_path)
     assert words == [
-        "one in then_branch of if starts from the state first, which is not zero: give it to each call as hx",
-        "one in else_branch of if starts from the state first.1, which is not zero: give it to each call as hx",
-        "the nodes one in then_branch of if and one in else_branch of if have the prefix 'one.': load the second with "
+        "one in else_branch of if starts from the state first, which is not zero: give it to each call as hx",
+        "one in then_branch of if starts from the state first.1, which is not zero: give it to each call as hx",
+        "the nodes one in else_branch of if and one in then_branch of if have the prefix 'one.': load the second with "
         "the prefix 'one.1.', or give the nodes other names",
     ]
     runtime, x = pytest.importorskip("onnxruntime"), normal(T, B, F).astype("f4")
     session = runtime.InferenceSession(model.SerializeToString())
-    theirs = [session.run(None, {"X": x, "C": np.array(condition)})[0][:, 0] for condition in (True, False)]
+    theirs = [session.run(None, {"X": x, "C": np.array(condition)})[0][:, 0] for condition in (False, True)]
     for found, first in zip(find_rnns(tensors), ("first", "first.1"), strict=True):
         params = {name: jnp.asarray(tensors[found.prefix + name]) for name in found.spec.shapes()}
         ours = _apply(found.spec, params, jnp.asarray(x), hx=jnp.asarray(tensors[first]))[0]
@@ -621,11 +621,11 @@ def test_functions_are_looked_into(tmp_path: Path) -> None:
     tensors, words = _loaded(model, tmp_path)
     assert words == []
     found = find_rnns(tensors)
-    assert [each.prefix for each in found] == ["dec.deep.gru.", "first.gru."]
+    assert [each.prefix for each in found] == ["first.gru.", "dec.deep.gru."]
     x = normal(T, B, F).astype("f4")
     [theirs] = pytest.importorskip("onnxruntime").InferenceSession(model.SerializeToString()).run(None, {"X": x})
     ours: Any = x
-    for each in reversed(found):
+    for each in found:
         params = {name: jnp.asarray(tensors[each.prefix + name]) for name in each.spec.shapes()}
         ours = jaxrnn.apply(each.spec, params, ours)[0]
     assert_close(ours, theirs, atol=1e-6, rtol=1e-6)
@@ -648,7 +648,7 @@ def test_names_in_a_function_are_its_own(tmp_path: Path) -> None:
     tensors, words = _loaded(_model(_graph(calls, {"W": outside}), [function]), tmp_path)
     assert words == []
     assert np.array_equal(tensors["W"], outside)
-    assert [each.prefix for each in find_rnns(tensors)] == ["b.lstm.", "a.lstm."]
+    assert [each.prefix for each in find_rnns(tensors)] == ["a.lstm.", "b.lstm."]
 
 
 def _bomb(depth: int, calls: int) -> Any:
@@ -817,3 +817,17 @@ def test_layers_joined_by_sizes_that_the_graph_computes(tmp_path: Path) -> None:
     tensors, words = _loaded(_model(_graph(swapped, arrays), opset=15), tmp_path)
     assert [each.num_layers for each in find_rnns(tensors)] == [1, 1]
     assert len(words) == 1
+
+
+def test_a_module_called_on_its_own_output_is_one(tmp_path: Path) -> None:
+    """Not two layers of one module, as other weights would be."""
+    for second, layers in (("a", 1), ("b", 2)):
+        arrays = _arrays("GRU", "a", H) | _arrays("GRU", second, H) | {"one": np.array([1])}
+        nodes = [
+            _recurrent("GRU", "a", "X", "Ya", "/gru/GRU"),
+            _node("Squeeze", ["Ya", "one"], "Z"),
+            _recurrent("GRU", second, "Z", "Y", "/gru/GRU_1"),
+        ]
+        tensors, words = _loaded(_model(_graph(nodes, arrays)), tmp_path)
+        assert [(each.prefix, each.num_layers) for each in find_rnns(tensors)] == [("gru.", layers)]
+        assert words == []

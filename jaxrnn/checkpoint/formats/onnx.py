@@ -221,10 +221,12 @@ def _tensors(graph: Graph, words: list[str]) -> Described:
     while graphs:
         each = graphs.pop()
         words += _unknown_fields(_FUNCTION if hasattr(each.proto, "opset_import") else _GRAPH, each.proto)
+        inner: list[Graph] = []
         for index, node in enumerate(each.nodes):
             name = as_text(node.name or f"{as_text(node.op_type)}_{index}")
-            graphs += each.inside(node, name, _prefix(node, name) if each.function(node) is not None else "")
+            inner += each.inside(node, name, _prefix(node, name) if each.function(node) is not None else "")
             _add(each, node, name, found)
+        graphs += reversed(inner)  # in the order of the file
     for layer in found.layers:
         for weights in layer.weights:
             graph.file.budget.spend(sum(array.nbytes for array in weights.values()))
@@ -262,10 +264,12 @@ def _put_layers(found: _Found, tensors: Names[Any]) -> dict[str, dict[str, Any]]
     """Put the weights of all layers under torch's names; return what the file says of modules."""
     modules: list[list[_Layer]] = []
     for layer in found.layers:
+        if any(layer.repeats(other) for stack in modules for other in stack):
+            continue
         stack = next((stack for stack in modules if layer.continues(stack[-1])), None)
         if stack:
             stack.append(layer)
-        elif not any(layer.repeats(other) for stack in modules for other in stack):
+        else:
             modules.append([layer])
     taken: dict[str, str] = {}
     said: dict[str, dict[str, Any]] = {}
