@@ -1,6 +1,7 @@
 """ONNX, closed: what a file says is used, changes nothing, or is named with a remedy that works; no name is lost."""
 
 import dataclasses
+import random
 import re
 import warnings
 from collections.abc import Iterator
@@ -831,3 +832,19 @@ def test_a_module_called_on_its_own_output_is_one(tmp_path: Path) -> None:
         tensors, words = _loaded(_model(_graph(nodes, arrays)), tmp_path)
         assert [(each.prefix, each.num_layers) for each in find_rnns(tensors)] == [("gru.", layers)]
         assert words == []
+
+
+def test_mutated_files_are_read_or_refused(tmp_path: Path) -> None:
+    numbers, data, refused = random.Random(0), _everything().SerializeToString(), 0
+    for _ in range(200):
+        changed = bytearray(data)
+        for _ in range(numbers.choice([1, 2, 9])):
+            changed[numbers.randrange(2, len(data))] = numbers.choice([0, 1, 255, numbers.randrange(256)])
+        (tmp_path / "model.onnx").write_bytes(changed)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                load(tmp_path / "model.onnx")
+            except CheckpointError:
+                refused += 1
+    assert 20 < refused < 200
