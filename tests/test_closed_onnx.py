@@ -339,7 +339,7 @@ def _check(case: Case, row: str, tmp_path: Path) -> str:
 
 
 ROWS = [(kind, name) for kind, table in reader._OPERATORS.items() for name in table]
-_QUICK = {("GRU", "linear_before_reset"), ("RNN", "activations"), *(row for row in ROWS if row[0] == "LSTM")}
+_QUICK = {("LSTM", name) for name in ("sequence_lens", "initial_h", "clip", "input_forget", "layout", "activations")}
 
 
 @pytest.mark.parametrize(
@@ -758,8 +758,9 @@ def test_an_rnn_written_step_by_step(nonlinearity: str, tmp_path: Path) -> None:
     assert (words, found.prefix, found.said) == ([], "rnn.", {"nonlinearity": nonlinearity.lower()})
 
 
+@pytest.mark.slow
 @pytest.mark.torch
-@pytest.mark.parametrize("kind", ["LSTM", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("GRU", "RNN"))])
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
 def test_a_learned_first_state_of_torch(kind: str, torch: Any, tmp_path: Path) -> None:
     torch.manual_seed(0)
 
@@ -836,7 +837,7 @@ def test_a_module_called_on_its_own_output_is_one(tmp_path: Path) -> None:
 
 def test_mutated_files_are_read_or_refused(tmp_path: Path) -> None:
     numbers, data, refused = random.Random(0), _everything().SerializeToString(), 0
-    for _ in range(200):
+    for _ in range(100):
         changed = bytearray(data)
         for _ in range(numbers.choice([1, 2, 9])):
             changed[numbers.randrange(2, len(data))] = numbers.choice([0, 1, 255, numbers.randrange(256)])
@@ -847,4 +848,4 @@ def test_mutated_files_are_read_or_refused(tmp_path: Path) -> None:
                 load(tmp_path / "model.onnx")
             except CheckpointError:
                 refused += 1
-    assert 20 < refused < 200
+    assert 10 < refused < 100
