@@ -1,8 +1,8 @@
 """Files of ONNX: the LSTM, GRU and RNN nodes in them, with torch's names, and such nodes for weights of ours."""
 
-import importlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,60 +11,133 @@ from jaxrnn.checkpoint.arrays import NO_NUMBERS, dtype_of
 from jaxrnn.checkpoint.dialects import DIALECTS
 from jaxrnn.checkpoint.errors import AGAIN, CheckpointError, as_text, check_unicode, listed
 from jaxrnn.checkpoint.formats.bombs import Budget
+from jaxrnn.checkpoint.formats.onnx_graph import BUILTIN, File, Graph, library, value_of
 from jaxrnn.checkpoint.formats.reading import Reading, warn
-from jaxrnn.checkpoint.stored import Value
+from jaxrnn.checkpoint.named import Described, Names
+from jaxrnn.checkpoint.stored import Value, equal
+from jaxrnn.checkpoint.tables import UNKNOWN, USED, Finding, Row, Table, neutral, refused, warned
 from jaxrnn.spec import Spec
 
-# What nodes compute unless their attributes say otherwise, which is what torch computes.
-_ACTIVATIONS = {"LSTM": ["Sigmoid", "Tanh", "Tanh"], "GRU": ["Sigmoid", "Tanh"], "RNN": ["Tanh"]}
 _PEEPHOLES = ("weight_ci", "weight_co", "weight_cf")  # in ONNX's order
-_OTHERS = ("DynamicQuantizeLSTM", "AttnLSTM")  # onnxruntime's own
-# Operators whose results exporters leave as weights. None of them makes more numbers than it takes.
-_FOLDED = ("Concat", "Identity", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze")
 _OPSET = 14  # the first that has all that is written
 
+_INPUTS = ("X", "W", "R", "B", "sequence_lens", "initial_h", "initial_c", "P")
+_OUTPUTS = ("Y", "Y_h", "Y_c")
+_AS_HX = warned(None, remedy="give it to each call as hx")
+_NO_PARAMETERS = neutral("Sigmoid, Tanh and Relu take none, and nodes with other activations are left out")
 
-def _library(name: str = "onnx") -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise CheckpointError(
-            'an ONNX file, and reading it needs the package onnx\npip install "jaxrnn[onnx]"'
-        ) from error
+
+def _operator(kind: str, versions: Sequence[int], activations: Sequence[tuple[str, ...]], **more: Row) -> Table:
+    """What becomes of a node's attributes, inputs and outputs. Left out is a node with one that is refused."""
+    rows = {
+        **dict.fromkeys(("X", "W", "R", "B", "hidden_size", "Y"), USED),
+        "sequence_lens": warned(None, remedy="give them to each call as lengths"),
+        "initial_h": _AS_HX,
+        "Y_h": neutral("an output"),
+        "direction": refused("forward", "bidirectional", remedy=""),
+        "activations": refused(*activations, remedy=""),
+        "activation_alpha": _NO_PARAMETERS,
+        "activation_beta": _NO_PARAMETERS,
+        "clip": refused(float("inf"), float(np.finfo("f4").max), remedy=""),
+        "layout": refused(0, 1, remedy=""),  # 1: said as batch_first
+        "output_sequence": neutral("whether Y is an output"),
+        "since_version": warned(*versions, remedy=UNKNOWN),
+    }
+    return Table(f"ONNX's {kind}", rows | more)
+
+
+# Activations are for one direction, in lower case; first those that a node has if it names none.
+_OPERATORS = {
+    "LSTM": _operator(
+        "LSTM", (1, 7, 14, 22), [("sigmoid", "tanh", "tanh")],
+        initial_c=_AS_HX, P=USED, Y_c=neutral("an output"), input_forget=refused(0, remedy=""),
+    ),
+    "GRU": _operator(
+        "GRU", (1, 3, 7, 14, 22), [("sigmoid", "tanh")],
+        linear_before_reset=refused(1, remedy="where torch's GRU has 1"),
+    ),
+    "RNN": _operator("RNN", (1, 7, 14, 22), [("tanh",), ("relu",)]),
+}  # fmt: skip
+_NAME, _TEXT = neutral("a name"), neutral("text for people")
+_DEVICES = neutral("on which devices it runs")
+_MODEL = Table(
+    "ONNX's ModelProto",
+    {
+        **dict.fromkeys(("graph", "functions", "opset_import"), USED),
+        **dict.fromkeys(("producer_name", "producer_version", "domain", "model_version"), _NAME),
+        "ir_version": neutral("the version of the file's format"),
+        "doc_string": _TEXT,
+        "metadata_props": _TEXT,
+        "training_info": neutral("how to train it, which no runtime uses to run it"),
+        "configuration": _DEVICES,
+    },
+)
+_GRAPH = Table(
+    "ONNX's GraphProto",
+    {
+        **dict.fromkeys(("node", "initializer", "sparse_initializer", "input", "value_info"), USED),
+        "name": _NAME,
+        "doc_string": _TEXT,
+        "metadata_props": _TEXT,
+        "output": neutral("which values are returned"),
+        "quantization_annotation": neutral("which values are scales of others; nodes do the computing"),
+    },
+)
+_NODE = Table(
+    "ONNX's NodeProto",
+    {
+        **dict.fromkeys(("input", "output", "name", "op_type", "domain", "overload", "attribute"), USED),
+        "metadata_props": USED,
+        "doc_string": _TEXT,
+        "device_configurations": _DEVICES,
+    },
+)
+_FUNCTION = Table(
+    "ONNX's FunctionProto",
+    {
+        **dict.fromkeys(("name", "domain", "overload", "input", "node", "opset_import", "value_info"), USED),
+        "attribute_proto": USED,
+        "attribute": neutral("names of attributes, to which its nodes refer"),
+        "output": neutral("which values are returned"),
+        "doc_string": _TEXT,
+        "metadata_props": _TEXT,
+    },
+)
+_VERBS = {"initial_h": "starts from", "initial_c": "starts its c from", "sequence_lens": "stops each row after"}
+_RECURRENT = re.compile("LSTM|GRU|RNN", re.I)  # operators of others, such as AttnLSTM of onnxruntime
+_LOOPS = ("Loop", "Scan")
+_LAYERS_NAME = re.compile(r"(?P<prefix>.*\.|)(?P<role>(weight|bias)_[ih]h)_(?P<place>l\d+(_reverse)?)", re.S | re.ASCII)
 
 
 def sniff(head: bytes) -> bool:
     # A protobuf message: its version, and then one of the fields of a model.
-    return head[:1] == b"\x08" and 0 < head[1] < 64 and head[2:3] in (b"\x12", b"\x1a", b"\x22", b"\x3a", b"\x42")
+    return head[:1] == b"\x08" and 0 < head[1] < 64 and head[2:3] in (b"\x12", b"\x1a", b'"', b"(", b"2", b":", b"B")
 
 
 def read(path: str | os.PathLike[str], what: Reading) -> dict[str, Value]:
     """The weights of recurrent nodes by torch's names, and the graph's other arrays by their own.
 
     A node's prefix is its name, or the path of the module that torch exported. Consecutive nodes that torch made of the
-    layers of one module are one again.
+    layers of one module are one again. What nodes say of nonlinearity and batch_first is in `Described.said`.
 
     Warns:
-        UserWarning: nodes that compute what torch has not, and are left out; a nonlinearity or an initial state, which
-            no weights hold.
+        UserWarning: nodes that compute what torch has not, and are left out; what no weights hold: a nonlinearity,
+            batch_first, an initial state, lengths; what jaxrnn does not know; a prefix that two nodes have.
     """
     what.check_no_key("an ONNX file")
-    onnx = _library()
+    onnx = library()
     size = os.path.getsize(path)
     with open(path, "rb") as file:
         try:
             model = onnx.ModelProto.FromString(file.read())
         except Exception as error:  # protobuf's own
             raise CheckpointError(f"a damaged ONNX file: {error}\n{AGAIN}") from error
-    if not model.graph.node and not model.graph.initializer:
+    if not model.graph.node and not model.graph.initializer and not model.graph.sparse_initializer:
         raise CheckpointError(f"an ONNX file without a graph\n{AGAIN}")
-    budget = Budget(size)
-    graph = _Graph(model.graph, os.path.dirname(os.fspath(path)), budget, list(model.opset_import))
+    shared = File.of(model, os.path.dirname(os.fspath(path)), Budget(size))
+    words = _unknown_fields(_MODEL, model)
     try:
-        tensors, words = _weights(graph, budget)
-        for name, tensor in graph.tensors.items():
-            if name not in tensors and name not in graph.used and tensor.data_type != onnx.TensorProto.STRING:
-                tensors[name] = graph.constant(name)
+        tensors = _tensors(Graph(model.graph, shared, model.opset_import), words)
     except RecursionError as error:
         raise CheckpointError(f"an ONNX file whose graphs are nested too deeply\n{AGAIN}") from error
     for text in words:
@@ -76,192 +149,338 @@ def read(path: str | os.PathLike[str], what: Reading) -> dict[str, Value]:
     return tensors
 
 
-class _Graph:
-    """A graph: its nodes, and the constants that they can use."""
-
-    def __init__(self, graph: Any, folder: str, budget: Budget, opsets: Any, outer: "_Graph | None" = None) -> None:
-        self.nodes = list(graph.node)
-        self.tensors = {as_text(tensor.name): tensor for tensor in graph.initializer}
-        self.producers = {name: node for node in self.nodes for name in node.output if name}
-        self.folder, self.budget, self.opsets, self.outer = folder, budget, opsets, outer
-        self.used: set[str] = set() if outer is None else outer.used  # by recurrent nodes
-        self._made: dict[str, np.ndarray | None] = {}
-
-    def inner(self) -> Iterator["_Graph"]:
-        """The graphs in it, such as those of an If."""
-        for node in self.nodes:
-            for attribute in node.attribute:
-                for graph in [*attribute.graphs, *([attribute.g] if attribute.HasField("g") else [])]:
-                    yield _Graph(graph, self.folder, self.budget, self.opsets, self)
-
-    def constant(self, name: str) -> np.ndarray | None:
-        """The value of a name, if the file alone says it."""
-        if name not in self._made:
-            self._made[name] = None  # for a loop, which only a damaged graph has
-            if name in self.tensors:
-                self._made[name] = self._array(name, self.tensors[name])
-            elif node := self.producers.get(name):
-                self._made[name] = self._value(node, name)
-            elif self.outer is not None:
-                return self.outer.constant(name)
-        return self._made[name]
-
-    def _array(self, name: str, tensor: Any) -> np.ndarray:
-        try:
-            array = np.asarray(_library("onnx.numpy_helper").to_array(tensor, self.folder))
-        except Exception as error:  # onnx raises many kinds, and lets NumPy's through
-            cause = f"{type(error).__name__} {error}".partition("\n")[0]
-            raise CheckpointError(f"a damaged ONNX file: {name} cannot be read: {cause}\n{AGAIN}") from error
-        self.budget.spend(array.nbytes)
-        return array
-
-    def _value(self, node: Any, name: str) -> np.ndarray | None:
-        if node.op_type == "Constant":
-            tensors = [attribute.t for attribute in node.attribute if attribute.name == "value"]
-            return self._array(name, tensors[0]) if tensors else None
-        if node.op_type not in _FOLDED:
-            return None
-        inputs = {each: self.constant(each) for each in node.input if each}
-        if any(array is None for array in inputs.values()):
-            return None
-        self.budget.spend(sum(array.nbytes for array in inputs.values() if array is not None))
-        helper = _library("onnx.helper")
-        described = [helper.make_tensor_value_info(each, 1, None) for each in (*inputs, name)]
-        graph = helper.make_graph([node], "one", described[:-1], described[-1:])
-        try:
-            model = helper.make_model(graph, opset_imports=self.opsets)
-            [made] = _library("onnx.reference").ReferenceEvaluator(model).run([name], inputs)
-        except Exception as error:  # of NumPy, on what does not fit
-            raise CheckpointError(f"a damaged ONNX file: {name} cannot be computed: {error}\n{AGAIN}") from error
-        return np.asarray(made)
-
-
 class _Layer(NamedTuple):
     """A recurrent node.
 
     Attributes:
+        node: its name, and in which graph it is.
         prefix: what the names of its weights start with.
         kind: "LSTM", "GRU" or "RNN".
-        nonlinearity: an RNN's.
-        names: of its weights in the graph.
+        said: what it says of nonlinearity and batch_first.
+        places: the graphs and names of its weights.
         weights: torch's, by name without the layer, for each direction.
-        above: the node that makes its input, if that could be the layer below.
-        output: the name of its output.
+        lengths: the graph and name of its sequence_lens.
+        above: the graph and name of what makes its input, if that could be the layer below.
+        output: the graph and name of its output.
     """
 
+    node: str
     prefix: str
     kind: str
-    nonlinearity: str
-    names: tuple[str, ...]
+    said: dict[str, Any]
+    places: tuple[tuple[Graph, str], ...]
     weights: list[dict[str, np.ndarray]]
-    above: str
-    output: str
+    lengths: tuple[Graph, str]
+    above: tuple[Graph, str] | None
+    output: tuple[Graph, str]
 
     def continues(self, other: "_Layer") -> bool:
         """Whether torch has both as layers of one module."""
         one, two = self.weights[0], other.weights[0]
         hidden = two["weight_hh"].shape[1]
-        same = (self.prefix, self.kind, self.nonlinearity, len(self.weights)) == (
-            other.prefix, other.kind, other.nonlinearity, len(other.weights),
+        same = (self.prefix, self.kind, self.said, self.lengths, len(self.weights)) == (
+            other.prefix, other.kind, other.said, other.lengths, len(other.weights),
         )  # fmt: skip
         same = same and one["weight_hh"].shape == two["weight_hh"].shape and one.keys() == two.keys()
         return same and self.above == other.output and one["weight_ih"].shape[1] == hidden * len(self.weights)
 
+    def repeats(self, other: "_Layer") -> bool:
+        """Whether both are calls of one module. Branches may have the same weights, or others of the same names."""
+        if (self.kind, self.said, len(self.weights)) != (other.kind, other.said, len(other.weights)):
+            return False
+        names = [(each.prefix, [name for _, name in each.places]) for each in (self, other)]
+        return self.places == other.places or (
+            names[0] == names[1] and all(map(_equal_all, self.weights, other.weights))
+        )
 
-def _weights(graph: _Graph, budget: Budget) -> tuple[dict[str, Any], list[str]]:
-    """The weights of all recurrent nodes by torch's names, and what there is to say of them."""
-    left_out: list[str] = []
-    words: list[str] = []
-    layers: list[_Layer] = []
+
+class _Found(NamedTuple):
+    """What there is in the graphs.
+
+    Attributes:
+        layers: recurrent nodes.
+        left_out: other recurrent nodes, and why.
+        odd: the prefixes of those that compute what torch has not.
+        loops: nodes that may be recurrences.
+        activations: for each path of a module, the operators Tanh and Relu in it.
+        words: what there is to say.
+    """
+
+    layers: list[_Layer]
+    left_out: list[str]
+    odd: set[str]
+    loops: list[str]
+    activations: dict[str, set[str]]
+    words: list[str]
+
+
+def _tensors(graph: Graph, words: list[str]) -> Described:
+    """The weights of all recurrent nodes by torch's names, and other arrays."""
+    found = _Found([], [], set(), [], {}, words)
     graphs = [graph]
     while graphs:
         each = graphs.pop()
-        graphs += each.inner()
-        layers += _layers(each, left_out, words)
-    for layer in layers:
+        words += _unknown_fields(_FUNCTION if hasattr(each.proto, "opset_import") else _GRAPH, each.proto)
+        inner: list[Graph] = []
+        for index, node in enumerate(each.nodes):
+            name = as_text(node.name or f"{as_text(node.op_type)}_{index}")
+            inner += each.inside(node, name, _prefix(node, name) if each.function(node) is not None else "")
+            _add(each, node, name, found)
+        graphs += reversed(inner)  # in the order of the file
+    for layer in found.layers:
         for weights in layer.weights:
-            budget.spend(sum(array.nbytes for array in weights.values()))
+            graph.file.budget.spend(sum(array.nbytes for array in weights.values()))
+    tensors = Names[Any]("rename the node or the initializer in the model, and save it again")
+    said = _put_layers(found, tensors)
+    others = {
+        name: array
+        for name, tensor in graph.tensors.items()
+        if name not in graph.file.used and tensor.data_type != library().TensorProto.STRING
+        if (array := graph.constant(name)) is not None
+    }
+    _leave_out_parts(others, tensors, said, found)
+    for name, array in {**others, **graph.file.states}.items():
+        if name not in tensors or not equal(tensors[name], array):
+            tensors.put(name, array, f"the initializer {name}")
+    if found.left_out:
+        words.insert(0, f"left out nodes that torch does not have: {listed(found.left_out)}")
+    elif found.loops and not found.layers:
+        loops = f"found no LSTM, GRU or RNN node, but {listed(found.loops)}, whose steps are not read"
+        words.insert(0, f"{loops}: export the model from its own library with such a node")
+    words[:] = dict.fromkeys(words)
+    return Described(tensors, said)
+
+
+def _equal_all(one: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray]) -> bool:
+    return one.keys() == other.keys() and all(equal(one[name], other[name]) for name in one)
+
+
+def _unknown_fields(table: Table, message: Any) -> list[str]:
+    fields = {field.name: value if type(value) in (int, str) else "..." for field, value in message.ListFields()}
+    return [f"{table.title} has {finding}: {finding.row.words}" for finding in table.findings(fields)]
+
+
+def _put_layers(found: _Found, tensors: Names[Any]) -> dict[str, dict[str, Any]]:
+    """Put the weights of all layers under torch's names; return what the file says of modules."""
     modules: list[list[_Layer]] = []
-    for layer in layers:
+    for layer in found.layers:
+        if any(layer.repeats(other) for stack in modules for other in stack):
+            continue
         stack = next((stack for stack in modules if layer.continues(stack[-1])), None)
         if stack:
             stack.append(layer)
-        elif all(layer.names != other.names for stack in modules for other in stack):  # not the same weights again
+        else:
             modules.append([layer])
-    tensors: dict[str, Any] = {}
-    taken: set[str] = set()
+    taken: dict[str, str] = {}
+    said: dict[str, dict[str, Any]] = {}
     for stack in modules:
         prefix, number = stack[0].prefix, 1
         while prefix in taken:
             prefix, number = f"{stack[0].prefix}{number}.", number + 1
-        taken.add(prefix)
+        if prefix != stack[0].prefix:
+            two = f"the nodes {taken[stack[0].prefix]} and {stack[0].node} have the prefix {stack[0].prefix!r}"
+            found.words.append(f"{two}: load the second with the prefix {prefix!r}, or give the nodes other names")
+        taken[prefix] = stack[0].node
+        if stack[0].said:
+            said[prefix] = stack[0].said
         for level, layer in enumerate(stack):
             for suffix, weights in zip(("", "_reverse"), layer.weights, strict=False):
-                tensors |= {f"{prefix}{role}_l{level}{suffix}": array for role, array in weights.items()}
-        if stack[0].nonlinearity == "relu":
-            words.append(
+                for role, array in weights.items():
+                    tensors.put(f"{prefix}{role}_l{level}{suffix}", array, f"{role} of the node {layer.node}")
+        if stack[0].said.get("nonlinearity") == "relu":
+            found.words.append(
                 f"{prefix or 'the RNN'} has relu, which weights do not say: make the module with nonlinearity='relu'"
             )
-    if left_out:
-        words.insert(0, f"left out nodes that torch does not have: {listed(left_out)}")
-    return tensors, words
+        if stack[0].said.get("batch_first"):
+            found.words.append(
+                f"{prefix or stack[0].node} has layout=1, which weights do not say: make the module with "
+                "batch_first=True"
+            )
+    return said
 
 
-def _layers(graph: _Graph, left_out: list[str], words: list[str]) -> Iterator[_Layer]:
-    for index, node in enumerate(graph.nodes):
-        name = as_text(node.name or f"{node.op_type}_{index}")
-        if node.op_type in _OTHERS:
-            left_out.append(f"{name} ({node.op_type})")
-        if node.op_type not in _ACTIVATIONS or node.domain not in ("", "ai.onnx"):
-            continue
-        attributes = {a.name: a for a in node.attribute}
-        nonlinearity, reasons = _read_attributes(node.op_type, attributes)
-        inputs = [*map(as_text, node.input), *[""] * 8][:8]
-        names = tuple(inputs[1:4])
-        arrays = {"W": graph.constant(names[0]), "R": graph.constant(names[1])}
-        if names[2]:
-            arrays["B"] = graph.constant(names[2])
-        peepholes = graph.constant(inputs[7]) if inputs[7] else None
-        if any(array is None for array in arrays.values()) or (inputs[7] and peepholes is None):
-            reasons.append("its weights are computed by the graph")
-        if reasons:
-            left_out.append(f"{name} ({', '.join(reasons)})")
-            continue
-        for state in filter(None, inputs[5:7]):
-            if (first := graph.constant(state)) is not None and np.any(first):
-                words.append(f"{name} starts from the state {state}, which is not zero: give it to each call as hx")
-        try:
-            weights = _by_direction(node.op_type, arrays, peepholes, _direction(attributes) == b"bidirectional")
-        except CheckpointError as error:
-            raise CheckpointError(f"its node {name}: {error}") from error
-        graph.used.update(filter(None, (*names, inputs[7])))
-        prefix = _prefix(node, name)
-        above = _below(graph, inputs[0], len(weights), weights[0]["weight_ih"].shape[1])
-        yield _Layer(prefix, node.op_type, nonlinearity, names, weights, above, node.output[0] if node.output else "")
+def _leave_out_parts(
+    others: dict[str, np.ndarray], tensors: Mapping[str, Any], said: dict[str, dict[str, Any]], found: _Found
+) -> None:
+    """Leave out initializers that have torch's names, but are not whole layers, or those of a node that is left out.
+
+    What torch's exporter writes step by step is whole, if the weights kept their names.
+    """
+    modules: dict[str, dict[str, list[str]]] = {}
+    for name in others:
+        if (match := _LAYERS_NAME.fullmatch(name)) and name not in tensors:
+            modules.setdefault(match["prefix"], {}).setdefault(match["place"], []).append(match["role"])
+    for prefix, places in modules.items():
+        names = [f"{prefix}{role}_{place}" for place, roles in places.items() for role in roles]
+        parts = any(not {"weight_ih", "weight_hh"} <= {*roles} for roles in places.values())
+        if parts or prefix in found.odd:
+            for name in names:
+                del others[name]
+        if prefix in found.odd:
+            found.words.append(f"left out {listed(names)}, with the node that has them")
+        elif parts:
+            cause = f"left out {listed(names)}, whose other weights have no names, as in an RNN written step by step"
+            found.words.append(f"{cause}: export it with torch.onnx.export(..., dynamo=False)")
+        elif len(operators := found.activations.get(prefix, set())) == 1 and all(
+            len({*others[name].shape}) == 1 for name in names if "weight_hh" in name
+        ):
+            said[prefix] = {"nonlinearity": next(iter(operators)).lower()}
 
 
-def _read_attributes(kind: str, attributes: Mapping[str, Any]) -> tuple[str, list[str]]:
-    """An RNN's nonlinearity, and what of the attributes torch does not have."""
-    reasons = []
-    if "clip" in attributes:
-        reasons.append(f"clip={attributes['clip'].f:.6g}")
-    if "input_forget" in attributes and attributes["input_forget"].i:
-        reasons.append("input_forget=1")
-    if (direction := _direction(attributes)) not in (b"forward", b"bidirectional"):
-        reasons.append(f"direction={as_text(direction)}")
-    if kind == "GRU" and not ("linear_before_reset" in attributes and attributes["linear_before_reset"].i):
-        reasons.append("linear_before_reset=0, where torch's GRU has 1")
-    usual = _ACTIVATIONS[kind]
-    given = [as_text(text) for text in attributes["activations"].strings] if "activations" in attributes else usual
-    repeated = given[: len(usual)] * (len(given) // len(usual)) == given
-    relu = kind == "RNN" and {text.lower() for text in given} == {"relu"}
-    if not relu and not (repeated and [text.lower() for text in given[: len(usual)]] == [u.lower() for u in usual]):
-        reasons.append(f"activations={given}")
-    return "relu" if relu else "tanh", reasons
+def _add(graph: Graph, node: Any, name: str, found: _Found) -> None:
+    """Add what a node is, if it is a recurrence."""
+    operator, builtin = as_text(node.op_type), node.domain in BUILTIN
+    if graph.function(node) is not None:
+        return
+    if operator in _OPERATORS and builtin:
+        _add_recurrent(graph, node, name, found)
+    elif _RECURRENT.search(operator):
+        full = operator if builtin else f"{as_text(node.domain)}.{operator}"
+        found.left_out.append(f"{name}{graph.where} ({full})")
+    elif operator in _LOOPS and builtin:
+        found.loops.append(name)
+    elif operator in ("Tanh", "Relu") and any(each.key == "namespace" for each in node.metadata_props):
+        found.activations.setdefault(_prefix(node, name), set()).add(operator)
 
 
-def _direction(attributes: Mapping[str, Any]) -> bytes:
-    return bytes(attributes["direction"].s) if "direction" in attributes else b"forward"
+def _add_recurrent(graph: Graph, node: Any, name: str, found: _Found) -> None:
+    operator, prefix = node.op_type, graph.path + _prefix(node, name)
+    given = [each if graph.home(each)[1] else "" for each in map(as_text, node.input)]
+    known = [each for each in _INPUTS if each in _OPERATORS[operator]]
+    inputs = dict.fromkeys(_INPUTS, "") | dict(zip(known, given, strict=False))
+    attributes = {key: value_of(each) for key, each in graph.attributes_of(node).items()}
+    arrays = {each: graph.constant(inputs[each]) for each in ("W", "R", "B", "P") if inputs[each] or each in "WR"}
+    findings = list(_OPERATORS[operator].findings(_settings(graph, node, attributes, inputs)))
+    reasons = [_reason(finding) for finding in findings if finding.refused]
+    if (hidden := attributes.get("hidden_size")) is not None and _hidden(arrays["R"]) not in (None, hidden):
+        reasons.append(f"hidden_size={hidden}, where its weights have {_hidden(arrays['R'])}")
+    if reasons:
+        found.odd.add(prefix)
+    if any(array is None for array in arrays.values()):
+        reasons.append("its weights are computed by the graph")
+    if reasons:
+        found.left_out.append(f"{name}{graph.where} ({', '.join(reasons)})")
+        return
+    found.words.extend(_unknown_fields(_NODE, node))
+    found.words.extend(f"{name}{graph.where} {_sentence(finding)}" for finding in findings)
+    both = attributes.get("direction") == "bidirectional"
+    try:
+        weights = _by_direction(operator, {key: a for key, a in arrays.items() if key != "P"}, arrays.get("P"), both)
+    except CheckpointError as error:
+        raise CheckpointError(f"its node {name}{graph.where}: {error}") from error
+    homes = {each: graph.home(inputs[each]) for each in inputs}
+    graph.file.used.update(homes[each][1] for each in arrays if homes[each][0].outer is None)
+    said: dict[str, Any] = {"batch_first": True} if attributes.get("layout") else {}
+    if operator == "RNN":
+        said["nonlinearity"] = _activations(_OPERATORS[operator], attributes)[0]
+    features = weights[0]["weight_ih"].shape[1]
+    above = None if attributes.get("layout") else _below(graph, inputs["X"], len(weights), features)
+    output = graph, as_text(node.output[0]) if node.output else ""
+    places = tuple(homes[each] for each in ("W", "R", "B", "P"))
+    found.layers.append(
+        _Layer(name + graph.where, prefix, operator, said, places, weights, homes["sequence_lens"], above, output)
+    )
+
+
+def _settings(graph: Graph, node: Any, attributes: Mapping[str, Any], inputs: Mapping[str, str]) -> dict[str, Any]:
+    """What of a node the table of its operator is about, in the terms of the table."""
+    table = _OPERATORS[node.op_type]
+    activations = _activations(table, attributes)
+    batch_first = bool(attributes.get("layout"))
+    others = {*_INPUTS, *_OUTPUTS, "since_version"}  # names in the table that no attribute has
+    settings = {
+        **{f"attribute {name}" if name in others else name: value for name, value in attributes.items()},
+        "since_version": _version(node.op_type, graph),
+        "activations": activations if activations in table["activations"].plain else attributes.get("activations"),
+        "sequence_lens": _lengths(graph, inputs, batch_first),
+        "initial_h": _start(graph, inputs["initial_h"], batch_first),
+    }
+    if inputs["initial_c"]:
+        settings["initial_c"] = _start(graph, inputs["initial_c"], batch_first)
+    for name in {"linear_before_reset", "input_forget"} & table.keys():
+        settings[name] = int(bool(attributes.get(name)))  # all but 0 is 1
+    for what, names, known in (("input", node.input, _INPUTS), ("output", node.output, _OUTPUTS)):
+        places = range(sum(each in table for each in known), len(names))
+        settings |= {f"{what} {place}": as_text(names[place]) for place in places if names[place]}
+    return settings
+
+
+def _activations(table: Table, attributes: Mapping[str, Any]) -> tuple[str, ...]:
+    """A node's activations in lower case, for one direction if both have the same."""
+    usual = table["activations"].plain[0]
+    given = tuple(str(text).lower() for text in attributes.get("activations") or usual)
+    one = given[: len(usual)]
+    return one if one * (len(given) // len(usual)) == given else given
+
+
+def _version(kind: str, graph: Graph) -> int:
+    """The version of an operator in a graph: that of the set of operators in which it changed last."""
+    version = next((int(each.version) for each in graph.opsets if each.domain in BUILTIN), 1)
+    onnx = library("onnx.defs")
+    try:
+        return int(onnx.get_schema(kind, version, "").since_version)
+    except (onnx.SchemaError, TypeError):
+        return version
+
+
+def _hidden(state_weights: np.ndarray | None) -> int | None:
+    return None if state_weights is None or not state_weights.ndim else int(state_weights.shape[-1])
+
+
+def _reason(finding: Finding) -> str:
+    value = f"{finding.value:.6g}" if isinstance(finding.value, float) else str(finding.value)[:80]
+    return f"{finding.name}={value}" + (f", {finding.row.words}" if finding.row.words else "")
+
+
+def _sentence(finding: Finding) -> str:
+    """What is to be said of a node with a finding, after the node's name."""
+    what = f"{_VERBS[finding.name]} {finding.value}" if finding.name in _VERBS else f"has {finding}"
+    return f"{what}: {finding.row.words}"
+
+
+def _start(graph: Graph, name: str, batch_first: bool) -> str | None:
+    """The state by which a node starts; None if it is zero, or an input of the model."""
+    if not name:
+        return None
+    shape = " of shape (batch, directions, hidden)" if batch_first else ""
+    if (array := graph.constant(name)) is not None:
+        return f"the state {_keep(graph, name, array)}{shape}, which is not zero" if np.any(array) else None
+    leaves = graph.leaves(name)
+    if leaves.computed or (leaves.arrays and leaves.given):
+        return f"the state {name}{shape}, which the graph computes"
+    names = [_keep(each, inner, array) for (each, inner), array in leaves.arrays.items()]
+    return f"the state {name}{shape}, which the graph makes of {listed(names)}" if names else None
+
+
+def _lengths(graph: Graph, inputs: Mapping[str, str], batch_first: bool) -> str | None:
+    """The lengths of rows; None if the file says that they are all of x, or if they are an input of the model."""
+    if not (name := inputs["sequence_lens"]):
+        return None
+    steps = graph.axis(inputs["X"], int(batch_first))
+    if (array := graph.constant(name)) is not None:
+        whole = isinstance(steps, int) and np.all(array == steps)
+        numbers = listed(array.reshape(-1)[:99].tolist())
+        return None if whole else f"the steps in {_keep(graph, name, array)} ({numbers})"
+    if graph.sizes(name) == [steps]:
+        return None
+    leaves = graph.leaves(name)
+    given = leaves.given and not leaves.arrays and not leaves.computed
+    return None if given else f"the steps in {name}, which the graph computes"
+
+
+def _keep(graph: Graph, name: str, array: np.ndarray) -> str:
+    """The name under which a constant is returned. Branches may have others of the same name."""
+    home, name = graph.home(name)
+    top = home
+    while top.outer is not None:
+        top = top.outer
+    if home is top and name in top.tensors:
+        return name
+    states, key, number = graph.file.states, name, 1
+    while key in top.tensors or (key in states and not equal(states[key], array)):
+        key, number = f"{name}.{number}", number + 1
+    states[key] = array
+    return key
 
 
 def _by_direction(
@@ -289,37 +508,35 @@ def _prefix(node: Any, name: str) -> str:
     return "".join(f"{each}." for each in path)
 
 
-def _below(graph: _Graph, name: str, directions: int, features: int) -> str:
-    """The name whose directions are joined to the input of a layer, or "" if it is made in another way."""
-
-    def attribute(node: Any, key: str) -> list[int]:
-        return [int(value) for each in node.attribute if each.name == key for value in each.ints]
-
-    def numbers(node: Any, place: int) -> list[int]:
-        array = graph.constant(node.input[place]) if len(node.input) > place else None
-        return [] if array is None or array.dtype.kind != "i" else [int(value) for value in array.reshape(-1)[:9]]
-
+def _below(graph: Graph, name: str, directions: int, features: int) -> tuple[Graph, str] | None:
+    """Where the value is whose directions are joined to the input of a layer; None if it is made in another way."""
+    graph, name = graph.home(name)
     for _ in range(9):
         node = graph.producers.get(name)
         if node is None or not node.input:
             break
+        first, before = as_text(node.input[0]), graph.home(as_text(node.input[0]))
         if node.op_type in ("Identity", "Dropout"):
-            name = node.input[0]
-        elif node.op_type == "Squeeze" and directions == 1 and [1] in (attribute(node, "axes"), numbers(node, 1)):
-            return str(node.input[0])
-        elif node.op_type == "Reshape" and numbers(node, 1)[2:] in ([-1], [features]):
-            before = graph.producers.get(node.input[0])
-            if before is not None and before.op_type == "Transpose" and attribute(before, "perm") == [0, 2, 1, 3]:
-                return str(before.input[0])
+            graph, name = before
+        elif node.op_type == "Squeeze" and directions == 1 and graph.numbers(node, "axes", 1) == [1]:
+            return before
+        elif node.op_type == "Reshape" and len(node.input) > 1:
+            sizes = graph.sizes(as_text(node.input[1]))
+            joined = graph.numbers(node, "shape", 1)[2:] in ([-1], [features])
+            joined = joined or sizes[:2] == [graph.axis(first, 0), graph.axis(first, 1)]
+            apart: Any = before[0].producers.get(before[1])
+            transposed = apart is not None and apart.op_type == "Transpose" and apart.input
+            if joined and transposed and before[0].numbers(apart, "perm", 9) == [0, 2, 1, 3]:
+                return before[0].home(as_text(apart.input[0]))
             break
         else:
             break
-    return ""
+    return None
 
 
 def graph_of(spec: Spec, params: Mapping[str, Any], lengths: bool, hx: bool) -> bytes:
     """The file of a model that runs layers as `jaxrnn.apply` does, without dropout."""
-    onnx, helper = _library(), _library("onnx.helper")
+    onnx, helper = library(), library("onnx.helper")
     kind = spec.cell.name.partition("_")[0]
     dialect, directions, hidden = DIALECTS["onnx", kind], 1 + spec.bidirectional, spec.hidden_size
     arrays = {name: np.asarray(value) for name, value in params.items()}
