@@ -217,6 +217,7 @@ def test_a_linen_module_as_ours(name: str) -> None:
     assert_close(ours.apply(converted, x)[0], theirs.apply(variables, x), atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:.* are read as a Bidirectional, whose second runs backward")
 def test_weights_alone_as_ours() -> None:
     x = jnp.asarray(X, jnp.float32)
     theirs = LINEN["both ways"]()
