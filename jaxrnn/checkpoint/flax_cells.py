@@ -1,7 +1,6 @@
 """Flax's recurrent modules, and their weights, as ours."""
 
 import dataclasses
-import inspect
 import re
 import warnings
 from collections.abc import Mapping
@@ -18,6 +17,7 @@ import jaxrnn.nnx
 from jaxrnn.checkpoint.dialects import DIALECTS, Dialect, Weights
 from jaxrnn.checkpoint.errors import CheckpointError, listed
 from jaxrnn.checkpoint.find import find_rnns
+from jaxrnn.checkpoint.flax_layers import default_of
 from jaxrnn.checkpoint.named import Described, Names, said_of
 from jaxrnn.checkpoint.tables import USED, Row, Table, neutral, refused, warned
 from jaxrnn.spec import level_outside
@@ -63,10 +63,6 @@ _TIED = {
 }
 
 
-def _default(kind: Any, name: str) -> Any:
-    return inspect.signature(kind.__init__).parameters[name].default
-
-
 _INITIAL = neutral("makes the first weights, and those that are there are converted")
 _SHAPES = neutral("the shapes of the weights say it")
 _METADATA = neutral("how the weights are sharded")
@@ -101,7 +97,7 @@ _LAYER = {
     "param_dtype": neutral("the weights have it"),
     "precision": warned(None, remedy=_PRECISION),
     "dot_general": warned(None, jax.lax.dot_general, remedy=_PRODUCT),
-    "promote_dtype": warned(_default(nnx.Linear, "promote_dtype"), remedy=_PRODUCT),
+    "promote_dtype": warned(default_of(nnx.Linear, "promote_dtype"), remedy=_PRODUCT),
     "preferred_element_type": warned(None, remedy=_PRODUCT),
     **dict.fromkeys(("in_features", "out_features", "use_bias"), _SHAPES),
     **dict.fromkeys(("kernel_init", "bias_init", "rngs"), _INITIAL),
@@ -134,7 +130,7 @@ def _layers(dialect: Dialect) -> list[str]:
 
 
 def _tables(library: str) -> dict[tuple[str, str], Table]:
-    merge_fn = _default(_LIBRARIES[library].Bidirectional, "merge_fn")
+    merge_fn = default_of(_LIBRARIES[library].Bidirectional, "merge_fn")
     scan = dict.fromkeys(_SCAN[library], _SCANNED)
     rows: dict[str, dict[str, Row]] = {
         "RNN": _RNN | scan,
