@@ -9,6 +9,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import optax
 import pytest
 from arrays import normal
 from comparing import assert_close
@@ -16,9 +18,9 @@ from flax import linen, nnx
 from making import filled, filled_variables
 
 import jaxrnn
-from jaxrnn.checkpoint import CheckpointError
+from jaxrnn.checkpoint import CheckpointError, find_rnns
 from jaxrnn.checkpoint.dialects import DIALECTS
-from jaxrnn.checkpoint.flax_cells import TABLES
+from jaxrnn.checkpoint.flax_cells import TABLES, with_torchs_names
 
 F, H, T, N = 3, 4, 3, 2
 LENGTHS = jnp.array([1, 3])
@@ -352,3 +354,248 @@ def test_the_tables_have_all_settings(library: str, name: str) -> None:
     if missing := _own_list(library, name) - TABLES[library, name].keys():
         pytest.fail(f"{library}.{name} has settings that its table has not: {sorted(missing)}")
     assert set(map(type, TABLES[library, name])) == {str}
+
+
+def _bidirectional(library: str, forward: Any, backward: Any) -> Theirs:
+    """A Bidirectional of two kinds of cell with settings."""
+
+    def make(rngs: nnx.Rngs) -> Any:
+        cells = [_cell(library, kind, rngs, settings) for kind, settings in (forward, backward)]
+        return FLAX[library].Bidirectional(*map(FLAX[library].RNN, cells))
+
+    return Theirs(library, make)
+
+
+SIZE = {"flax.linen": "features", "flax.nnx": "hidden_features"}
+APART = {
+    "hidden_size=4 and 6": lambda library: _bidirectional(library, ("GRUCell", {}), ("GRUCell", {SIZE[library]: 6})),
+    "nonlinearity=tanh and relu": lambda library: _bidirectional(
+        library, ("SimpleCell", {}), ("SimpleCell", {"activation_fn": jax.nn.relu})
+    ),
+    "cell=LSTM and GRU": lambda library: _bidirectional(library, ("LSTMCell", {}), ("GRUCell", {})),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("library", FLAX)
+@pytest.mark.parametrize("differ", APART)
+def test_two_directions_that_differ_are_converted_one_by_one(differ: str, library: str) -> None:
+    theirs = APART[differ](library)
+    with pytest.raises(CheckpointError, match=f"a Bidirectional of two cells that differ: .*{differ}.*\n") as caught:
+        theirs.ours()
+    words = str(caught.value).partition("\n")[2]
+    ways = []
+    for name in re.findall(r"\w+_rnn", words):
+        part = theirs.variables and {"params": theirs.variables["params"][name]}
+        ours = jaxrnn.from_flax(getattr(theirs.module, name), part)
+        ways.append(ours if part is None else lambda *a, made=ours, **k: made[0].apply(made[1], *a, **k))
+    names = {"lengths": LENGTHS, "time_major": False}
+    forward, _ = ways[0](theirs.x, lengths=LENGTHS)
+    backward, _ = ways[1](_expression(_FLIP, words, x=theirs.x, **names), lengths=LENGTHS)
+    output = jnp.concatenate([forward, _expression(_FLIP, words, x=backward, **names)], axis=-1)
+    carry, expected = _call(theirs, theirs.x)
+    assert len(carry) == 2
+    assert_close(output, theirs.valid(expected, LENGTHS))
+
+
+def _call(theirs: Theirs, x: Any) -> Any:
+    """The carry and the output."""
+    if theirs.library == "flax.linen":
+        return theirs.module.apply(theirs.variables, x, seq_lengths=LENGTHS, return_carry=True)
+    return theirs.module(x, seq_lengths=LENGTHS, return_carry=True)
+
+
+@pytest.mark.parametrize("library", FLAX)
+def test_a_reversed_rnn_that_keeps_the_order(library: str) -> None:
+    theirs = Theirs(library, _make(library, "RNN", {"reverse": True, "keep_order": True}))
+    _follow(TABLES[library, "RNN"]["reverse"].words, "reverse", library, "RNN", theirs)
+
+
+@pytest.mark.parametrize("library", FLAX)
+@pytest.mark.parametrize("whole", [False, True])
+def test_directions_that_share_their_weights(library: str, whole: bool) -> None:
+    def make(rngs: nnx.Rngs) -> Any:
+        cell, flax = _cell(library, "GRUCell", rngs, {}), FLAX[library]
+        rnn = flax.RNN(cell)
+        return flax.Bidirectional(rnn, rnn if whole else flax.RNN(cell))
+
+    theirs = Theirs(library, make)
+    with pytest.warns(
+        UserWarning, match="two directions have the same weights\nours train apart: to tie them, "
+    ) as caught:
+        made = jaxrnn.from_flax(theirs.module, theirs.variables)
+    words = str(caught[0].message)
+    if library == "flax.linen":
+        ours, variables = made
+        params = {name: a for name, a in variables["params"].items() if not name.endswith("_reverse")}
+        params = _expression(r"\{\*\*.*\}$", words, params=params)
+        _same(theirs, lambda *args, **kwargs: ours.apply({"params": params}, *args, **kwargs))
+    else:
+        _same(theirs, made)
+        exec(re.search(r"ours\.weight_ih_l0_reverse = ours.weight_ih_l0", words)[0], {"ours": made})
+        assert made.weight_ih_l0_reverse is made.weight_ih_l0
+
+
+@pytest.mark.parametrize("library", FLAX)
+@pytest.mark.parametrize("name", ["RNN", "Bidirectional"])
+def test_a_subclass_with_a_call_of_its_own(name: str, library: str) -> None:
+    flax = FLAX[library]
+    same = type("Named", (getattr(flax, name),), {"__module__": __name__, "__annotations__": {}})
+    other = type("Louder", (same,), {"__module__": __name__, "__annotations__": {}, "__call__": _louder})
+    settings = dict(_fields(Theirs(library, _make(library, name, {})).module))
+    theirs = Theirs(library, lambda rngs: same(**settings))
+    _same(theirs, theirs.ours())
+    with pytest.raises(CheckpointError, match=f"Louder has another __call__ than {library}.{name}\nif it computes the"):
+        jaxrnn.from_flax(other(**settings), theirs.variables)
+
+
+def _louder(self: Any, x: Any, **settings: Any) -> Any:
+    return 2 * x
+
+
+def _fields(module: Any) -> Iterator[tuple[str, Any]]:
+    for name in ("cell", "forward_rnn", "backward_rnn"):
+        if hasattr(module, name):
+            yield name, getattr(module, name)
+
+
+def test_a_linen_class_that_was_transformed() -> None:
+    theirs = Theirs("flax.linen", lambda rngs: linen.remat(linen.RNN)(_cell("flax.linen", "GRUCell", rngs, {})))
+    with pytest.raises(CheckpointError, match=r"has another __call__ .*\n.* give a flax.linen.RNN of the same cells$"):
+        theirs.ours()
+    theirs.module = linen.RNN(theirs.module.cell)
+    _same(theirs, theirs.ours())
+
+
+def test_what_is_in_no_table_is_named() -> None:
+    theirs = Theirs("flax.nnx", _make("flax.nnx", "GRUCell", {}))
+    cell = theirs.module.cell
+    cell.initialize_carry = lambda shape, rngs: jnp.ones((N, H))
+    with pytest.warns(
+        UserWarning, match=r"^flax\.nnx\.GRUCell with initialize_carry=<function .*\njaxrnn does not know"
+    ):
+        theirs.ours()
+    del cell.initialize_carry
+    cell.dense_i = nnx.LoRALinear(F, 3 * H, lora_rank=2, rngs=nnx.Rngs(0))
+    with pytest.raises(
+        CheckpointError, match=r"dense_i of a flax\.nnx\.GRUCell is of type LoRALinear\nput an nnx\.Linear"
+    ):
+        theirs.ours()
+    with pytest.raises(TypeError, match=r"two of a Bidirectional should be flax\.nnx\.RNN, got GRUCell, GRUCell"):
+        jaxrnn.from_flax(nnx.Bidirectional(cell, cell))
+
+
+def test_boxes_of_partitioned_weights() -> None:
+    init = linen.with_partitioning(jax.nn.initializers.ones, (None, "model"))
+    theirs = Theirs("flax.linen", _make("flax.linen", "GRUCell", {"kernel_init": init}))
+    assert isinstance(theirs.variables["params"]["cell"]["in"]["kernel"], linen.Partitioned)
+    _same(theirs, theirs.ours())
+
+
+class Custom(nnx.Module):
+    """Two recurrent modules of any names, both of which run forward."""
+
+    def __init__(self, **members: Any) -> None:
+        for name, member in members.items():
+            setattr(self, name, member)
+
+
+def _gru(features: int = F) -> Any:
+    return filled(lambda: nnx.RNN(nnx.GRUCell(features, H, rngs=nnx.Rngs(0))))
+
+
+def _flat(module: Any) -> dict[str, Any]:
+    state = nnx.to_flat_state(nnx.state(module, nnx.Param))
+    return {".".join(map(str, path)): np.asarray(value[...]) for path, value in state}
+
+
+def test_two_that_run_forward_are_not_taken_for_a_bidirectional_without_a_word() -> None:
+    both = Custom(forward_rnn=_gru(), backward_rnn=_gru())
+    x = jnp.asarray(normal(N, T, F), jnp.float32)
+    with pytest.warns(
+        UserWarning, match="^forward_rnn and backward_rnn are read as a Bidirectional, .*\nif both run for"
+    ):
+        assert jaxrnn.from_flax(nnx.state(both)).bidirectional
+    for name in ("forward_rnn", "backward_rnn"):
+        ours = jaxrnn.from_flax({key: a for key, a in _flat(both).items() if key.startswith(name)})
+        assert_close(ours(x)[0], getattr(both, name)(x), atol=1e-6)
+    other = Custom(my_forward_rnn=_gru(), my_backward_rnn=_gru(), backward_rnn=_gru())
+    assert [rnn.prefix for rnn in find_rnns(with_torchs_names(_flat(other)))] == [
+        "backward_rnn.",
+        "my_backward_rnn.",
+        "my_forward_rnn.",
+    ]
+    sizes = Custom(forward_rnn=_gru(), backward_rnn=_gru(5))
+    assert [rnn.input_size for rnn in find_rnns(with_torchs_names(_flat(sizes)))] == [5, 3]
+
+
+def test_two_cells_under_one_name() -> None:
+    one = _flat(_gru())
+    tensors = {f"enc.{name}": a for name, a in one.items()} | {f"enc.forward_rnn.{name}": a for name, a in one.items()}
+    assert [rnn.prefix for rnn in find_rnns(with_torchs_names(tensors))] == ["enc.", "enc.forward_rnn."]
+    tensors |= {f"enc.backward_rnn.{name}": a for name, a in one.items()}
+    with (
+        pytest.warns(UserWarning, match="read as a Bidirectional"),
+        pytest.raises(
+            CheckpointError, match=r"enc\.cell and .*enc\.forward_rnn\.cell are both read as enc\.weight_ih_l0\n"
+        ),
+    ):
+        with_torchs_names(tensors)
+    with pytest.raises(CheckpointError, match=r"^a/b and a\.b are both read as a\.b\n"):
+        jaxrnn.from_flax({"a": {"b": np.ones(2)}, "a.b": np.ones(2)})
+
+
+def test_what_stands_beside_a_cell_is_named() -> None:
+    theirs = Theirs("flax.nnx", _make("flax.nnx", "GRUCell", {}))
+    beside = {"norm": {"scale": np.ones(4)}, "count": np.array(3)}
+    with pytest.warns(
+        UserWarning, match=r"beside the cell cell\. there are count, norm\.scale, .*\n.* part of the weights"
+    ):
+        ours = jaxrnn.from_flax({**nnx.to_pure_dict(theirs.weights), **beside})
+    _same(theirs, ours)
+
+
+def _trained(library: str, module: Any, variables: Any, call: Any, mask: Any = None) -> Any:
+    """The losses of four steps of Adam, whose gradients are masked and clipped."""
+    if library == "flax.linen":
+        graph, params, others = module, variables["params"], ()
+    else:
+        graph, params, *others = nnx.split(module, nnx.Param, ...)
+    masked = optax.stateless(lambda gradient, _: jax.tree.map(_where, mask, gradient) if mask else gradient)
+    optimizer = optax.chain(masked, optax.clip_by_global_norm(0.1), optax.adam(0.05))
+
+    def loss(params: Any) -> Any:
+        if library == "flax.linen":
+            return jnp.mean(call(graph.bind({"params": params})) ** 3)
+        return jnp.mean(call(nnx.merge(graph, params, *others)) ** 3)
+
+    state, losses = optimizer.init(params), []
+    for _ in range(4):
+        value, gradient = jax.value_and_grad(loss)(params)
+        updates, state = optimizer.update(gradient, state, params)
+        params = optax.apply_updates(params, updates)
+        losses.append(value)
+    return jnp.stack(losses)
+
+
+def _where(keep: Any, gradient: Any) -> Any:
+    return jnp.where(keep, gradient, 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("library", "name"), [key for key in DIALECTS if key[0] in FLAX], ids=str)
+def test_training_as_flax_with_the_gradients_of_new_biases_masked(library: str, name: str) -> None:
+    theirs = Theirs(library, _make(library, name, {}))
+    settings = (
+        {} if library == "flax.linen" else {"initial_carry": theirs.cells[0].initialize_carry((N, F), nnx.Rngs(0))}
+    )
+    expected = _trained(library, theirs.module, theirs.variables, lambda module: module(theirs.x, **settings))
+    made = jaxrnn.from_flax(theirs.module, theirs.variables)
+    ours, variables = made if library == "flax.linen" else (made, None)
+    params = variables["params"] if variables else nnx.state(ours, nnx.Param)
+    arrays = variables["params"] if variables else nnx.to_pure_dict(params)
+    everything = {key: np.ones(np.shape(array), bool) for key, array in arrays.items()}
+    for mask, equal in ((DIALECTS[library, name].has(arrays), True), (everything, False)):
+        tree = mask if variables else nnx.State({key: params[key].replace(jnp.asarray(a)) for key, a in mask.items()})
+        found = _trained(library, ours, variables, lambda module: module(theirs.x)[0], tree)
+        assert (float(jnp.max(jnp.abs(found - expected))) < 1e-10) == equal

@@ -372,7 +372,7 @@ def _from_weights(weights: Mapping[str, Any], rngs: nnx.Rngs | None) -> Any:
         raise CheckpointError(f"{cause}\n{_ONE_PART}")
     of_cells = {prefix + name for prefix, (_, _, arrays) in cells.items() for name in arrays}
     if beside := [name for name in named if name not in of_cells and not _RANDOM_STATE.search(name)]:
-        cause = f"{listed(beside)} beside the cell {next(iter(cells))} is not converted"
+        cause = f"beside the cell {next(iter(cells))} there are {listed(beside)}, which are not converted"
         _warn(f"{cause}\nif the module computes with it, do the same around ours; {_ONE_PART}")
     [rnn] = found
     settings = rnn.arguments | {"batch_first": True, "param_dtype": rnn.dtype}

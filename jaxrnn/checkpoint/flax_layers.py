@@ -211,11 +211,10 @@ _KINDS: dict[str, Kind] = {
 }
 
 
-def _lacking(setting: str, *plain: Any) -> Row:
-    """The row of a setting that torch's layer lacks."""
-    words = getattr(plain[0], "__name__", plain[0])
+def _lacking(setting: str, default: str, *plain: Any) -> Row:
+    """The row of a setting that torch's layer lacks, with Flax's default as code."""
     return warned(
-        *plain, remedy=f"torch's layer lacks it: for the same results, write Flax's default, {setting}={words}"
+        *plain, remedy=f"torch's layer lacks it: for the same results, write Flax's default, {setting}={default}"
     )
 
 
@@ -245,16 +244,17 @@ _ROWS: dict[str, Row] = {
     **dict.fromkeys(("feature_group_count", "num_groups", "group_size", "use_running_average"), _TORCHS),
     **dict.fromkeys(("axis", "feature_axis"), neutral("where torch has axis 1")),
     "input_dilation": warned(None, 1, (1,), (1, 1), (1, 1, 1), remedy=_DILATED),
-    "promote_dtype": _lacking("promote_dtype", *(default_of(k, "promote_dtype") for k in (nnx.Linear, linen.Dense))),
-    "dot_general": _lacking("dot_general", jax.lax.dot_general, None),
-    "conv_general_dilated": _lacking("conv_general_dilated", jax.lax.conv_general_dilated, None),
+    "dot_general": _lacking("dot_general", "jax.lax.dot_general", jax.lax.dot_general, None),
+    "conv_general_dilated": _lacking(
+        "conv_general_dilated", "jax.lax.conv_general_dilated", jax.lax.conv_general_dilated, None
+    ),
     **{
-        name: _lacking(name, None)
+        name: _lacking(name, "None", None)
         for name in ("dot_general_cls", "conv_general_dilated_cls", "axis_name", "axis_index_groups")
     },
 }
 _OTHERS: dict[str, dict[str, Row]] = {
-    "GroupNorm": {"reduction_axes": _lacking("reduction_axes", None)},
+    "GroupNorm": {"reduction_axes": _lacking("reduction_axes", "None", None)},
     "InstanceNorm": {"feature_axes": neutral("where torch has axis 1")},
     "BatchNorm": dict.fromkeys(("axis_name", "axis_index_groups"), neutral("in torch, SyncBatchNorm")),
 }
@@ -295,7 +295,9 @@ _SETTINGS: dict[Any, dict[str, str]] = {
 
 
 def _table(library: Any, name: str, settings: str) -> Table:
-    rows = _ROWS | _OTHERS.get(name, {})
+    promote = default_of(nnx.Linear if library is nnx else linen.Dense, "promote_dtype")
+    module = f"{promote.__module__}.{promote.__name__}"
+    rows = _ROWS | _OTHERS.get(name, {}) | {"promote_dtype": _lacking("promote_dtype", module, promote)}
     variables = [entry.attribute for entry in _KINDS[name].entries]  # which NNX has as attributes
     names = [*settings.split(), *(["parent", "name"] if library is linen else ["rngs", *variables])]
     return Table(f"{library.__name__}.{name}", {each: rows[each] for each in names})
