@@ -254,6 +254,20 @@ def test_the_command_line_finds_flaxs_cells(tmp_path: Path, capsys: pytest.Captu
     assert load(tmp_path / "b.pt").keys() == tree.keys()
 
 
+def test_the_command_line_says_what_it_takes_for_a_bidirectional(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cell = {name: a.astype("f4") for name, a in DIALECTS["flax.nnx", "GRUCell"].write(_weights("GRU") | NO_N).items()}
+    tree = {f"enc.{way}_rnn.cell.{name}": a for way in ("forward", "backward") for name, a in cell.items()}
+    save(tmp_path / "flax.safetensors", tree)
+    for command in (["inspect"], ["check"]):
+        main([*command, str(tmp_path / "flax.safetensors")])
+        assert "enc.forward_rnn and enc.backward_rnn are read as a Bidirectional, whose" in capsys.readouterr().err
+
+
+NO_N = {"bias_hh": np.zeros(3 * H)}
+
+
 def test_cells_and_what_is_refused() -> None:
     cell = nnx.GRUCell(F, H, rngs=nnx.Rngs(0))
     x, h = jnp.asarray(X[:, 0], jnp.float32), jnp.ones((N, H), jnp.float32)

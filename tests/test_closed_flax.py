@@ -483,6 +483,11 @@ def test_what_is_in_no_table_is_named() -> None:
         theirs.ours()
     with pytest.raises(TypeError, match=r"two of a Bidirectional should be flax\.nnx\.RNN, got GRUCell, GRUCell"):
         jaxrnn.from_flax(nnx.Bidirectional(cell, cell))
+    with pytest.raises(TypeError, match="variables are for a Linen module"):
+        jaxrnn.from_flax(theirs.module, {"params": {}})
+    theirs = Theirs("flax.linen", _make("flax.linen", "GRUCell", {}))
+    with pytest.raises(CheckpointError, match=r"'params' in it, but it has cell\ngive \{'params': variables\}"):
+        jaxrnn.from_flax(theirs.module, theirs.variables["params"])
 
 
 def test_boxes_of_partitioned_weights() -> None:

@@ -219,6 +219,11 @@ def from_flax(module: Any, variables: Mapping[str, Any] | None = None, rngs: nnx
     library = "flax.linen" if isinstance(module, linen.Module) else "flax.nnx"
     if library == "flax.linen" and variables is None:
         raise TypeError("variables should be what the Linen module's init returned, got None")
+    if library == "flax.nnx" and variables is not None:
+        raise TypeError("variables are for a Linen module; an NNX module has its own")
+    if variables is not None and "params" not in variables:
+        cause = f"variables should be a dict with 'params' in it, but it has {listed(variables)}"
+        raise CheckpointError(f"{cause}\ngive {{'params': variables}}")
     params = {} if variables is None else dict(linen.unbox(variables["params"]))
     cells, time_major = _converted(library, module, params)
     kind, settings, _ = cells[0]
