@@ -372,6 +372,9 @@ APART = {
     "nonlinearity=tanh and relu": lambda library: _bidirectional(
         library, ("SimpleCell", {}), ("SimpleCell", {"activation_fn": jax.nn.relu})
     ),
+    "dtype=float64 and float32": lambda library: _bidirectional(
+        library, ("SimpleCell", {}), ("SimpleCell", {"dtype": jnp.float32, "param_dtype": jnp.float32})
+    ),
     "cell=LSTM and GRU": lambda library: _bidirectional(library, ("LSTMCell", {}), ("GRUCell", {})),
 }
 
@@ -395,7 +398,7 @@ def test_two_directions_that_differ_are_converted_one_by_one(differ: str, librar
     output = jnp.concatenate([forward, _expression(_FLIP, words, x=backward, **names)], axis=-1)
     carry, expected = _call(theirs, theirs.x)
     assert len(carry) == 2
-    assert_close(output, theirs.valid(expected, LENGTHS))
+    assert_close(output, theirs.valid(expected, LENGTHS), atol=1e-6 if "dtype" in differ else 1e-12)
 
 
 def _call(theirs: Theirs, x: Any) -> Any:
@@ -405,12 +408,14 @@ def _call(theirs: Theirs, x: Any) -> Any:
     return theirs.module(x, seq_lengths=LENGTHS, return_carry=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("library", FLAX)
 def test_a_reversed_rnn_that_keeps_the_order(library: str) -> None:
     theirs = Theirs(library, _make(library, "RNN", {"reverse": True, "keep_order": True}))
     _follow(TABLES[library, "RNN"]["reverse"].words, "reverse", library, "RNN", theirs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("library", FLAX)
 @pytest.mark.parametrize("whole", [False, True])
 def test_directions_that_share_their_weights(library: str, whole: bool) -> None:
@@ -436,6 +441,7 @@ def test_directions_that_share_their_weights(library: str, whole: bool) -> None:
         assert made.weight_ih_l0_reverse is made.weight_ih_l0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("library", FLAX)
 @pytest.mark.parametrize("name", ["RNN", "Bidirectional"])
 def test_a_subclass_with_a_call_of_its_own(name: str, library: str) -> None:
@@ -459,6 +465,7 @@ def _fields(module: Any) -> Iterator[tuple[str, Any]]:
             yield name, getattr(module, name)
 
 
+@pytest.mark.slow
 def test_a_linen_class_that_was_transformed() -> None:
     theirs = Theirs("flax.linen", lambda rngs: linen.remat(linen.RNN)(_cell("flax.linen", "GRUCell", rngs, {})))
     with pytest.raises(CheckpointError, match=r"has another __call__ .*\n.* give a flax.linen.RNN of the same cells$"):
@@ -480,6 +487,9 @@ def test_what_is_in_no_table_is_named() -> None:
     with pytest.raises(
         CheckpointError, match=r"dense_i of a flax\.nnx\.GRUCell is of type LoRALinear\nput an nnx\.Linear"
     ):
+        theirs.ours()
+    cell.dense_i = nnx.Linear(F, 3 * H, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    with pytest.raises(CheckpointError, match=r"the layers of a flax\.nnx\.GRUCell have several dtypes\ngive them the"):
         theirs.ours()
     with pytest.raises(TypeError, match=r"two of a Bidirectional should be flax\.nnx\.RNN, got GRUCell, GRUCell"):
         jaxrnn.from_flax(nnx.Bidirectional(cell, cell))

@@ -294,7 +294,7 @@ def _cell(library: str, cell: Any, params: Mapping[str, Any]) -> _Cell:
         "hidden_size": weights["weight_hh"].shape[1],
         "bias": "bias_ih" in weights,
         "param_dtype": weights["weight_hh"].dtype,
-        "dtype": dtype,
+        "dtype": None if dtype is None else jnp.dtype(dtype),
     }
     if dialect.kind == "RNN":
         settings["nonlinearity"] = next(name for name, fn in _ACTIVATIONS.items() if cell.activation_fn is fn)
@@ -333,9 +333,8 @@ def _settings(module: Any) -> dict[str, Any]:
     """The fields of a Linen module, or the attributes of an NNX one, with dtypes by their names."""
     names = [f.name for f in dataclasses.fields(module)] if isinstance(module, linen.Module) else list(vars(module))
     found = {name: getattr(module, name) for name in names if not name.startswith("_")}
-    dtypes = {name for name, value in found.items() if name.endswith(("dtype", "element_type")) and value is not None}
-    dtypes -= {"promote_dtype"}
-    return {name: jnp.dtype(value).name if name in dtypes else value for name, value in found.items()}
+    dtypes = {name: found[name] for name in ("dtype", "param_dtype", "preferred_element_type") if name in found}
+    return found | {name: jnp.dtype(value).name for name, value in dtypes.items() if value is not None}
 
 
 def _report(table: Table, *settings: Mapping[str, Any]) -> None:
