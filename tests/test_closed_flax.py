@@ -483,12 +483,12 @@ def test_what_is_in_no_table_is_named() -> None:
     ):
         theirs.ours()
     del cell.initialize_carry
-    cell.dense_i = nnx.LoRALinear(F, 3 * H, lora_rank=2, rngs=nnx.Rngs(0))
+    cell.dense_i = filled(lambda: nnx.LoRALinear(F, 3 * H, lora_rank=2, rngs=nnx.Rngs(0)))
     with pytest.raises(
         CheckpointError, match=r"dense_i of a flax\.nnx\.GRUCell is of type LoRALinear\nput an nnx\.Linear"
     ):
         theirs.ours()
-    cell.dense_i = nnx.Linear(F, 3 * H, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    cell.dense_i = filled(lambda: nnx.Linear(F, 3 * H, dtype=jnp.float32, rngs=nnx.Rngs(0)))
     with pytest.raises(CheckpointError, match=r"the layers of a flax\.nnx\.GRUCell have several dtypes\ngive them the"):
         theirs.ours()
     with pytest.raises(TypeError, match=r"two of a Bidirectional should be flax\.nnx\.RNN, got GRUCell, GRUCell"):
@@ -500,6 +500,7 @@ def test_what_is_in_no_table_is_named() -> None:
         jaxrnn.from_flax(theirs.module, theirs.variables["params"])
 
 
+@pytest.mark.slow
 def test_boxes_of_partitioned_weights() -> None:
     init = linen.with_partitioning(jax.nn.initializers.ones, (None, "model"))
     theirs = Theirs("flax.linen", _make("flax.linen", "GRUCell", {"kernel_init": init}))
