@@ -228,8 +228,14 @@ def _found(path: str, tensors: Tensors) -> list[FoundRNN]:
     return found
 
 
+def _as_torchs(path: str, tensors: Tensors) -> Tensors:
+    """The tensors with torch's names for the weights of Flax's cells."""
+    with about(path), _printed_warnings(f"{path}: "):
+        return with_torchs_names(tensors)
+
+
 def _inspect(arguments: argparse.Namespace) -> int:
-    found = _found(arguments.file, with_torchs_names(_load(arguments.file, arguments.key, arguments)))
+    found = _found(arguments.file, _as_torchs(arguments.file, _load(arguments.file, arguments.key, arguments)))
     if arguments.json:
         names = ["prefix", "input_size", "hidden_size", "num_layers", "bidirectional", "bias", "proj_size"]
         names += ["num_parameters", "assumed", "beside"]
@@ -299,7 +305,7 @@ def _convert(arguments: argparse.Namespace) -> int:
         raise CheckpointError(f"{arguments.out}: it exists already\ngive another name, or --force to replace it")
     tensors = _load(arguments.file, arguments.key, arguments)
     if arguments.only_rnn:
-        tensors = with_torchs_names(tensors)
+        tensors = _as_torchs(arguments.file, tensors)
         keys = [rnn.prefix + name for rnn in _found(arguments.file, tensors) for name in rnn.spec.shapes()]
         tensors = Described({key: tensors[key] for key in keys}, said_of(tensors))
     chosen = _chosen(arguments.file, tensors, arguments.prefix)
@@ -398,7 +404,7 @@ def _difference(one: Value | None, other: Value | None) -> str:
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    tensors = with_torchs_names(_load(arguments.file, arguments.key, arguments))
+    tensors = _as_torchs(arguments.file, _load(arguments.file, arguments.key, arguments))
     found = _found(arguments.file, tensors)
     torch = installed_torch()
     checked = [check(rnn, tensors, torch) for rnn in found]

@@ -217,6 +217,7 @@ def test_a_linen_module_as_ours(name: str) -> None:
     assert_close(ours.apply(converted, x)[0], theirs.apply(variables, x), atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:.* are read as a Bidirectional, whose second runs backward")
 def test_weights_alone_as_ours() -> None:
     x = jnp.asarray(X, jnp.float32)
     theirs = LINEN["both ways"]()
@@ -251,6 +252,20 @@ def test_the_command_line_finds_flaxs_cells(tmp_path: Path, capsys: pytest.Captu
     assert_close(load(tmp_path / "a.pt")["encoder.weight_hh_l0"], _weights("GRU")["weight_hh"].astype("f4"), atol=0)
     assert main(["convert", str(tmp_path / "flax.orbax"), str(tmp_path / "b.pt")]) == 0
     assert load(tmp_path / "b.pt").keys() == tree.keys()
+
+
+def test_the_command_line_says_what_it_takes_for_a_bidirectional(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cell = {name: a.astype("f4") for name, a in DIALECTS["flax.nnx", "GRUCell"].write(_weights("GRU") | NO_N).items()}
+    tree = {f"enc.{way}_rnn.cell.{name}": a for way in ("forward", "backward") for name, a in cell.items()}
+    save(tmp_path / "flax.safetensors", tree)
+    for command in (["inspect"], ["check"]):
+        main([*command, str(tmp_path / "flax.safetensors")])
+        assert "enc.forward_rnn and enc.backward_rnn are read as a Bidirectional, whose" in capsys.readouterr().err
+
+
+NO_N = {"bias_hh": np.zeros(3 * H)}
 
 
 def test_cells_and_what_is_refused() -> None:

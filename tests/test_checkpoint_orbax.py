@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from flax import nnx
+from flax import linen, nnx
 
 import jaxrnn
 from jaxrnn import checkpoint
@@ -85,6 +85,31 @@ def test_what_flax_users_write(tmp_path: Path) -> None:
         manager.save(8, args=ocp.args.Composite(model=ocp.args.StandardSave(dict(variables))))
     with pytest.raises(CheckpointError, match=r"several checkpoints\ngive the path of one of them: 7.model, 8.model"):
         checkpoint.load(tmp_path / "run")
+
+
+def test_two_things_under_one_name(tmp_path: Path) -> None:
+    trees = {
+        "dotted": ({"a": {"b": np.ones(2)}, "a.b": np.zeros(2)}, "a/b and a.b"),
+        "in a list": ({"a": [np.ones(2)], "a.0": np.zeros(2)}, "a/0 and a.0"),
+        "a variable's value": ({"a": {"b": {"value": np.ones(2)}}, "a.b": np.zeros(2)}, "a/b and a.b"),
+    }
+    for name, (tree, both) in trees.items():
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(tmp_path / name, tree)
+        with pytest.raises(
+            CheckpointError, match=rf"{re.escape(both)} are both read as a\..\nrename one of them before"
+        ):
+            checkpoint.load(tmp_path / name)
+
+
+def test_boxes_of_partitioned_weights(tmp_path: Path) -> None:
+    init = linen.with_partitioning(jax.nn.initializers.normal(), (None, "model"))
+    theirs, x = linen.RNN(linen.GRUCell(4, kernel_init=init)), jnp.ones((2, 5, 3), jnp.float32)
+    variables = theirs.init(jax.random.key(0), x)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "boxes", variables)
+    ours, converted = jaxrnn.from_flax(checkpoint.load(tmp_path / "boxes"))
+    np.testing.assert_allclose(ours.apply(converted, x)[0], theirs.apply(variables, x), atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -139,6 +139,42 @@ class Dialect:
         shape = tuple(arrays[state.name].shape)[:: -1 if state.transposed else 1]
         return len(shape) == 2 and bool(shape[0] == len(state.gates) * shape[1])
 
+    def with_biases(self, arrays: Mapping[str, Any]) -> "Dialect":
+        """The same with other biases: of each layer that has a kernel, its bias if it is among the arrays."""
+        entries = []
+        for kernel in self.entries:
+            bias = kernel.name.replace("kernel", "bias")
+            entries += [] if kernel.bias else [kernel]
+            entries += [] if kernel.bias or bias not in arrays else [kernel._replace(name=bias, bias=True)]
+        return dataclasses.replace(self, entries=tuple(entries))
+
+    def has(self, params: Mapping[str, Any]) -> dict[str, NDArray[np.bool_]]:
+        """Where the library has a number of its own, too: everywhere but in the biases that only torch has.
+
+        These are zeros after `read`. To train as the library does, keep their gradients 0: see examples/from_flax.md.
+
+        Args:
+            params: those of one of our modules, by torch's names; only the shapes are read.
+
+        Returns:
+            By name an array of bools, of the parameter's shape.
+
+        >>> import jax, jaxrnn
+        >>> from jaxrnn.checkpoint.dialects import DIALECTS
+        >>> spec = jaxrnn.Spec(jaxrnn.GRU_CELL, 1, 2)
+        >>> DIALECTS["flax.linen", "GRUCell"].has(spec.init(jax.random.key(0)))["bias_hh_l0"]
+        array([False, False, False, False,  True,  True])
+        """
+        gates = _GATES[self.kind]
+        held = {f"bias_{source}h": [source in self._holders(gate) for gate in gates] for source in "ih"}
+        found = {}
+        for name, array in params.items():
+            rows = held.get(name.partition("_l")[0], [True] * len(gates))
+            shape = np.shape(array)
+            each = np.repeat(rows, shape[0] // len(gates)).reshape(-1, *[1] * (len(shape) - 1))
+            found[name] = np.array(np.broadcast_to(each, shape))
+        return found
+
     def _join_biases(self, gate: str, parts: dict[tuple[str, str, bool], NDArray[Any]]) -> None:
         """Where the library has one bias for a gate, add the other to it, or refuse to lose it."""
         holders = self._holders(gate)

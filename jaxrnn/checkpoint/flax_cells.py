@@ -1,9 +1,10 @@
 """Flax's recurrent modules, and their weights, as ours."""
 
-import inspect
+import dataclasses
 import re
+import warnings
 from collections.abc import Mapping
-from typing import Any, overload
+from typing import Any, NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +17,138 @@ import jaxrnn.nnx
 from jaxrnn.checkpoint.dialects import DIALECTS, Dialect, Weights
 from jaxrnn.checkpoint.errors import CheckpointError, listed
 from jaxrnn.checkpoint.find import find_rnns
-from jaxrnn.checkpoint.named import Described, said_of
+from jaxrnn.checkpoint.flax_layers import default_of
+from jaxrnn.checkpoint.named import Described, Names, said_of
+from jaxrnn.checkpoint.tables import USED, Row, Table, neutral, refused, warned
+from jaxrnn.spec import level_outside
 
-_ONE_BY_ONE = "convert its cells one by one: jaxrnn.from_flax(module.forward_rnn.cell)"
+_FLIPPED = "flax.linen.recurrent.flip_sequences(x, lengths, x.ndim - 2, time_major)"
+_FLIP = (
+    f"make it with reverse=False, flip the input of ours, and with keep_order=True its output, too: {_FLIPPED}, "
+    "where lengths may be None"
+)
+_ONE_BY_ONE = (
+    f"convert its forward_rnn and its backward_rnn, and flip the input and the output of the second: {_FLIPPED}, "
+    "where lengths may be None"
+)
+_OWN = (
+    "for a residual, or activations that torch does not have, write a cell of your own, see jaxrnn.Cell; "
+    "jaxrnn.checkpoint.dialects.DIALECTS reads the weights for it"
+)
+_MERGE = (
+    "for another merge_fn, make it with the default, and merge what ours returns: "
+    "merge_fn(*jax.numpy.split(output, 2, axis=-1))"
+)
+_FIRST = (
+    "ours starts from zeros: give what cell.initialize_carry makes as hx to each call, h before c, "
+    "and to a layer with an axis for directions first"
+)
+_HALF = (
+    "Flax and ours round at other places, and ours returns this dtype: for the same numbers, "
+    "make the cell with dtype and param_dtype float32"
+)
+_PRODUCT = (
+    "ours computes the plain product: for the same numbers, make the cell's layers with Flax's default dot_general, "
+    "promote_dtype and preferred_element_type"
+)
+_PRECISION = "call ours under jax.default_matmul_precision with the same precision"
+_ONE_PART = "give the part of the weights that belongs to one module"
+_BOTH_FORWARD = "if both run forward, give the weights of each alone"
+_TIED = {
+    "flax.nnx": "ours train apart: to tie them, ours.weight_ih_l0_reverse = ours.weight_ih_l0, and so on",
+    "flax.linen": (
+        "ours train apart: to tie them, train the forward ones, and apply "
+        "{**params, **{f'{name}_reverse': array for name, array in params.items()}}"
+    ),
+}
+
+
+_INITIAL = neutral("makes the first weights, and those that are there are converted")
+_SHAPES = neutral("the shapes of the weights say it")
+_METADATA = neutral("how the weights are sharded")
+_RANDOM = neutral("random numbers for carry_init alone")
+_IN_LAYERS = neutral("the cell gave it to its layers, whose table has it")
+_SCANNED = neutral("where a step has weights of its own, these have another axis, and are refused")
+_OVERRIDDEN = neutral("a Bidirectional gives it to both, whatever theirs is")
+_FLOATS = warned(None, "float32", "float64", remedy=_HALF)
+_ACTIVATIONS = {"tanh": jnp.tanh, "relu": jax.nn.relu}
+_LIBRARIES = {"flax.linen": linen, "flax.nnx": nnx}
+_EVERY = {
+    "flax.linen": {"parent": neutral("where the module is"), "name": neutral("its name there")},
+    "flax.nnx": {"rngs": _RANDOM},
+}
+_SCAN = {
+    "flax.linen": ("variable_axes", "variable_broadcast", "variable_carry", "split_rngs"),
+    "flax.nnx": ("state_axes", "broadcast_rngs"),
+}
+_RNN = {
+    "cell": USED,
+    "time_major": USED,
+    "reverse": refused(False, remedy=_FLIP),
+    "keep_order": neutral("for reverse=True, whose remedy says it"),
+    "return_carry": neutral("each call of ours returns the state"),
+    "unroll": neutral("the same steps"),
+}
+_MEMBER = _RNN | dict.fromkeys(("time_major", "reverse", "keep_order", "return_carry"), _OVERRIDDEN)
+_LAYER = {
+    "kernel": USED,
+    "bias": USED,
+    "dtype": _FLOATS,
+    "param_dtype": neutral("the weights have it"),
+    "precision": warned(None, remedy=_PRECISION),
+    "dot_general": warned(None, jax.lax.dot_general, remedy=_PRODUCT),
+    "promote_dtype": warned(default_of(nnx.Linear, "promote_dtype"), remedy=_PRODUCT),
+    "preferred_element_type": warned(None, remedy=_PRODUCT),
+    **dict.fromkeys(("in_features", "out_features", "use_bias"), _SHAPES),
+    **dict.fromkeys(("kernel_init", "bias_init", "rngs"), _INITIAL),
+    **dict.fromkeys(("kernel_metadata", "bias_metadata"), _METADATA),
+}
+
+
+def _cell_rows(library: str, dialect: Dialect) -> dict[str, Row]:
+    rows = {
+        "activation_fn": refused(*(_ACTIVATIONS[name] for name in dialect.nonlinearities), remedy=_OWN),
+        "carry_init": warned(None, jax.nn.initializers.zeros, remedy=_FIRST),
+        "param_dtype": _FLOATS,
+        **dict.fromkeys(("kernel_init", "recurrent_kernel_init", "bias_init"), _INITIAL),
+    }
+    if dialect.kind == "RNN":
+        rows["residual"] = refused(False, remedy=_OWN)
+    else:
+        rows["gate_fn"] = refused(jax.nn.sigmoid, remedy=_OWN)
+    if library == "flax.linen":
+        return rows | {"features": _SHAPES, "dtype": _FLOATS}
+    rows |= dict.fromkeys(("in_features", "hidden_features"), _SHAPES)
+    rows |= dict.fromkeys(("dtype", "promote_dtype"), _IN_LAYERS)
+    rows |= dict.fromkeys(("kernel_metadata", "recurrent_kernel_metadata", "bias_metadata"), _METADATA)
+    return rows | {"keep_rngs": _RANDOM} | dict.fromkeys(_layers(dialect), USED)
+
+
+def _layers(dialect: Dialect) -> list[str]:
+    """The names of a cell's layers."""
+    return list(dict.fromkeys(entry.name.partition(".")[0] for entry in dialect.entries))
+
+
+def _tables(library: str) -> dict[tuple[str, str], Table]:
+    merge_fn = default_of(_LIBRARIES[library].Bidirectional, "merge_fn")
+    scan = dict.fromkeys(_SCAN[library], _SCANNED)
+    rows: dict[str, dict[str, Row]] = {
+        "RNN": _RNN | scan,
+        "RNN in a Bidirectional": _MEMBER | scan,
+        "Bidirectional": {
+            "forward_rnn": USED,
+            "backward_rnn": USED,
+            "merge_fn": refused(merge_fn, remedy=_MERGE),
+            "time_major": USED,
+            "return_carry": _RNN["return_carry"],
+        },
+    }
+    rows |= {name: _cell_rows(library, dialect) for (where, name), dialect in DIALECTS.items() if where == library}
+    return {(library, name): Table(f"{library}.{name}", each | _EVERY[library]) for name, each in rows.items()}
+
+
+# By library and class. An NNX cell has layers, and Linen's has not.
+TABLES = {**_tables("flax.linen"), **_tables("flax.nnx"), ("flax.nnx", "Linear"): Table("flax.nnx.Linear", _LAYER)}
 
 
 @overload
@@ -50,13 +180,14 @@ def from_flax(module: Any, variables: Mapping[str, Any] | None = None, rngs: nnx
 def from_flax(module: Any, variables: Mapping[str, Any] | None = None, rngs: nnx.Rngs | None = None) -> Any:
     """Convert a recurrent module of Flax: the same weights in ours, with the same results.
 
-    Flax has one bias where torch has two. The second, of zeros, is trained too: to train exactly as Flax does, freeze
-    `bias_ih` of an LSTM, `bias_hh` of a GRU or RNN.
+    Flax has one bias where torch has two. The second begins as zeros, and is trained too. To train exactly as Flax
+    does, keep its gradient 0: it is `bias_ih` of an LSTM, `bias_hh` of an RNN or an NNX GRU, and the rows of the gates
+    r and z in `bias_hh` of a Linen GRU. `jaxrnn.checkpoint.dialects.Dialect.has` tells.
 
     Args:
         module: of flax.nnx, an RNN, a Bidirectional of two, or an LSTMCell, OptimizedLSTMCell, GRUCell or SimpleCell;
             or of flax.linen the same, with its variables. Or the weights of one such module alone: Linen's variables or
-            an NNX state, nested or with dotted names. They are taken for layers with the usual activations.
+            an NNX state, nested or with dotted names. They are taken for layers with the usual settings.
         variables: those of a Linen module, as from `module.init`.
         rngs: nnx.Rngs for the new NNX module; `nnx.Rngs(0)` if None.
 
@@ -67,7 +198,13 @@ def from_flax(module: Any, variables: Mapping[str, Any] | None = None, rngs: nnx
 
     Raises:
         TypeError: another module, or a Linen module without variables.
-        CheckpointError: settings that torch does not have, such as another activation.
+        CheckpointError: settings that torch does not have, such as another activation, a subclass of RNN or
+            Bidirectional with a `__call__` of its own, or weights under one name.
+
+    Warns:
+        UserWarning: a setting that changes the results and is not converted, such as `carry_init`; one that is unknown;
+            of weights alone, what is beside a cell, and that `forward_rnn` and `backward_rnn` are taken for the two
+            directions of a Bidirectional. The second line says what to do.
 
     >>> import jax.numpy as jnp, jaxrnn
     >>> from flax import nnx
@@ -79,48 +216,144 @@ def from_flax(module: Any, variables: Mapping[str, Any] | None = None, rngs: nnx
     """
     if isinstance(module, Mapping):
         return _from_weights(module, rngs)
-    library: Any = linen if isinstance(module, linen.Module) else nnx
-    if library is linen and variables is None:
+    library = "flax.linen" if isinstance(module, linen.Module) else "flax.nnx"
+    if library == "flax.linen" and variables is None:
         raise TypeError("variables should be what the Linen module's init returned, got None")
-    params = {} if variables is None else dict(variables["params"])
-    if isinstance(module, library.Bidirectional):
-        default = inspect.signature(library.Bidirectional.__init__).parameters["merge_fn"].default
-        if module.merge_fn is not default:
-            raise CheckpointError(f"a Bidirectional with another merge_fn than Flax's default\n{_ONE_BY_ONE}")
-        names = ("forward_rnn", "backward_rnn")
-        layers = [_cell(library, getattr(module, name).cell, params.get(name, {}).get("cell", {})) for name in names]
-        dtype = module.forward_rnn.cell.dtype
-        time_major = module.time_major or module.forward_rnn.time_major
-    elif isinstance(module, library.RNN):
-        if module.reverse:
-            raise CheckpointError(
-                "an RNN with reverse=True\nmake it without, and flip its input along time: jax.numpy.flip"
-            )
-        layers, time_major = [_cell(library, module.cell, params.get("cell", {}))], module.time_major
-        dtype = module.cell.dtype
-    else:
-        layers, time_major, dtype = [_cell(library, module, params)], None, getattr(module, "dtype", None)
-    dialect, nonlinearity, weights = layers[0]
-    if any(layer[:2] != (dialect, nonlinearity) for layer in layers):
-        raise CheckpointError(f"a Bidirectional of two different cells\n{_ONE_BY_ONE}")
-    settings: dict[str, Any] = {"nonlinearity": nonlinearity} if dialect.kind == "RNN" else {}
-    settings |= {"input_size": weights["weight_ih"].shape[1], "hidden_size": weights["weight_hh"].shape[1]}
-    settings |= {"param_dtype": weights["weight_hh"].dtype, "dtype": dtype}
+    if library == "flax.nnx" and variables is not None:
+        raise TypeError("variables are for a Linen module; an NNX module has its own")
+    if variables is not None and "params" not in variables:
+        cause = f"variables should be a dict with 'params' in it, but it has {listed(variables)}"
+        raise CheckpointError(f"{cause}\ngive {{'params': variables}}")
+    params = {} if variables is None else dict(linen.unbox(variables["params"]))
+    cells, time_major = _converted(library, module, params)
+    kind, settings, _ = cells[0]
+    for other in cells[1:]:
+        one, two = {"cell": kind, **settings}, {"cell": other.kind, **other.settings}
+        if differ := [f"{name}={one.get(name)} and {two.get(name)}" for name in one if one[name] != two.get(name)]:
+            raise CheckpointError(f"a Bidirectional of two cells that differ: {listed(differ)}\n{_ONE_BY_ONE}")
     if time_major is not None:
-        settings |= {"batch_first": not time_major, "bidirectional": len(layers) == 2}
-    name = dialect.kind + ("Cell" if time_major is None else "")
+        settings = settings | {"batch_first": not time_major, "bidirectional": len(cells) == 2}
     suffixes = [""] if time_major is None else ["_l0", "_l0_reverse"]
-    converted = {
+    weights = {
         role + suffix: array
-        for suffix, (_, _, arrays) in zip(suffixes, layers, strict=False)
-        for role, array in arrays.items()
+        for suffix, cell in zip(suffixes, cells, strict=False)
+        for role, array in cell.weights.items()
     }
-    return _built(library, name, settings, converted, rngs)
+    return _built(library, kind + ("Cell" if time_major is None else ""), settings, weights, rngs)
 
 
-def _built(library: Any, name: str, settings: dict[str, Any], params: Mapping[str, Any], rngs: nnx.Rngs | None) -> Any:
+class _Cell(NamedTuple):
+    """A cell of Flax: what it is in torch, the settings of our class, and the weights by role."""
+
+    kind: str
+    settings: dict[str, Any]
+    weights: Weights
+
+
+def _converted(library: str, module: Any, params: Mapping[str, Any]) -> tuple[list[_Cell], bool | None]:
+    """The cells of a module, the forward one first; and whether it is time-major, or None for a cell."""
+    flax = _LIBRARIES[library]
+    if isinstance(module, flax.Bidirectional):
+        _check(library, "Bidirectional", module)
+        names = ("forward_rnn", "backward_rnn")
+        rnns = [getattr(module, name) for name in names]
+        parts = [params.get(name, {}) for name in names]
+        if not all(isinstance(rnn, flax.RNN) for rnn in rnns):
+            got = listed(type(rnn).__name__ for rnn in rnns)
+            raise TypeError(f"the two of a Bidirectional should be {library}.RNN, got {got}")
+        if rnns[0].cell is rnns[1].cell:
+            parts[1] = parts[0]  # Linen has them once
+            _warn(f"a {library}.Bidirectional whose two directions have the same weights\n{_TIED[library]}")
+        where = "RNN in a Bidirectional"
+        return [_rnn(library, where, *each) for each in zip(rnns, parts, strict=True)], module.time_major
+    if isinstance(module, flax.RNN):
+        return [_rnn(library, "RNN", module, params)], module.time_major
+    return [_cell(library, module, params)], None
+
+
+def _rnn(library: str, name: str, rnn: Any, params: Mapping[str, Any]) -> _Cell:
+    _check(library, name, rnn)
+    return _cell(library, rnn.cell, params.get("cell", {}))
+
+
+def _cell(library: str, cell: Any, params: Mapping[str, Any]) -> _Cell:
+    name = type(cell).__name__
+    if (library, name) not in DIALECTS or type(cell) is not getattr(_LIBRARIES[library], name):
+        known = [name for where, name in DIALECTS if where == library]
+        raise TypeError(f"module should be an RNN, a Bidirectional or one of {listed(known)}, got {name}")
+    dialect = DIALECTS[library, name]
+    if library == "flax.linen":
+        arrays, dtype = flatten_dict(params, sep="."), cell.dtype
+    else:
+        arrays, dtype = _of_layers({name: getattr(cell, name) for name in _layers(dialect)}, dialect)
+        dialect = dialect.with_biases(arrays)
+    weights = dialect.read({name: np.asarray(array) for name, array in arrays.items()})
+    _report(TABLES[library, name], _settings(cell) | {"param_dtype": weights["weight_hh"].dtype.name})
+    settings = {
+        "input_size": weights["weight_ih"].shape[1],
+        "hidden_size": weights["weight_hh"].shape[1],
+        "bias": "bias_ih" in weights,
+        "param_dtype": weights["weight_hh"].dtype,
+        "dtype": None if dtype is None else jnp.dtype(dtype),
+    }
+    if dialect.kind == "RNN":
+        settings["nonlinearity"] = next(name for name, fn in _ACTIVATIONS.items() if cell.activation_fn is fn)
+    return _Cell(dialect.kind, settings, weights)
+
+
+def _of_layers(layers: Mapping[str, Any], dialect: Dialect) -> tuple[dict[str, Any], Any]:
+    """The arrays of an NNX cell's layers, and the dtype in which they compute."""
+    for name, layer in layers.items():
+        if type(layer) is not nnx.Linear:
+            cause = f"{name} of a {dialect.title} is of type {type(layer).__name__}"
+            raise CheckpointError(f"{cause}\nput an nnx.Linear with the same result in its place")
+    settings = [_settings(layer) for layer in layers.values()]
+    if len({each["dtype"] for each in settings}) > 1:
+        raise CheckpointError(f"the layers of a {dialect.title} have several dtypes\ngive them the same dtype")
+    _report(TABLES["flax.nnx", "Linear"], *settings)
+    arrays = {
+        f"{name}.{leaf}": getattr(layer, leaf)[...]
+        for name, layer in layers.items()
+        for leaf in ("kernel", "bias")
+        if getattr(layer, leaf) is not None
+    }
+    return arrays, next(iter(layers.values())).dtype
+
+
+def _check(library: str, name: str, module: Any) -> None:
+    """Report an RNN's or a Bidirectional's settings, and refuse a subclass that computes something else."""
+    table, flax = TABLES[library, name], getattr(_LIBRARIES[library], name.partition(" ")[0])
+    if type(module).__call__ is not flax.__call__:
+        cause = f"{type(module).__name__} has another __call__ than {library}.{flax.__name__}"
+        raise CheckpointError(f"{cause}\nif it computes the same, give a {library}.{flax.__name__} of the same cells")
+    _report(table, _settings(module))
+
+
+def _settings(module: Any) -> dict[str, Any]:
+    """The fields of a Linen module, or the attributes of an NNX one, with dtypes by their names."""
+    names = [f.name for f in dataclasses.fields(module)] if isinstance(module, linen.Module) else list(vars(module))
+    found = {name: getattr(module, name) for name in names if not name.startswith("_")}
+    dtypes = {name: found[name] for name in ("dtype", "param_dtype", "preferred_element_type") if name in found}
+    return found | {name: jnp.dtype(value).name for name, value in dtypes.items() if value is not None}
+
+
+def _report(table: Table, *settings: Mapping[str, Any]) -> None:
+    """Refuse, or warn of, the settings that are neither used nor plain, each once."""
+    findings = {str(finding): finding for each in settings for finding in table.findings(each)}
+    for text, finding in findings.items():
+        message = f"{table.title} with {text}\n{finding.row.words}"
+        if finding.refused:
+            raise CheckpointError(message)
+        _warn(message)
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, stacklevel=level_outside())
+
+
+def _built(library: str, name: str, settings: dict[str, Any], params: Mapping[str, Any], rngs: nnx.Rngs | None) -> Any:
     arrays = {key: jnp.asarray(array) for key, array in params.items()}
-    if library is linen:
+    if library == "flax.linen":
         return getattr(jaxrnn.linen, name)(**settings), {"params": arrays}
     ours = getattr(jaxrnn.nnx, name)(**settings, rngs=rngs or nnx.Rngs(0))
     for key, array in arrays.items():
@@ -131,18 +364,24 @@ def _built(library: Any, name: str, settings: dict[str, Any], params: Mapping[st
 def _from_weights(weights: Mapping[str, Any], rngs: nnx.Rngs | None) -> Any:
     """As `from_flax`, of the weights of one module."""
     tree = nnx.to_pure_dict(weights) if isinstance(weights, nnx.State) else linen.unbox(dict(weights))
-    named = {".".join(map(str, path)): array for path, array in flatten_dict(tree).items()}
+    named = Names[Any](_ONE_PART)
+    for path, array in flatten_dict(tree).items():
+        named.put(".".join(map(str, path)), array, "/".join(map(str, path)))
     flat = {name: np.asarray(array) for name, array in named.items() if jnp.issubdtype(array.dtype, jnp.floating)}
     cells, params = flax_cells(flat), with_torchs_names(flat)
     found = find_rnns(params)
     if len(found) != 1 or not cells:
         there = f"the cells {listed(cells)}" if cells else f"no cell; the names are {listed(flat)}"
         cause = f"the weights should be those of one recurrent module of Flax, and hold {there}"
-        raise CheckpointError(f"{cause}\ngive the part of them that belongs to one module")
+        raise CheckpointError(f"{cause}\n{_ONE_PART}")
+    of_cells = {prefix + name for prefix, (_, _, arrays) in cells.items() for name in arrays}
+    if beside := [name for name in named if name not in of_cells and not _RANDOM_STATE.search(name)]:
+        cause = f"beside the cell {next(iter(cells))} there are {listed(beside)}, which are not converted"
+        _warn(f"{cause}\nif the module computes with it, do the same around ours; {_ONE_PART}")
     [rnn] = found
     settings = rnn.arguments | {"batch_first": True, "param_dtype": rnn.dtype}
     arrays = {name: params[rnn.prefix + name] for name in rnn.spec.shapes()}
-    library = linen if any(library == "flax.linen" for library, _, _ in cells.values()) else nnx
+    library = "flax.linen" if any(library == "flax.linen" for library, _, _ in cells.values()) else "flax.nnx"
     return _built(library, rnn.class_name, settings, arrays, rngs)
 
 
@@ -156,7 +395,7 @@ def flax_cells(tensors: Mapping[str, Any]) -> dict[str, tuple[str, Dialect, dict
     found = {}
     for prefix, arrays in groups.items():
         for (library, _), dialect in DIALECTS.items():
-            if library.startswith("flax.") and dialect.fits(arrays):
+            if library in _LIBRARIES and dialect.fits(arrays):
                 found[prefix] = library, dialect, arrays
                 break
     return found
@@ -165,44 +404,52 @@ def flax_cells(tensors: Mapping[str, Any]) -> dict[str, tuple[str, Dialect, dict
 def with_torchs_names(tensors: Mapping[str, Any]) -> dict[str, Any]:
     """A flat dict in which the weights of Flax's cells have torch's names and layouts, each as a layer.
 
-    The two of a Bidirectional are one layer. Its prefix, and that of an RNN, is without the names inside it.
+    The two of a Bidirectional are one layer, if they are alike. Its prefix, and that of an RNN, is without the names
+    inside it.
+
+    Raises:
+        CheckpointError: two weights get the same name.
+
+    Warns:
+        UserWarning: two cells are taken for those of a Bidirectional.
     """
     cells = flax_cells(tensors)
-    converted = Described(tensors, said_of(tensors))
+    gone = {prefix + name for prefix, (_, _, arrays) in cells.items() for name in arrays}
+    names = Names[Any](_ONE_PART)
+    for name, value in tensors.items():
+        if name not in gone:
+            names.put(name, value, name)
+    places = _places(cells)
     for prefix, (_, dialect, arrays) in cells.items():
-        for name in arrays:
-            del converted[prefix + name]
-        short = _INSIDE.sub("", f".{prefix}").removeprefix(".")
-        suffix = "_l0_reverse" if "backward_rnn." in prefix else "_l0"
-        converted |= {f"{short}{role}{suffix}": array for role, array in dialect.read(arrays).items()}
-    return converted
+        short, suffix = places[prefix]
+        for role, array in dialect.read(arrays).items():
+            names.put(f"{short}{role}{suffix}", array, f"a weight of {prefix.removesuffix('.') or 'the cell'}")
+    return Described(names, said_of(tensors))
 
 
-# What RNN and Bidirectional add to names, and the collection of Linen's.
-_INSIDE = re.compile(r"(?<=\.)((forward_rnn|backward_rnn)\.)?cell\.$|(?<=^\.)params\.")
+def _places(cells: Mapping[str, tuple[str, Dialect, dict[str, Any]]]) -> dict[str, tuple[str, str]]:
+    """For each cell the prefix and the suffix of its weights' names as a layer's."""
+    alike = {
+        prefix: (dialect.title, {name: np.shape(array) for name, array in arrays.items()})
+        for prefix, (_, dialect, arrays) in cells.items()
+    }
+    places = {}
+    for prefix in cells:
+        short, suffix = _IN_RNN.sub("", prefix), "_l0"
+        if match := _IN_BIDIRECTIONAL.fullmatch(prefix):
+            above = match["above"]
+            if alike.get(f"{above}forward_rnn.cell.") == alike.get(f"{above}backward_rnn.cell."):
+                short = above
+                if match["way"] == "backward":
+                    suffix = "_l0_reverse"
+                    cause = f"{above}forward_rnn and {above}backward_rnn are read as a Bidirectional"
+                    _warn(f"{cause}, whose second runs backward, because their names are its\n{_BOTH_FORWARD}")
+        places[prefix] = short.removeprefix("params."), suffix
+    return places
 
 
-def _cell(library: Any, cell: Any, params: Mapping[str, Any]) -> tuple[Dialect, str, Weights]:
-    name = f"flax.{library.__name__.rpartition('.')[2]}", type(cell).__name__
-    if name not in DIALECTS or type(cell) is not getattr(library, name[1]):
-        known = [key[1] for key in DIALECTS if key[0] == name[0]]
-        raise TypeError(
-            f"module should be an RNN, a Bidirectional or one of {listed(known)}, got {type(cell).__name__}"
-        )
-    dialect = DIALECTS[name]
-    activations = {jnp.tanh: "tanh", nnx.tanh: "tanh", jax.nn.relu: "relu", nnx.relu: "relu"}
-    nonlinearity = activations.get(cell.activation_fn, "")
-    gate = getattr(cell, "gate_fn", jax.nn.sigmoid)
-    if (
-        nonlinearity not in dialect.nonlinearities
-        or gate not in (jax.nn.sigmoid, nnx.sigmoid)
-        or getattr(cell, "residual", False)
-    ):
-        remedy = "write a cell of your own: see jaxrnn.Cell"
-        raise CheckpointError(f"{dialect.title} with activations that torch does not have\n{remedy}")
-    if library is nnx:
-        arrays = {".".join(map(str, path)): a for path, a in nnx.to_flat_state(nnx.state(cell, nnx.Param))}
-        arrays = {path: a[...] for path, a in arrays.items()}
-    else:
-        arrays = {".".join(path): a for path, a in flatten_dict(params).items()}
-    return dialect, nonlinearity, dialect.read({path: np.asarray(a) for path, a in arrays.items()})
+# What RNN and Bidirectional add to names.
+_IN_RNN = re.compile(r"(?<![^.])cell\.$")
+_IN_BIDIRECTIONAL = re.compile(r"(?P<above>|.*\.)(?P<way>forward|backward)_rnn\.cell\.", re.S)
+# The state of an nnx.RNN's random numbers.
+_RANDOM_STATE = re.compile(r"(?<![^.])rngs\.(key|count)$")

@@ -1,12 +1,19 @@
 """One table of the layers of flax.nnx and flax.linen: their layout in torch, and the settings that differ."""
 
+import inspect
+import itertools
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen, nnx
+
+from jaxrnn.checkpoint.tables import USED, Row, Table, neutral, warned
+from jaxrnn.spec import level_outside
 
 
 class Entry(NamedTuple):
@@ -49,7 +56,11 @@ def _to_channels_first(kernel: np.ndarray, layer: _Conv | _ConvTranspose) -> np.
 
 
 def _to_channels_last(weight: np.ndarray, layer: _Conv | _ConvTranspose) -> np.ndarray:
-    return np.moveaxis(_flip(weight, range(2, weight.ndim), layer), (0, 1), _axes(layer))
+    kernel = np.moveaxis(_flip(weight, range(2, weight.ndim), layer), (0, 1), _axes(layer))
+    if layer.mask is not None and np.any(lost := kernel * (np.asarray(layer.mask) == 0)):
+        cause = f"mask of a {type(layer).__name__} hides numbers of torch's weight, up to {np.max(np.abs(lost)):.3g}"
+        warnings.warn(f"{cause}\nto compute what torch does, write mask=None in Flax", stacklevel=level_outside())
+    return kernel
 
 
 def _flip(array: np.ndarray, axes: range, layer: _Conv | _ConvTranspose) -> np.ndarray:
@@ -188,18 +199,128 @@ _EPSILON = Setting("epsilon", "eps", 1e-5)
 _MOMENTUM = Setting("momentum", "momentum", 0.1, lambda value: 1 - value)
 _NORM = Kind(_AFFINE, _compared(_EPSILON))
 _BATCH_NORM = Kind((*_AFFINE, *_STATISTICS), _compared(_EPSILON, _MOMENTUM), ("num_batches_tracked",))
-_TABLE: dict[type, Kind] = {
-    **dict.fromkeys((nnx.Linear, linen.Dense), _LINEAR),
-    **dict.fromkeys((nnx.Embed, linen.Embed), _EMBED),
-    **dict.fromkeys((nnx.Conv, linen.Conv), Kind((_KERNEL, _BIAS), _padding)),
-    **dict.fromkeys((nnx.ConvTranspose, linen.ConvTranspose), Kind((_KERNEL, _BIAS), _transposed_padding)),
-    **dict.fromkeys((nnx.LayerNorm, nnx.GroupNorm, nnx.InstanceNorm), _NORM),
-    **dict.fromkeys((linen.LayerNorm, linen.GroupNorm, linen.InstanceNorm), _NORM),
-    **dict.fromkeys((nnx.RMSNorm, linen.RMSNorm), Kind((_SCALE,), _compared(Setting("epsilon", "eps", None)))),
-    **dict.fromkeys((nnx.BatchNorm, linen.BatchNorm), _BATCH_NORM),
+_KINDS: dict[str, Kind] = {
+    "Linear": _LINEAR,
+    "Dense": _LINEAR,
+    "Embed": _EMBED,
+    "Conv": Kind((_KERNEL, _BIAS), _padding),
+    "ConvTranspose": Kind((_KERNEL, _BIAS), _transposed_padding),
+    **dict.fromkeys(("LayerNorm", "GroupNorm", "InstanceNorm"), _NORM),
+    "RMSNorm": Kind((_SCALE,), _compared(Setting("epsilon", "eps", None))),
+    "BatchNorm": _BATCH_NORM,
+}
+
+
+def _lacking(setting: str, default: str, *plain: Any) -> Row:
+    """The row of a setting that torch's layer lacks, with Flax's default as code."""
+    return warned(
+        *plain, remedy=f"torch's layer lacks it: for the same results, write Flax's default, {setting}={default}"
+    )
+
+
+def default_of(kind: Any, name: str) -> Any:
+    """The default of a setting of a class of Flax."""
+    return inspect.signature(kind.__init__).parameters[name].default
+
+
+_CHOSEN = neutral("how precisely to compute: one chooses it here, whatever torch's is")
+_TORCHS = neutral("torch has it, too, and its state dict does not say it")
+_BOOKKEEPING = neutral("where the module, or its weights, are")
+_DILATED = "write input_dilation=1 in Flax, or in torch put input_dilation - 1 zeros between the inputs"
+# What a setting of one name is in every class that has it; below, those of each class.
+_ROWS: dict[str, Row] = {
+    **dict.fromkeys(("kernel", "bias", "scale", "embedding", "mean", "var", "mask", "kernel_shape"), USED),
+    **dict.fromkeys(("padding", "strides", "kernel_size", "kernel_dilation", "transpose_kernel"), USED),
+    **dict.fromkeys(("epsilon", "momentum", "reduction_axes", "feature_axes", "param_dtype"), USED),
+    **dict.fromkeys(
+        ("features", "in_features", "out_features", "num_embeddings", "num_features", "use_bias", "use_scale"),
+        neutral("the weights and their shapes say it"),
+    ),
+    **dict.fromkeys(("dtype", "precision", "preferred_element_type"), _CHOSEN),
+    **dict.fromkeys(("use_fast_variance", "force_float32_reductions"), neutral("it changes the rounding alone")),
+    **dict.fromkeys(("kernel_init", "bias_init", "scale_init", "embedding_init"), neutral("makes the first weights")),
+    **dict.fromkeys(("kernel_metadata", "bias_metadata", "scale_metadata", "embedding_metadata"), _BOOKKEEPING),
+    **dict.fromkeys(("parent", "name", "rngs"), _BOOKKEEPING),
+    **dict.fromkeys(("feature_group_count", "num_groups", "group_size", "use_running_average"), _TORCHS),
+    **dict.fromkeys(("axis", "feature_axis"), neutral("where torch has axis 1")),
+    "input_dilation": warned(None, 1, (1,), (1, 1), (1, 1, 1), remedy=_DILATED),
+    "dot_general": _lacking("dot_general", "jax.lax.dot_general", jax.lax.dot_general, None),
+    "conv_general_dilated": _lacking(
+        "conv_general_dilated", "jax.lax.conv_general_dilated", jax.lax.conv_general_dilated, None
+    ),
+    **{
+        name: _lacking(name, "None", None)
+        for name in ("dot_general_cls", "conv_general_dilated_cls", "axis_name", "axis_index_groups")
+    },
+}
+_OTHERS: dict[str, dict[str, Row]] = {
+    "GroupNorm": {"reduction_axes": _lacking("reduction_axes", "None", None)},
+    "InstanceNorm": {"feature_axes": neutral("where torch has axis 1")},
+    "BatchNorm": dict.fromkeys(("axis_name", "axis_index_groups"), neutral("in torch, SyncBatchNorm")),
+}
+_WEIGHTED = "kernel_init bias_init use_bias dtype param_dtype precision promote_dtype"
+_DENSE = f"{_WEIGHTED} dot_general"
+_CONVOLVED = f"{_WEIGHTED} kernel_size strides padding kernel_dilation mask"
+_CONV = f"{_CONVOLVED} input_dilation feature_group_count conv_general_dilated"
+_TRANSPOSED = f"{_CONVOLVED} transpose_kernel preferred_element_type"
+_EMBEDDED = "num_embeddings features dtype param_dtype embedding_init promote_dtype"
+_SCALED = "epsilon dtype param_dtype use_scale scale_init axis_name axis_index_groups use_fast_variance"
+_NORMED = f"{_SCALED} use_bias bias_init"
+_NNX_SIZES = "in_features out_features kernel_metadata bias_metadata preferred_element_type"
+_NNX_NORM = "num_features promote_dtype scale_metadata"
+_SETTINGS: dict[Any, dict[str, str]] = {
+    linen: {
+        "Dense": f"{_DENSE} features dot_general_cls",
+        "Embed": _EMBEDDED,
+        "Conv": f"{_CONV} features conv_general_dilated_cls",
+        "ConvTranspose": f"{_TRANSPOSED} features",
+        "LayerNorm": f"{_NORMED} force_float32_reductions reduction_axes feature_axes",
+        "GroupNorm": f"{_NORMED} force_float32_reductions num_groups group_size reduction_axes",
+        "InstanceNorm": f"{_NORMED} force_float32_reductions feature_axes",
+        "RMSNorm": f"{_SCALED} force_float32_reductions reduction_axes feature_axes",
+        "BatchNorm": f"{_NORMED} force_float32_reductions use_running_average axis momentum",
+    },
+    nnx: {
+        "Linear": f"{_DENSE} {_NNX_SIZES}",
+        "Embed": f"{_EMBEDDED} embedding_metadata",
+        "Conv": f"{_CONV} {_NNX_SIZES} kernel_shape",
+        "ConvTranspose": f"{_TRANSPOSED} {_NNX_SIZES} kernel_shape",
+        "LayerNorm": f"{_NORMED} {_NNX_NORM} bias_metadata reduction_axes feature_axes",
+        "GroupNorm": f"{_NORMED} {_NNX_NORM} bias_metadata num_groups group_size reduction_axes feature_axis",
+        "InstanceNorm": f"{_NORMED} {_NNX_NORM} bias_metadata feature_axes",
+        "RMSNorm": f"{_SCALED} {_NNX_NORM} reduction_axes feature_axes",
+        "BatchNorm": f"{_NORMED} {_NNX_NORM} bias_metadata use_running_average axis momentum",
+    },
+}
+
+
+def _table(library: Any, name: str, settings: str) -> Table:
+    promote = default_of(nnx.Linear if library is nnx else linen.Dense, "promote_dtype")
+    module = f"{promote.__module__}.{promote.__name__}"
+    rows = _ROWS | _OTHERS.get(name, {}) | {"promote_dtype": _lacking("promote_dtype", module, promote)}
+    variables = [entry.attribute for entry in _KINDS[name].entries]  # which NNX has as attributes
+    names = [*settings.split(), *(["parent", "name"] if library is linen else ["rngs", *variables])]
+    return Table(f"{library.__name__}.{name}", {each: rows[each] for each in names})
+
+
+TABLES: dict[type, Table] = {
+    getattr(library, name): _table(library, name, settings)
+    for library, classes in _SETTINGS.items()
+    for name, settings in classes.items()
 }
 
 
 def kind_of(layer: object) -> Kind:
     """The table's row for a layer; an empty one for other modules."""
-    return next((_TABLE[kind] for kind in type(layer).__mro__ if kind in _TABLE), Kind())
+    known = next((kind for kind in type(layer).__mro__ if kind in TABLES), None)
+    if known is None:
+        return Kind()
+    kind = _KINDS[known.__name__]
+    return kind._replace(differences=lambda layer: itertools.chain(kind.differences(layer), _unlike(known, layer)))
+
+
+def _unlike(known: type, layer: Any) -> Iterator[str]:
+    """Warnings about settings that torch's layer lacks, or that are unknown; a subclass may have others of its own."""
+    names = inspect.signature(known.__init__).parameters  # type: ignore[misc]  # which takes the settings
+    for finding in TABLES[known].findings({name: getattr(layer, name) for name in names if hasattr(layer, name)}):
+        yield f"{finding}\n{finding.row.words}"

@@ -20,6 +20,7 @@ from jaxrnn.checkpoint import stored
 from jaxrnn.checkpoint.errors import AGAIN, CheckpointError, check_unicode, listed
 from jaxrnn.checkpoint.formats.bombs import largest
 from jaxrnn.checkpoint.formats.reading import Reading
+from jaxrnn.checkpoint.named import Names
 from jaxrnn.checkpoint.stored import Value
 
 SUFFIXES = (".orbax",)
@@ -33,7 +34,7 @@ def read(path: str | os.PathLike[str], what: Reading) -> dict[str, Value]:
     try:
         with _quiet(), ocp.PyTreeCheckpointer() as checkpointer:
             metadata = checkpointer.metadata(path).item_metadata.tree
-            _check(dict(_leaves(metadata)), path)
+            _check(_by_name(metadata), path)
             # As NumPy arrays: JAX would cut them to 32 bits and move them to a device.
             arguments = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), metadata)
             arrays = _named(checkpointer.restore(path, restore_args=arguments))
@@ -87,7 +88,7 @@ def _named(tree: Any) -> dict[str, Any]:
     """Remove the name that nnx.State gives the value of a variable."""
     if isinstance(tree, Mapping):
         tree = {name: _without_values(value) for name, value in tree.items()}
-    return dict(_leaves(tree))
+    return _by_name(tree)
 
 
 def _without_values(tree: Any) -> Any:
@@ -100,18 +101,26 @@ def _without_values(tree: Any) -> Any:
     return tree
 
 
-def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _by_name(tree: Any) -> Names[Any]:
     """The leaves of nested dicts and lists, by their keys joined by dots."""
+    names = Names[Any]("rename one of them before saving")
+    for path, leaf in _leaves(tree):
+        names.put(".".join(path), leaf, "/".join(path))
+    return names
+
+
+def _leaves(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """The leaves of nested dicts and lists, by their keys."""
     items: Iterable[tuple[Any, Any]]
     if isinstance(tree, Mapping):
         items = tree.items()
     elif isinstance(tree, list | tuple):
         items = enumerate(tree)
     else:
-        yield prefix.removesuffix("."), tree
+        yield path, tree
         return
     for name, value in items:
-        yield from _leaves(value, f"{prefix}{name}.")
+        yield from _leaves(value, (*path, str(name)))
 
 
 def _check(described: Mapping[str, Any], path: str) -> None:
