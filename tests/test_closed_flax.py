@@ -466,12 +466,15 @@ def _fields(module: Any) -> Iterator[tuple[str, Any]]:
 
 
 @pytest.mark.slow
-def test_a_linen_class_that_was_transformed() -> None:
-    theirs = Theirs("flax.linen", lambda rngs: linen.remat(linen.RNN)(_cell("flax.linen", "GRUCell", rngs, {})))
+@pytest.mark.parametrize("transform", [linen.remat, linen.jit], ids=lambda transform: transform.__name__)
+def test_a_linen_class_that_was_transformed(transform: Any) -> None:
+    module, x = transform(linen.RNN)(linen.GRUCell(H, param_dtype=jnp.float64)), jnp.asarray(normal(N, T, F))
+    variables = filled_variables(module, x)
+    ours, converted = jaxrnn.from_flax(module, variables)
+    assert_close(ours.apply(converted, x)[0], module.apply(variables, x), atol=1e-12)
+    louder = type("RNN", (linen.RNN,), {"__module__": __name__, "__annotations__": {}, "__call__": _louder})
     with pytest.raises(CheckpointError, match=r"has another __call__ .*\n.* give a flax.linen.RNN of the same cells$"):
-        theirs.ours()
-    theirs.module = linen.RNN(theirs.module.cell)
-    _same(theirs, theirs.ours())
+        jaxrnn.from_flax(transform(louder)(module.cell), variables)
 
 
 def test_what_is_in_no_table_is_named() -> None:

@@ -63,6 +63,11 @@ _TIED = {
 }
 
 
+# The classes that linen.remat and linen.jit make compute what their own base does.
+_TRANSFORMED = {
+    f"flax.linen.transforms.{prefix}{name}" for prefix in ("Checkpoint", "Jit") for name in ("RNN", "Bidirectional")
+}
+
 _INITIAL = neutral("makes the first weights, and those that are there are converted")
 _SHAPES = neutral("the shapes of the weights say it")
 _METADATA = neutral("how the weights are sharded")
@@ -323,7 +328,10 @@ def _of_layers(layers: Mapping[str, Any], dialect: Dialect) -> tuple[dict[str, A
 def _check(library: str, name: str, module: Any) -> None:
     """Report an RNN's or a Bidirectional's settings, and refuse a subclass that computes something else."""
     table, flax = TABLES[library, name], getattr(_LIBRARIES[library], name.partition(" ")[0])
-    if type(module).__call__ is not flax.__call__:
+    kind = type(module)
+    if f"{kind.__module__}.{kind.__name__}" in _TRANSFORMED:
+        kind = kind.__mro__[1]
+    if kind.__call__ is not flax.__call__:
         cause = f"{type(module).__name__} has another __call__ than {library}.{flax.__name__}"
         raise CheckpointError(f"{cause}\nif it computes the same, give a {library}.{flax.__name__} of the same cells")
     _report(table, _settings(module))
