@@ -134,3 +134,30 @@ def test_a_module_that_draws_random_numbers() -> None:
     assert list(state_dict(model, variables, X)) == ["1.weight", "1.bias"]
     arguments = {"rngs": {"dropout": jax.random.key(1)}, "mutable": ["batch_stats"]}  # as people call apply
     assert list(state_dict(model, variables, X, **arguments)) == ["1.weight", "1.bias"]
+
+
+class _Dotted(linen.Module):
+    @linen.compact
+    def __call__(self, x: jax.Array, depth: int = 0) -> jax.Array:
+        if depth:
+            return linen.Dense(4, name="b")(x)
+        return _Dotted(name="a")(linen.Dense(4, name="a.b")(x), depth=1)
+
+
+class _Weighted(linen.Dense):
+    @linen.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return super().__call__(x) * self.param("weight", linen.initializers.ones, (1,), x.dtype)
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        (_Dotted(), "params/a.b/kernel and params/a/b/kernel are both read as a.b.weight"),
+        (_Weighted(4), "params/kernel and params/weight are both read as weight"),
+    ],
+    ids=["dots", "a layer's own"],
+)
+def test_two_parameters_under_one_name_of_torchs(model: linen.Module, words: str) -> None:
+    with pytest.raises(CheckpointError, match=words):
+        state_dict(model, filled_variables(model, X), X)

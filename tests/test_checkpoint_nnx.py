@@ -1,8 +1,10 @@
 """Between tensors by name and modules: round trips bit for bit, every misfit in one error, and torch's live modules."""
 
+import re
 import sys
 import types
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from flax import nnx
 from making import filled
 
 import jaxrnn
+from jaxrnn.checkpoint import CheckpointError
 from jaxrnn.checkpoint.named import Described
 
 KINDS: list[tuple[str, dict[str, Any]]] = [
@@ -307,3 +310,32 @@ def test_what_the_file_says_and_the_module_has_otherwise(make: str, said: dict, 
     ]
     settings = [text.partition("make that module with ")[2] for text in texts]
     jaxrnn.load_state_dict(model(**eval(f"dict({', '.join(settings)})")), tensors, "net.")
+
+
+class _Weighted(nnx.Linear):
+    def __init__(self) -> None:
+        super().__init__(2, 2, rngs=nnx.Rngs(0))
+        self.weight = nnx.Param(jnp.zeros(3))
+
+
+def _numbered() -> nnx.Module:
+    model = nnx.Sequential(nnx.Linear(2, 2, rngs=nnx.Rngs(0)))
+    setattr(model, "0", nnx.Linear(3, 3, rngs=nnx.Rngs(0)))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: nnx.List([_Weighted()]), "0/kernel and 0/weight are both read as 0.weight"),
+        (
+            lambda: nnx.Dict({"a.b": nnx.Param(jnp.zeros(1)), "a": nnx.Dict({"b": nnx.Param(jnp.zeros(2))})}),
+            "a.b and a are both read as a.b",
+        ),
+        (_numbered, "layers[0] and the attribute 0 are both read as 0"),
+    ],
+    ids=["a layer's own", "dots", "numbers"],
+)
+def test_two_parameters_under_one_name_of_torchs(make: Callable[[], nnx.Module], words: str) -> None:
+    with pytest.raises(CheckpointError, match=re.escape(words)):
+        jaxrnn.state_dict(make())

@@ -16,6 +16,7 @@ from jaxrnn import _compat
 from jaxrnn.checkpoint.errors import CheckpointError, listed
 from jaxrnn.checkpoint.flax_layers import Entry, kind_of
 from jaxrnn.checkpoint.matching import Contents, Parameter, fit, interchangeable
+from jaxrnn.checkpoint.named import Names
 from jaxrnn.checkpoint.optimizer import are_named, order_lost, resumed, trained
 from jaxrnn.spec import CellSpec, Spec
 
@@ -245,12 +246,13 @@ def _contents(module: linen.Module, variables: Mapping[str, Any], args: tuple, k
             entry = entry or Entry(attribute, attribute)
             own_shape = shapes.get((collection, attribute))
             found.setdefault(path, {})[attribute] = Parameter(place, linen.unbox(value), layer, entry, own_shape)
-    params = {}
+    params = Names[Parameter]("rename one of them in Flax: torch has one name for both")
     for path, group in found.items():
         prefix = prefixes[path] if path in prefixes else "".join(f"{name}." for name in path)
         first = _order(layers[path].module) if path in layers else ()
         for attribute in [*(name for name in first if name in group), *(name for name in group if name not in first)]:
-            params[prefix + group[attribute].entry.name] = group[attribute]
+            param = group[attribute]
+            params.put(prefix + param.entry.name, param, "/".join(param.place))
     contents = Contents(params, {prefixes[path]: layer.module for path, layer in layers.items()})
     contents.refuse_stacked(type(module).__name__, _TAKE_ONE)
     return contents

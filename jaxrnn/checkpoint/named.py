@@ -1,4 +1,4 @@
-"""Described by name: no two under one name, and what a file says of the modules that they belong to."""
+"""Tensors by name: no two under one name, and what a file says of the modules that they belong to."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
@@ -9,7 +9,7 @@ _ValueT = TypeVar("_ValueT")
 
 
 class Described(dict[str, Any]):
-    """Described by name.
+    """Tensors by name, and what their file says beside them.
 
     Attributes:
         said: by the prefix of a recurrent module ("encoder.lstm."), the arguments of its constructor in torch that the

@@ -18,6 +18,7 @@ from jaxrnn import _compat, flax_sharding
 from jaxrnn.checkpoint.arrays import dtype_of
 from jaxrnn.checkpoint.flax_layers import Entry, kind_of
 from jaxrnn.checkpoint.matching import Contents, Parameter, fit, interchangeable
+from jaxrnn.checkpoint.named import Names
 from jaxrnn.checkpoint.names import fold
 from jaxrnn.checkpoint.torch_modules import CLASSES, check, tensors_of
 from jaxrnn.spec import CellSpec, Spec
@@ -239,28 +240,35 @@ def contents_of(module: nnx.Module) -> Contents:
     return contents
 
 
+_RENAME = "rename one of them in Flax: torch has one name for both"
 _TAKE_ONE = """take one of them, such as the first:
   graph, state = nnx.split(module)
   member = nnx.merge(graph, jax.tree.map(lambda array: array[0], state))"""
 
 
-def _under(node: object, prefix: str = "", above: tuple[int, ...] = ()) -> Contents:
-    params: dict[str, Parameter] = {}
-    below: dict[str, Parameter] = {}
-    children = dict(_children(node)) if id(node) not in above else {}
+def _under(node: object, path: tuple[str, ...] = (), above: tuple[int, ...] = ()) -> Contents:
+    params, below = Names[Parameter](_RENAME), dict[str, Contents]()
+    children = _children(node) if id(node) not in above else {}
     known = {entry.attribute: entry for entry in kind_of(node).entries}
-    layers = {prefix: node} if known else {}
+    layers = {_prefix(path): node} if known else {}
     for name in [*(name for name in known if name in children), *(name for name in children if name not in known)]:
-        child = children[name]
+        child, place = children[name], "/".join((*path, name))
         if isinstance(child, nnx.Param) or (name in known and isinstance(child, nnx.Variable)):
             if child.get_raw_value() is not None:
                 entry = known.get(name, Entry(name, name))
-                params[prefix + entry.name] = Parameter(child, child.get_value(), node, entry, _own_shape(node, entry))
+                param = Parameter(child, child.get_value(), node, entry, _own_shape(node, entry))
+                params.put(_prefix(path) + entry.name, param, place)
         else:
-            contents = _under(child, f"{prefix}{name}.", (*above, id(node)))
-            below |= contents.params
-            layers |= contents.layers
-    return Contents(params | below, layers)
+            below[place] = _under(child, (*path, name), (*above, id(node)))
+    for place, contents in below.items():  # a module's own parameters come before its submodules'
+        for name, param in contents.params.items():
+            params.put(name, param, place)
+        layers |= contents.layers
+    return Contents(params, layers)
+
+
+def _prefix(path: tuple[str, ...]) -> str:
+    return "".join(f"{name}." for name in path)
 
 
 def _own_shape(layer: object, entry: Entry) -> tuple[int, ...] | None:
@@ -275,7 +283,7 @@ def _own_shape(layer: object, entry: Entry) -> tuple[int, ...] | None:
 
 def order_in_doubt(node: object, above: tuple[int, ...] = ()) -> list[str]:
     """Attributes whose original order may be lost to sorting, where the shapes cannot reveal it."""
-    children = dict(_children(node)) if id(node) not in above else {}
+    children = _children(node) if id(node) not in above else {}
     for child in children.values():
         if found := order_in_doubt(child, (*above, id(node))):
             return found
@@ -294,16 +302,21 @@ def order_in_doubt(node: object, above: tuple[int, ...] = ()) -> list[str]:
     return []
 
 
-def _children(node: object) -> list[tuple[str, Any]]:
+def _children(node: object) -> dict[str, Any]:
+    children = Names[Any](_RENAME)
     if isinstance(node, nnx.Pytree):
         attributes = dict(vars(node))  # Flax's own attributes hold no parameters
         if isinstance(spec := attributes.get("spec"), Spec | CellSpec):
             attributes = {name: attributes[name] for name in spec.shapes() if name in attributes} | attributes
         if isinstance(node, nnx.Sequential):
-            attributes = dict(_children(attributes.pop("layers"))) | attributes
-        return list(attributes.items())
-    if isinstance(node, Mapping):
-        return [(str(name), value) for name, value in node.items()]
-    if isinstance(node, list | tuple):
-        return [(str(index), value) for index, value in enumerate(node)]
-    return []
+            layers = _children(attributes.pop("layers"))
+            for name in filter(str.isdigit, layers):
+                children.put(name, layers[name], f"layers[{name}]")
+        for name, value in attributes.items():
+            children.put(name, value, f"the attribute {name}")
+    elif isinstance(node, Mapping):
+        for key, value in node.items():
+            children.put(str(key), value, f"the key {key!r}")
+    elif isinstance(node, list | tuple):
+        children.update((str(index), value) for index, value in enumerate(node))
+    return children
