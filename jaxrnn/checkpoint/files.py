@@ -53,15 +53,19 @@ def load(
             torch's usual names. They are rounded; the warning says how far.
 
     Returns:
-        A dict from name to NumPy array, with the file's dtypes (bfloat16 as `ml_dtypes.bfloat16`).
+        A dict from name to NumPy array, with the file's dtypes (bfloat16 as `ml_dtypes.bfloat16`). If the file also
+        says settings, such as `nonlinearity="relu"`, the dict keeps them: `find_rnns` uses them, and `load_state_dict`
+        warns if the module has others.
 
     Raises:
-        CheckpointError: the file is missing, unreadable, damaged, or not a checkpoint; nothing is under `key`; or a
-            package is needed and is missing or too old.
+        CheckpointError: the file is missing, unreadable, damaged, or not a checkpoint; nothing is under `key`; two
+            tensors would have the same name; or a package is needed and is missing or too old.
 
     Warns:
-        UserWarning: what `only_tensors` left out; how much quantized weights are rounded; of ONNX and Keras, layers
-            that are left out because torch has nothing like them, and settings that no weights hold.
+        UserWarning: what `only_tensors` left out; how much quantized weights are rounded; files and tensors that an
+            index does not list. Of ONNX and Keras, layers that are left out because torch has nothing like them;
+            settings that no weights hold, with what to do about each; settings that jaxrnn does not know; and what is
+            assumed because the file does not say it.
 
     >>> import os, tempfile
     >>> import numpy as np
