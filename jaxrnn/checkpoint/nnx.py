@@ -56,7 +56,8 @@ def load_state_dict(
 
     Raises:
         CheckpointError: a shape or a kind of dtype does not match, or with `strict` a key is missing or unexpected; the
-            message names every one. Or two tensors would have the same name; or the module is a stack of several, as for `state_dict`.
+            message names every one. Or two tensors would have the same name; or the module is a stack of several, as
+            for `state_dict`.
         TypeError: `module` is a Linen module: use `jaxrnn.checkpoint.linen.load_state_dict`. Or `tensors` is not a
             dict.
 
@@ -124,8 +125,8 @@ def state_dict(module: nnx.Module) -> dict[str, NDArray[Any]]:
 
     Warns:
         UserWarning: a setting is not torch's default: the epsilon of a norm, a BatchNorm's momentum (torch's is 1 minus
-            Flax's), a LayerNorm's or RMSNorm's `reduction_axes`, or a padding of a convolution that torch lacks. Or torch
-            has nothing like a setting, such as `dot_general` or `input_dilation`, or jaxrnn does not know it.
+            Flax's), a LayerNorm's or RMSNorm's `reduction_axes`, or a padding of a convolution that torch lacks. Or
+            torch has nothing like a setting, such as `dot_general` or `input_dilation`, or jaxrnn does not know it.
 
     >>> import jaxrnn
     >>> from flax import nnx
