@@ -7,6 +7,7 @@ These libraries promise what their API references document. JAX promises nothing
 import functools
 import inspect
 import os
+import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -333,19 +334,50 @@ def called_module(context: Any) -> linen.Module:
 
 
 def called_by_sequential(module: nnx.Module | linen.Module) -> bool:
-    """Whether Flax's Sequential calls a module with the results of the one before, a tuple that it unpacks.
+    """Whether Flax's Sequential calls a module with the results of the module before, a tuple that it unpacks.
 
     Only the frames of the call tell: Sequential calls a module as a user does.
     """
-    frame = inspect.currentframe()
+    frame, called = inspect.currentframe(), module
     while frame is not None:
-        caller = frame.f_locals.get("self")
-        if isinstance(caller, nnx.Sequential | linen.Sequential):
-            return not _same(caller.layers[0], module)  # which gets what the user gave
-        own = frame.f_globals.get("__name__", "").partition(".")[0] in ("jaxrnn", "flax", "jax", "contextlib")
-        if not own or (isinstance(caller, nnx.Module | linen.Module) and not _same(caller, module)):
+        caller: Any = frame.f_locals.get("self")
+        if frame.f_code in _SEQUENTIAL:
+            if (before := _layer_before(caller.layers, frame.f_locals)) is not None:
+                return _module_in(before)
+            called = caller  # the first layer gets what its Sequential got
+        elif isinstance(caller, nnx.Module | linen.Module):
+            if not _same(caller, called):
+                return False
+        elif not _passes_on(frame):
             return False
         frame = frame.f_back
+    return False
+
+
+def _passes_on(frame: types.FrameType) -> bool:
+    """Whether a frame is of a library on the way to a module, or of a user's interceptor of Linen's calls."""
+    if frame.f_globals.get("__name__", "").partition(".")[0] in ("jaxrnn", "flax", "jax", "contextlib"):
+        return True
+    return any(isinstance(value, linen.module.InterceptorContext) for value in frame.f_locals.values())
+
+
+_SEQUENTIAL = (nnx.Sequential.__call__.__code__, inspect.unwrap(linen.Sequential.__call__).__code__)
+
+
+def _layer_before(layers: Sequence[Any], names: Mapping[str, Any]) -> Any:
+    """The layer before the one that a Sequential calls, by the variables of its frame; None if it is the first."""
+    index = names.get("i", 0)  # of NNX's
+    if "outputs" in names:  # of Linen's, which it has after the first
+        index = next((i for i, layer in enumerate(layers) if i and layer is names.get("layer")), 0)
+    return layers[index - 1] if index else None
+
+
+def _module_in(layer: Any) -> bool:
+    """Whether a layer of a Sequential is a module, or a module in `functools.partial` or `jit`; not a function."""
+    for _ in range(9):
+        if isinstance(layer, nnx.Module | linen.Module):
+            return True
+        layer = getattr(layer, "func", None) or getattr(layer, "__wrapped__", None)
     return False
 
 

@@ -25,9 +25,11 @@ def check(cell: Any, kind: type) -> None:
 def refuse_state_of_sequential(module: Any, hx: Any) -> None:
     """Raise TypeError if hx is the state of another module, because Flax's Sequential unpacked what that returned."""
     if hx is not None and called_by_sequential(module):
+        name = type(module).__name__
         raise TypeError(
-            f"hx of {type(module).__name__} should not be the state of the module before it in Sequential, which "
-            "unpacks (output, state): put `lambda output, state: output` between the two"
+            f"hx of {name} came from Sequential, which unpacks the (output, state) of the module before: to drop the "
+            "state, put `lambda output, state: output` between the two; to start from it, call the layer in "
+            "`lambda output, state: layer(output, state)`"
         )
 
 

@@ -16,6 +16,7 @@ from typing import Any, Generic
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 
 from jaxrnn import cells, more_cells
@@ -131,7 +132,8 @@ def _roles(cell: Cell, bias: bool | int, proj_size: int = 0) -> tuple[str, ...]:
 
 def _check_type(name: str, value: object, kind: type) -> None:
     if not isinstance(value, kind):
-        got = f"got {value!r} of type {type(value).__name__}"
+        library = "numpy." if isinstance(value, np.generic) else ""  # whose bool is called bool, too
+        got = f"got {value!r} of type {library}{type(value).__name__}"
         same = jnp.issubdtype(getattr(value, "dtype", object), jnp.integer if kind is int else jnp.bool_)
         remedy = f": write {kind.__name__}({name})" if same else ""
         raise TypeError(f"{name} should be of type {kind.__name__}, {got}{remedy}")

@@ -184,6 +184,9 @@ def test_dropout_through_rng_collections() -> None:
         key = None if deterministic else jax.random.key(3)
         expected = gru.apply(variables, x, None, deterministic, rng=key)[0]
         assert_close(again.apply(variables, x, None, deterministic, rng=key)[0], expected, atol=0)
+    for lengths in ([5, 2], np.array([5, 2])):
+        with pytest.raises(TypeError, match=r"deterministic should be .*: give lengths by name"):
+            gru.apply(variables, x, None, lengths)
     # Where there is nothing to drop, nothing has to be said.
     jaxrnn.linen.GRU(3, 4, num_layers=2).init(KEY, x)
 
