@@ -758,6 +758,27 @@ def test_an_rnn_written_step_by_step(nonlinearity: str, tmp_path: Path) -> None:
     assert (words, found.prefix, found.said) == ([], "rnn.", {"nonlinearity": nonlinearity.lower()})
 
 
+@pytest.mark.parametrize("nonlinearity", ["Tanh", "Relu"])
+def test_a_cell_written_as_torch_does(nonlinearity: str, tmp_path: Path) -> None:
+    runtime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    shapes = {"weight_ih": (H, F), "weight_hh": (H, H), "bias_ih": (H,), "bias_hh": (H,)}
+    arrays = {f"cell.{name}": normal(*shape, seed=len(name)).astype("f4") for name, shape in shapes.items()}
+    nodes = [
+        onnx.helper.make_node("Gemm", ["h", "cell.weight_hh", "cell.bias_hh"], ["a"], "/cell/Gemm", transB=1),
+        onnx.helper.make_node("Gemm", ["x", "cell.weight_ih", "cell.bias_ih"], ["b"], "/cell/Gemm_1", transB=1),
+        onnx.helper.make_node("Add", ["a", "b"], ["c"], "/cell/Add"),
+        onnx.helper.make_node(nonlinearity, ["c"], ["Y"], f"/cell/{nonlinearity}"),
+    ]
+    inputs = [*_values("x", sizes=[B, F]), *_values("h", sizes=[B, H])]
+    tensors, words = _loaded(_model(_graph(nodes, arrays, inputs)), tmp_path)
+    [found] = find_rnns(tensors)
+    assert (words, found.said, found.is_cell) == ([], {"nonlinearity": nonlinearity.lower()}, True)
+    x, h = normal(B, F).astype("f4"), normal(B, H, seed=1).astype("f4")
+    [theirs] = runtime.InferenceSession(tmp_path / "model.onnx").run(None, {"x": x, "h": h})
+    params = {name: jnp.asarray(tensors[f"cell.{name}"]) for name in shapes}
+    np.testing.assert_allclose(jaxrnn.apply_cell(found.spec, params, x, h), theirs, atol=1e-6)
+
+
 @pytest.mark.slow
 @pytest.mark.torch
 @pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])

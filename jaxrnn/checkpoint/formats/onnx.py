@@ -107,6 +107,7 @@ _VERBS = {"initial_h": "starts from", "initial_c": "starts its c from", "sequenc
 _RECURRENT = re.compile("LSTM|GRU|RNN", re.I)  # operators of others, such as AttnLSTM of onnxruntime
 _LOOPS = ("Loop", "Scan")
 _LAYERS_NAME = re.compile(r"(?P<prefix>.*\.|)(?P<role>(weight|bias)_[ih]h)_(?P<place>l\d+(_reverse)?)", re.S | re.ASCII)
+_CELLS_NAME = re.compile(r"(?P<prefix>.*\.|)weight_hh", re.S)
 
 
 def sniff(head: bytes) -> bool:
@@ -304,8 +305,12 @@ def _leave_out_parts(
 ) -> None:
     """Leave out initializers that have torch's names, but are not whole layers, or those of a node that is left out.
 
-    What torch's exporter writes step by step is whole, if the weights kept their names.
+    What torch's exporter writes step by step is whole, if the weights kept their names. So are cells, which it always
+    writes so.
     """
+    for name in others:
+        if (match := _CELLS_NAME.fullmatch(name)) and name not in tensors:
+            said.update(_said_by_operators(match["prefix"], [others[name]], found))
     modules: dict[str, dict[str, list[str]]] = {}
     for name in others:
         if (match := _LAYERS_NAME.fullmatch(name)) and name not in tensors:
@@ -321,10 +326,15 @@ def _leave_out_parts(
         elif parts:
             cause = f"left out {listed(names)}, whose other weights have no names, as in an RNN written step by step"
             found.words.append(f"{cause}: export it with torch.onnx.export(..., dynamo=False)")
-        elif len(operators := found.activations.get(prefix, set())) == 1 and all(
-            len({*others[name].shape}) == 1 for name in names if "weight_hh" in name
-        ):
-            said[prefix] = {"nonlinearity": next(iter(operators)).lower()}
+        else:
+            said.update(_said_by_operators(prefix, [others[name] for name in names if "weight_hh" in name], found))
+
+
+def _said_by_operators(prefix: str, state_weights: list[np.ndarray], found: _Found) -> dict[str, dict[str, Any]]:
+    """What a module's operators say of an RNN: its nonlinearity, if there is one operator, and no gates."""
+    operators = found.activations.get(prefix, set())
+    simple = len(operators) == 1 and all(len({*array.shape}) == 1 for array in state_weights)
+    return {prefix: {"nonlinearity": next(iter(operators)).lower()}} if simple else {}
 
 
 def _add(graph: Graph, node: Any, name: str, found: _Found) -> None:
@@ -339,7 +349,7 @@ def _add(graph: Graph, node: Any, name: str, found: _Found) -> None:
         found.left_out.append(f"{name}{graph.where} ({full})")
     elif operator in _LOOPS and builtin:
         found.loops.append(name)
-    elif operator in ("Tanh", "Relu") and any(each.key == "namespace" for each in node.metadata_props):
+    elif operator in ("Tanh", "Relu") and (name[:1] == "/" or any(e.key == "namespace" for e in node.metadata_props)):
         found.activations.setdefault(_prefix(node, name), set()).add(operator)
 
 
