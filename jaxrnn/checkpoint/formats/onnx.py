@@ -11,7 +11,7 @@ from jaxrnn.checkpoint.arrays import NO_NUMBERS, dtype_of
 from jaxrnn.checkpoint.dialects import DIALECTS
 from jaxrnn.checkpoint.errors import AGAIN, CheckpointError, as_text, check_unicode, listed
 from jaxrnn.checkpoint.formats.bombs import Budget
-from jaxrnn.checkpoint.formats.onnx_graph import BUILTIN, File, Graph, library, value_of
+from jaxrnn.checkpoint.formats.onnx_graph import BUILTIN, LOOPS, File, Graph, library, value_of
 from jaxrnn.checkpoint.formats.reading import Reading, warn
 from jaxrnn.checkpoint.named import Described, Names
 from jaxrnn.checkpoint.stored import Value, equal
@@ -105,7 +105,6 @@ _FUNCTION = Table(
 )
 _VERBS = {"initial_h": "starts from", "initial_c": "starts its c from", "sequence_lens": "stops each row after"}
 _RECURRENT = re.compile("LSTM|GRU|RNN", re.I)  # operators of others, such as AttnLSTM of onnxruntime
-_LOOPS = ("Loop", "Scan")
 _LAYERS_NAME = re.compile(r"(?P<prefix>.*\.|)(?P<role>(weight|bias)_[ih]h)_(?P<place>l\d+(_reverse)?)", re.S | re.ASCII)
 _CELLS_NAME = re.compile(r"(?P<prefix>.*\.|)weight_hh", re.S)
 
@@ -163,6 +162,7 @@ class _Layer(NamedTuple):
         lengths: the graph and name of its sequence_lens.
         above: the graph and name of what makes its input, if that could be the layer below.
         output: the graph and name of its output.
+        starts: the graphs and names of its first states.
     """
 
     node: str
@@ -174,6 +174,7 @@ class _Layer(NamedTuple):
     lengths: tuple[Graph, str]
     above: tuple[Graph, str] | None
     output: tuple[Graph, str]
+    starts: tuple[tuple[Graph, str], ...]
 
     def continues(self, other: "_Layer") -> bool:
         """Whether torch has both as layers of one module."""
@@ -183,7 +184,9 @@ class _Layer(NamedTuple):
             other.prefix, other.kind, other.said, other.lengths, len(other.weights),
         )  # fmt: skip
         same = same and one["weight_hh"].shape == two["weight_hh"].shape and one.keys() == two.keys()
-        return same and self.above == other.output and one["weight_ih"].shape[1] == hidden * len(self.weights)
+        same = same and self.above == other.output and one["weight_ih"].shape[1] == hidden * len(self.weights)
+        # The layers of a module start at once.
+        return same and not any(graph.comes_from(name, other.output) for graph, name in self.starts)
 
     def repeats(self, other: "_Layer") -> bool:
         """Whether both are calls of one module. Branches may have the same weights, or others of the same names."""
@@ -265,9 +268,15 @@ def _put_layers(found: _Found, tensors: Names[Any]) -> dict[str, dict[str, Any]]
     """Put the weights of all layers under torch's names; return what the file says of modules."""
     modules: list[list[_Layer]] = []
     for layer in found.layers:
-        if any(layer.repeats(other) for stack in modules for other in stack):
+        stack = next((stack for stack in modules if layer.continues(stack[-1])), None)  # with the same weights, too
+        same = next((other for each in modules for other in each if layer.repeats(other)), None)
+        if same is not None and stack is None:
+            if layer.above == same.output and layer.prefix != same.prefix:
+                found.words.append(
+                    f"the node {layer.node} has the weights of {same.node}, and takes its output: "
+                    f"call the module {same.prefix!r} again, on its own output"
+                )
             continue
-        stack = next((stack for stack in modules if layer.continues(stack[-1])), None)
         if stack:
             stack.append(layer)
         else:
@@ -347,7 +356,7 @@ def _add(graph: Graph, node: Any, name: str, found: _Found) -> None:
     elif _RECURRENT.search(operator):
         full = operator if builtin else f"{as_text(node.domain)}.{operator}"
         found.left_out.append(f"{name}{graph.where} ({full})")
-    elif operator in _LOOPS and builtin:
+    elif operator in LOOPS and builtin:
         found.loops.append(name)
     elif operator in ("Tanh", "Relu") and (name[:1] == "/" or any(e.key == "namespace" for e in node.metadata_props)):
         found.activations.setdefault(_prefix(node, name), set()).add(operator)
@@ -387,8 +396,13 @@ def _add_recurrent(graph: Graph, node: Any, name: str, found: _Found) -> None:
     above = None if attributes.get("layout") else _below(graph, inputs["X"], len(weights), features)
     output = graph, as_text(node.output[0]) if node.output else ""
     places = tuple(homes[each] for each in ("W", "R", "B", "P"))
+    starts = tuple(homes[each] for each in ("initial_h", "initial_c") if inputs[each])
+    if graph.looped:
+        found.words.append(f"{name}{graph.where} runs once for each step of {graph.looped}: call {prefix!r} as often")
     found.layers.append(
-        _Layer(name + graph.where, prefix, operator, said, places, weights, homes["sequence_lens"], above, output)
+        _Layer(
+            name + graph.where, prefix, operator, said, places, weights, homes["sequence_lens"], above, output, starts
+        )
     )
 
 
