@@ -938,6 +938,15 @@ def test_a_node_in_a_loop_is_named(loop: str, tmp_path: Path) -> None:
     np.testing.assert_allclose(ours, theirs, atol=1e-6)
 
 
+def test_names_make_no_lines_of_warnings(tmp_path: Path) -> None:
+    arrays = _arrays("GRU", "a") | {"start": np.ones((1, B, H), "f4")}
+    node = _recurrent("GRU", "a", "X", "Y", "gru\nWarning: all is well\x1b[31m", ["", "start"])
+    [text] = _loaded(_model(_graph([node], arrays)), tmp_path)[1]
+    assert text == (
+        r"gru\nWarning: all is well\x1b[31m starts from the state start, which is not zero: give it to each call as hx"
+    )
+
+
 def test_mutated_files_are_read_or_refused(tmp_path: Path) -> None:
     numbers, data, refused = random.Random(0), _everything().SerializeToString(), 0
     for _ in range(100):

@@ -106,7 +106,7 @@ class Graph:
     ) -> None:
         self.proto, self.file, self.opsets, self.outer, self.path = proto, file, list(opsets), outer, path
         self.where = where
-        self.looped = looped or ("" if outer is None else outer.looped)
+        self.looped: str = looped or ("" if outer is None else outer.looped)
         self._depth: int = 0 if outer is None else outer._depth + 1
         if self._depth > _DEEPEST:
             raise CheckpointError(f"an ONNX file whose graphs are nested too deeply\n{AGAIN}")
