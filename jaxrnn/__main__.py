@@ -23,7 +23,7 @@ from jaxrnn._tables import print_table
 from jaxrnn._version import __version__
 from jaxrnn.checkpoint import CheckpointError, FoundRNN, find_rnns, fold, save
 from jaxrnn.checkpoint.check import LIMIT, check, installed_torch
-from jaxrnn.checkpoint.errors import about, listed
+from jaxrnn.checkpoint.errors import about, listed, printable
 from jaxrnn.checkpoint.files import Tensors, opened
 from jaxrnn.checkpoint.flax_cells import with_torchs_names
 from jaxrnn.checkpoint.formats.reading import Reading
@@ -211,7 +211,7 @@ def _progress(what: str, tensors: Tensors, times: int = 1) -> Iterator[Callable[
     """Show a progress bar over the tensors' bytes, if many and on a terminal; yields what to call with a number."""
     total = times * sum(value.nbytes for value in tensors.values())
     console = Console(stderr=True, markup=False, emoji=False, highlight=False)
-    columns = (TextColumn(_printable(what), markup=False), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    columns = (TextColumn(printable(what), markup=False), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     hidden = total < LARGE or not console.is_terminal
     with Progress(*columns, console=console, transient=True, disable=hidden) as progress:
         task = progress.add_task("", total=total)
@@ -270,7 +270,7 @@ def _kind(rnn: FoundRNN) -> str:
 
 def _print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print a table whose first column is a prefix, which may hold any text. No prefix is ever split over lines."""
-    rows = [(_printable(prefix) or '""', *row) for prefix, *row in rows]
+    rows = [(printable(prefix) or '""', *row) for prefix, *row in rows]
     table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False, show_edge=False)
     for name in columns:
         table.add_column(name, justify="left" if name in ("prefix", "kind", "dtype", "verdict") else "right")
@@ -452,16 +452,8 @@ def _shown(difference: float | None) -> str:
 
 def _print(text: str, file: TextIO | None = None) -> None:
     wrapper = textwrap.TextWrapper(80, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
-    for line in _printable(text).split("\n"):
-        print(wrapper.fill(line), file=file)
-
-
-def _printable(text: str) -> str:
-    """The text without control characters: a key may hold any text, which could steer a terminal."""
-    return "".join(
-        character if character.isprintable() or character == "\n" else character.encode("unicode_escape").decode()
-        for character in text
-    )
+    for line in text.split("\n"):
+        print(wrapper.fill(printable(line)), file=file)
 
 
 if __name__ == "__main__":

@@ -758,6 +758,27 @@ def test_an_rnn_written_step_by_step(nonlinearity: str, tmp_path: Path) -> None:
     assert (words, found.prefix, found.said) == ([], "rnn.", {"nonlinearity": nonlinearity.lower()})
 
 
+@pytest.mark.parametrize("nonlinearity", ["Tanh", "Relu"])
+def test_a_cell_written_as_torch_does(nonlinearity: str, tmp_path: Path) -> None:
+    runtime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    shapes = {"weight_ih": (H, F), "weight_hh": (H, H), "bias_ih": (H,), "bias_hh": (H,)}
+    arrays = {f"cell.{name}": normal(*shape, seed=len(name)).astype("f4") for name, shape in shapes.items()}
+    nodes = [
+        onnx.helper.make_node("Gemm", ["h", "cell.weight_hh", "cell.bias_hh"], ["a"], "/cell/Gemm", transB=1),
+        onnx.helper.make_node("Gemm", ["x", "cell.weight_ih", "cell.bias_ih"], ["b"], "/cell/Gemm_1", transB=1),
+        onnx.helper.make_node("Add", ["a", "b"], ["c"], "/cell/Add"),
+        onnx.helper.make_node(nonlinearity, ["c"], ["Y"], f"/cell/{nonlinearity}"),
+    ]
+    inputs = [*_values("x", sizes=[B, F]), *_values("h", sizes=[B, H])]
+    tensors, words = _loaded(_model(_graph(nodes, arrays, inputs)), tmp_path)
+    [found] = find_rnns(tensors)
+    assert (words, found.said, found.is_cell) == ([], {"nonlinearity": nonlinearity.lower()}, True)
+    x, h = normal(B, F).astype("f4"), normal(B, H, seed=1).astype("f4")
+    [theirs] = runtime.InferenceSession(tmp_path / "model.onnx").run(None, {"x": x, "h": h})
+    params = {name: jnp.asarray(tensors[f"cell.{name}"]) for name in shapes}
+    np.testing.assert_allclose(jaxrnn.apply_cell(found.spec, params, x, h), theirs, atol=1e-6)
+
+
 @pytest.mark.slow
 @pytest.mark.torch
 @pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
@@ -821,18 +842,109 @@ def test_layers_joined_by_sizes_that_the_graph_computes(tmp_path: Path) -> None:
     assert len(words) == 1
 
 
-def test_a_module_called_on_its_own_output_is_one(tmp_path: Path) -> None:
-    """Not two layers of one module, as other weights would be."""
-    for second, layers in (("a", 1), ("b", 2)):
-        arrays = _arrays("GRU", "a", H) | _arrays("GRU", second, H) | {"one": np.array([1])}
-        nodes = [
-            _recurrent("GRU", "a", "X", "Ya", "/gru/GRU"),
-            _node("Squeeze", ["Ya", "one"], "Z"),
-            _recurrent("GRU", second, "Z", "Y", "/gru/GRU_1"),
-        ]
-        tensors, words = _loaded(_model(_graph(nodes, arrays)), tmp_path)
-        assert [(each.prefix, each.num_layers) for each in find_rnns(tensors)] == [("gru.", layers)]
-        assert words == []
+@pytest.mark.parametrize("names", ["aa", "ab", "aba"])
+def test_layers_may_have_the_same_weights(names: str, tmp_path: Path) -> None:
+    """Torch's exporter gives the second call of a module another path."""
+    runtime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    nodes, arrays, last = [], {"one": np.array([1])}, "X"
+    for layer, name in enumerate(names):
+        arrays |= _arrays("GRU", name, H, seed=ord(name))
+        nodes.append(_recurrent("GRU", name, last, f"Y{layer}", "/gru/GRU" + f"_{layer}" * bool(layer)))
+        nodes.append(_node("Squeeze", [f"Y{layer}", "one"], last := f"Z{layer}"))
+    model = _model(_graph(nodes, arrays, _values("X", sizes=[None, None, H]), (last,)))
+    tensors, words = _loaded(model, tmp_path)
+    [found] = find_rnns(tensors)
+    assert (words, found.prefix, found.num_layers) == ([], "gru.", len(names))
+    x = normal(T, B, H).astype("f4")
+    [theirs] = runtime.InferenceSession(model.SerializeToString()).run(None, {"X": x})
+    params = {name.removeprefix("gru."): jnp.asarray(array) for name, array in tensors.items() if name != "one"}
+    np.testing.assert_allclose(_apply(found.spec, params, jnp.asarray(x))[0], theirs, atol=1e-6)
+
+
+@pytest.mark.parametrize("path", ["/gru_1/GRU", "again"])
+def test_a_module_called_on_its_own_output_is_one(path: str, tmp_path: Path) -> None:
+    """Not two layers of one module: nodes of one module of torch have one path."""
+    arrays = _arrays("GRU", "a", H) | {"one": np.array([1])}
+    nodes = [
+        _recurrent("GRU", "a", "X", "Ya", "/gru/GRU"),
+        _node("Squeeze", ["Ya", "one"], "Z"),
+        _recurrent("GRU", "a", "Z", "Y", path),
+    ]
+    tensors, words = _loaded(_model(_graph(nodes, arrays)), tmp_path)
+    assert [(each.prefix, each.num_layers) for each in find_rnns(tensors)] == [("gru.", 1)]
+    assert words == [
+        f"the node {path} has the weights of /gru/GRU, and takes its output: call the module 'gru.' again, on its own "
+        "output"
+    ]
+
+
+@pytest.mark.parametrize("between", [None, "Neg"])
+def test_a_node_that_starts_from_anothers_end_is_no_layer_of_one_module(between: str | None, tmp_path: Path) -> None:
+    runtime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    arrays = _arrays("GRU", "a", H) | _arrays("GRU", "b", H, seed=5) | {"one": np.array([1])}
+    first = _recurrent("GRU", "a", "X", "Ya", "/gru/GRU")
+    first.output.append("end")
+    start = "start" if between else "end"
+    nodes = [
+        first,
+        *([_node(between, ["end"], start)] if between else []),
+        _node("Squeeze", ["Ya", "one"], "Z"),
+        _recurrent("GRU", "b", "Z", "Y", "/gru/GRU_1", ["", start]),
+    ]
+    model = _model(_graph(nodes, arrays, _values("X", sizes=[None, None, H])))
+    tensors, words = _loaded(model, tmp_path)
+    one, two = find_rnns(tensors)
+    assert (one.prefix, two.prefix, one.num_layers, two.num_layers) == ("gru.", "gru.1.", 1, 1)
+    assert words == [
+        f"/gru/GRU_1 starts from the state {start}, which the graph computes: give it to each call as hx",
+        "the nodes /gru/GRU and /gru/GRU_1 have the prefix 'gru.': load the second with the prefix 'gru.1.', or give "
+        "the nodes other names",
+    ]
+    x = normal(T, B, H).astype("f4")
+    [theirs] = runtime.InferenceSession(model.SerializeToString()).run(None, {"X": x})
+    ours, end = jnp.asarray(x), None
+    for each in (one, two):
+        params = {name: jnp.asarray(tensors[each.prefix + name]) for name in each.spec.shapes()}
+        ours, end = _apply(each.spec, params, ours, end if end is None or not between else -end)
+    np.testing.assert_allclose(ours, theirs[:, 0], atol=1e-6)
+
+
+@pytest.mark.parametrize("loop", ["Loop", "Scan"])
+def test_a_node_in_a_loop_is_named(loop: str, tmp_path: Path) -> None:
+    helper, arrays = onnx.helper, _arrays("GRU", "a", H) | {"one": np.array([1]), "many": np.array(2)}
+    body_nodes = [_recurrent("GRU", "a", "x", "y", "in"), _node("Squeeze", ["y", "one"], "x_out")]
+    given, made = _values("x"), _values("x_out")
+    if loop == "Loop":
+        body_nodes.append(_node("Identity", ["go"], "go_out"))
+        given[:0] = [helper.make_tensor_value_info("step", 7, []), helper.make_tensor_value_info("go", 9, [])]
+        made[:0] = [helper.make_tensor_value_info("go_out", 9, [])]
+        node = helper.make_node("Loop", ["many", "", "X"], ["Y"], "loop")
+    else:
+        body_nodes.append(_node("Identity", ["scanned"], "scanned_out"))
+        given, made = [*given, *_values("scanned")], [*made, *_values("scanned_out")]
+        node = helper.make_node("Scan", ["X", "S"], ["Y", "S_out"], "loop", num_scan_inputs=1)
+    node.attribute.append(helper.make_attribute("body", helper.make_graph(body_nodes, "body", given, made)))
+    inputs = [*_values("X", sizes=[T, B, H]), *(_values("S", sizes=[2, 1]) if loop == "Scan" else [])]
+    model = _model(_graph([node], arrays, inputs))
+    tensors, words = _loaded(model, tmp_path)
+    assert words == ["in in body of loop runs once for each step of loop: call 'in.' as often"]
+    runtime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    x = normal(T, B, H).astype("f4")
+    feeds = {"X": x} | ({"S": np.zeros((2, 1), "f4")} if loop == "Scan" else {})
+    [theirs] = runtime.InferenceSession(model.SerializeToString()).run(None, feeds)
+    [found] = find_rnns(tensors)
+    params = {name: jnp.asarray(tensors[found.prefix + name]) for name in found.spec.shapes()}
+    ours = _apply(found.spec, params, _apply(found.spec, params, jnp.asarray(x))[0])[0]
+    np.testing.assert_allclose(ours, theirs, atol=1e-6)
+
+
+def test_names_make_no_lines_of_warnings(tmp_path: Path) -> None:
+    arrays = _arrays("GRU", "a") | {"start": np.ones((1, B, H), "f4")}
+    node = _recurrent("GRU", "a", "X", "Y", "gru\nWarning: all is well\x1b[31m", ["", "start"])
+    [text] = _loaded(_model(_graph([node], arrays)), tmp_path)[1]
+    assert text == (
+        r"gru\nWarning: all is well\x1b[31m starts from the state start, which is not zero: give it to each call as hx"
+    )
 
 
 def test_mutated_files_are_read_or_refused(tmp_path: Path) -> None:

@@ -61,6 +61,11 @@ def as_text(value: str | bytes) -> str:
     return value if isinstance(value, str) else bytes(value).decode(errors="backslashreplace")
 
 
+def printable(text: str) -> str:
+    """The text on one line, and without control characters: a name may hold any, which could steer a terminal."""
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
+
+
 def listed(names: Iterable[object], limit: int = 20) -> str:
     """Names for a message: the first few, and how many more there are."""
     names = list(names)

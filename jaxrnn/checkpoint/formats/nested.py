@@ -68,7 +68,7 @@ def _note(whole: Any, path: list[str], tensors: dict[str, Any], note: Callable[[
 
 
 def choose(
-    checkpoint: Any, what: Reading, is_tensor: Callable[[Any], bool], warn: Callable[[str], None]
+    checkpoint: Any, what: Reading, is_tensor: Callable[[Any], bool], warn: Callable[[str, str], None]
 ) -> dict[str, Any]:
     """The tensors of the dict under a key; without one, of the dict under the only usual key, or at the top."""
     key, whole, path = what.key, checkpoint, list[str]()
@@ -100,19 +100,19 @@ def choose(
         raise CheckpointError(f"some entries of {_at(path)} are not named tensors: {listed(others)}\n{STATE_DICT}")
     _note(whole, path, named, what.note)
     metadata = getattr(checkpoint, "_metadata", None)
-    for text in _unknown(metadata if isinstance(metadata, dict) else {}):
-        warn(text)
+    for text, remedy in _unknown(metadata if isinstance(metadata, dict) else {}):
+        warn(text, remedy)
     return Described(named, modules=modules_of(checkpoint))
 
 
-def _unknown(metadata: dict[str, Any]) -> Iterator[str]:
-    """What the metadata of a state dict has that is not known, each once, with the modules."""
-    places: dict[str, list[str]] = {}
+def _unknown(metadata: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """What the metadata of a state dict has that is not known, each once, with the modules; and the remedy."""
+    places: dict[tuple[str, str], list[str]] = {}
     for place, settings in metadata.items():
         for finding in METADATA.findings(settings if isinstance(settings, dict) else {}):
-            places.setdefault(f"{finding}\n{finding.row.words}", []).append(place or "the whole model")
-    for text, modules in places.items():
-        yield f"the state dict of {listed(modules)} has {text}"
+            places.setdefault((str(finding), finding.row.words), []).append(place or "the whole model")
+    for (text, remedy), modules in places.items():
+        yield f"the state dict of {listed(modules)} has {text}", remedy
 
 
 def _nested(checkpoint: dict, is_tensor: Callable[[Any], bool]) -> list[Any]:

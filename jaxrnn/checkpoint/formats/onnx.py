@@ -11,7 +11,7 @@ from jaxrnn.checkpoint.arrays import NO_NUMBERS, dtype_of
 from jaxrnn.checkpoint.dialects import DIALECTS
 from jaxrnn.checkpoint.errors import AGAIN, CheckpointError, as_text, check_unicode, listed
 from jaxrnn.checkpoint.formats.bombs import Budget
-from jaxrnn.checkpoint.formats.onnx_graph import BUILTIN, File, Graph, library, value_of
+from jaxrnn.checkpoint.formats.onnx_graph import BUILTIN, LOOPS, File, Graph, library, value_of
 from jaxrnn.checkpoint.formats.reading import Reading, warn
 from jaxrnn.checkpoint.named import Described, Names
 from jaxrnn.checkpoint.stored import Value, equal
@@ -105,8 +105,8 @@ _FUNCTION = Table(
 )
 _VERBS = {"initial_h": "starts from", "initial_c": "starts its c from", "sequence_lens": "stops each row after"}
 _RECURRENT = re.compile("LSTM|GRU|RNN", re.I)  # operators of others, such as AttnLSTM of onnxruntime
-_LOOPS = ("Loop", "Scan")
 _LAYERS_NAME = re.compile(r"(?P<prefix>.*\.|)(?P<role>(weight|bias)_[ih]h)_(?P<place>l\d+(_reverse)?)", re.S | re.ASCII)
+_CELLS_NAME = re.compile(r"(?P<prefix>.*\.|)weight_hh", re.S)
 
 
 def sniff(head: bytes) -> bool:
@@ -162,6 +162,7 @@ class _Layer(NamedTuple):
         lengths: the graph and name of its sequence_lens.
         above: the graph and name of what makes its input, if that could be the layer below.
         output: the graph and name of its output.
+        starts: the graphs and names of its first states.
     """
 
     node: str
@@ -173,6 +174,7 @@ class _Layer(NamedTuple):
     lengths: tuple[Graph, str]
     above: tuple[Graph, str] | None
     output: tuple[Graph, str]
+    starts: tuple[tuple[Graph, str], ...]
 
     def continues(self, other: "_Layer") -> bool:
         """Whether torch has both as layers of one module."""
@@ -182,7 +184,9 @@ class _Layer(NamedTuple):
             other.prefix, other.kind, other.said, other.lengths, len(other.weights),
         )  # fmt: skip
         same = same and one["weight_hh"].shape == two["weight_hh"].shape and one.keys() == two.keys()
-        return same and self.above == other.output and one["weight_ih"].shape[1] == hidden * len(self.weights)
+        same = same and self.above == other.output and one["weight_ih"].shape[1] == hidden * len(self.weights)
+        # The layers of a module start at once.
+        return same and not any(graph.comes_from(name, other.output) for graph, name in self.starts)
 
     def repeats(self, other: "_Layer") -> bool:
         """Whether both are calls of one module. Branches may have the same weights, or others of the same names."""
@@ -264,9 +268,15 @@ def _put_layers(found: _Found, tensors: Names[Any]) -> dict[str, dict[str, Any]]
     """Put the weights of all layers under torch's names; return what the file says of modules."""
     modules: list[list[_Layer]] = []
     for layer in found.layers:
-        if any(layer.repeats(other) for stack in modules for other in stack):
+        stack = next((stack for stack in modules if layer.continues(stack[-1])), None)  # with the same weights, too
+        same = next((other for each in modules for other in each if layer.repeats(other)), None)
+        if same is not None and stack is None:
+            if layer.above == same.output and layer.prefix != same.prefix:
+                found.words.append(
+                    f"the node {layer.node} has the weights of {same.node}, and takes its output: "
+                    f"call the module {same.prefix!r} again, on its own output"
+                )
             continue
-        stack = next((stack for stack in modules if layer.continues(stack[-1])), None)
         if stack:
             stack.append(layer)
         else:
@@ -304,8 +314,12 @@ def _leave_out_parts(
 ) -> None:
     """Leave out initializers that have torch's names, but are not whole layers, or those of a node that is left out.
 
-    What torch's exporter writes step by step is whole, if the weights kept their names.
+    What torch's exporter writes step by step is whole, if the weights kept their names. So are cells, which it always
+    writes so.
     """
+    for name in others:
+        if (match := _CELLS_NAME.fullmatch(name)) and name not in tensors:
+            said.update(_said_by_operators(match["prefix"], [others[name]], found))
     modules: dict[str, dict[str, list[str]]] = {}
     for name in others:
         if (match := _LAYERS_NAME.fullmatch(name)) and name not in tensors:
@@ -321,10 +335,15 @@ def _leave_out_parts(
         elif parts:
             cause = f"left out {listed(names)}, whose other weights have no names, as in an RNN written step by step"
             found.words.append(f"{cause}: export it with torch.onnx.export(..., dynamo=False)")
-        elif len(operators := found.activations.get(prefix, set())) == 1 and all(
-            len({*others[name].shape}) == 1 for name in names if "weight_hh" in name
-        ):
-            said[prefix] = {"nonlinearity": next(iter(operators)).lower()}
+        else:
+            said.update(_said_by_operators(prefix, [others[name] for name in names if "weight_hh" in name], found))
+
+
+def _said_by_operators(prefix: str, state_weights: list[np.ndarray], found: _Found) -> dict[str, dict[str, Any]]:
+    """What a module's operators say of an RNN: its nonlinearity, if there is one operator, and no gates."""
+    operators = found.activations.get(prefix, set())
+    simple = len(operators) == 1 and all(len({*array.shape}) == 1 for array in state_weights)
+    return {prefix: {"nonlinearity": next(iter(operators)).lower()}} if simple else {}
 
 
 def _add(graph: Graph, node: Any, name: str, found: _Found) -> None:
@@ -337,9 +356,9 @@ def _add(graph: Graph, node: Any, name: str, found: _Found) -> None:
     elif _RECURRENT.search(operator):
         full = operator if builtin else f"{as_text(node.domain)}.{operator}"
         found.left_out.append(f"{name}{graph.where} ({full})")
-    elif operator in _LOOPS and builtin:
+    elif operator in LOOPS and builtin:
         found.loops.append(name)
-    elif operator in ("Tanh", "Relu") and any(each.key == "namespace" for each in node.metadata_props):
+    elif operator in ("Tanh", "Relu") and (name[:1] == "/" or any(e.key == "namespace" for e in node.metadata_props)):
         found.activations.setdefault(_prefix(node, name), set()).add(operator)
 
 
@@ -377,8 +396,13 @@ def _add_recurrent(graph: Graph, node: Any, name: str, found: _Found) -> None:
     above = None if attributes.get("layout") else _below(graph, inputs["X"], len(weights), features)
     output = graph, as_text(node.output[0]) if node.output else ""
     places = tuple(homes[each] for each in ("W", "R", "B", "P"))
+    starts = tuple(homes[each] for each in ("initial_h", "initial_c") if inputs[each])
+    if graph.looped:
+        found.words.append(f"{name}{graph.where} runs once for each step of {graph.looped}: call {prefix!r} as often")
     found.layers.append(
-        _Layer(name + graph.where, prefix, operator, said, places, weights, homes["sequence_lens"], above, output)
+        _Layer(
+            name + graph.where, prefix, operator, said, places, weights, homes["sequence_lens"], above, output, starts
+        )
     )
 
 

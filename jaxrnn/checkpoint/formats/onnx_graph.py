@@ -16,6 +16,7 @@ _FOLDED = ("Concat", "Identity", "Reshape", "Slice", "Squeeze", "Transpose", "Un
 # Operators that only move, repeat or leave out numbers of their first input; Concat, of all.
 _MOVING = (*_FOLDED, "Cast", "Expand", "Gather", "Split", "Tile")
 _AS_THEY_ARE = ("Identity", "Dropout", "Cast")
+LOOPS = ("Loop", "Scan", "SequenceMap")  # whose bodies run many times
 _FAR = 99  # how many nodes to go back
 _MOST_SIZES = 8  # elements of a shape
 _DEEPEST = 100  # graphs in graphs
@@ -89,6 +90,7 @@ class Graph:
         call: the node that calls the function.
         path: the prefix for the names of what is in it.
         where: which it is, for messages, such as " in then_branch of if".
+        looped: the name of the node that runs it many times, such as a Loop.
     """
 
     def __init__(
@@ -100,9 +102,11 @@ class Graph:
         call: Any = None,
         path: str = "",
         where: str = "",
+        looped: str = "",
     ) -> None:
         self.proto, self.file, self.opsets, self.outer, self.path = proto, file, list(opsets), outer, path
         self.where = where
+        self.looped: str = looped or ("" if outer is None else outer.looped)
         self._depth: int = 0 if outer is None else outer._depth + 1
         if self._depth > _DEEPEST:
             raise CheckpointError(f"an ONNX file whose graphs are nested too deeply\n{AGAIN}")
@@ -143,7 +147,8 @@ class Graph:
         for attribute in node.attribute:
             for graph in [*attribute.graphs, *([attribute.g] if attribute.HasField("g") else [])]:
                 inner = f" in {as_text(attribute.name)}{where}"
-                yield Graph(graph, self.file, self.opsets, self, None, self.path, inner)
+                looped = name if node.op_type in LOOPS and node.domain in BUILTIN else ""
+                yield Graph(graph, self.file, self.opsets, self, None, self.path, inner, looped)
 
     def attributes_of(self, node: Any) -> dict[str, Any]:
         """A node's attributes, with those of the call for which a function's refer to."""
@@ -264,6 +269,21 @@ class Graph:
             else:
                 found.computed.append(name)
         return found
+
+    def comes_from(self, name: str, other: tuple["Graph", str]) -> bool:
+        """Whether a value is computed with an output of the node that makes another, and not with its shape alone."""
+        wanted = other[0].producers.get(other[1])
+        seen, todo = set[tuple[Graph, str]](), [self.home(name)]
+        while todo:
+            place = graph, name = todo.pop()
+            node = graph.producers.get(name)
+            if place in seen or node is None or node.op_type in ("Shape", "Size"):
+                continue
+            if node is wanted:
+                return True
+            seen.add(place)
+            todo += [graph.home(as_text(each)) for each in node.input if each]
+        return False
 
     def _is_zero(self, name: str) -> bool:
         array = self.constant(as_text(name))

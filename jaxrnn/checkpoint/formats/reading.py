@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 
-from jaxrnn.checkpoint.errors import CheckpointError
+from jaxrnn.checkpoint.errors import CheckpointError, printable
 from jaxrnn.spec import level_outside
 
 
@@ -32,5 +32,7 @@ class Reading(NamedTuple):
             )
 
 
-def warn(path: str | os.PathLike[str], text: str) -> None:
-    warnings.warn(f"{os.fspath(path)}: {text}", stacklevel=level_outside())
+def warn(path: str | os.PathLike[str], text: str, remedy: str = "") -> None:
+    """Warn of a file. What comes from it, such as a name, must not look like lines of the warning."""
+    lines = [f"{os.fspath(path)}: {printable(text)}", *([printable(remedy)] if remedy else [])]
+    warnings.warn("\n".join(lines), stacklevel=level_outside())

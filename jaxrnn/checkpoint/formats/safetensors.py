@@ -60,7 +60,7 @@ def read(path: str | os.PathLike[str], what: Reading) -> dict[str, Value]:
         header = file.read(length)
         metadata = dict(json.loads(header)).get("__metadata__") or {}
         for finding in METADATA.findings({name: value for name, value in metadata.items() if name in METADATA}):
-            warn(path, f"it says {finding}\n{finding.row.words}")
+            warn(path, f"it says {finding}", finding.row.words)
         for name, info in _entries(header):
             if name in tensors:
                 raise CheckpointError(f"a damaged safetensors file, two tensors are named {name}\n{AGAIN}")
