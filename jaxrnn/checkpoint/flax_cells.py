@@ -213,8 +213,9 @@ def from_flax(module: Any, variables: Mapping[str, Any] | None = None, rngs: nnx
 
     Warns:
         UserWarning: a setting that changes the results and is not converted, such as `carry_init`; one that is unknown;
-            parameters that an NNX module has at several places; of weights alone, what is beside a cell, and that `forward_rnn` and `backward_rnn` are taken for the two
-            directions of a Bidirectional. The second line says what to do.
+            parameters that an NNX module has at several places; of weights alone, what is beside a cell, and that
+            `forward_rnn` and `backward_rnn` are taken for the two directions of a Bidirectional. The second line says
+            what to do.
 
     >>> import jax.numpy as jnp, jaxrnn
     >>> from flax import nnx
