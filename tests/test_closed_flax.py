@@ -618,3 +618,61 @@ def test_training_as_flax_with_the_gradients_of_new_biases_masked(library: str, 
         tree = mask if variables else nnx.State({key: params[key].replace(jnp.asarray(a)) for key, a in mask.items()})
         found = _trained(library, ours, variables, lambda module: module(theirs.x)[0], tree)
         assert (float(jnp.max(jnp.abs(found - expected))) < 1e-10) == equal
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tied", ["layers", "one of both", "all of both"])
+def test_parameters_that_are_shared(tied: str) -> None:
+    def make(rngs: nnx.Rngs) -> Any:
+        one, other = _cell("flax.nnx", "LSTMCell", rngs, {}), _cell("flax.nnx", "LSTMCell", rngs, {})
+        if tied == "layers":
+            one.hi = one.hf
+            return nnx.RNN(one)
+        for name, layer in vars(one).items():
+            if isinstance(layer, nnx.Linear) and (tied == "all of both" or name == "hi"):
+                setattr(other, name, layer)
+        return nnx.Bidirectional(nnx.RNN(one), nnx.RNN(other))
+
+    theirs = Theirs("flax.nnx", make)
+    words = {
+        "layers": r"one parameter at several places: .*cell\.hf\.kernel, cell\.hi\.kernel\nours has a copy",
+        "one of both": r"places: .*; forward_rnn\.cell\.hi\.kernel, backward_rnn\.cell\.hi\.kernel\nours has a copy",
+        "all of both": "two directions have the same weights\nours train apart",
+    }
+    with pytest.warns(UserWarning, match=words[tied]) as caught:
+        ours = theirs.ours()
+    assert len(caught) == 1
+    assert_close(ours(theirs.x), theirs(theirs.x, None), atol=1e-12)
+
+
+@pytest.mark.parametrize("library", FLAX)
+def test_other_names_of_torchs_activations(library: str) -> None:
+    changed = {"activation_fn": jax.lax.tanh, "gate_fn": jax.lax.logistic}
+    theirs = Theirs(library, _make(library, "GRUCell", changed))
+    assert_close(theirs.ours()(theirs.x), theirs(theirs.x, None), atol=1e-12)
+    assert jax.scipy.special.expit in TABLES[library, "LSTMCell"]["gate_fn"].plain
+
+
+@pytest.mark.slow
+def test_a_bound_rnn_whose_cell_is_elsewhere() -> None:
+    class Around(linen.Module):
+        def setup(self) -> None:
+            self.inner = linen.GRUCell(H, param_dtype=jnp.float64)
+            self.rnn = linen.RNN(self.inner)
+
+        def __call__(self, x: Any) -> Any:
+            return self.rnn(x)
+
+    x = jnp.asarray(normal(N, T, F))
+    around = Around().bind(Around().init(jax.random.key(0), x))
+    with pytest.raises(CheckpointError, match="its cell may belong to the module around it\ngive those of") as caught:
+        jaxrnn.from_flax(around.rnn, around.rnn.variables)
+    variables = _expression(r"\{'params'.*$", str(caught.value), around=around, name="inner")
+    ours, variables = jaxrnn.from_flax(around.rnn, variables)
+    assert_close(ours.apply(variables, x)[0], around(x), atol=1e-12)
+
+
+def test_a_dict_of_states() -> None:
+    theirs = Theirs("flax.nnx", _make("flax.nnx", "GRUCell", {}))
+    for weights in (dict(nnx.state(theirs.module)), dict(nnx.state(theirs.module.cell))):
+        assert_close(jaxrnn.from_flax(weights)(theirs.x)[0], theirs(theirs.x, None)[0], atol=1e-12)

@@ -413,3 +413,60 @@ def test_moments_of_no_parameter(torch: types.ModuleType) -> None:
     del state["state"]["global"], state["param_groups"][0]["eps"]
     with pytest.raises(CheckpointError, match="group 0 of torch's Adam, AdamW has no 'eps'\ngive torch's optimizer"):
         _two_steps(state, tensors)
+
+
+@pytest.mark.parametrize("names", [None, ["w", "v", "b"]])
+def test_groups_that_were_rearranged(torch: types.ModuleType, names: list[str] | None) -> None:
+    """Parameters go by torch's numbers, or by names in the new order. Two of them have one shape."""
+    optimizer, tensors = _made(torch, "Adam", lr=0.05)
+    state = copy.deepcopy(optimizer.state_dict())
+    state["state"][1]["step"] += 2
+    optimizer.load_state_dict(copy.deepcopy(state))
+    with pytest.raises(CheckpointError, match="separate groups of param_groups, and names=, if you give it, into the"):
+        _two_steps(state, tensors)
+    [group] = state["param_groups"]
+    state["param_groups"] = [{**group, "params": [0, 2]}, {**group, "params": [1]}]
+    found = _two_steps(state, tensors, names=names)
+    assert_close(found, _theirs(torch, optimizer, tensors))
+
+
+def test_names_that_repeat(torch: types.ModuleType) -> None:
+    optimizer, tensors = _made(torch, "Adam", lr=0.05)
+    for read in (_two_steps, _nnx_steps):
+        with pytest.raises(CheckpointError, match="are both read as b\ngive each name once"):
+            read(optimizer.state_dict(), tensors, names=["w", "b", "b"])
+
+
+def test_steps_made_and_an_empty_group(torch: types.ModuleType) -> None:
+    def groups(tensors: dict[str, Any]) -> list[dict[str, Any]]:
+        return [{"params": []}, {"params": list(tensors.values())}]
+
+    optimizer, tensors = _made(torch, "Adam", groups, lr=0.05)
+    state = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(CheckpointError, match=r"steps_made=100, and torch's state says 3 of group 1\nleave out"):
+        _two_steps(state, tensors, steps_made=100)
+    found = _two_steps(state, tensors, learning_rate=lambda count: 0.05, steps_made=3)
+    assert_close(found, _two_steps(state, tensors, learning_rate=lambda count: 0.05))
+    assert_close(found, _theirs(torch, optimizer, tensors))
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [(float("nan"), "^NaN or infinite numbers in exp_avg_sq of w\n"), (1e6, "^numbers in exp_avg_sq of w become inf")],
+)
+def test_numbers_of_moments_that_do_not_fit(torch: types.ModuleType, number: float, words: str) -> None:
+    optimizer, tensors = _made(torch, "Adam", lr=0.05)
+    state = copy.deepcopy(optimizer.state_dict())
+    state["state"][0]["exp_avg_sq"][0, 0] = number
+    params = {name: jnp.asarray(tensor.numpy(), jnp.float16) for name, tensor in tensors.items()}
+    with pytest.warns(UserWarning, match=words) as caught:
+        checkpoint.optax_from_torch(state, params)
+    assert len(caught) == 1
+    if np.isfinite(number):  # as the warning says
+        checkpoint.optax_from_torch(state, {name: value.astype(jnp.float32) for name, value in params.items()})
+
+
+def test_adamax_before_its_first_step(torch: types.ModuleType) -> None:
+    state = torch.optim.Adamax([torch.ones(2)]).state_dict()
+    with pytest.raises(CheckpointError, match=r"may be Adamax before its first step.*\nstart a new .*optax.adamax"):
+        checkpoint.optax_from_torch(state, {"w": np.ones(2)})

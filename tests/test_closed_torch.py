@@ -373,6 +373,81 @@ def test_parts_of_weights_are_folded(torch: types.ModuleType, name: str) -> None
         assert "get_submodule('parametrizations.weight_hh_l0.0')._forward_hooks=" in _refused(module)[0]
 
 
+def _twice(owner: Any, name: str) -> None:
+    """Make an instance's method return twice what it returned."""
+    method = getattr(owner, name)
+    setattr(owner, name, lambda *arguments: 2 * method(*arguments))
+
+
+@pytest.mark.parametrize(
+    ("make", "change"),
+    [
+        ("weight_norm", lambda helper: setattr(helper, "dim", 1)),
+        ("weight_norm", lambda helper: _twice(helper, "compute_weight")),
+        ("prune", lambda helper: _twice(helper, "apply_mask")),
+        ("parametrized", lambda helper: setattr(helper[0], "dim", 1)),
+        ("parametrized", lambda helper: _twice(helper[0], "forward")),
+        ("parametrized", lambda helper: _twice(helper, "forward")),
+    ],
+)
+def test_a_utility_that_was_changed(torch: types.ModuleType, make: str, change: Callable[[Any], None]) -> None:
+    import torch.nn.utils.prune
+
+    module = _module(torch)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        if make == "prune":
+            torch.nn.utils.prune.random_unstructured(module, "weight_hh_l0", amount=0.5)
+        else:
+            utilities = torch.nn.utils.parametrizations if make == "parametrized" else torch.nn.utils
+            utilities.weight_norm(module, "weight_hh_l0")
+    expected = _run(torch, module)
+    [helper] = module.parametrizations.values() if make == "parametrized" else module._forward_pre_hooks.values()
+    change(helper)
+    cause, remedy = _refused(module)
+    assert "weight_hh_l0 is not what torch's utility makes of its parts" in cause
+    assert_close(_first(_follow(remedy, torch, module)(X)), expected)
+
+
+def test_two_utilities_on_one_weight(torch: types.ModuleType) -> None:
+    import torch.nn.utils.prune
+
+    module = _module(torch)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        torch.nn.utils.weight_norm(module, "weight_hh_l0")
+    torch.nn.utils.prune.random_unstructured(module, "weight_hh_l0_v", amount=0.5)
+    assert "two of torch's utilities are stacked on weight_hh_l0" in _refused(module)[0]
+
+
+def test_a_class_of_torch_that_was_patched(torch: types.ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, forward = _run(torch, _module(torch, "GRU")), torch.nn.GRU.forward
+    monkeypatch.setattr(torch.nn.GRU, "forward", lambda self, x, hx=None: forward(self, 2 * x, hx))
+    cause, remedy = _refused(module := _module(torch, "GRU"))
+    assert "torch_module.forward=" in cause
+    assert_close(_first(_follow(remedy, torch, module)(X)), plain)
+
+
+def test_the_remedy_keeps_the_evaluation_mode(torch: types.ModuleType) -> None:
+    module = torch.nn.LSTM(3, 4, 2, dropout=0.5, dtype=torch.float64)
+    module.register_forward_hook(lambda *arguments: None)
+    assert not _follow(_refused(module)[1], torch, module).deterministic
+    ours = _follow(_refused(module.eval())[1], torch, module)
+    assert ours.deterministic
+    assert_close(_first(ours(X)), _run(torch, module))
+
+
+@pytest.mark.parametrize(("name", "tied"), [("LSTM", ("hh_l0", "hh_l1")), ("GRUCell", ("ih", "hh"))])
+def test_tied_weights(torch: types.ModuleType, name: str, tied: tuple[str, str]) -> None:
+    first, second = (f"weight_{each}" for each in tied)
+    module = _module(torch, name, 4, 4, **({"num_layers": 2} if name == "LSTM" else {}))
+    setattr(module, second, getattr(module, first))
+    with pytest.warns(UserWarning, match=f"{first}, {second} are one parameter\nours train apart") as caught:
+        ours = jaxrnn.from_torch(module)
+    exec(str(caught[0].message).partition("to tie them, ")[2], {"ours": ours})
+    assert getattr(ours, first) is getattr(ours, second)
+
+
 def test_a_weight_that_something_outside_computes(torch: types.ModuleType) -> None:
     """As weight drop does it, which keeps the trained weight in the module around it."""
     module = _module(torch)

@@ -3,7 +3,7 @@
 import dataclasses
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, overload
 
 import jax
@@ -61,6 +61,10 @@ _TIED = {
         "{**params, **{f'{name}_reverse': array for name, array in params.items()}}"
     ),
 }
+_APART = (
+    "ours has a copy for each, and they train apart: to keep them equal, "
+    "replace the gradient of each in ours by the sum of all"
+)
 
 
 # The classes that linen.remat and linen.jit make compute what their own base does.
@@ -76,7 +80,8 @@ _IN_LAYERS = neutral("the cell gave it to its layers, whose table has it")
 _SCANNED = neutral("where a step has weights of its own, these have another axis, and are refused")
 _OVERRIDDEN = neutral("a Bidirectional gives it to both, whatever theirs is")
 _FLOATS = warned(None, "float32", "float64", remedy=_HALF)
-_ACTIVATIONS = {"tanh": jnp.tanh, "relu": jax.nn.relu}
+_ACTIVATIONS = {"tanh": (jnp.tanh, jax.lax.tanh), "relu": (jax.nn.relu,)}
+_SIGMOIDS = (jax.nn.sigmoid, jax.lax.logistic, jax.scipy.special.expit)
 _LIBRARIES = {"flax.linen": linen, "flax.nnx": nnx}
 _EVERY = {
     "flax.linen": {"parent": neutral("where the module is"), "name": neutral("its name there")},
@@ -112,7 +117,7 @@ _LAYER = {
 
 def _cell_rows(library: str, dialect: Dialect) -> dict[str, Row]:
     rows = {
-        "activation_fn": refused(*(_ACTIVATIONS[name] for name in dialect.nonlinearities), remedy=_OWN),
+        "activation_fn": refused(*(fn for name in dialect.nonlinearities for fn in _ACTIVATIONS[name]), remedy=_OWN),
         "carry_init": warned(None, jax.nn.initializers.zeros, remedy=_FIRST),
         "param_dtype": _FLOATS,
         **dict.fromkeys(("kernel_init", "recurrent_kernel_init", "bias_init"), _INITIAL),
@@ -120,7 +125,7 @@ def _cell_rows(library: str, dialect: Dialect) -> dict[str, Row]:
     if dialect.kind == "RNN":
         rows["residual"] = refused(False, remedy=_OWN)
     else:
-        rows["gate_fn"] = refused(jax.nn.sigmoid, remedy=_OWN)
+        rows["gate_fn"] = refused(*_SIGMOIDS, remedy=_OWN)
     if library == "flax.linen":
         return rows | {"features": _SHAPES, "dtype": _FLOATS}
     rows |= dict.fromkeys(("in_features", "hidden_features"), _SHAPES)
@@ -208,8 +213,9 @@ def from_flax(module: Any, variables: Mapping[str, Any] | None = None, rngs: nnx
 
     Warns:
         UserWarning: a setting that changes the results and is not converted, such as `carry_init`; one that is unknown;
-            of weights alone, what is beside a cell, and that `forward_rnn` and `backward_rnn` are taken for the two
-            directions of a Bidirectional. The second line says what to do.
+            parameters that an NNX module has at several places; of weights alone, what is beside a cell, and that
+            `forward_rnn` and `backward_rnn` are taken for the two directions of a Bidirectional. The second line says
+            what to do.
 
     >>> import jax.numpy as jnp, jaxrnn
     >>> from flax import nnx
@@ -226,6 +232,10 @@ def from_flax(module: Any, variables: Mapping[str, Any] | None = None, rngs: nnx
         raise TypeError("variables should be what the Linen module's init returned, got None")
     if library == "flax.nnx" and variables is not None:
         raise TypeError("variables are for a Linen module; an NNX module has its own")
+    if variables is not None and not variables:
+        cause = "variables is empty: if the module is a bound one, its cell may belong to the module around it"
+        remedy = "give those of the cell where an RNN has them: {'params': {'cell': around.variables['params'][name]}}"
+        raise CheckpointError(f"{cause}\n{remedy}")
     if variables is not None and "params" not in variables:
         cause = f"variables should be a dict with 'params' in it, but it has {listed(variables)}"
         raise CheckpointError(f"{cause}\ngive {{'params': variables}}")
@@ -268,12 +278,39 @@ def _converted(library: str, module: Any, params: Mapping[str, Any]) -> tuple[li
             raise TypeError(f"the two of a Bidirectional should be {library}.RNN, got {got}")
         if rnns[0].cell is rnns[1].cell:
             parts[1] = parts[0]  # Linen has them once
+        if same := rnns[0].cell is rnns[1].cell or (library == "flax.nnx" and _same_params(*rnns)):
             _warn(f"a {library}.Bidirectional whose two directions have the same weights\n{_TIED[library]}")
         where = "RNN in a Bidirectional"
-        return [_rnn(library, where, *each) for each in zip(rnns, parts, strict=True)], module.time_major
-    if isinstance(module, flax.RNN):
-        return [_rnn(library, "RNN", module, params)], module.time_major
-    return [_cell(library, module, params)], None
+        cells = [_rnn(library, where, *each) for each in zip(rnns, parts, strict=True)]
+        _warn_of_ties(library, {"": rnns[0]} if same else dict(zip(names, rnns, strict=True)))
+        return cells, module.time_major
+    rnn = isinstance(module, flax.RNN)
+    cell = _rnn(library, "RNN", module, params) if rnn else _cell(library, module, params)
+    _warn_of_ties(library, {"": module})
+    return [cell], module.time_major if rnn else None
+
+
+def _params_of(module: Any, path: tuple[str, ...] = (), above: tuple[int, ...] = ()) -> Iterator[tuple[str, int]]:
+    """The places of an NNX module's parameters, and which they are, each time that one is there."""
+    for name, value in vars(module).items():
+        if isinstance(value, nnx.Param):
+            yield ".".join((*path, name)), id(value)
+        elif isinstance(value, nnx.Module) and id(value) not in above:
+            yield from _params_of(value, (*path, name), (*above, id(module)))
+
+
+def _same_params(one: Any, other: Any) -> bool:
+    return dict(_params_of(one)) == dict(_params_of(other))
+
+
+def _warn_of_ties(library: str, modules: Mapping[str, Any]) -> None:
+    """Warn of parameters that NNX modules have at several places, if there are any."""
+    places: dict[int, list[str]] = {}
+    for name, module in modules.items() if library == "flax.nnx" else ():
+        for place, key in _params_of(module, (name,) * bool(name)):
+            places.setdefault(key, []).append(place)
+    if tied := [listed(each) for each in places.values() if len(each) > 1]:
+        _warn(f"one parameter at several places: {'; '.join(tied)}\n{_APART}")
 
 
 def _rnn(library: str, name: str, rnn: Any, params: Mapping[str, Any]) -> _Cell:
@@ -302,7 +339,7 @@ def _cell(library: str, cell: Any, params: Mapping[str, Any]) -> _Cell:
         "dtype": None if dtype is None else jnp.dtype(dtype),
     }
     if dialect.kind == "RNN":
-        settings["nonlinearity"] = next(name for name, fn in _ACTIVATIONS.items() if cell.activation_fn is fn)
+        settings["nonlinearity"] = next(name for name, fns in _ACTIVATIONS.items() if cell.activation_fn in fns)
     return _Cell(dialect.kind, settings, weights)
 
 
@@ -371,7 +408,7 @@ def _built(library: str, name: str, settings: dict[str, Any], params: Mapping[st
 
 def _from_weights(weights: Mapping[str, Any], rngs: nnx.Rngs | None) -> Any:
     """As `from_flax`, of the weights of one module."""
-    tree = nnx.to_pure_dict(weights) if isinstance(weights, nnx.State) else linen.unbox(dict(weights))
+    tree = nnx.to_pure_dict(weights) if isinstance(weights, nnx.State) else linen.unbox(_pure(weights))
     named = Names[Any](_ONE_PART)
     for path, array in flatten_dict(tree).items():
         named.put(".".join(map(str, path)), array, "/".join(map(str, path)))
@@ -391,6 +428,11 @@ def _from_weights(weights: Mapping[str, Any], rngs: nnx.Rngs | None) -> Any:
     arrays = {name: params[rnn.prefix + name] for name in rnn.spec.shapes()}
     library = "flax.linen" if any(library == "flax.linen" for library, _, _ in cells.values()) else "flax.nnx"
     return _built(library, rnn.class_name, settings, arrays, rngs)
+
+
+def _pure(weights: Mapping[str, Any]) -> dict[str, Any]:
+    """Weights without the states in them, as in `dict(nnx.state(module))`."""
+    return {name: nnx.to_pure_dict(each) if isinstance(each, nnx.State) else each for name, each in weights.items()}
 
 
 def flax_cells(tensors: Mapping[str, Any]) -> dict[str, tuple[str, Dialect, dict[str, Any]]]:

@@ -62,13 +62,10 @@ def fold(tensors: Mapping[str, Any], raw: bool = False) -> dict[str, Any]:
             gone.add(target)
         elif recipe is None or target in renamed:
             continue
-        arrays = {part: to_numpy(name, tensors[renamed[name]]) for part, name in names.items()}
-        try:
-            value = recipe(**{part: array.astype(np.float64) for part, array in arrays.items()})
-        except (ValueError, IndexError):
+        value = _fold_of(recipe, tensors, {part: renamed[name] for part, name in names.items()})
+        if value is None:
             continue
-        dtype = next(iter(arrays.values())).dtype if "orig" not in arrays else arrays["orig"].dtype
-        folded[next(iter(names.values()))] = (target, value.astype(dtype))
+        folded[next(iter(names.values()))] = (target, value)
         gone.update(names.values())
     plain = Names[Any](_LEAVE_OUT)
     for name, key in renamed.items():
@@ -80,6 +77,18 @@ def fold(tensors: Mapping[str, Any], raw: bool = False) -> dict[str, Any]:
             plain.put(name, tensors[key], key)
     said = {_WRAPPED.sub("", prefix): settings for prefix, settings in said_of(tensors).items()}
     return Described(plain, said, modules)
+
+
+def _fold_of(
+    recipe: Callable[..., np.ndarray], tensors: Mapping[str, Any], parts: Mapping[str, str]
+) -> np.ndarray | None:
+    """What a recipe makes of parts, given by their names; None if they do not fit together."""
+    arrays = {part: to_numpy(name, tensors[name]) for part, name in parts.items()}
+    try:
+        value = recipe(**{part: array.astype(np.float64) for part, array in arrays.items()})
+    except (ValueError, IndexError):
+        return None
+    return value.astype(arrays["orig"].dtype if "orig" in arrays else next(iter(arrays.values())).dtype)
 
 
 def _dropped(target: str, name: str, names: Mapping[str, Any], raw: bool) -> str:
@@ -111,6 +120,10 @@ def misfits(tensors: Mapping[str, Any]) -> dict[str, str]:
         elif recipe not in (None, _raw) and target not in tensors:
             shapes = ", ".join(f"{name} {tuple(tensors[name].shape)}" for name in names.values())
             found[target] = f"the parts of {target} do not fit together: {shapes}"
+            with np.errstate(all="ignore"):
+                fits = _fold_of(recipe, tensors, names) is not None
+            if fits:
+                found[target] = f"two of torch's utilities are stacked on {target}, and a part is itself in parts"
         if "raw" in names and target not in tensors:
             hint = (
                 f"{names['raw']} is there: use jaxrnn.checkpoint.fold(tensors, raw=True), or --raw on the command line"

@@ -170,11 +170,12 @@ def from_torch(torch_module: Any, rngs: nnx.Rngs | None = None) -> Any:
         TypeError: `torch_module` is something else.
         CheckpointError: it does not compute what its class in torch.nn does: a subclass or the instance has its own
             `forward` or another method that computes; there are hooks on its call, also those of all modules, or
-            parametrizations that `fold` does not know; or its parameters are not those of its class.
+            parametrizations that `fold` does not know; torch's own class or a utility of its was changed; or its
+            parameters are not those of its class.
 
     Warns:
         UserWarning: it is trained otherwise than its class, because of hooks of gradients or because some of its
-            parameters are frozen. Or as `load_state_dict`.
+            parameters are frozen or tied. Or as `load_state_dict`.
 
     >>> import jaxrnn, torch
     >>> jaxrnn.from_torch(torch.nn.LSTM(10, 20, num_layers=2, bidirectional=True))

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from numpy.typing import NDArray
@@ -25,6 +26,7 @@ _Group = Mapping[str, Any]
 _COUNT = "count"
 _FROZEN = "frozen"
 _NAMES = "give names=, the parameters' names in the order of torch's param_groups"
+_ONCE = "give each name once"
 _SAVE = "give torch's optimizer.state_dict(), or what jaxrnn.checkpoint.load_tree(path, key) reads of it"
 
 
@@ -44,12 +46,14 @@ def optax_from_torch(
         state: torch's `optimizer.state_dict()`, with tensors of torch, numpy or jax.
         params: from name to array, as `spec.init` and `jaxrnn.state_dict` return.
         names: the parameters' names in the order in which torch's optimizer got them, group after group; by default the
-            names that it has itself (`param_names`, if it was given `model.named_parameters()`), else those of params.
+            names that it has itself (`param_names`, if it was given `model.named_parameters()`), else those of params,
+            in the order of torch's numbers.
             Names that torch's optimizer has itself may be in any order. Other parameters are not trained. Those with
             which torch has made no step, because they are frozen or were never used, may be left out.
         learning_rate: a number, or a schedule of the number of steps, which includes torch's; by default each group's
             last one. As in torch, Adagrad divides it as its `lr_decay` says.
-        steps_made: how many steps torch has made. Only a schedule needs it, with SGD, whose state does not hold it.
+        steps_made: how many steps torch has made. Only a schedule needs it, with SGD, whose state does not hold it;
+            if the state holds it, both must agree.
 
     Returns:
         The transformation and its state for `params`.
@@ -59,9 +63,10 @@ def optax_from_torch(
             state that does not match the parameters; or names and torch's own that contradict each other.
 
     Warns:
-        UserWarning: torch has made no step with a parameter among names, so it is not trained. The state has a setting
-            that torch's own optimizers have not, or one that a schedule changes and optax does not. Or names in torch's
-            groups are not those of params, whose order is taken.
+        UserWarning: torch has made no step with a parameter among names, so it is not trained. A moment has NaN or
+            infinite numbers, or numbers that become infinite in the parameter's dtype; it is used anyway. The state has
+            a setting that torch's own optimizers have not, or one that a schedule changes and optax does not. Or names
+            in torch's groups are not those of params, whose order is taken.
 
     >>> import jax, jaxrnn, numpy as np, optax
     >>> params = jaxrnn.Spec(jaxrnn.GRU_CELL, 2, 3, bias=False).init(jax.random.key(0))
@@ -164,7 +169,7 @@ def clip_grad_norm(max_norm: float) -> optax.GradientTransformation:
 def trained(names: Sequence[str], described: Mapping[str, Parameter], contents: Contents, prefix: str) -> list[str]:
     """Names in a checkpoint as a module has them, without those of buffers."""
     buffers = (contents.params.keys() | contents.ignored) - described.keys()
-    repeated = Names[str]("give each name once")
+    repeated = Names[str](_ONCE)
     for name in names:
         repeated.put(name, name, name)
     return [name for name in as_in_module(repeated, contents.params, prefix) if name not in buffers]
@@ -213,7 +218,8 @@ class Resumed(NamedTuple):
             # The last field may be that of a box around the array, such as `linen.Partitioned`.
             found = [self.moments.get(_keys(path[index:]), {}).get(path[index].name) for index in fields[-2:]]
             moment = next((moment for moment in found if moment is not None), None)
-            return leaf if moment is None else jnp.asarray(moment, leaf.dtype)
+            with np.errstate(over="ignore"):  # `resumed` has warned of it
+                return leaf if moment is None else jnp.asarray(moment, leaf.dtype)
 
         return jax.tree_util.tree_map_with_path(filled, state)
 
@@ -221,7 +227,8 @@ class Resumed(NamedTuple):
         if len(self.counts[group]) > 1:
             cause = f"the parameters of {group} have made different numbers of steps, {sorted(self.counts[group])}"
             raise CheckpointError(
-                f"{cause}\noptax has one count for a group: put them into separate groups of param_groups"
+                f"{cause}\noptax has one count for a group: put them into separate groups of param_groups, "
+                "and names=, if you give it, into the new order"
             )
         return max(self.counts[group])
 
@@ -280,6 +287,8 @@ def resumed(
     moments: dict[tuple[Any, ...], dict[str, NDArray[Any]]] = {param.place: {} for param in params.values()}
     transformations = {_FROZEN: optax.set_to_zero()}
     counts = {}
+    odd: list[str] = []
+    large: list[str] = []
     for count, (group, kind) in enumerate(zip(groups, kinds, strict=True)):
         label, steps = f"group {count}", set()
         try:
@@ -297,11 +306,20 @@ def resumed(
                 steps.add(_steps(kept))
             for theirs, field in kind.fields.items():
                 if kept.get(theirs) is not None:
-                    moments[param.place][field] = _moment(f"{theirs} of {name}", kept[theirs], param)
+                    moment = moments[param.place][field] = _moment(f"{theirs} of {name}", kept[theirs], param)
+                    if not np.isfinite(moment).all():
+                        odd.append(f"{theirs} of {name}")
+                    elif not _fits(moment, param):
+                        large.append(f"{theirs} of {name}")
+        if steps and steps_made is not None and steps != {steps_made}:
+            cause = f"steps_made={steps_made}, and torch's state says {listed(map(str, sorted(steps)))} of {label}"
+            raise CheckpointError(f"{cause}\nleave out steps_made=: the state's own is used")
         counts[label] = steps or {steps_made or 0}
-        if callable(learning_rate) and not steps and steps_made is None:
+        trains = label in labels.values()
+        if callable(learning_rate) and trains and not steps and steps_made is None:
             cause = f"{label} does not say how many steps torch has made, which the schedule starts from"
             raise CheckpointError(f"{cause}\ngive it: steps_made=1000")
+    _warn_of_numbers(odd, large)
     return Resumed(transformations, counts, labels, moments)
 
 
@@ -328,6 +346,9 @@ def _named(
     prefix: str,
 ) -> dict[Any, str]:
     """The parameters' names by torch's numbers: by the names in torch's groups if there are any, else by order."""
+    repeated = Names[int](_ONCE)
+    for place, name in enumerate(names or ()):
+        repeated.put(name, place, f"item {place} of names")
     if names is not None and (unknown := [name for name in names if name not in params]):
         raise CheckpointError(
             f"names has {listed(unknown)}, which the module does not have\nits parameters: {listed(params)}"
@@ -346,7 +367,11 @@ def _named(
     elif names is None and said:
         cause = f"the names in torch's param_groups are not the module's: {listed(said)}"
         warnings.warn(f"{cause}. They are taken to be in the same order\n{_NAMES}", stacklevel=level_outside())
-    names = list(params if names is None else names)
+    if names is None:
+        names = list(params)
+        numbers = [index for index in indices if isinstance(index, int)]
+        if len(numbers) == len(indices) and all(list(group["params"]) == sorted(group["params"]) for group in groups):
+            indices = sorted(numbers)  # torch's order, also if the groups were rearranged later
     named = {said[name]: name for name in names if name in said}
     by_name = len(named) == len(names)
     stepped = [index for index in indices if index not in unused]
@@ -415,3 +440,19 @@ def _moment(name: str, value: Any, param: Parameter) -> NDArray[Any]:
     if array.shape != param.shape:
         raise CheckpointError(f"{name} is {array.shape}, should be {param.shape}\n{_NAMES}")
     return param.entry.to_flax(array, param.layer)
+
+
+def _fits(moment: NDArray[Any], param: Parameter) -> bool:
+    """Whether a moment's numbers stay finite in the parameter's dtype."""
+    with np.errstate(over="ignore"):
+        return bool(np.isfinite(moment.astype(jnp.result_type(param.value))).all())
+
+
+def _warn_of_numbers(odd: Sequence[str], large: Sequence[str]) -> None:
+    """Warn of moments that are NaN or infinite, and of those that are too large for their parameters' dtypes."""
+    if odd:
+        cause = f"NaN or infinite numbers in {listed(odd)}"
+        warnings.warn(f"{cause}\nif torch's steps are finite, save its state anew", stacklevel=level_outside())
+    if large:
+        cause = f"numbers in {listed(large)} become infinite in their parameters' dtype"
+        warnings.warn(f"{cause}\ngive the parameters in float32", stacklevel=level_outside())

@@ -1,13 +1,17 @@
 """Closed tables of torch's live recurrent modules: what of a class, its instances and hooks `from_torch` reads."""
 
+import functools
 import inspect
 import operator
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from jaxrnn.checkpoint.arrays import is_lazy, is_torch_tensor
+import jax.numpy as jnp
+import numpy as np
+
+from jaxrnn.checkpoint.arrays import dtype_of, is_lazy, is_torch_tensor, to_numpy
 from jaxrnn.checkpoint.errors import CheckpointError, listed
 from jaxrnn.checkpoint.names import fold, misfits
 from jaxrnn.checkpoint.tables import USED, Finding, Row, Table, neutral, refused, warned
@@ -80,7 +84,9 @@ PARAMETERS = Table(
         **dict.fromkeys(_PARAMETER_HOOKS, warned(None, {}, remedy=_CLEAR)),
         # By module: the names of those without, beside others that have it.
         "requires_grad": warned(
-            (), remedy="freeze them, too: wrt=nnx.All(nnx.Param, lambda path, value: path[-1] not in {value})"
+            (),
+            remedy="freeze them, too, within this module: "
+            "wrt=nnx.All(nnx.Param, lambda path, value: path[-1] not in {value})",
         ),
     },
 )
@@ -122,6 +128,7 @@ METHODS = Table(
         ),
     },
 )
+_COMPUTING = {name for name, row in METHODS.items() if row.use == "refused"}
 
 
 def tensors_of(torch_module: Any) -> dict[str, Any]:
@@ -149,7 +156,9 @@ def check(torch_module: Any, cls: type, shapes: Mapping[str, tuple[int, ...]], c
         UserWarning: its gradients are not those of torch's class, or it has something that jaxrnn does not know.
     """
     owner = type(torch_module).__name__
-    weights = f"ours = {call}; jaxrnn.load_state_dict(ours, torch_module.state_dict())"
+    weights = f"ours = {call}; jaxrnn.load_state_dict(ours, torch_module.state_dict(){{}})"
+    weights += "" if torch_module.training else "; ours.eval()"
+    every, weights = weights.format(", strict=False"), weights.format("")
     for place, finding in _findings(torch_module, cls, shapes):
         remedy = finding.row.words.format(name=finding.name, place=place, value=finding.value, weights=weights)
         text = f"{owner}: {place}{finding}, which is not as in torch.nn.{cls.__name__}\n{remedy}"
@@ -157,14 +166,16 @@ def check(torch_module: Any, cls: type, shapes: Mapping[str, tuple[int, ...]], c
             raise CheckpointError(text)
         warnings.warn(text, stacklevel=level_outside())
     _check_parts(torch_module, owner)
-    _check_names(torch_module, owner, shapes, weights)
+    _check_names(torch_module, owner, shapes, every)
+    _check_folded(torch_module, owner, shapes, weights)
+    _warn_of_ties(torch_module, owner, shapes)
     if "_flat_weights" in vars(torch_module):  # not in a cell
         _check_flat(torch_module, owner, list(shapes))
 
 
 def _findings(torch_module: Any, cls: type, shapes: Mapping[str, Any]) -> Iterator[tuple[str, Finding]]:
     """What is to be said of a class, an instance, its submodules and parameters, each with the place."""
-    for finding in METHODS.findings(_overridden(type(torch_module), cls)):
+    for finding in METHODS.findings(_patched(cls) | _overridden(type(torch_module), cls)):
         yield "torch_module.", finding
     own, fresh = vars(torch_module), vars(cls(1, 1, device="meta"))
     for name, value in _in_place(torch_module, shapes).items():
@@ -198,11 +209,21 @@ def _overridden(kind: type, cls: type) -> dict[str, Any]:
     return {name: value for name, (theirs, value) in pairs.items() if value is not theirs}
 
 
+def _patched(cls: type) -> dict[str, Any]:
+    """What torch's classes have in place of their own functions that compute, which are of the class's file."""
+    found = {}
+    for each in cls.__mro__[:-1]:
+        own = vars(sys.modules[each.__module__])
+        for name, value in vars(each).items():
+            if callable(value) and getattr(value, "__globals__", None) is not own and name in _COMPUTING:
+                found[name] = value
+    return found
+
+
 def _in_place(torch_module: Any, shapes: Mapping[str, Any]) -> dict[str, Any]:
     """What an instance has in place of methods that compute, and of parameters."""
     own = vars(torch_module)
-    computing = {name for name, row in METHODS.items() if row.use == "refused"}
-    names = computing - ATTRIBUTES.keys() | (shapes.keys() & own["_parameters"].keys())
+    names = _COMPUTING - ATTRIBUTES.keys() | (shapes.keys() & own["_parameters"].keys())
     return {name: own[name] for name in own if name in names}
 
 
@@ -241,7 +262,7 @@ def _check_parts(torch_module: Any, owner: str) -> None:
         raise CheckpointError(f"{owner}: {cause}\ntake the weight of evaluation mode: torch_module.eval()")
 
 
-def _check_names(torch_module: Any, owner: str, shapes: Mapping[str, Any], weights: str) -> None:
+def _check_names(torch_module: Any, owner: str, shapes: Mapping[str, Any], every: str) -> None:
     """Refuse what is beside a module's parameters, and parameters that are not there or have no numbers."""
     tensors = tensors_of(torch_module)
     for name, tensor in tensors.items():
@@ -266,8 +287,64 @@ def _check_names(torch_module: Any, owner: str, shapes: Mapping[str, Any], weigh
             cause = f"{name} is {tuple(folded[name].shape)}, should be {tuple(shape)} by its settings"
             raise CheckpointError(f"{owner}: {cause}\n{remedy}")
     if beside := [name for name in folded if name not in shapes]:
-        remedy = f"to leave them out: {weights[:-1]}, strict=False)"
+        remedy = f"to leave them out: {every}"
         raise CheckpointError(f"{owner}: it has {listed(beside)} beside the weights of its class\n{remedy}")
+
+
+def _check_folded(torch_module: Any, owner: str, shapes: Mapping[str, Any], weights: str) -> None:
+    """Refuse weights that torch computes from their parts to other numbers than `fold` does."""
+    tensors = tensors_of(torch_module)
+    folded = fold(tensors)
+    for name, helper, compute in _computed(torch_module):
+        if name in shapes and not (_fits(helper, name, tensors) and _same(compute(), folded[name])):
+            cause = f"{name} is not what torch's utility makes of its parts: a method or setting of it was changed"
+            raise CheckpointError(f"{owner}: {cause}\n{_WEIGHTS.format(weights=weights)}")
+
+
+def _computed(torch_module: Any) -> Iterator[tuple[str, Any, Callable[[], Any]]]:
+    """The weights in parts: each one's name, torch's helper, and a function that computes it as at a call."""
+    own = vars(torch_module)
+    for hook in filter(_folds, own["_forward_pre_hooks"].values()):
+        if hasattr(hook, "apply_mask"):
+            yield hook._tensor_name, hook, functools.partial(hook.apply_mask, torch_module)
+        else:  # in evaluation mode, in which spectral_norm changes nothing
+            more = {"do_power_iteration": False} if type(hook).__module__ == _SPECTRAL else {}
+            yield hook.name, hook, functools.partial(hook.compute_weight, torch_module, **more)
+    for name, steps in dict(own["_modules"].get("parametrizations") or {}).items():
+        yield name, steps[0], functools.partial(getattr, torch_module, name)
+
+
+def _fits(helper: Any, name: str, tensors: Mapping[str, Any]) -> bool:
+    """Whether a weight_norm's axis is that of its norms. If not, torch reads and writes beyond their memory."""
+    if type(helper).__name__ not in ("WeightNorm", "_WeightNorm"):
+        return True
+    old, new = (f"{name}_g", f"{name}_v"), [f"parametrizations.{name}.original{part}" for part in (0, 1)]
+    g, v = (tensors[part] for part in (old if old[0] in tensors else new))
+    one_number = helper.dim in (None, -1)
+    norms = () if one_number else tuple(n if axis == helper.dim else 1 for axis, n in enumerate(v.shape))
+    return tuple(g.shape) == norms
+
+
+def _same(tensor: Any, folded: Any) -> bool:
+    """Whether two weights are equal but for rounding, in the weight's dtype and in float64."""
+    theirs, ours = to_numpy("a weight", tensor).astype(np.float64), np.asarray(folded, np.float64)
+    close = float(jnp.finfo(dtype_of(tensor)).eps) ** 0.5 * np.max(np.abs(ours), initial=0)
+    return theirs.shape == ours.shape and np.allclose(theirs, ours, rtol=0, atol=close, equal_nan=True)
+
+
+def _warn_of_ties(torch_module: Any, owner: str, shapes: Mapping[str, Any]) -> None:
+    """Warn of parameters that are one in torch."""
+    names: dict[Any, list[str]] = {}
+    for name, tensor in tensors_of(torch_module).items():
+        if tensor.numel():
+            names.setdefault((tensor.data_ptr(), tuple(tensor.shape)), []).append(name)
+    for first, *others in names.values():
+        if others:
+            remedy = "to tie them, " + "; ".join(f"ours.{name} = ours.{first}" for name in others)
+            if not {first, *others} <= shapes.keys():
+                remedy = "it has whole weights in place of parts, so compare the training with torch's"
+            cause = f"{owner}: {listed([first, *others])} are one parameter"
+            warnings.warn(f"{cause}\nours train apart: {remedy}", stacklevel=level_outside())
 
 
 def _check_flat(torch_module: Any, owner: str, names: list[str]) -> None:

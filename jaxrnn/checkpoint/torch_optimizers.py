@@ -234,6 +234,9 @@ def kind_of_optimizer(group: _Group, state: Set[str]) -> Kind:
     """
     present = group.keys() | state
     kind = next((kind for kind in KINDS if kind.told_by <= present and not kind.lacks & present), None)
+    if kind is None and {"betas", "eps"} <= group.keys() and not state:
+        cause = "the optimizer may be Adamax before its first step, when only its state would tell"
+        raise CheckpointError(f"{cause}\n{_START_ANEW}, such as optax.adamax")
     if kind is None:
         settings = listed(name for name in group if name != "params")
         raise CheckpointError(f"the optimizer is not one of {_KNOWN}: its settings are {settings}\n{_START_ANEW}")
