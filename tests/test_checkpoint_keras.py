@@ -212,8 +212,8 @@ def test_masks_and_states_in_functional_models_of_keras_2(tmp_path: Path) -> Non
     )}  # fmt: skip
     found, words = _read(tmp_path, groups, config)
     assert sorted(words) == [
-        f"given. comes after its argument mask, {MASK}",
         "given. is called with initial_state: give it as hx, with the layers and directions on the first axis",
+        f"given. is called with mask=, {MASK}",
         f"last. comes after em (Embedding), {MASK}",
         f"masked. comes after em (Embedding), {MASK}",
     ]
@@ -223,7 +223,7 @@ def test_masks_and_states_in_functional_models_of_keras_2(tmp_path: Path) -> Non
 
 
 CALLED = {  # what is said of an argument
-    "mask": f"comes after its argument mask, {MASK}",
+    "mask": f"is called with mask=, {MASK}",
     "initial_state": "is called with initial_state: give it as hx, with the layers and directions on the first axis",
     "training": "is called with training=True, and has dropout=0.5: what is read here drops nothing",
     "constants": "is called with constants: write a jaxrnn.Cell that has them",
@@ -243,6 +243,46 @@ def test_arguments_of_calls(name: str, given: bool, tmp_path: Path) -> None:
     _, words = _read(tmp_path, {"model_weights/a/a/cell": _arrays("LSTM")}, config)
     said = f"a. {CALLED[name]}" if CALLED[name] and given else ""
     assert words == ([said] if said else [f"a. is called with {name}=None: {UNKNOWN}"] if name == "unheard_of" else [])
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        {"class_name": "Lambda", "config": {"name": "m", "mask": "<function>"}},
+        {"class_name": "ReversibleEmbedding", "config": {"name": "m", "mask_zero": True}},
+        {"class_name": "Own>Masking", "config": {"name": "m"}},
+    ],
+)
+def test_whatever_may_mask_is_named(layer: dict[str, Any], tmp_path: Path) -> None:
+    name = layer["class_name"].removeprefix("Own>")
+    groups = {"model_weights/a/a/cell": _arrays("LSTM")}
+    config = {"class_name": "Sequential", "config": [layer, _layer("LSTM", "a")]}
+    assert _read(tmp_path, groups, config)[1] == [f"a. comes after m ({name}), {MASK}"]
+    ends = {"class_name": "Conv1D", "config": {"name": "c"}}  # passes no mask on
+    config = {"class_name": "Sequential", "config": [layer, ends, _layer("LSTM", "a")]}
+    assert _read(tmp_path, groups, config)[1] == []
+
+
+def test_how_a_nested_model_is_called(tmp_path: Path) -> None:
+    inner = {"class_name": "Sequential", "config": {"name": "enc", "layers": [_layer("LSTM", "a", dropout=0.5)]}}
+    tensor = {"class_name": "__keras_tensor__", "config": {"keras_history": ["start", 0, 0]}}
+    node = {"args": [tensor], "kwargs": {"mask": tensor, "training": True}}
+    layers = [{"class_name": "InputLayer", "config": {"name": "start"}}, inner | {"inbound_nodes": [node]}]
+    config = {"class_name": "Functional", "config": {"name": "model", "layers": layers}}
+    _, words = _read(tmp_path, {"model_weights/enc/a/lstm_cell": _arrays("LSTM")}, config)
+    assert sorted(words) == [
+        "enc. is called with training=True, and has dropout=0.5: what is read here drops nothing",
+        f"enc. is in enc, which is called with mask=, {MASK}",
+    ]
+
+
+def test_layers_in_a_class_of_ones_own_that_lists_them(tmp_path: Path) -> None:
+    inner = {"class_name": "Own>Flips", "config": {"name": "f", "layers": [_layer("LSTM", "a")]}}
+    config = {"class_name": "Sequential", "config": [inner]}
+    _, words = _read(tmp_path, {"model_weights/f/a/lstm_cell": _arrays("LSTM")}, config)
+    assert words == [
+        "f. is in f (Flips), a class of your own, whose code the file does not have: compare the outputs with Keras's"
+    ]
 
 
 def test_a_gru_from_before_reset_after(tmp_path: Path) -> None:

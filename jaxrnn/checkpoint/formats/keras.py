@@ -535,7 +535,7 @@ class _Notes:
             flip, mask = bool(one.settings.get("go_backwards")), one.cell.mask
             if mask:
                 remedy = FLIP_MASKED if flip else MASKED
-                words[f"comes after {mask}, which may mask steps{' and has go_backwards' * flip}: {remedy}"] = None
+                words[f"{mask}, which may mask steps{' and has go_backwards' * flip}: {remedy}"] = None
             elif flip:
                 words[f"has go_backwards: {FLIP}"] = None
         self._words |= {f"{prefix} {text}": None for text in words}
