@@ -91,7 +91,7 @@ def test_every_file_that_keras_writes(tmp_path: Path) -> None:
         for prefix, (x, output) in expected.items():
             rnn = found[prefix]
             params = {key: tensors[prefix + key] for key in rnn.spec.shapes()}
-            assert rnn.spec.batch_first == ("weights" not in name)  # weights alone do not say it
+            assert rnn.spec.batch_first
             axes = (0, 1) if rnn.spec.batch_first else (1, 0)
             ours = jaxrnn.apply(rnn.spec, params, np.moveaxis(x, axes, (0, 1)))[0]
             assert_close(np.moveaxis(ours, (0, 1), axes), output, atol=2e-6)
@@ -285,6 +285,49 @@ def test_layers_in_a_class_of_ones_own_that_lists_them(tmp_path: Path) -> None:
     ]
 
 
+def test_a_layer_without_weights_of_its_own(tmp_path: Path) -> None:
+    layers = [_layer("LSTM", "a"), _layer("LSTM", "b", go_backwards=True)]
+    _, words = _read(
+        tmp_path, {"model_weights/a/a/cell": _arrays("LSTM")}, {"class_name": "Sequential", "config": layers}
+    )
+    assert words == [
+        "found no weights for b (go_backwards) of the configuration: another layer may have them, if they "
+        "are shared, and its module can be called again"
+    ]
+
+
+def test_a_layer_made_in_another_model(tmp_path: Path) -> None:
+    config = {"class_name": "Sequential", "config": [_layer("LSTM", "a", go_backwards=True)]}
+    _, words = _read(tmp_path, {"model_weights/a/base/a/lstm_cell": _arrays("LSTM")}, config)
+    assert words == ["a. has go_backwards: flip its input along the time axis"]
+
+
+def test_a_model_in_a_time_distributed(tmp_path: Path) -> None:
+    inner = {
+        "class_name": "Sequential",
+        "config": {"name": "sq", "layers": [_layer("SimpleRNN", "in", activation="relu")]},
+    }
+    layer = {"class_name": "TimeDistributed", "config": {"name": "td", "layer": inner}}
+    groups = {"model_weights/td/td/sq/in/simple_rnn_cell": _arrays("SimpleRNN")}
+    _, words = _read(tmp_path, groups, {"class_name": "Sequential", "config": [layer]})
+    assert [text.partition(":")[0] for text in words] == [
+        "td. is in a TimeDistributed", "td. has relu, which weights do not say",
+    ]  # fmt: skip
+
+
+@weights_alone
+def test_a_cell_under_another_attribute(tmp_path: Path) -> None:
+    groups, names = {"enc/my_cell/vars": _arrays("LSTM")}, {"enc/my_cell/vars": "lstm_cell_3"}
+    [found] = find_rnns(load(_saved(tmp_path, _hdf5(groups, names=names))))
+    assert (found.prefix, found.kind) == ("enc.my_cell.", "LSTM")
+
+
+def test_names_forge_no_lines(tmp_path: Path) -> None:
+    config = {"class_name": "Sequential", "config": [_layer("LSTM", "a\nb", go_backwards=True)]}
+    _, [text] = _read(tmp_path, {"model_weights/a\nb/a\nb/lstm_cell": _arrays("LSTM")}, config)
+    assert text.startswith("a\\nb. has go_backwards")
+
+
 def test_a_gru_from_before_reset_after(tmp_path: Path) -> None:
     """Without biases its weights do not tell that it computes otherwise; its configuration does."""
     config = {"class_name": "Sequential", "config": [_layer("GRU", "old")]}
@@ -318,11 +361,11 @@ def test_layers_in_a_layer_of_ones_own(tmp_path: Path) -> None:
         "lstm_cell_1.": False, "lstm_cell_2.": False, "forward_x.": False, "backward_x.": False,
         "my_backward_rnn.": False,
     }  # fmt: skip
-    assert "which its configuration leaves out: assumed are Keras's default activations" in text
-    assert not any(rnn.said for rnn in found.values())
+    assert "or not where jaxrnn finds them: assumed are Keras's default activations" in text
+    assert all(rnn.said == {"batch_first": True} for rnn in found.values())
     found, [text] = _read(tmp_path, *_encoder(**{"lstm/lstm_cell": "LSTM"}))
     assert [*found] == ["enc."]
-    assert "does not say the settings of enc., which its configuration leaves out" in text
+    assert "does not say the settings of enc., or not where jaxrnn finds them" in text
     found, [text] = _read(tmp_path, *_encoder(lstm_cell="LSTM"))  # it may be a subclass of LSTM
     assert not found
     assert text.endswith(": enc (Encoder of 4 gates)")
@@ -333,7 +376,7 @@ def test_a_layer_of_the_same_name_in_a_layer_of_ones_own(tmp_path: Path) -> None
     inner = {"class_name": "Functional", "config": {"name": "enc", "layers": layers}}
     groups = {f"model_weights/enc/enc/{name}/lstm_cell": _arrays("LSTM") for name in ("a", "own/a")}
     _, words = _read(tmp_path, groups, {"class_name": "Sequential", "config": [inner]})
-    assert words[0].startswith("the file does not say the settings of enc.enc.own.a., which its configuration leaves")
+    assert words[0].startswith("the file does not say the settings of enc.enc.own.a., or not where jaxrnn finds")
     assert words[1:] == ["enc.enc.a. has go_backwards: flip its input along the time axis"]
 
 
@@ -475,6 +518,8 @@ def test_bfloat16(tmp_path: Path) -> None:
             opened.create_dataset(f"layers/lstm/cell/vars/{i}", data=array).attrs["dtype"] = "bfloat16"
     tensors = load(_saved(tmp_path, file.getvalue()))
     assert tensors["lstm.weight_hh_l0"].dtype == jnp.bfloat16
+    assert_close(tensors["lstm.weight_hh_l0"], arrays[1].T, atol=0)
+    tensors = load(_saved(tmp_path, _hdf5({"lstm/lstm/lstm_cell": arrays})))  # with no attribute
     assert_close(tensors["lstm.weight_hh_l0"], arrays[1].T, atol=0)
 
 

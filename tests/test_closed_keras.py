@@ -261,8 +261,8 @@ REMEDIES: dict[str, Callable[[Run], Run]] = {
     r"has dtype=mixed_float16: make the module with the dtype in which that computes, dtype=jnp.float16 or "
     r"dtype=jnp.bfloat16": _half,
     r"is in a TimeDistributed: merge the first two axes of its input": _each_step,
-    r"comes after \w+ \((Masking|Embedding|ReversibleEmbedding|Lambda)\), which may mask steps: if it masks the ends of rows alone, give "
-    r"lengths=, and take h_n for the last output": _with_lengths,
+    r"comes after \w+ \((Masking|Embedding|ReversibleEmbedding|Lambda)\), which may mask steps: "
+    r"if it masks the ends of rows alone, give lengths=, and take h_n for the last output": _with_lengths,
     r"has relu, which weights do not say: make the module with nonlinearity='relu'": lambda run: run,  # it is said
 }
 AFTER = re.compile(r"is more than torch has in one module: run (.*?)(?:; run (.*) on the input flipped along the time "
@@ -517,7 +517,7 @@ def test_layers_in_a_layer_of_ones_own(tmp_path: Path) -> None:
         names = ("lstm_cell_1", "lstm_cell_2", "forward_rnn1", "forward_rnn2", "forward_rnn", "backward_rnn")
         layers = {f"enc.{name}.": getattr(encoder, name) for name in (*names, "my_backward_rnn", "both")}
         assert "does not say the settings of enc.backward_rnn., enc.both." in text
-        assert not any(found.said for found in find_rnns(tensors))
+        assert all(found.said == {"batch_first": True} for found in find_rnns(tensors))
         _agree(tensors, words, layers)
 
 
@@ -650,5 +650,5 @@ def test_weights_alone_say_nothing(tmp_path: Path) -> None:
         "outputs with Keras's"
     )
     [found] = find_rnns(tensors)
-    assert not found.said
-    assert found.assumed == {"nonlinearity": "tanh", "batch_first": False}
+    assert found.said == {"batch_first": True}
+    assert found.assumed == {"nonlinearity": "tanh"}

@@ -229,6 +229,7 @@ class Config:
         self._cells: dict[Path, Cell] = {}
         self._by_name: dict[tuple[str, str], list[Cell]] = {}  # of the layer of the model that has it, and its own
         self._makes: dict[int, str] = {}  # what makes a mask, by a model's list of layers
+        self._read: set[int] = set()  # the cells of which weights were found
         self._titles: dict[Path, str] = {}  # of what is in a model, by the group's name
         root = node_of(raw)
         self._root = root.name if root else ""
@@ -255,7 +256,9 @@ class Config:
             else:
                 found = (*found, each)
             contained = not contained and each in CONTAINERS
-        return self._cells.get(found)
+        cell = self._cells.get(found)
+        self._read.add(id(cell))
+        return cell
 
     def by_names(self, path: Path) -> Cell | None:
         """The cell whose weights have these names in a file of Keras 2, from the outermost layer's to the cell's."""
@@ -263,10 +266,30 @@ class Config:
         if CELL.fullmatch(path[-1]) and len(path) > 1:
             found += self._by_name.get((path[0], path[-2]), ())
         found = [cell for cell in found if self._follows(path[1:], cell)] if len(found) <= _DEEPEST else []
+        self._read.update(map(id, found))
         return found[0] if found and all(cell.chain == found[0].chain for cell in found) else None
+
+    def unread(self) -> list[str]:
+        """The recurrent layers of which no weights were found, with the settings that are not plain."""
+        found: dict[str, None] = {}
+        for cell in self._cells.values():
+            if id(cell) in self._read or cell.chain[-1].kind not in TABLES:
+                continue
+            names = dict.fromkeys(some[0] for some in cell.names[: cell.depth])
+            said = {
+                shown(finding.name, finding.value): None
+                for node in cell.chain
+                if node.kind in TABLES
+                for finding in TABLES[node.kind].findings(node.settings)
+            }
+            said |= dict.fromkeys([cell.mask] if cell.mask else ())
+            found[".".join(names) + (f" ({', '.join(said)})" if said else "")] = None
+        return list(found)
 
     def _follows(self, path: Path, cell: Cell) -> bool:
         """Whether names follow each other as those of what a cell is in do; some may be left out."""
+        if cell.depth == 1 and cell.chain[0].kind in TABLES and len(path) > 1 and path[1] in cell.names[0]:
+            path = path[1:]  # the first name is that of the model in which the layer was made
         names = iter([(self._root,), *cell.names])
         last = len(path) - 1
         return all(
@@ -322,9 +345,8 @@ class Config:
     def _mask_of(self, node: Node) -> str:
         """What in a layer or a model makes a mask, by its name and class; "" if nothing does."""
         findings = MASKS[node.kind].findings(node.settings) if node.kind in MASKS else ()
-        if any(finding.row.words == MASKED for finding in findings) or (
-            node.layers is None and node.kind.startswith("~")
-        ):
+        own = node.layers is None and node.kind.startswith("~")  # whose code may do anything
+        if own or any(finding.row.words == MASKED for finding in findings):
             return f"comes after {node.name[:80]} ({node.kind.removeprefix('~')})"
         if node.layers is None:
             inner = node_of(node.settings.get("layer"))
