@@ -91,7 +91,7 @@ def test_every_file_that_keras_writes(tmp_path: Path) -> None:
         for prefix, (x, output) in expected.items():
             rnn = found[prefix]
             params = {key: tensors[prefix + key] for key in rnn.spec.shapes()}
-            assert rnn.spec.batch_first == ("weights" not in name)  # weights alone do not say it
+            assert rnn.spec.batch_first
             axes = (0, 1) if rnn.spec.batch_first else (1, 0)
             ours = jaxrnn.apply(rnn.spec, params, np.moveaxis(x, axes, (0, 1)))[0]
             assert_close(np.moveaxis(ours, (0, 1), axes), output, atol=2e-6)
@@ -212,8 +212,8 @@ def test_masks_and_states_in_functional_models_of_keras_2(tmp_path: Path) -> Non
     )}  # fmt: skip
     found, words = _read(tmp_path, groups, config)
     assert sorted(words) == [
-        f"given. comes after its argument mask, {MASK}",
         "given. is called with initial_state: give it as hx, with the layers and directions on the first axis",
+        f"given. is called with mask=, {MASK}",
         f"last. comes after em (Embedding), {MASK}",
         f"masked. comes after em (Embedding), {MASK}",
     ]
@@ -223,7 +223,7 @@ def test_masks_and_states_in_functional_models_of_keras_2(tmp_path: Path) -> Non
 
 
 CALLED = {  # what is said of an argument
-    "mask": f"comes after its argument mask, {MASK}",
+    "mask": f"is called with mask=, {MASK}",
     "initial_state": "is called with initial_state: give it as hx, with the layers and directions on the first axis",
     "training": "is called with training=True, and has dropout=0.5: what is read here drops nothing",
     "constants": "is called with constants: write a jaxrnn.Cell that has them",
@@ -243,6 +243,89 @@ def test_arguments_of_calls(name: str, given: bool, tmp_path: Path) -> None:
     _, words = _read(tmp_path, {"model_weights/a/a/cell": _arrays("LSTM")}, config)
     said = f"a. {CALLED[name]}" if CALLED[name] and given else ""
     assert words == ([said] if said else [f"a. is called with {name}=None: {UNKNOWN}"] if name == "unheard_of" else [])
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        {"class_name": "Lambda", "config": {"name": "m", "mask": "<function>"}},
+        {"class_name": "ReversibleEmbedding", "config": {"name": "m", "mask_zero": True}},
+        {"class_name": "Own>Masking", "config": {"name": "m"}},
+    ],
+)
+def test_whatever_may_mask_is_named(layer: dict[str, Any], tmp_path: Path) -> None:
+    name = layer["class_name"].removeprefix("Own>")
+    groups = {"model_weights/a/a/cell": _arrays("LSTM")}
+    config = {"class_name": "Sequential", "config": [layer, _layer("LSTM", "a")]}
+    assert _read(tmp_path, groups, config)[1] == [f"a. comes after m ({name}), {MASK}"]
+    ends = {"class_name": "Conv1D", "config": {"name": "c"}}  # passes no mask on
+    config = {"class_name": "Sequential", "config": [layer, ends, _layer("LSTM", "a")]}
+    assert _read(tmp_path, groups, config)[1] == []
+
+
+def test_how_a_nested_model_is_called(tmp_path: Path) -> None:
+    inner = {"class_name": "Sequential", "config": {"name": "enc", "layers": [_layer("LSTM", "a", dropout=0.5)]}}
+    tensor = {"class_name": "__keras_tensor__", "config": {"keras_history": ["start", 0, 0]}}
+    node = {"args": [tensor], "kwargs": {"mask": tensor, "training": True}}
+    layers = [{"class_name": "InputLayer", "config": {"name": "start"}}, inner | {"inbound_nodes": [node]}]
+    config = {"class_name": "Functional", "config": {"name": "model", "layers": layers}}
+    _, words = _read(tmp_path, {"model_weights/enc/a/lstm_cell": _arrays("LSTM")}, config)
+    assert sorted(words) == [
+        "enc. is called with training=True, and has dropout=0.5: what is read here drops nothing",
+        f"enc. is in enc, which is called with mask=, {MASK}",
+    ]
+
+
+def test_layers_in_a_class_of_ones_own_that_lists_them(tmp_path: Path) -> None:
+    inner = {"class_name": "Own>Flips", "config": {"name": "f", "layers": [_layer("LSTM", "a")]}}
+    config = {"class_name": "Sequential", "config": [inner]}
+    _, words = _read(tmp_path, {"model_weights/f/a/lstm_cell": _arrays("LSTM")}, config)
+    assert words == [
+        "f. is in f (Flips), a class of your own, whose code the file does not have: compare the outputs with Keras's"
+    ]
+
+
+def test_a_layer_without_weights_of_its_own(tmp_path: Path) -> None:
+    layers = [_layer("LSTM", "a"), _layer("LSTM", "b", go_backwards=True)]
+    _, words = _read(
+        tmp_path, {"model_weights/a/a/cell": _arrays("LSTM")}, {"class_name": "Sequential", "config": layers}
+    )
+    assert words == [
+        "found no weights for b (go_backwards) of the configuration: another layer may have them, if they "
+        "are shared, and its module can be called again"
+    ]
+
+
+def test_a_layer_made_in_another_model(tmp_path: Path) -> None:
+    config = {"class_name": "Sequential", "config": [_layer("LSTM", "a", go_backwards=True)]}
+    _, words = _read(tmp_path, {"model_weights/a/base/a/lstm_cell": _arrays("LSTM")}, config)
+    assert words == ["a. has go_backwards: flip its input along the time axis"]
+
+
+def test_a_model_in_a_time_distributed(tmp_path: Path) -> None:
+    inner = {
+        "class_name": "Sequential",
+        "config": {"name": "sq", "layers": [_layer("SimpleRNN", "in", activation="relu")]},
+    }
+    layer = {"class_name": "TimeDistributed", "config": {"name": "td", "layer": inner}}
+    groups = {"model_weights/td/td/sq/in/simple_rnn_cell": _arrays("SimpleRNN")}
+    _, words = _read(tmp_path, groups, {"class_name": "Sequential", "config": [layer]})
+    assert [text.partition(":")[0] for text in words] == [
+        "td. is in a TimeDistributed", "td. has relu, which weights do not say",
+    ]  # fmt: skip
+
+
+@weights_alone
+def test_a_cell_under_another_attribute(tmp_path: Path) -> None:
+    groups, names = {"enc/my_cell/vars": _arrays("LSTM")}, {"enc/my_cell/vars": "lstm_cell_3"}
+    [found] = find_rnns(load(_saved(tmp_path, _hdf5(groups, names=names))))
+    assert (found.prefix, found.kind) == ("enc.my_cell.", "LSTM")
+
+
+def test_names_forge_no_lines(tmp_path: Path) -> None:
+    config = {"class_name": "Sequential", "config": [_layer("LSTM", "a\nb", go_backwards=True)]}
+    _, [text] = _read(tmp_path, {"model_weights/a\nb/a\nb/lstm_cell": _arrays("LSTM")}, config)
+    assert text.startswith("a\\nb. has go_backwards")
 
 
 def test_a_gru_from_before_reset_after(tmp_path: Path) -> None:
@@ -278,11 +361,11 @@ def test_layers_in_a_layer_of_ones_own(tmp_path: Path) -> None:
         "lstm_cell_1.": False, "lstm_cell_2.": False, "forward_x.": False, "backward_x.": False,
         "my_backward_rnn.": False,
     }  # fmt: skip
-    assert "which its configuration leaves out: assumed are Keras's default activations" in text
-    assert not any(rnn.said for rnn in found.values())
+    assert "or not where jaxrnn finds them: assumed are Keras's default activations" in text
+    assert all(rnn.said == {"batch_first": True} for rnn in found.values())
     found, [text] = _read(tmp_path, *_encoder(**{"lstm/lstm_cell": "LSTM"}))
     assert [*found] == ["enc."]
-    assert "does not say the settings of enc., which its configuration leaves out" in text
+    assert "does not say the settings of enc., or not where jaxrnn finds them" in text
     found, [text] = _read(tmp_path, *_encoder(lstm_cell="LSTM"))  # it may be a subclass of LSTM
     assert not found
     assert text.endswith(": enc (Encoder of 4 gates)")
@@ -293,7 +376,7 @@ def test_a_layer_of_the_same_name_in_a_layer_of_ones_own(tmp_path: Path) -> None
     inner = {"class_name": "Functional", "config": {"name": "enc", "layers": layers}}
     groups = {f"model_weights/enc/enc/{name}/lstm_cell": _arrays("LSTM") for name in ("a", "own/a")}
     _, words = _read(tmp_path, groups, {"class_name": "Sequential", "config": [inner]})
-    assert words[0].startswith("the file does not say the settings of enc.enc.own.a., which its configuration leaves")
+    assert words[0].startswith("the file does not say the settings of enc.enc.own.a., or not where jaxrnn finds")
     assert words[1:] == ["enc.enc.a. has go_backwards: flip its input along the time axis"]
 
 
@@ -435,6 +518,8 @@ def test_bfloat16(tmp_path: Path) -> None:
             opened.create_dataset(f"layers/lstm/cell/vars/{i}", data=array).attrs["dtype"] = "bfloat16"
     tensors = load(_saved(tmp_path, file.getvalue()))
     assert tensors["lstm.weight_hh_l0"].dtype == jnp.bfloat16
+    assert_close(tensors["lstm.weight_hh_l0"], arrays[1].T, atol=0)
+    tensors = load(_saved(tmp_path, _hdf5({"lstm/lstm/lstm_cell": arrays})))  # with no attribute
     assert_close(tensors["lstm.weight_hh_l0"], arrays[1].T, atol=0)
 
 

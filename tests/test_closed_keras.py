@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import h5py
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,11 +21,12 @@ from comparing import assert_close
 
 import jaxrnn
 from jaxrnn.checkpoint import find_rnns, load
-from jaxrnn.checkpoint.formats.keras_config import CALL, MASKS, TABLES
+from jaxrnn.checkpoint.formats.keras_config import CALL, MASKS, TABLES, UNMASKING
 from jaxrnn.checkpoint.tables import Table
 
 os.environ["KERAS_BACKEND"] = "jax"
 pytest.importorskip("pyfive", reason="pyfive is not installed")
+h5py = pytest.importorskip("h5py", reason="h5py, which writes files, is not installed")
 pytest.importorskip("keras", reason="Keras is not installed")
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")]
 B, T, F, H = 2, 4, 2, 3
@@ -43,6 +43,7 @@ OLD = {
     "input_length": T,
     "reverse_state_order": True,
     "sparse": True,
+    **dict.fromkeys(("module", "output_shape_module", "function_type", "output_shape_type"), "lambda"),
 }
 # A value that is not the default, by setting.
 OTHERS: dict[str, Any] = {
@@ -54,7 +55,8 @@ OTHERS: dict[str, Any] = {
     "lora_rank": 2, "lora_alpha": 3, "quantization_config": None, "sparse": True,
     **dict.fromkeys([f"{each}_initializer" for each in ("kernel", "recurrent", "bias", "embeddings")], "ones"),
     **dict.fromkeys([f"{each}_regularizer" for each in ("kernel", "recurrent", "bias", "embeddings")], "l2"),
-    "activity_regularizer": "l2",
+    "activity_regularizer": "l2", "tie_weights": False, "reverse_dtype": "float32", "logit_soft_cap": 1.0,
+    "output_shape": (T, F), "arguments": {"scale": 1.0},
     **dict.fromkeys([f"{each}_constraint" for each in ("kernel", "recurrent", "bias", "embeddings")], "non_neg"),
 }  # fmt: skip
 
@@ -103,9 +105,31 @@ def _built(title: str, settings: dict[str, Any]) -> list[Any]:
         return [layers.TimeDistributed(settings.pop("layer", None) or _layer("GRU"), **settings)]
     if title == "Masking":
         return [layers.Masking(**settings), _layer("LSTM")]
-    assert title == "Embedding"
-    table = layers.Embedding(settings.pop("input_dim", 5), settings.pop("output_dim", F), **settings)
+    if title == "Lambda":
+        function = settings.pop("function", None) or _registered()["_also_same" if "arguments" in settings else "_same"]
+        return [layers.Lambda(function, **settings), _layer("LSTM")]
+    assert title in ("Embedding", "ReversibleEmbedding")
+    table = getattr(layers, title)(settings.pop("input_dim", 5), settings.pop("output_dim", F), **settings)
     return [table, _layer("LSTM")]
+
+
+@functools.cache
+def _registered() -> dict[str, Any]:
+    """Functions that a file may name."""
+    register = _keras().saving.register_keras_serializable("closed")
+    return {each.__name__: register(each) for each in (_same, _also_same, _padded)}
+
+
+def _same(x: Any) -> Any:
+    return x
+
+
+def _also_same(x: Any, scale: float = 1.0) -> Any:
+    return x * scale
+
+
+def _padded(x: Any, mask: Any = None) -> Any:
+    return _keras().ops.any(_keras().ops.not_equal(x, 0), axis=-1)
 
 
 def _inner(title: str, name: str) -> Any:
@@ -117,6 +141,8 @@ def _inner(title: str, name: str) -> Any:
         ("Bidirectional", "layer"): lambda: layers.RNN([_cell("GRU"), _cell("GRU")], return_sequences=True),
         ("Bidirectional", "backward_layer"): lambda: _layer("GRU", 4, go_backwards=True),
         ("TimeDistributed", "layer"): lambda: layers.Bidirectional(_layer("SimpleRNN")),
+        ("Lambda", "function"): lambda: _registered()["_also_same"],
+        ("Lambda", "mask"): lambda: _registered()["_padded"],
     }.get((title, name), lambda: OTHERS[name])()
 
 
@@ -124,10 +150,10 @@ def _input(title: str, settings: dict[str, Any]) -> np.ndarray:
     """Input with steps at the ends of rows that a mask would drop, if any layer masks."""
     if title == "TimeDistributed":
         return normal(B, 2, T, F).astype("f4")
-    if title == "Embedding":
+    if "Embedding" in title:
         return np.array([[1, 2, 3, 0], [4, 1, 0, 0]], "i4")
     x = normal(B, T, F).astype("f4")
-    if title == "Masking":
+    if title in ("Masking", "Lambda"):
         x[0, 3:] = x[1, 2:] = settings.get("mask_value", 0.0)
     return x
 
@@ -232,10 +258,11 @@ REMEDIES: dict[str, Callable[[Run], Run]] = {
     r"has go_backwards: flip its input along the time axis": _flip,
     r"has merge_mode=sum: merge the output's halves, because torch concatenates": _merge,
     r"has stateful: give each call the state that the last one returned, as hx": _stateful,
-    r"has dtype=mixed_float16: make the module with the dtype in which that computes, such as dtype=jnp.float16": _half,
+    r"has dtype=mixed_float16: make the module with the dtype in which that computes, dtype=jnp.float16 or "
+    r"dtype=jnp.bfloat16": _half,
     r"is in a TimeDistributed: merge the first two axes of its input": _each_step,
-    r"comes after \w+ \((Masking|Embedding)\), which may mask steps: if it masks the ends of rows alone, give "
-    r"lengths=, and take h_n for the last output": _with_lengths,
+    r"comes after \w+ \((Masking|Embedding|ReversibleEmbedding|Lambda)\), which may mask steps: "
+    r"if it masks the ends of rows alone, give lengths=, and take h_n for the last output": _with_lengths,
     r"has relu, which weights do not say: make the module with nonlinearity='relu'": lambda run: run,  # it is said
 }
 AFTER = re.compile(r"is more than torch has in one module: run (.*?)(?:; run (.*) on the input flipped along the time "
@@ -280,6 +307,13 @@ def test_tables_have_all_that_keras_has() -> None:
     assert made.keys() == ALL.keys()
     for title, layer in made.items():
         _check(ALL[title], {*layer.get_config(), *_parameters(type(layer).__init__)})
+    masks = {each.__name__ for each in vars(layers).values() if inspect.isclass(each) and _makes_masks(each)}
+    assert masks <= {*ALL, *PASSING}, "these may mask"
+    made_of = {"RepeatVector": (2,), "Permute": ((1,),), "Reshape": ((1,),)}
+    for name in UNMASKING - {"GlobalAveragePooling1D"}:  # which ends masks after using them
+        sizes = 2 - name.startswith("Depthwise") if "Conv" in name else int(name.startswith(("Max", "Average")))
+        layer = getattr(layers, name)(*made_of.get(name, (2,) * sizes))
+        assert not layer.supports_masking, f"{name} passes masks on"
     embedding = layers.Embedding(3, 2, lora_rank=2)  # which adds keys
     _check(ALL["Embedding"], set(embedding.get_config()))
     _check(
@@ -292,6 +326,18 @@ def test_tables_have_all_that_keras_has() -> None:
     recurrent = [each for each in classes if issubclass(each, layers.RNN) or each.__name__.endswith(("RNN", "Cell"))]
     known = {*TABLES, "ConvLSTM1D", "ConvLSTM2D", "ConvLSTM3D"}  # whose kernels are no matrices: under their own names
     assert {each.__name__ for each in recurrent} <= known
+
+
+# Classes that combine or drop the masks of their inputs, and make none; the cells of ConvLSTM are not read.
+PASSING = {
+    *("Add", "Average", "Concatenate", "Dot", "Maximum", "Minimum", "Multiply", "Subtract", "GlobalAveragePooling1D"),
+    *("AdditiveAttention", "Attention", "ConvLSTM1D", "ConvLSTM2D", "ConvLSTM3D", "InputSpec"),
+}
+
+
+def _makes_masks(layer: Any) -> bool:
+    base = _keras().layers.Layer.compute_mask
+    return getattr(layer, "compute_mask", base) is not base
 
 
 def _flat(layers: list[Any]) -> Iterator[Any]:
@@ -341,8 +387,8 @@ def test_a_setting_is_used_or_changes_nothing_or_is_said(title: str, name: str, 
         if ALL[title][name].use == "warned":
             assert words, name
         run = _followed(_modules(tensors), words)
-        output, state = run(jnp.asarray(model.layers[0](x) if title == "Embedding" else x))
-        masked = title == "Masking" or "mask_zero" in settings
+        output, state = run(jnp.asarray(model.layers[0](x) if "Embedding" in title else x))
+        masked = title == "Masking" or "mask_zero" in settings or (title, name) == ("Lambda", "mask")
         _compare(output, state, expected, settings, (3, 2) if masked else (T, T))
 
 
@@ -469,7 +515,7 @@ def test_layers_in_a_layer_of_ones_own(tmp_path: Path) -> None:
         names = ("lstm_cell_1", "lstm_cell_2", "forward_rnn1", "forward_rnn2", "forward_rnn", "backward_rnn")
         layers = {f"enc.{name}.": getattr(encoder, name) for name in (*names, "my_backward_rnn", "both")}
         assert "does not say the settings of enc.backward_rnn., enc.both." in text
-        assert not any(found.said for found in find_rnns(tensors))
+        assert all(found.said == {"batch_first": True} for found in find_rnns(tensors))
         _agree(tensors, words, layers)
 
 
@@ -602,5 +648,5 @@ def test_weights_alone_say_nothing(tmp_path: Path) -> None:
         "outputs with Keras's"
     )
     [found] = find_rnns(tensors)
-    assert not found.said
-    assert found.assumed == {"nonlinearity": "tanh", "batch_first": False}
+    assert found.said == {"batch_first": True}
+    assert found.assumed == {"nonlinearity": "tanh"}

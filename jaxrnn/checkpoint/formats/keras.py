@@ -80,8 +80,8 @@ def read(path: str | os.PathLike[str], what: Reading) -> dict[str, Value]:
         try:
             with warnings.catch_warnings(), pyfive.File(weights) as opened:
                 warnings.simplefilter("ignore")  # of what is no array
-                variables = list(_variables(pyfive, opened, (), (), Budget(size), itertools.count()))
                 config = config if zipped else opened.attrs.get("model_config")
+                variables = list(_variables(pyfive, opened, (), (), Budget(size), itertools.count()))
         except CheckpointError:
             raise
         except Exception as error:  # pyfive checks little itself: Python's errors are its checks
@@ -92,7 +92,7 @@ def read(path: str | os.PathLike[str], what: Reading) -> dict[str, Value]:
     except RecursionError as error:
         raise CheckpointError(f"the configuration of the model is nested too deeply\n{AGAIN}") from error
     for text in words:
-        warn(path, text)
+        warn(path, "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text))
     for name in tensors:
         check_unicode(name)
     return tensors
@@ -145,7 +145,8 @@ def _variables(
             title = as_text(noted) if isinstance(noted, str | bytes) and noted else None
             yield from _variables(pyfive, item, below, (*titles, title), budget, count)
         elif isinstance(item, pyfive.Dataset) and isinstance(item.dtype, np.dtype):
-            bfloat16 = item.dtype == "V2" and item.attrs.get("dtype") in ("bfloat16", b"bfloat16")
+            # Keras writes no other type of which numpy knows the size alone; its older files do not name this one.
+            bfloat16 = item.dtype == "V2" and item.attrs.get("dtype", "bfloat16") in ("bfloat16", b"bfloat16")
             if not bfloat16 and dtype_of(np.empty(0, item.dtype)) == NO_NUMBERS:
                 continue
             if item.chunks is not None:  # Keras writes none, and a few bytes of them may become many
@@ -254,11 +255,12 @@ def _arrays(group: list[_Variable]) -> dict[str, np.ndarray] | None:
     numbered = path[-1:] == ("vars",)
     known = {str(i): name for i, name in enumerate(_ARRAYS)} if numbered else {name: name for name in _ARRAYS}
     arrays = {name: each.array for each in group if (name := known.get(each.path[-1].partition(":")[0]))}
+    called = numbered and any(CELL.fullmatch(name or "") for name in (*path[-2:-1], *group[0].titles[-2:-1]))
     shapes = [arrays[name].shape for name in _ARRAYS[:2] if name in arrays]
     if len(arrays) < len(group) or [len(shape) for shape in shapes] != [2, 2] or shapes[0][1] != shapes[1][1]:
         return None
     hidden, columns = shapes[1]
-    if not hidden or columns % hidden or not _layers_in(path) or (numbered and not CELL.fullmatch(path[-2])):
+    if not hidden or columns % hidden or not _layers_in(path) or (numbered and not called):
         return None
     return arrays
 
@@ -278,6 +280,8 @@ def _converted(variables: list[_Variable], config: Config | None) -> tuple[Descr
     modules = _modules(groups, config)
     tensors, said = Names[Value](_RENAME), dict[str, dict[str, Any]]()
     notes = _Notes(config is not None)
+    if config is not None:
+        notes.without = config.unread()
     used: set[Path] = set()
     for prefix, parts in _named(modules, notes).items():
         if reasons := _reasons(parts):
@@ -420,7 +424,7 @@ def _reasons(parts: _Parts) -> list[str]:
     reasons = [reason if where == sides else f"{reason} of its {listed(where)}" for reason, where in found.items()]
     wanted = {(side, level) for (side, _), part in parts.items() for level in range(part.levels)}
     if parts.keys() != wanted or (any(sides) and sides != {*_SIDES}):
-        reasons.append(f"only {len(parts)} of its cells are like torch's")
+        reasons.append(f"only {len(parts)} of its cells are like torch's, or its cells share weights")
     backward = {side: bool(part.settings.get("go_backwards")) for (side, _), part in parts.items() if part.cell}
     if len(backward) == 2 and len(set(backward.values())) == 1:
         reasons.append("both of its directions run the same way")
@@ -483,7 +487,7 @@ def _said(parts: _Parts) -> dict[str, Any]:
     """What the configuration says of a module, and weights do not."""
     settings = [part.settings for part in parts.values()]
     if any(part.cell is None for part in parts.values()):
-        return {}
+        return {"batch_first": True}  # as in Keras 3 always, and in Keras 2 but for time_major
     said: dict[str, Any] = {"batch_first": not settings[0].get("time_major")}
     one = next(iter(parts.values()))
     if one.kind == "SimpleRNN":
@@ -505,6 +509,7 @@ class _Notes:
     Attributes:
         left_out: layers that torch does not have.
         renamed: for prefixes that several layers would have had, those that they got.
+        without: layers of the configuration for which no weights were found.
 
     Args:
         configured: whether the file has a configuration.
@@ -513,6 +518,7 @@ class _Notes:
     def __init__(self, configured: bool) -> None:
         self.left_out: dict[str, None] = {}
         self.renamed: dict[str, list[str]] = {}
+        self.without: list[str] = []
         self._configured = configured
         self._words: dict[str, None] = {}
         self._unknown: dict[str, None] = {}
@@ -535,7 +541,7 @@ class _Notes:
             flip, mask = bool(one.settings.get("go_backwards")), one.cell.mask
             if mask:
                 remedy = FLIP_MASKED if flip else MASKED
-                words[f"comes after {mask}, which may mask steps{' and has go_backwards' * flip}: {remedy}"] = None
+                words[f"{mask}, which may mask steps{' and has go_backwards' * flip}: {remedy}"] = None
             elif flip:
                 words[f"has go_backwards: {FLIP}"] = None
         self._words |= {f"{prefix} {text}": None for text in words}
@@ -556,8 +562,13 @@ class _Notes:
             whole = "" if self._configured else "read a file of model.save(path) instead, or "
             words.append(
                 f"the file does not say the settings of {listed(self._unknown)}, "
-                f"{'which its configuration leaves out' if self._configured else 'but weights alone'}: assumed are "
+                f"{'or not where jaxrnn finds them' if self._configured else 'but weights alone'}: assumed are "
                 f"{', '.join(self._assumed)}; {whole}compare the outputs with Keras's"
+            )
+        if self.without:
+            words.append(
+                f"found no weights for {listed(self.without)} of the configuration: another layer may have them, "
+                "if they are shared, and its module can be called again"
             )
         if self.left_out:
             raw = "which keep Keras's names and layout, for a jaxrnn.Cell"
@@ -573,6 +584,8 @@ def _assumed(parts: _Parts) -> list[str]:
         found.append("merge_mode='concat'")
     if one.kind == "GRU" and "bias" not in one.arrays:
         found.append("reset_after=True")
+    if not any(part.title for part in parts.values()):  # which Keras 3 notes
+        found.append("time_major=False")
     return found
 
 

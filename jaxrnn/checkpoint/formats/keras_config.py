@@ -24,6 +24,7 @@ _START = neutral("is how weights start, and the file has them")
 _HOW = neutral("changes how the layer computes, not what")
 _INPUT = neutral("describes the input")
 _WRITE = "write a jaxrnn.Cell"
+_COMPARE = "compare the outputs with Keras's"
 
 _ANY: dict[str, Row] = {
     "name": USED,
@@ -35,7 +36,7 @@ _ANY: dict[str, Row] = {
         "float64",
         "float16",
         "bfloat16",
-        remedy="make the module with the dtype in which that computes, such as dtype=jnp.float16",
+        remedy="make the module with the dtype in which that computes, dtype=jnp.float16 or dtype=jnp.bfloat16",
     ),
     # of Keras 2
     "batch_input_shape": _INPUT,
@@ -92,22 +93,38 @@ TABLES = {
         "TimeDistributed": _ANY | _INNER,
     }.items()
 }
+_EMBEDDING: dict[str, Row] = {
+    **dict.fromkeys(_ANY, _NOT_RECURRENT),
+    "mask_zero": warned(False, remedy=MASKED),
+    **dict.fromkeys(("input_dim", "output_dim", "embeddings_initializer", "embeddings_regularizer"), _NOT_RECURRENT),
+    **dict.fromkeys(("embeddings_constraint", "input_length", "sparse", "weights"), _NOT_RECURRENT),
+    **dict.fromkeys(("lora_rank", "lora_alpha", "quantization_config"), _NOT_RECURRENT),
+}
 MASKS = {
     "Masking": Table(
         "keras.layers.Masking", dict.fromkeys(_ANY, _NOT_RECURRENT) | {"mask_value": warned(remedy=MASKED)}
     ),
-    "Embedding": Table(
-        "keras.layers.Embedding",
+    "Embedding": Table("keras.layers.Embedding", _EMBEDDING),
+    "ReversibleEmbedding": Table(
+        "keras.layers.ReversibleEmbedding",
+        _EMBEDDING | dict.fromkeys(("tie_weights", "reverse_dtype", "logit_soft_cap"), _NOT_RECURRENT),
+    ),
+    "Lambda": Table(
+        "keras.layers.Lambda",
         {
-            **dict.fromkeys(_ANY, _NOT_RECURRENT),
-            "mask_zero": warned(False, remedy=MASKED),
-            **dict.fromkeys(
-                ("input_dim", "output_dim", "embeddings_initializer", "embeddings_regularizer"), _NOT_RECURRENT
-            ),
-            **dict.fromkeys(("embeddings_constraint", "input_length", "sparse", "weights"), _NOT_RECURRENT),
-            **dict.fromkeys(("lora_rank", "lora_alpha", "quantization_config"), _NOT_RECURRENT),
+            **dict.fromkeys((*_ANY, "function", "output_shape", "arguments"), _NOT_RECURRENT),
+            **dict.fromkeys(("module", "function_type", "output_shape_type", "output_shape_module"), _NOT_RECURRENT),
+            "mask": warned(None, remedy=MASKED),
         },
     ),
+}
+# Layers that pass no mask on.
+UNMASKING = {
+    *(f"{each}{n}D" for each in ("Conv", "UpSampling", "ZeroPadding", "Cropping") for n in (1, 2, 3)),
+    *(f"{each}Pooling{n}D" for each in ("Max", "Average", "GlobalMax", "GlobalAverage") for n in (1, 2, 3)),
+    *("SeparableConv1D", "SeparableConv2D", "DepthwiseConv1D", "DepthwiseConv2D"),
+    *("Conv1DTranspose", "Conv2DTranspose", "Conv3DTranspose"),
+    *("Flatten", "Permute", "RepeatVector", "Reshape"),
 }
 # What a functional model gives a recurrent layer in a call.
 CALL = Table(
@@ -123,6 +140,7 @@ CALL = Table(
     },
 )
 _POSITIONS = ("sequences", "initial_state", "mask", "training")
+_POSITIONS_OF_MODELS = ("inputs", "training", "mask")
 
 
 class Node(NamedTuple):
@@ -159,8 +177,8 @@ class Cell(NamedTuple):
         side: the attribute of its Bidirectional that has it; "" outside.
         level: its place among stacked cells.
         levels: how many there are.
-        mask: what may mask its input.
-        trains: whether it is called with training=True.
+        mask: what may mask its input, as words: "comes after pads (Masking)".
+        trains: whether it, or a model that it is in, is called with training=True.
         words: what else is to be said.
         names: for each layer that it is in, and itself, the names that Keras may give its weights.
         depth: how many of these are of the outermost recurrent layer, and what that is in.
@@ -211,6 +229,7 @@ class Config:
         self._cells: dict[Path, Cell] = {}
         self._by_name: dict[tuple[str, str], list[Cell]] = {}  # of the layer of the model that has it, and its own
         self._makes: dict[int, str] = {}  # what makes a mask, by a model's list of layers
+        self._read: set[int] = set()  # the cells of which weights were found
         self._titles: dict[Path, str] = {}  # of what is in a model, by the group's name
         root = node_of(raw)
         self._root = root.name if root else ""
@@ -237,7 +256,9 @@ class Config:
             else:
                 found = (*found, each)
             contained = not contained and each in CONTAINERS
-        return self._cells.get(found)
+        cell = self._cells.get(found)
+        self._read.add(id(cell))
+        return cell
 
     def by_names(self, path: Path) -> Cell | None:
         """The cell whose weights have these names in a file of Keras 2, from the outermost layer's to the cell's."""
@@ -245,10 +266,30 @@ class Config:
         if CELL.fullmatch(path[-1]) and len(path) > 1:
             found += self._by_name.get((path[0], path[-2]), ())
         found = [cell for cell in found if self._follows(path[1:], cell)] if len(found) <= _DEEPEST else []
+        self._read.update(map(id, found))
         return found[0] if found and all(cell.chain == found[0].chain for cell in found) else None
+
+    def unread(self) -> list[str]:
+        """The recurrent layers of which no weights were found, with the settings that are not plain."""
+        found: dict[str, None] = {}
+        for cell in self._cells.values():
+            if id(cell) in self._read or cell.chain[-1].kind not in TABLES:
+                continue
+            names = dict.fromkeys(some[0] for some in cell.names[: cell.depth])
+            said = {
+                shown(finding.name, finding.value): None
+                for node in cell.chain
+                if node.kind in TABLES
+                for finding in TABLES[node.kind].findings(node.settings)
+            }
+            said |= dict.fromkeys([cell.mask] if cell.mask else ())
+            found[".".join(names) + (f" ({', '.join(said)})" if said else "")] = None
+        return list(found)
 
     def _follows(self, path: Path, cell: Cell) -> bool:
         """Whether names follow each other as those of what a cell is in do; some may be left out."""
+        if cell.depth == 1 and cell.chain[0].kind in TABLES and len(path) > 1 and path[1] in cell.names[0]:
+            path = path[1:]  # the first name is that of the model in which the layer was made
         names = iter([(self._root,), *cell.names])
         last = len(path) - 1
         return all(
@@ -265,6 +306,10 @@ class Config:
     def _inside(self, node: Node, path: Path, place: Cell) -> Iterator[tuple[Node | None, Path, Cell]]:
         """What is directly in a layer or model, with its path and place. A cell is noted instead."""
         if node.layers is not None:
+            if node.kind.startswith("~"):
+                name = f"{node.name} ({node.kind[1:]})".strip()
+                text = f"is in {name}, a class of your own, whose code the file does not have: {_COMPARE}"
+                place = place._replace(words=(*place.words, text))
             yield from self._in_model(node.layers, path, place)
             return
         if not path:
@@ -282,7 +327,10 @@ class Config:
         elif node.kind == "TimeDistributed":
             words = ["is in a TimeDistributed: merge the first two axes of its input"]
             words += [said_of(finding) for finding in TABLES[node.kind].findings(node.settings)]
-            yield inner, (*path, "layer"), place._replace(chain=(), words=(*place.words, *words))
+            below = place._replace(chain=(), words=(*place.words, *words))
+            if inner and inner.layers is not None:
+                below = below._replace(names=(*place.names, (inner.name,)))
+            yield inner, (*path, "layer"), below
         elif node.kind == "RNN":
             yield node_of(node.settings.get("cell")), (*path, "cell"), place
         elif node.kind == "StackedRNNCells" and isinstance(cells := node.settings.get("cells"), list):
@@ -297,8 +345,9 @@ class Config:
     def _mask_of(self, node: Node) -> str:
         """What in a layer or a model makes a mask, by its name and class; "" if nothing does."""
         findings = MASKS[node.kind].findings(node.settings) if node.kind in MASKS else ()
-        if any(finding.row.words == MASKED for finding in findings):
-            return f"{node.name[:80]} ({node.kind})"
+        own = node.layers is None and node.kind.startswith("~")  # whose code may do anything
+        if own or any(finding.row.words == MASKED for finding in findings):
+            return f"comes after {node.name[:80]} ({node.kind.removeprefix('~')})"
         if node.layers is None:
             inner = node_of(node.settings.get("layer"))
             return self._mask_of(inner) if inner else ""
@@ -319,7 +368,8 @@ class Config:
             if alone[node.kind] == 1:  # Keras 2 numbers them in another way
                 self._titles[(*path, "_layer_checkpoint_dependencies", group)] = node.name
             words, masked, trains = _called(node)
-            below = place._replace(names=(*place.names, (node.name,)), words=(*place.words, *words), trains=trains)
+            below = place._replace(names=(*place.names, (node.name,)), words=(*place.words, *words))
+            below = below._replace(trains=place.trains if trains is None else trains)
             yield node, (*path, "layers", node.name), below._replace(mask=mask or masked)
 
 
@@ -378,10 +428,11 @@ def _masks(nodes: list[Node | None], made: list[str], outer: str) -> list[str]:
 
 
 def _ends_mask(node: Node) -> bool:
-    """Whether it is a recurrent layer of which the last output alone goes on."""
+    """Whether no mask goes on from it, as from a recurrent layer that returns the last output alone."""
     inner = node_of(node.settings.get("layer")) if node.kind == "Bidirectional" else node
     recurrent = inner is not None and inner.kind in ("RNN", *_OF_KIND)
-    return bool(recurrent and inner is not None and not inner.settings.get("return_sequences"))
+    ends = recurrent and inner is not None and not inner.settings.get("return_sequences")
+    return bool(ends or node.kind in UNMASKING)
 
 
 def _tensors(calls: Any) -> Iterator[str]:
@@ -400,30 +451,45 @@ def _tensors(calls: Any) -> Iterator[str]:
             todo += each
 
 
-def _called(node: Node) -> tuple[list[str], str, bool]:
-    """How a functional model calls a recurrent layer: what is to be said, its mask, and whether it trains."""
+def _called(node: Node) -> tuple[list[str], str, bool | None]:
+    """How a functional model calls a recurrent layer or a model.
+
+    Returns:
+        What is to be said of arguments; words on a mask among them; the argument training, None if there is none.
+    """
     inner = node_of(node.settings.get("layer")) if node.kind in ("Bidirectional", "TimeDistributed") else node
-    if inner is None or inner.kind not in ("RNN", *_OF_KIND) or not isinstance(node.calls, list):
-        return [], "", False
-    calls = [_given(call) for call in node.calls]
+    model = inner is not None and inner.layers is not None
+    if inner is None or not (model or inner.kind in ("RNN", *_OF_KIND)) or not isinstance(node.calls, list):
+        return [], "", None
+    calls = [_given(call, _POSITIONS_OF_MODELS if model else _POSITIONS) for call in node.calls]
+    place = f"is in {node.name[:80]}, which " * model
     words = {
-        f"is called with {shown(finding.name, finding.value)}: {finding.row.words}": None
+        f"{place}is called with {shown(finding.name, finding.value)}: {finding.row.words}": None
         for given in calls
         for finding in CALL.findings(given)
     }
-    masked = any(given.get("mask") is not None for given in calls)
-    return list(words), "its argument mask" * masked, any(given.get("training") is True for given in calls)
+    masked = any(_any(given.get("mask")) for given in calls)
+    given_training = [each.get("training") for each in calls]
+    known = True in given_training or (bool(calls) and all(each is False for each in given_training))
+    return list(words), f"{place}is called with mask=" * masked, True in given_training if known else None
 
 
-def _given(call: Any) -> dict[str, Any]:
+def _any(value: Any) -> bool:
+    """Whether an argument, or one of a list, is not None."""
+    return any(each is not None for each in value) if isinstance(value, list) else value is not None
+
+
+def _given(call: Any, positions: Iterable[str]) -> dict[str, Any]:
     """The arguments of a call, by name."""
     if isinstance(call, dict):
         args, given = call.get("args"), call.get("kwargs")
-        named = dict(zip(_POSITIONS, args, strict=False)) if isinstance(args, list) else {}
+        named = dict(zip(positions, args, strict=False)) if isinstance(args, list) else {}
         return named | (given if isinstance(given, dict) else {})
     call = call if isinstance(call, list) else []  # of Keras 2
     given = call[0][3] if call and isinstance(call[0], list) and len(call[0]) > 3 else {}
-    return (given if isinstance(given, dict) else {}) | ({"initial_state": call[1:]} if len(call) > 1 else {})
+    # A model's further tensors are inputs.
+    more = {"initial_state": call[1:]} if len(call) > 1 and "initial_state" in positions else {}
+    return (given if isinstance(given, dict) else {}) | more
 
 
 def said_of(finding: Finding) -> str:
