@@ -177,9 +177,8 @@ class _Layers(_Module[StateT]):
             As `jaxrnn.apply`; and ValueError if `deterministic` is given twice, or needed and not given.
         """
         flax_cell.refuse_state_of_sequential(self, hx)
-        given: Any = deterministic
-        if isinstance(given, Sequence) or getattr(given, "ndim", 0):  # by position
-            raise TypeError(f"deterministic should be True, False or None, got {given!r}: give lengths by name")
+        if isinstance(deterministic, Sequence) or getattr(deterministic, "shape", ()) != ():  # by position
+            raise TypeError(f"deterministic should be True, False or None, got {deterministic!r}: give lengths by name")
         if self.dropout > 0 and self.num_layers > 1:
             off = linen.merge_param("deterministic", self.deterministic, deterministic)
             rng = None if off else self.make_rng(self.rng_collection) if rng is None else rng
