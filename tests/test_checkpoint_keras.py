@@ -494,6 +494,7 @@ def test_any_configuration_is_read_or_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*found no weights for")
 def test_a_huge_configuration_takes_no_time(tmp_path: Path) -> None:
     many = [_layer("LSTM", "a") for _ in range(10_000)]
     config = {"class_name": "Sequential", "config": {"name": "a", "layers": many}}
