@@ -25,8 +25,8 @@ class Described(dict[str, Any]):
         modules: Iterable[str] | None = None,
     ) -> None:
         super().__init__(tensors)
-        self.said = {prefix: dict(settings) for prefix, settings in said.items()}
-        self.modules = frozenset(modules_of(tensors) if modules is None else modules)
+        self.said: dict[str, dict[str, Any]] = {prefix: dict(settings) for prefix, settings in said.items()}
+        self.modules: frozenset[str] = frozenset(modules_of(tensors) if modules is None else modules)
 
 
 def said_of(tensors: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

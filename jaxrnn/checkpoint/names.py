@@ -224,7 +224,7 @@ def unwrapped(name: str) -> str:
     return _PARALLEL.sub("", name)
 
 
-def identity(value: Any) -> tuple:
+def identity(value: Any) -> tuple[Any, ...]:
     """A key that is equal for two tensors exactly if they are equal."""
     dtype = dtype_of(value)
     if dtype == NO_NUMBERS:

@@ -104,17 +104,22 @@ class Graph:
         where: str = "",
         looped: str = "",
     ) -> None:
-        self.proto, self.file, self.opsets, self.outer, self.path = proto, file, list(opsets), outer, path
+        self.proto: Any = proto
+        self.file: File = file
+        self.opsets: list[Any] = list(opsets)
+        self.outer: Graph | None = outer
+        self.path: str = path
         self.where = where
         self.looped: str = looped or ("" if outer is None else outer.looped)
         self._depth: int = 0 if outer is None else outer._depth + 1
         if self._depth > _DEEPEST:
             raise CheckpointError(f"an ONNX file whose graphs are nested too deeply\n{AGAIN}")
-        self.nodes = list(proto.node)
+        self.nodes: list[Any] = list(proto.node)
         self.tensors: dict[str, Any] = {}
         self._sparse: dict[str, Any] = {}
         self._described = {as_text(each.name): each for each in proto.value_info}
-        self.producers = _once(((as_text(n), node) for node in self.nodes for n in node.output if n), "outputs")
+        outputs = ((as_text(n), node) for node in self.nodes for n in node.output if n)
+        self.producers: dict[str, Any] = _once(outputs, "outputs")
         self.attributes: dict[str, Any] = {} if outer is None else outer.attributes  # of the function around
         self._called: dict[str, str] | None = None  # names of the caller, by input
         self.inputs: dict[str, Any] = {}
