@@ -90,7 +90,7 @@ class Theirs:
     """A recurrent module of either API, with random numbers in it."""
 
     def __init__(self, library: str, make: Callable[[nnx.Rngs], Any], dtype: Any = jnp.float64) -> None:
-        self.library = library
+        self.api = library
         self.module = filled(lambda: make(nnx.Rngs(0))) if library == "flax.nnx" else make(nnx.Rngs(0))
         cell = getattr(self.module, "forward_rnn", self.module).cell
         features = getattr(cell, "in_features", F)
@@ -102,7 +102,7 @@ class Theirs:
     def __call__(self, x: Any, lengths: Any) -> Any:
         """The output where it is valid, and the carry as ours."""
         settings = {"seq_lengths": lengths, "return_carry": True}
-        if self.library == "flax.linen":
+        if self.api == "flax.linen":
             carry, output = self.module.apply(self.variables, x, **settings)
         else:
             carry, output = self.module(x, **settings, rngs=nnx.Rngs(0).carry)
@@ -110,7 +110,7 @@ class Theirs:
 
     @property
     def cells(self) -> list[Any]:
-        if isinstance(self.module, FLAX[self.library].RNN):
+        if isinstance(self.module, FLAX[self.api].RNN):
             return [self.module.cell]
         return [self.module.forward_rnn.cell, self.module.backward_rnn.cell]
 
@@ -122,7 +122,7 @@ class Theirs:
     def ours(self) -> Callable[..., Any]:
         """Ours, as a function of x, hx and lengths."""
         made = jaxrnn.from_flax(self.module, self.variables)
-        return made if self.library == "flax.nnx" else lambda *args, **kwargs: made[0].apply(made[1], *args, **kwargs)
+        return made if self.api == "flax.nnx" else lambda *args, **kwargs: made[0].apply(made[1], *args, **kwargs)
 
 
 def _as_ours(carry: Any, cells: list[Any]) -> Any:
@@ -403,7 +403,7 @@ def test_two_directions_that_differ_are_converted_one_by_one(differ: str, librar
 
 def _call(theirs: Theirs, x: Any) -> Any:
     """The carry and the output."""
-    if theirs.library == "flax.linen":
+    if theirs.api == "flax.linen":
         return theirs.module.apply(theirs.variables, x, seq_lengths=LENGTHS, return_carry=True)
     return theirs.module(x, seq_lengths=LENGTHS, return_carry=True)
 

@@ -352,23 +352,30 @@ def test_spectral_norm_in_training(torch: types.ModuleType, parametrized: bool) 
     assert_close(_first(ours(X)), _run(torch, module))
 
 
-@pytest.mark.parametrize("name", ["weight_norm", "pruned", "weight_norm, parametrized"])
-def test_parts_of_weights_are_folded(torch: types.ModuleType, name: str) -> None:
+def _in_parts(torch: types.ModuleType, utility: str) -> Any:
+    """A module of which a utility of torch's computes a weight."""
     import torch.nn.utils.prune
 
     module = _module(torch)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
-        if name == "pruned":
+        if utility == "pruned":
             torch.nn.utils.prune.random_unstructured(module, "weight_hh_l0", amount=0.5)
         else:
-            (torch.nn.utils.parametrizations if "," in name else torch.nn.utils).weight_norm(module, "weight_hh_l0")
+            utilities = torch.nn.utils.parametrizations if utility == "parametrized" else torch.nn.utils
+            utilities.weight_norm(module, "weight_hh_l0")
+    return module
+
+
+@pytest.mark.parametrize("name", ["weight_norm", "pruned", "parametrized"])
+def test_parts_of_weights_are_folded(torch: types.ModuleType, name: str) -> None:
+    module = _in_parts(torch, name)
     assert_close(_ours(module), _run(torch, module))
     if name == "pruned":  # with a method of one's own
         hook = next(iter(module._forward_pre_hooks.values()))
         hook.__class__ = type("Own", (type(hook),), {"apply_mask": lambda self, module: 2 * module.weight_hh_l0_orig})
         assert "_forward_pre_hooks=" in _refused(module)[0]
-    elif "," in name:
+    elif name == "parametrized":
         module.parametrizations.weight_hh_l0[0].register_forward_hook(lambda *arguments: None)
         assert "get_submodule('parametrizations.weight_hh_l0.0')._forward_hooks=" in _refused(module)[0]
 
@@ -384,23 +391,14 @@ def _twice(owner: Any, name: str) -> None:
     [
         ("weight_norm", lambda helper: setattr(helper, "dim", 1)),
         ("weight_norm", lambda helper: _twice(helper, "compute_weight")),
-        ("prune", lambda helper: _twice(helper, "apply_mask")),
+        ("pruned", lambda helper: _twice(helper, "apply_mask")),
         ("parametrized", lambda helper: setattr(helper[0], "dim", 1)),
         ("parametrized", lambda helper: _twice(helper[0], "forward")),
         ("parametrized", lambda helper: _twice(helper, "forward")),
     ],
 )
 def test_a_utility_that_was_changed(torch: types.ModuleType, make: str, change: Callable[[Any], None]) -> None:
-    import torch.nn.utils.prune
-
-    module = _module(torch)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        if make == "prune":
-            torch.nn.utils.prune.random_unstructured(module, "weight_hh_l0", amount=0.5)
-        else:
-            utilities = torch.nn.utils.parametrizations if make == "parametrized" else torch.nn.utils
-            utilities.weight_norm(module, "weight_hh_l0")
+    module = _in_parts(torch, make)
     expected = _run(torch, module)
     [helper] = module.parametrizations.values() if make == "parametrized" else module._forward_pre_hooks.values()
     change(helper)

@@ -155,8 +155,7 @@ def test_a_reset_past_the_end_reaches_nothing(spec: jaxrnn.Spec) -> None:
         state = [jnp.where(np.any(inside, axis=0)[:, None], normal(1, H), odd) for _ in spec.cell.states]
         whole = tuple(jnp.broadcast_to(a, (spec.num_layers, N, H)) for a in state)
         given = {"lengths": ROWS, "reset": reset, "reset_state": whole if len(whole) > 1 else whole[0]}
-        run = lambda params: jnp.sum(jnp.sin(jaxrnn.apply(spec, params, x, **given)[0]))  # noqa: E731
-        return jax.value_and_grad(run)(params)
+        return jax.value_and_grad(lambda params: jnp.sum(jnp.sin(jaxrnn.apply(spec, params, x, **given)[0])))(params)
 
     assert_close(differentiate(jnp.nan, reset), differentiate(0.0, inside), atol=1e-15)
 

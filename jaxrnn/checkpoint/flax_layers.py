@@ -321,6 +321,7 @@ def kind_of(layer: object) -> Kind:
 
 def _unlike(known: type, layer: Any) -> Iterator[str]:
     """Warnings about settings that torch's layer lacks, or that are unknown; a subclass may have others of its own."""
-    names = inspect.signature(known.__init__).parameters  # type: ignore[misc]  # which takes the settings
+    # Flax's metaclass hides the signature of the class.
+    names = inspect.signature(known.__init__).parameters  # type: ignore[misc]
     for finding in TABLES[known].findings({name: getattr(layer, name) for name in names if hasattr(layer, name)}):
         yield f"{finding}\n{finding.row.words}"

@@ -404,7 +404,7 @@ class _Machine:
         if type(self.stack[-1]) is Packed:
             self.stack[-1].state = state
         elif type(self.stack[-1]) is OrderedDict:  # torch stores the versions of a state dict's modules
-            self.stack[-1]._metadata = state.get("_metadata") if type(state) is dict else None  # type: ignore[attr-defined]
+            vars(self.stack[-1])["_metadata"] = state.get("_metadata") if type(state) is dict else None
         elif type(self.stack[-1]) is not dict:
             raise ValueError("it sets attributes, as torch.save does not")
 
