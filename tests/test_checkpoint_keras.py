@@ -122,6 +122,12 @@ def test_names_are_those_of_layers_and_attributes(tmp_path: Path) -> None:
     assert [name for name in tensors if "_l0" not in name] == ["layers.dense.0"]
 
 
+def test_a_convolutional_cell_is_named(tmp_path: Path) -> None:
+    arrays = [normal(3, F, 4 * H), normal(3, H, 4 * H), normal(4 * H)]
+    with pytest.warns(UserWarning, match=r"left out layers .*: layers\.conv_lstm1d\.cell \(a recurrent cell with conv"):
+        assert find_rnns(load(_saved(tmp_path, _hdf5({"layers/conv_lstm1d/cell/vars": arrays})))) == []
+
+
 @weights_alone
 def test_names_in_files_of_keras_2(tmp_path: Path) -> None:
     groups = {

@@ -265,6 +265,12 @@ def _arrays(group: list[_Variable]) -> dict[str, np.ndarray] | None:
     return arrays
 
 
+def _convolves(group: list[_Variable]) -> bool:
+    """Whether these variables, all of one group, are those of a cell like a ConvLSTM's."""
+    path, shapes = _layers_in(group[0].path[:-1]), [each.array.shape for each in group[:2]]
+    return bool(path) and CELL.fullmatch(path[-1]) is not None and all(len(shape) > 2 for shape in shapes)
+
+
 def _layers_in(group: Path) -> Path:
     """The part of a group's path that names layers."""
     if group[-1:] == ("vars",):
@@ -298,6 +304,8 @@ def _converted(variables: list[_Variable], config: Config | None) -> tuple[Descr
                     tensors.put(f"{below}{role}{suffix}", array, "/".join(part.group))
     for path, group in groups.items():
         if path not in used:
+            if _convolves(group):
+                notes.left_out[f"{'.'.join(_layers_in(path))} (a recurrent cell with convolutions)"] = None
             for each in group:
                 tensors.put(".".join(part for part in each.path if part != "vars"), each.array, "/".join(each.path))
     return Described(tensors, {prefix: settings for prefix, settings in said.items() if settings}), notes.words()
