@@ -132,14 +132,16 @@ def compile_for(
     sharding = NamedSharding(Mesh(np.array(devices[:1]), "one"), PartitionSpec())
 
     def described(tree: Any) -> Any:
-        return jax.tree.map(lambda a: jax.ShapeDtypeStruct(jnp.shape(a), a.dtype, sharding=sharding), tree)
+        def one(a: Any) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(jnp.shape(a), jax.dtypes.canonicalize_dtype(a.dtype), sharding=sharding)
+
+        return jax.tree.map(one, tree)
 
     for workload, program in itertools.product(workloads, PROGRAMS):
-        x, lengths = workload.inputs()
         made: dict[str, list[Compiled]] = {}
         for form in forms(workload, [side for side in SIDES if side in sides and (on_tpu or side != "pallas")]):
             function = _programs(form.run)[program]
-            arguments = described((form.parameters, x, None if lengths is None else lengths.astype(np.int32)))
+            arguments = described((form.parameters, *workload.inputs()))
             made.setdefault(form.side, []).append(
                 _compiled(target, workload, program, form.side, jax.jit(function), arguments, dumped)
             )
@@ -148,8 +150,8 @@ def compile_for(
 
 
 def _programs(run: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
-    def training(parameters: Any, x: Any, lengths: Any) -> Any:
-        return jax.value_and_grad(lambda p, x: jnp.sum(run(p, x, lengths) ** 2), (0, 1))(parameters, x)
+    def training(parameters: Any, x: Any, marks: Any) -> Any:
+        return jax.value_and_grad(lambda p, x: jnp.sum(run(p, x, marks) ** 2), (0, 1))(parameters, x)
 
     return {"forward": run, "training": training}
 

@@ -127,9 +127,13 @@ def prepare(workload: Workload, sides: Collection[str]) -> Iterator[Turn]:
     operations = dict(zip(PROGRAMS, (workload.operations(), 3 * workload.operations()), strict=True))
     if len(jax.devices()) == 1 or workload.batch % len(jax.devices()):
         sides = [side for side in sides if side != "sharded"]
+    x, marks = workload.inputs()
     for form in forms(workload, sides):
-        shardings = _shared_out((), (None, "batch"), ("batch",)) if form.side == "sharded" else None
-        arguments = jax.device_put((form.parameters, *workload.inputs()), shardings or jax.devices()[0])
+        places: Any = jax.devices()[0]
+        if form.side == "sharded":
+            whole, steps, rows = _shared_out((), (None, "batch"), ("batch",))
+            places = whole, steps, {name: steps if mark.ndim > 1 else rows for name, mark in marks.items()}
+        arguments = jax.device_put((form.parameters, x, marks), places)
         functions: list[Callable[..., Any]] = [form.run]
         functions += [jax.value_and_grad(functools.partial(_loss, form.run), (0, 1))]
         for program, function in zip(PROGRAMS, functions, strict=True):
@@ -148,7 +152,7 @@ def prepare(workload: Workload, sides: Collection[str]) -> Iterator[Turn]:
             memory: Any = compiled.memory_analysis()
             timed = Timed(*names, operations[program], seconds, memory.temp_size_in_bytes / 1e6)
             yield timed, functools.partial(_run, jitted, arguments)
-    if "torch" in sides:
+    if "torch" in sides and not workload.reset:  # which it has not
         module = Torch(workload)
         for program, call in zip(PROGRAMS, (module.inference, module.training), strict=True):
             yield Timed(workload.name, program, "torch", f"torch.nn.{workload.kind}", operations[program]), call
@@ -164,10 +168,10 @@ def _run(jitted: Callable[..., Any], arguments: tuple) -> Any:
 
 def truth(workload: Workload) -> np.ndarray:
     """The outputs in float64, which is switched on for this alone: what is timed runs as it does for everyone."""
-    x, lengths = workload.inputs()
+    x, marks = workload.inputs()
     with jax.enable_x64(True):
         parameters = {name: array.astype(np.float64) for name, array in workload.parameters().items()}
-        return np.asarray(jaxrnn.apply(workload.spec, parameters, x.astype(np.float64), lengths=lengths)[0])
+        return np.asarray(jaxrnn.apply(workload.spec, parameters, x.astype(np.float64), **marks)[0])
 
 
 def take_turns(turns: Sequence[Turn], repeats: int, seconds: float) -> list[Timed]:

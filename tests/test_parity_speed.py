@@ -32,6 +32,7 @@ TINY = [
     Workload("layers", "RNN", 4, 7, 3, 5, num_layers=2, bidirectional=True, nonlinearity="relu"),
     Workload("projected", "LSTM", 4, 7, 3, 5, proj_size=2),
 ]
+RESET = Workload("reset", "GRU", 16, 20, 3, 5, reset=True)
 DEEP = [Workload(f"deep {k}", k, 4, 7, 3, 5, 2, bidirectional=True, ragged=True) for k in ("LSTM", "GRU", "RNN")]
 ROOT = Path(__file__).parents[1]
 
@@ -53,6 +54,8 @@ def test_every_workload_is_in_the_table() -> None:
         *sizes("LSTM", 20, 35, 650, 650, num_layers=2),
         *sizes("LSTM GRU", 64, 256, 512, 1024),
         *sizes("GRU", 128, 128, 64, 256),
+        *sizes("GRU", 1024, 128, 64, 128, reset=True),
+        *sizes("GRU", 4096, 32, 64, 128, reset=True),
         *sizes("LSTM GRU", 32, 100, 8, 32),
         *sizes("LSTM GRU", 256, 100, 32, 128, num_layers=2),
         *sizes("GRU", 1, 1000, 64, 128),
@@ -72,13 +75,21 @@ def test_every_workload_is_in_the_table() -> None:
 
 def test_lengths_are_from_half_of_the_time_to_all_of_it() -> None:
     (workload,) = (workload for workload in WORKLOADS if workload.ragged)
-    x, lengths = workload.inputs()
+    x, marks = workload.inputs()
     assert x.shape == (400, 32, 160)
     assert x.dtype == np.float32
-    assert lengths is not None
+    lengths = marks["lengths"]
     assert lengths.shape == (32,)
     assert lengths.min() >= 200
     assert lengths.max() <= 400
+
+
+def test_one_step_in_fifty_is_reset() -> None:
+    for workload in (workload for workload in WORKLOADS if workload.reset):
+        reset = workload.marks()["reset"]
+        assert reset.shape == (workload.time, workload.batch)
+        assert reset.mean() == pytest.approx(0.02, rel=0.05)
+    assert RESET.marks()["reset"].sum() > 2
 
 
 def test_operations() -> None:
@@ -87,32 +98,35 @@ def test_operations() -> None:
     both = Workload("", "LSTM", 4, 7, 3, 5, num_layers=2, bidirectional=True, proj_size=2)
     assert both.operations() == 2 * 4 * 7 * 2 * (first + second)
     assert Workload("", "GRU", 4, 7, 3, 5).operations() == 2 * 4 * 7 * 3 * 5 * (3 + 5)
-    lengths = TINY[0].lengths()
-    assert lengths is not None
+    lengths = TINY[0].marks()["lengths"]
     whole = TINY[0]._replace(ragged=False).operations()
     assert TINY[0].operations() * 4 * 7 == whole * lengths.sum()  # what is padding is no work
 
 
 def _sides_of_the_truth(workload: Workload, sides: Collection[str]) -> list[str]:
     """The side of each form, all of which give the exact outputs."""
-    x, lengths = workload.inputs()
+    x, marks = workload.inputs()
     exact = speed.truth(workload)
     assert exact.dtype == np.float64
     names = []
     for form in forms(workload, sides):
-        outputs = jax.jit(form.run)(form.parameters, x, lengths)
+        outputs = jax.jit(form.run)(form.parameters, x, marks)
         assert outputs.dtype == np.float32
         assert_close({form.side: outputs}, {form.side: exact}, atol=1e-6, rtol=1e-7)
         names.append(form.side)
     return names
 
 
-@pytest.mark.parametrize("workload", _few_of(TINY, TINY[0], TINY[3]))
+@pytest.mark.parametrize("workload", _few_of([*TINY, RESET], TINY[0], TINY[3], RESET))
 def test_every_jax_side_computes_the_same(workload: Workload) -> None:
     sides = ["jaxrnn", "sharded", "flax.nnx", "flax.linen"]
     names = _sides_of_the_truth(workload, sides)
     assert set(names) == set(sides[: 2 if workload.proj_size else 4])  # Flax has no projection
     assert len(names) == {"ragged": 6, "projected": 2}.get(workload.name, 4)  # and two cells for an LSTM
+
+
+def test_torch_and_keras_have_no_resets() -> None:
+    assert list(speed.prepare(RESET, ["keras", "torch"])) == []
 
 
 def test_an_engine_that_refuses_leaves_the_others(capsys: pytest.CaptureFixture[str]) -> None:
@@ -126,12 +140,12 @@ def test_an_engine_that_refuses_leaves_the_others(capsys: pytest.CaptureFixture[
 @pytest.mark.skipif(not importlib.util.find_spec("keras"), reason="Keras is not installed")
 @pytest.mark.parametrize("workload", _few_of([*TINY, *DEEP], TINY[1]))
 def test_keras_computes_the_same(workload: Workload) -> None:
-    x, lengths = workload.inputs()
+    x, marks = workload.inputs()
     found = {}
     for form in forms(workload, ["jaxrnn", "keras"]):
 
         def loss(x: jax.Array, parameters: Any, run: Callable = form.run) -> tuple[jax.Array, jax.Array]:
-            outputs = run(parameters, x, lengths)
+            outputs = run(parameters, x, marks)
             return jnp.sum(outputs**2), outputs
 
         found[form.side] = jax.jit(jax.grad(loss, has_aux=True))(x, form.parameters)
@@ -170,10 +184,10 @@ def test_both_biases_reach_keras() -> None:
 def test_torch_computes_the_same(workload: Workload, torch: types.ModuleType) -> None:
     there = Torch(workload)
     assert_close({"output": there.inference().numpy()}, {"output": speed.truth(workload)}, atol=1e-6)
-    x, lengths = workload.inputs()
+    x, marks = workload.inputs()
     form = next(forms(workload, ["jaxrnn"]))
     loss, (by_parameters, by_x) = jax.jit(
-        jax.value_and_grad(lambda parameters, x: jnp.sum(form.run(parameters, x, lengths) ** 2), (0, 1))
+        jax.value_and_grad(lambda parameters, x: jnp.sum(form.run(parameters, x, marks) ** 2), (0, 1))
     )(form.parameters, x)
     for _ in range(2):  # the second step's gradients are its own
         assert there.training().item() == pytest.approx(float(loss), rel=1e-5)
