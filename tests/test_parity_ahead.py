@@ -97,6 +97,7 @@ NESTED_HLO = """HloModule jit_f
   %slice.1 = f32[8,2,128]{2,1,0:T(2,128)S(1)} dynamic-slice(%get.2), backend_config={"estimated_cycles":"7"}
   %while.1 = (s32[], f32[8,2,128]{2,1,0}) while(%t.1), condition=%c, body=%inner, trip={"known_trip_count":{"n":"8"}}
   %unknown = (s32[], f32[2,128]{1,0}) while(%t.3), condition=%c.1, body=%something
+  %kernel.1 = f32[2,128]{1,0} custom-call(%slice.1), custom_call_target="tpu_custom_call", backend_config={"body":"a"}
   ROOT %fusion.3 = f32[2,128]{1,0} fusion(%slice.1), calls=%fused.2, backend_config={"estimated_cycles":"1"}
 }
 
@@ -148,6 +149,7 @@ def test_a_loop_within_a_loop_is_shared_out() -> None:
         (4, 2, 1),
         (32, 2, 0),
         (4, 1, 0),
+        (32, 0, 0),  # the kernel, which has a loop over time of its own
         (1, 1, 1),
     ]
     block, step, *_ = found
@@ -155,7 +157,7 @@ def test_a_loop_within_a_loop_is_shared_out() -> None:
     assert ahead.cycles(NESTED_HLO, found) == 50 + 4 * 8 + 32 * 110
     # A slice of the block's and of the step's arrays.
     assert [loop.hbm_bytes for loop in found[:2]] == [4 * 8 * 2 * 128, 2 * 4 * 2 * 128]
-    assert [loop.not_time_major for loop in found] == [1, 0, 0, 0]
+    assert [loop.not_time_major for loop in found] == [1, 0, 0, 0, 0]
     bundles = {"fusion.1": ahead.Bundles(30), "fusion.3": ahead.Bundles(16, True), "while.1": ahead.Bundles(9)}
     counted = ahead.Compiled("", "", "", "", tuple(ahead.loops(NESTED_HLO, 32, bundles)))
     assert counted.bundles(32) == "32+"

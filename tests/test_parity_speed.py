@@ -1,6 +1,7 @@
 """The timing program: what it times is the same network on every side, and its arithmetic. No time is asserted."""
 
 import collections
+import dataclasses
 import importlib.util
 import itertools
 import json
@@ -22,7 +23,7 @@ from jax.experimental import rnn as cudnn
 from rich.console import Console
 
 from jaxrnn.engines.cudnn import CuDNN
-from parity import speed
+from parity import speed, sweep
 from parity.speed import Results, Timed, Turn
 from parity.workloads import WORKLOADS, Torch, Workload, forms, to_keras
 
@@ -210,6 +211,18 @@ def test_ratios_and_their_geometric_mean() -> None:
     assert found[0].gflops == 3  # 6 million in 2 ms
 
 
+def test_memory_is_ours_over_theirs() -> None:
+    memory = {("a", "jaxrnn"): 6.0, ("a", "flax.nnx"): 2.0, ("b", "jaxrnn"): 1.0, ("b", "flax.nnx"): 4.0}
+    memory |= {("c", "jaxrnn"): 1.0, ("c", "flax.nnx"): 0.0}
+    found = [dataclasses.replace(_timed(*key, 1.0), temporary_mb=value) for key, value in memory.items()]
+    results = Results([*found, _timed("a", "torch", 1.0)])
+    assert results.memory("b", "training", "flax.nnx") == 0.25
+    assert results.memory("c", "training", "flax.nnx") is results.memory("a", "training", "torch") is None
+    flax, torch = results.in_words()
+    assert flax.endswith("at worst 1.00, in a; we take at most 3.00 times its memory, in a")
+    assert "memory" not in torch
+
+
 def test_all_take_turns_and_the_slower_form_no_more_than_two(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = itertools.accumulate(itertools.repeat(1.0))  # a second for each look at it
     monkeypatch.setattr(speed.time, "perf_counter", lambda: next(clock))
@@ -234,6 +247,50 @@ def test_all_take_turns_and_the_slower_form_no_more_than_two(monkeypatch: pytest
     called.clear()
     speed.take_turns(turns[:1], repeats=100, seconds=1)
     assert called == ["ours"] * speed.LEAST  # however long they take
+
+
+def test_a_sweep_has_fewer_steps_where_it_is_large() -> None:
+    found = {workload.name: workload for workload in sweep.workloads()}
+    assert len(found) == len(sweep.KINDS) * len(sweep.UNITS) * len(sweep.ROWS)
+    for workload in found.values():
+        assert sweep.STEPS[1] <= workload.time <= sweep.STEPS[0]
+        assert workload.operations() <= sweep.LARGE or workload.time == sweep.STEPS[1]
+    small, large = found["GRU 128, 1 rows"], found["LSTM 512, 4,096 rows"]
+    assert small[1:6] == ("GRU", 1, 64, 64, 128)
+    assert large[1:6] == ("LSTM", 4096, 16, 256, 512)
+
+
+def test_a_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def measure(workload: Workload, sides: set[str], *others: Any) -> list[Timed]:
+        assert sides == {"jaxrnn", "flax.nnx"}
+        flax = {"inference": 2 * workload.batch, "training": workload.hidden_size / 10}
+        both = [
+            (program, *each) for program in flax for each in (("jaxrnn", 1.0, 3.0), ("flax.nnx", flax[program], 2.0))
+        ]
+        return [
+            Timed(workload.name, program, side, "", 1, temporary_mb=memory, times=[ms])
+            for program, side, ms, memory in both
+        ]
+
+    monkeypatch.setattr(sweep, "ROWS", (2, 1024))
+    monkeypatch.setattr(sweep, "UNITS", (4, 8))
+    monkeypatch.setattr(speed, "measure", measure)
+    monkeypatch.setattr(speed, "product_rates", lambda sides: {})
+    monkeypatch.setattr(speed.jax.config, "update", lambda *_: None)  # too late in this process
+    out, picture = tmp_path / "out.json", tmp_path / "out.svg"
+    assert speed.main(["--sweep", "--filter", "gru", "--json", str(out), "--plot", str(picture)]) == 0
+    printed = capsys.readouterr().out
+    lines = [line.split() for line in printed.splitlines()]
+    assert ["GRU", "inference", "2", "4.00", "4.00", "1.50", "1.50"] in lines
+    assert ["GRU", "training", "1,024", "0.40", "0.80", "1.50", "1.50"] in lines
+    assert (
+        "training: flax.nnx takes 0.57 times our time, at worst 0.40, in GRU 4, 2 rows; we take at most 1.5" in printed
+    )
+    found = json.loads(out.read_text())
+    assert [each["batch"] for each in found["workloads"]] == [2, 1024, 2, 1024]
+    assert [line["memory"] for line in found["summary"]] == [1.5, 1.5]
+    texts = {element.text for element in xml.parse(picture).iter("{http://www.w3.org/2000/svg}text")}
+    assert {"GRU, training", "4 hidden units", "1,024", "jaxrnn's memory / flax.nnx's"} <= texts
 
 
 @pytest.mark.slow
@@ -274,9 +331,17 @@ raise SystemExit(speed.main(options))
 
 
 @pytest.mark.parametrize(
-    ("option", "message"), [("--sides=haiku", "--sides has haiku"), ("--filter=CNN", "no workload")]
+    ("options", "message"),
+    [
+        ("--sides=haiku", "--sides has haiku"),
+        ("--filter=CNN", "no workload"),
+        ("--sweep --sides=sharded", "--sweep compares with one side: --sides has to name one of flax.nnx, flax.linen"),
+    ],
 )
-def test_what_is_not_there_is_told(option: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_not_there_is_told(
+    options: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(speed.jax.config, "update", lambda *_: None)  # too late in this process
     with pytest.raises(SystemExit):
-        speed.main([option])
+        speed.main(options.split())
     assert message in capsys.readouterr().err
