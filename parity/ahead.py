@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,7 +45,10 @@ GRAPHS = {
     "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,WHILE",
     "xla_gpu_graph_min_graph_size": "1",
 }
-_FREE = {"parameter", "get-tuple-element", "tuple", "constant", "bitcast", "after-all", "compare"}
+# No operations, or loops of their own.
+_FREE = {"parameter", "get-tuple-element", "tuple", "constant", "bitcast", "after-all", "compare", "while"}
+_CALLED = re.compile(r"(?:calls|to_apply|\w+_computations?)=\{?(%?[\w.\-]+(?:, %?[\w.\-]+)*)")
+_KERNEL = '"tpu_custom_call"'
 _SIZES = {"f64": 8, "f32": 4, "bf16": 2, "f16": 2, "s64": 8, "s32": 4, "u32": 4, "s8": 1, "u8": 1, "pred": 1}
 _ARRAY = re.compile(r"\b(" + "|".join(_SIZES) + r")\[([\d,]*)\](?:\{([\d,]*)(:[^}]*)?\})?")
 
@@ -61,8 +64,10 @@ class Bundles(NamedTuple):
 class Loop:
     """A loop over time, as compiled. Counts are those of one trip, which may make several steps.
 
+    What a loop within it does is not in them: that is a loop of its own.
+
     Attributes:
-        trips: how often it runs.
+        trips: how often it runs; of a loop within another, in all trips of the other.
         operations: fusions and other operations; on a GPU, kernels and copies that are launched.
         copies: those that only move numbers: copies, slices, transpositions.
         hbm_bytes: bytes of operands that are read from memory outside the chip. What is sliced counts as the slice.
@@ -127,14 +132,16 @@ def compile_for(
     sharding = NamedSharding(Mesh(np.array(devices[:1]), "one"), PartitionSpec())
 
     def described(tree: Any) -> Any:
-        return jax.tree.map(lambda a: jax.ShapeDtypeStruct(jnp.shape(a), a.dtype, sharding=sharding), tree)
+        def one(a: Any) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(jnp.shape(a), jax.dtypes.canonicalize_dtype(a.dtype), sharding=sharding)
+
+        return jax.tree.map(one, tree)
 
     for workload, program in itertools.product(workloads, PROGRAMS):
-        x, lengths = workload.inputs()
         made: dict[str, list[Compiled]] = {}
         for form in forms(workload, [side for side in SIDES if side in sides and (on_tpu or side != "pallas")]):
             function = _programs(form.run)[program]
-            arguments = described((form.parameters, x, None if lengths is None else lengths.astype(np.int32)))
+            arguments = described((form.parameters, *workload.inputs()))
             made.setdefault(form.side, []).append(
                 _compiled(target, workload, program, form.side, jax.jit(function), arguments, dumped)
             )
@@ -143,8 +150,8 @@ def compile_for(
 
 
 def _programs(run: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
-    def training(parameters: Any, x: Any, lengths: Any) -> Any:
-        return jax.value_and_grad(lambda p, x: jnp.sum(run(p, x, lengths) ** 2), (0, 1))(parameters, x)
+    def training(parameters: Any, x: Any, marks: Any) -> Any:
+        return jax.value_and_grad(lambda p, x: jnp.sum(run(p, x, marks) ** 2), (0, 1))(parameters, x)
 
     return {"forward": run, "training": training}
 
@@ -195,8 +202,8 @@ def _compiled(
         dumped = sorted(Path(launched).glob("*thunk_sequence_after_thunk_passes.txt"))
         if on_gpu:
             launches = _launches(dumped[-1].read_text()) if dumped else []
-            trips = [loop.trips for loop in loops(compiled.as_text() or "", workload.time)]
-            found = [dataclasses.replace(loop, trips=n) for loop, n in zip(launches, trips, strict=False)]
+            trips = [each.trips for each in _whiles(_computations(compiled.as_text() or ""), workload.time)]
+            found = [dataclasses.replace(loop, trips=n) for loop, n in zip(launches, trips, strict=False) if n]
             return Compiled(*key, tuple(found), memory.temp_size_in_bytes)
     text = compiled.as_text() or ""
     found = loops(text, workload.time, {} if folder is None else _bundles(folder))
@@ -212,28 +219,53 @@ def cycles(text: str, found: Sequence[Loop]) -> int:
 
 
 def loops(text: str, time: int, bundles: dict[str, Bundles] | None = None) -> list[Loop]:
-    """The loops over so many steps in a program's optimised HLO, and the kernels of ours.
+    """The loops over so many steps in a program's optimised HLO, as they begin, and the kernels of ours.
 
     `bundles` are those of each operation, if they were counted.
     """
     computations, bundles = _computations(text), bundles or {}
     known: dict[str, Bundles] = {}
     found = []
-    for lines in list(computations.values()):
-        for line in lines:
-            if '"tpu_custom_call"' in line and (match := re.match(r"(?:ROOT )?%?([\w.\-]+) = ", line)):
-                # One that is there twice is compiled once.
-                kernel = line.partition("backend_config=")[2]
-                known[kernel] = bundles.get(match[1], known.get(kernel, Bundles()))
-                found.append(Loop(time, 0, 0, bundles=known[kernel].number, at_least=known[kernel].at_least))
-            if not (match := re.search(r" while\(.*body=%?([\w.\-]+)", line)):
-                continue
-            body = computations.get(match[1], [])
-            count = _trips(line, computations)
-            if not 2 <= count <= time:  # a loop over something else
-                continue
-            found.append(_loop(body, count, time, bundles))
+    for line, body, own, trips in _whiles(computations, time):
+        if _KERNEL in line:
+            # One that is there twice is compiled once.
+            name, kernel = line.removeprefix("ROOT ").split()[0].lstrip("%"), line.partition("backend_config=")[2]
+            known[kernel] = bundles.get(name, known.get(kernel, Bundles()))
+            found.append(Loop(trips, 0, 0, bundles=known[kernel].number, at_least=known[kernel].at_least))
+        elif trips:
+            found.append(_loop(body, trips, {own, time} - {1}, bundles))
     return found
+
+
+class While(NamedTuple):
+    """A loop in HLO, or a kernel of ours, which is one.
+
+    Attributes:
+        line: the operation.
+        body: the lines of what it repeats.
+        own: its trips each time that it runs.
+        trips: those in all; 0 for a loop that is neither over time nor in one that is.
+    """
+
+    line: str
+    body: list[str]
+    own: int
+    trips: int
+
+
+def _whiles(computations: dict[str, list[str]], time: int, name: str = "ENTRY", around: int = 0) -> Iterator[While]:
+    """A computation's loops, in the order in which they begin, given how often loops over time around it run it."""
+    for line in computations.get(name, []):
+        if _KERNEL in line:
+            yield While(line, [], time, time)
+        elif match := re.search(r" while\(.*body=%?([\w.\-]+)", line):
+            own = _trips(line, computations)
+            trips = around * max(own, 1) if around else own if own <= time else 0
+            yield While(line, computations.get(match[1], []), own, trips)
+            yield from _whiles(computations, time, match[1], trips)
+        else:
+            for called in re.findall(r"[\w.\-]+", ", ".join(_CALLED.findall(line))):
+                yield from _whiles(computations, time, called, around)
 
 
 def _computations(text: str) -> dict[str, list[str]]:
@@ -249,13 +281,13 @@ def _computations(text: str) -> dict[str, list[str]]:
 
 
 def _trips(line: str, computations: dict[str, list[str]]) -> int:
-    """How often a loop runs: as XLA noted, or what its condition compares with."""
+    """How often a loop runs: as XLA noted, or what its condition compares with; 0 where neither is known."""
     if match := re.search(r'known_trip_count"?:\s*\{"n":\s*"(\d+)"', line):
         return int(match[1])
     if match := re.search(r"condition=%?([\w.\-]+)", line):
         numbers = [int(n) for each in computations.get(match[1], []) for n in re.findall(r"constant\((\d+)\)", each)]
-        return max(numbers, default=1)
-    return 1
+        return max(numbers, default=0)
+    return 0
 
 
 def _bundles(folder: Path) -> dict[str, Bundles]:
@@ -288,7 +320,8 @@ def _count(dump: str, of_ours: bool) -> Bundles:
     return Bundles(*max(steps, default=whole))
 
 
-def _loop(body: list[str], trips: int, time: int, bundles: dict[str, Bundles]) -> Loop:
+def _loop(body: list[str], trips: int, lengths: Collection[int], bundles: dict[str, Bundles]) -> Loop:
+    """A loop, given how long the first axis of an array of all its steps may be."""
     shapes = {}
     operations = copies = read = other_layout = cycles = 0
     counted: list[Bundles] = []
@@ -299,8 +332,8 @@ def _loop(body: list[str], trips: int, time: int, bundles: dict[str, Bundles]) -
         shapes[name] = shape
         if operation == "parameter":
             arrays = _ARRAY.findall(shape)
-            other_layout = sum(_is_not_time_major(dims, order, time) for _, dims, order, _ in arrays)
-        if operation in _FREE:
+            other_layout = sum(_is_not_time_major(dims, order, lengths) for _, dims, order, _ in arrays)
+        if operation in _FREE or _KERNEL in line:
             continue
         operations += 1
         copies += operation in ("copy", "slice", "dynamic-slice", "dynamic-update-slice", "transpose", "copy-start")
@@ -310,16 +343,16 @@ def _loop(body: list[str], trips: int, time: int, bundles: dict[str, Bundles]) -
             for kind, dims, _, tiling in _ARRAY.findall(shapes.get(operand, "")):
                 if "S(" not in tiling:
                     sizes = [int(n) for n in dims.split(",") if n]
-                    whole = sizes[1:] if len(sizes) > 2 and sizes[0] == time else sizes
+                    whole = sizes[1:] if len(sizes) > 2 and sizes[0] in lengths else sizes
                     read += _SIZES[kind] * int(np.prod(whole))
     number, at_least = sum(each.number for each in counted), any(each.at_least for each in counted)
     return Loop(trips, operations, copies, read, other_layout, cycles, bundles=number, at_least=at_least)
 
 
-def _is_not_time_major(dims: str, order: str, time: int) -> bool:
-    """Whether an array of all steps, (time, ...), has another axis outermost in memory."""
+def _is_not_time_major(dims: str, order: str, lengths: Collection[int]) -> bool:
+    """Whether an array of all steps, (length, ...), has another axis outermost in memory."""
     sizes, axes = dims.split(","), [n for n in order.split(",") if n]
-    return len(sizes) > 2 and sizes[0] == str(time) and bool(axes) and axes[-1] != "0"
+    return len(sizes) > 2 and int(sizes[0]) in lengths and bool(axes) and axes[-1] != "0"
 
 
 def _cycles(lines: Sequence[str]) -> int:
@@ -327,40 +360,31 @@ def _cycles(lines: Sequence[str]) -> int:
 
 
 def _launches(thunks: str) -> list[Loop]:
-    """The loops in a GPU's list of launches. An operation is a kernel, a product of a library, or a copy."""
+    """The loops in a GPU's list of launches, as they begin. An operation is a kernel, a library's product, or a copy.
+
+    What is indented belongs to the last line before it that is less so.
+    """
     found: list[Loop] = []
-    inside: list[tuple[int, bool]] = []  # of loops whose body this is: the indentation, and whether in a graph
-    graph = [-1]
-    in_body, counts, copies = False, 0, 0
-    where = 0
-
-    def close() -> None:
-        nonlocal in_body, counts, copies
-        if in_body:
-            found.append(Loop(1, counts, copies, in_graph=inside[-1][1]))
-            inside.pop()
-        in_body, counts, copies = False, 0, 0
-
+    within: list[tuple[int, bool, int | None]] = []  # the indentation, whether in a graph, and in which loop's body
     for line in thunks.splitlines():
-        text = line.strip()
-        indent = len(line) - len(line.lstrip())
-        match = re.match(r"\d+: (k\w+)", text)
-        if in_body and match and indent <= where:
-            close()
-        if match and indent <= graph[-1]:
-            graph[-1] = -1
-        if match and match[1] == "kWhile":
-            close()
-            inside.append((indent, 0 <= graph[-1] < indent))
-            where = indent
-        elif text == "body:" and inside:
-            in_body = True
-        elif match and in_body and match[1] not in ("kCommandBuffer", "kDynamicSliceFusion", "kSequential"):
-            counts += 1
-            copies += match[1] == "kCopy"
-        elif match and match[1] == "kCommandBuffer" and not in_body:
-            graph[-1] = indent
-    close()
+        if not (match := re.match(r"( *)(?:\d+: (k\w+)|body:)", line)):
+            continue
+        indent, kind = len(match[1]), match[2]
+        while within and within[-1][0] >= indent:
+            within.pop()
+        in_graph, body = within[-1][1:] if within else (False, None)
+        if kind is None:
+            body = len(found) - 1
+        elif kind == "kWhile":
+            found.append(Loop(1, 0, 0, in_graph=in_graph))
+            body = None  # but its condition
+        elif kind == "kCommandBuffer":
+            in_graph = True
+        elif body is not None and kind not in ("kDynamicSliceFusion", "kSequential"):
+            loop = found[body]
+            copies = loop.copies + (kind == "kCopy")
+            found[body] = dataclasses.replace(loop, operations=loop.operations + 1, copies=copies)
+        within.append((indent, in_graph, body))
     return found
 
 

@@ -14,12 +14,14 @@ from matplotlib.ticker import PercentFormatter
 
 from .compare import Histogram
 from .reference import ULPS
+from .sweep import Curves
 from .training import Trained
 
 COLUMNS = 3
 OURS = "#1f5fbf"
 COLORS = {"torch": "#d9730d", "flax.nnx": "#4f9a4f", "flax.linen": "#9ac79a", "keras": "#a3293d"}
 COLORS |= {"cudnn": "#2a8a8a", "graphs": "#c9a227", "pallas": "#7d5ba6"}
+SHADES = ("#9cc0ee", "#4a86d8", "#123f85")  # from few hidden units to many
 STYLE: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "jaxrnn", "font.size": 9, "font.family": "sans-serif"}
 
 
@@ -54,6 +56,19 @@ def _legend(figure: Figure, axis: Axes) -> None:
     figure.legend(handles, labels, loc="outside upper right", ncols=len(labels), frameon=False)
 
 
+def _of_ratios(axis: Axes, name: str) -> tuple[float, float]:
+    """Make the x or y axis one of ratios: logarithmic, and wide enough to show how near 1 is. Returns its limits."""
+    getattr(axis, f"set_{name}scale")("log")
+    low, high = getattr(axis, f"get_{name}lim")()
+    low, high = min(low, 0.45), max(high, 2.2)
+    getattr(axis, f"set_{name}lim")(low, high)
+    few = range(-12, 16, 1 if high < 2**7 * low else 2)
+    ticks = [2.0**power for power in few if low <= 2.0**power <= high]
+    getattr(axis, f"set_{name}ticks")(ticks, [f"{tick:g}x" for tick in ticks])
+    axis.minorticks_off()
+    return low, high
+
+
 def ratios(found: Mapping[str, Mapping[str, Mapping[str, Sequence[float]]]], names: Mapping[str, str]) -> Figure:
     """Their time over ours: points are medians, bars the middle half of all turns.
 
@@ -76,12 +91,7 @@ def ratios(found: Mapping[str, Mapping[str, Mapping[str, Sequence[float]]]], nam
             places = [row + offset for row in rows]
             axis.errorbar(middle, places, xerr=spread, fmt="o", markersize=4.5, color=COLORS[side], label=name)
         axis.axvline(1, color="#333333", linewidth=1)
-        axis.set_xscale("log")
-        left, right = min(axis.get_xlim()[0], 0.45), max(axis.get_xlim()[1], 2.2)
-        axis.set_xlim(left, right)
-        ticks = [2.0**power for power in range(-6, 10) if left <= 2.0**power <= right]
-        axis.set_xticks(ticks, [f"{tick:g}x" for tick in ticks])
-        axis.minorticks_off()
+        _, right = _of_ratios(axis, "x")
         axis.axvspan(1, right, color=OURS, alpha=0.06, linewidth=0)
         axis.set_title(f"{program}: their time / jaxrnn's", fontsize=10, loc="left")
         axis.set_yticks(range(len(found)), list(found))
@@ -91,6 +101,34 @@ def ratios(found: Mapping[str, Mapping[str, Mapping[str, Sequence[float]]]], nam
     axes[0].set_ylim(len(found) - 0.5, -0.5)
     axes[0].legend(loc="lower right", frameon=True, edgecolor="none")
     figure.supxlabel("right of the line jaxrnn is faster; bars show the middle half of all turns", fontsize=9)
+    return figure
+
+
+def sweep(time: Curves, memory: Curves, side: str) -> Figure:
+    """Their time over ours, and our memory over theirs, over the rows: a line for each number of hidden units."""
+    figure = Figure(figsize=(2.6 * len(time) + 0.6, 5.2), layout="constrained")
+    axes = figure.subplots(2, len(time), sharex=True, sharey="row", squeeze=False)
+    units = sorted({units for by_units in time.values() for units in by_units})
+    colors = dict(zip(units, SHADES[-len(units) :], strict=False))
+    names = f"{side}'s time / jaxrnn's", f"jaxrnn's memory / {side}'s"
+    for row, curves, name in zip(axes, (time, memory), names, strict=True):
+        for axis, (kind, program) in zip(row, time, strict=True):
+            for each, by_rows in curves.get((kind, program), {}).items():
+                points = sorted(by_rows.items())
+                axis.plot(*zip(*points, strict=True), ".-", color=colors[each], label=f"{each} hidden units")
+            axis.axhline(1, color="#333333", linewidth=1)
+            axis.set_title(f"{kind}, {program}", fontsize=10, loc="left")
+            axis.set_xscale("log", base=2)
+            ticks = sorted({rows for by_units in time.values() for by_rows in by_units.values() for rows in by_rows})
+            axis.set_xticks(ticks, [f"{tick:,}" for tick in ticks], fontsize=7)
+            axis.spines[["top", "right"]].set_visible(False)
+            axis.grid(alpha=0.25)
+        row[0].set_ylabel(name)
+        low, high = _of_ratios(row[0], "y")
+        for axis in row:
+            axis.axhspan(*((1, high) if curves is time else (low, 1)), color=OURS, alpha=0.06, linewidth=0)
+    _legend(figure, max(axes.flat, key=lambda axis: len(axis.get_legend_handles_labels()[0])))
+    figure.supxlabel("rows; in the shaded half jaxrnn is faster, or takes less memory", fontsize=9)
     return figure
 
 

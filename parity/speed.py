@@ -35,7 +35,7 @@ import jaxrnn
 from jaxrnn.__main__ import with_examples
 from jaxrnn._tables import print_table
 
-from . import ahead, device
+from . import ahead, device, sweep
 from .workloads import WORKLOADS, Torch, Workload, forms, torch_device
 
 SIDES = ("jaxrnn", "sharded", "graphs", "pallas", "cudnn", "flax.nnx", "flax.linen", "keras", "torch")
@@ -127,9 +127,13 @@ def prepare(workload: Workload, sides: Collection[str]) -> Iterator[Turn]:
     operations = dict(zip(PROGRAMS, (workload.operations(), 3 * workload.operations()), strict=True))
     if len(jax.devices()) == 1 or workload.batch % len(jax.devices()):
         sides = [side for side in sides if side != "sharded"]
+    x, marks = workload.inputs()
     for form in forms(workload, sides):
-        shardings = _shared_out((), (None, "batch"), ("batch",)) if form.side == "sharded" else None
-        arguments = jax.device_put((form.parameters, *workload.inputs()), shardings or jax.devices()[0])
+        places: Any = jax.devices()[0]
+        if form.side == "sharded":
+            whole, steps, rows = _shared_out((), (None, "batch"), ("batch",))
+            places = whole, steps, {name: steps if mark.ndim > 1 else rows for name, mark in marks.items()}
+        arguments = jax.device_put((form.parameters, x, marks), places)
         functions: list[Callable[..., Any]] = [form.run]
         functions += [jax.value_and_grad(functools.partial(_loss, form.run), (0, 1))]
         for program, function in zip(PROGRAMS, functions, strict=True):
@@ -148,7 +152,7 @@ def prepare(workload: Workload, sides: Collection[str]) -> Iterator[Turn]:
             memory: Any = compiled.memory_analysis()
             timed = Timed(*names, operations[program], seconds, memory.temp_size_in_bytes / 1e6)
             yield timed, functools.partial(_run, jitted, arguments)
-    if "torch" in sides:
+    if "torch" in sides and not workload.reset:  # which it has not
         module = Torch(workload)
         for program, call in zip(PROGRAMS, (module.inference, module.training), strict=True):
             yield Timed(workload.name, program, "torch", f"torch.nn.{workload.kind}", operations[program]), call
@@ -164,10 +168,10 @@ def _run(jitted: Callable[..., Any], arguments: tuple) -> Any:
 
 def truth(workload: Workload) -> np.ndarray:
     """The outputs in float64, which is switched on for this alone: what is timed runs as it does for everyone."""
-    x, lengths = workload.inputs()
+    x, marks = workload.inputs()
     with jax.enable_x64(True):
         parameters = {name: array.astype(np.float64) for name, array in workload.parameters().items()}
-        return np.asarray(jaxrnn.apply(workload.spec, parameters, x.astype(np.float64), lengths=lengths)[0])
+        return np.asarray(jaxrnn.apply(workload.spec, parameters, x.astype(np.float64), **marks)[0])
 
 
 def take_turns(turns: Sequence[Turn], repeats: int, seconds: float) -> list[Timed]:
@@ -235,6 +239,12 @@ class Results:
         found = [self.found[key] for side in sides if (key := (workload, program, side)) in self.found]
         return min(found, key=lambda timed: timed.ms)
 
+    def memory(self, workload: str, program: str, theirs: str) -> float | None:
+        """Our temporary memory on one device over theirs."""
+        found = [self.found.get((workload, program, side)) for side in ("jaxrnn", theirs)]
+        ours, their = (each.temporary_mb if each else None for each in found)
+        return ours / their if ours is not None and their else None
+
     def ratios(self) -> dict[str, dict[str, dict[str, list[float]]]]:
         """For each workload, program and side the quartiles of their time over ours, turn by turn."""
 
@@ -254,14 +264,19 @@ class Results:
         }
 
     def summary(self) -> list[dict[str, Any]]:
-        """The geometric mean of the ratios for each program and side, and the worst of them."""
+        """For each program and side the geometric mean of the ratios and the worst, and the largest of memory."""
         lines = []
         for program, side in itertools.product(reversed(PROGRAMS), self.theirs):
             ratios = {name: ratio for name in self.names if (ratio := self.ratio(name, program, side))}
             if ratios:
                 worst = min(ratios, key=lambda name: ratios[name])
                 mean = statistics.geometric_mean(ratios.values())
-                lines.append({"program": program, "side": side, "mean": mean, "worst": ratios[worst], "in": worst})
+                line = {"program": program, "side": side, "mean": mean, "worst": ratios[worst], "in": worst}
+                memory = {name: ratio for name in self.names if (ratio := self.memory(name, program, side))}
+                if memory:
+                    most = max(memory, key=lambda name: memory[name])
+                    line |= {"memory": memory[most], "memory in": most}
+                lines.append(line)
         return lines
 
     def show(self, console: Console, rates: dict[str, float]) -> None:
@@ -296,12 +311,18 @@ class Results:
         spread = {f"{t.workload}, {t.program}, {t.side}": t.ms / min(t.times) for t in self.found.values()}
         widest = max(spread, key=lambda name: spread[name])
         lines.append(f"Medians are at most {spread[widest]:.1f} of minima, in {widest}; more on a busy machine.")
+        for line in (*lines, *self.in_words()):
+            console.print(line, highlight=False, soft_wrap=True)
+
+    def in_words(self) -> Iterator[str]:
+        """What did not run, and the summary."""
         for reason, group in itertools.groupby(self.refused, lambda timed: (timed.side, timed.problem)):
             names = ", ".join(dict.fromkeys(timed.workload for timed in group))
-            lines.append(f"{reason[0]} does not run {names}: {reason[1]}")
+            yield f"{reason[0]} does not run {names}: {reason[1]}"
         words = "{program}: {side} takes {mean:.2f} times our time, at worst {worst:.2f}, in {in}"
-        for line in (*lines, *(words.format(**line) for line in self.summary())):
-            console.print(line, highlight=False, soft_wrap=True)
+        of_memory = "; we take at most {memory:.2f} times its memory, in {memory in}"
+        for line in self.summary():
+            yield (words + of_memory * ("memory" in line)).format(**line)
 
 
 def _figure(value: float | None) -> str:
@@ -309,14 +330,18 @@ def _figure(value: float | None) -> str:
     return "" if value is None else f"{value:.0f}" if value >= 99.95 else f"{value:#.3g}"
 
 
-def plot(results: Results, path: Path) -> None:
-    """Draw the ratios, in the format that the path's suffix says."""
+def plot(results: Results, path: Path, curves: tuple[sweep.Curves, sweep.Curves] | None = None) -> None:
+    """Draw the ratios, or the curves of a sweep, in the format that the path's suffix says."""
     import matplotlib
 
-    from .plots import STYLE, ratios
+    from . import plots
 
-    with matplotlib.rc_context(STYLE):
-        ratios(results.ratios(), {side: side for side in results.theirs}).savefig(path)
+    with matplotlib.rc_context(plots.STYLE):
+        if curves:
+            figure = plots.sweep(*curves, results.theirs[0])
+        else:
+            figure = plots.ratios(results.ratios(), {side: side for side in results.theirs})
+        figure.savefig(path)
 
 
 def _environment() -> dict[str, Any]:
@@ -335,18 +360,28 @@ def main(arguments: Sequence[str] | None = None, prog: str = f"python -m {__pack
             "Time jaxrnn, Flax, Keras and PyTorch on the same workloads, on an otherwise idle machine.",
             f"{prog} --quick",
             f"{prog} --filter lstm --sides flax.nnx,torch",
+            f"{prog} --sweep --filter gru --plot sweep.svg",
         ),
     )
-    parser.add_argument("--repeats", type=int, default=30, help="runs of each side (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, help="runs of each side (default: 30; --sweep: 300)")
     parser.add_argument(
-        "--seconds", type=float, help="stop a workload after this time, but not before 5 runs (default: 20; --quick: 5)"
+        "--seconds",
+        type=float,
+        help="stop a workload after this time, but not before 5 runs (default: 20; --quick: 5; --sweep: 3)",
     )
-    parser.add_argument("--devices", type=int, default=os.cpu_count(), help="CPU devices (default: one for each core)")
+    parser.add_argument(
+        "--devices", type=int, help="CPU devices (default: one for each core; --sweep, but for sharded: one)"
+    )
     parser.add_argument(
         "--filter", default="", metavar="TEXT", help="only workloads with TEXT in their name; upper or lower case"
     )
-    parser.add_argument("--sides", default=",".join(SIDES), help="what to time beside jaxrnn (default: %(default)s)")
+    parser.add_argument(
+        "--sides", help=f"what to time beside jaxrnn (default: {','.join(SIDES)}; --sweep, which takes one: flax.nnx)"
+    )
     parser.add_argument("--quick", action="store_true", help="only the small workloads, in about two minutes")
+    parser.add_argument(
+        "--sweep", action="store_true", help="layers of 32 to 512 units with 1 to 4,096 rows, in about ten minutes"
+    )
     parser.add_argument("--json", type=Path, metavar="OUT", help="also write all results to this file")
     parser.add_argument("--plot", type=Path, metavar="OUT", help="also draw the ratios to this .svg or .png file")
     parser.add_argument(
@@ -363,39 +398,46 @@ def main(arguments: Sequence[str] | None = None, prog: str = f"python -m {__pack
     )
     parser.add_argument("--bundles", action="store_true", help="with --compile-only: also count a TPU's instructions")
     options = parser.parse_args(arguments)
-    asked = {"jaxrnn", *options.sides.split(",")}
+    asked = {"jaxrnn", *(options.sides or ("flax.nnx" if options.sweep else ",".join(SIDES))).split(",")}
     if unknown := asked - set(SIDES):
         parser.error(f"--sides has {', '.join(sorted(unknown))}: there are {', '.join(SIDES)}")
     if options.plot and not importlib.util.find_spec("matplotlib"):
         parser.error("--plot draws with matplotlib: pip install 'jaxrnn[report]'")
+    workloads = sweep.workloads() if options.sweep else WORKLOADS
     chosen = [
         w
-        for w in WORKLOADS
+        for w in workloads
         if options.filter.lower() in w.name.lower() and (not options.quick or w.operations() < SMALL)
     ]
     if (options.platform or options.bundles) and not options.compile_only:
         parser.error("--platform and --bundles are for --compile-only: add it")
     if not chosen:
-        names = "; ".join(workload.name for workload in WORKLOADS)
+        names = "; ".join(workload.name for workload in workloads)
         parser.error(f"no workload has {options.filter!r} in its name: there are {names}")
     if options.device_report:
         return device.write(options.device_report, options.seconds or device.SECONDS)
     if options.compile_only:
         return _compile_only(chosen, options)
-    jax.config.update("jax_num_cpu_devices", options.devices)
+    devices = 1 if options.sweep and "sharded" not in asked else os.cpu_count()
+    jax.config.update("jax_num_cpu_devices", options.devices or devices)
     absent = {side for side in ("keras", "torch") if not importlib.util.find_spec(side)}
     absent |= {"sharded"} if len(jax.devices()) == 1 else set()
     absent |= {"graphs", "cudnn"} if jax.default_backend() != "gpu" else set()
     absent |= {"pallas"} if jax.default_backend() != "tpu" else set()
     left_out = [side for side in SIDES if side in asked & absent]
     asked -= absent
-    seconds = (5 if options.quick else 20) if options.seconds is None else options.seconds
+    if options.sweep and len(asked & set(THEIRS)) != 1:
+        here = ", ".join(side for side in THEIRS if side not in absent)
+        parser.error(f"--sweep compares with one side: --sides has to name one of {here}")
+    default = 3 if options.sweep else 5 if options.quick else 20
+    seconds = default if options.seconds is None else options.seconds
+    repeats = options.repeats or (300 if options.sweep else 30)
 
     rates = product_rates([side for side in SIDES if side in asked])
     results = Results([])
     for workload in track(chosen, description="timing", console=Console(stderr=True), transient=True):
         results = Results(
-            [*results.found.values(), *results.refused, *measure(workload, asked, options.repeats, seconds, rates)]
+            [*results.found.values(), *results.refused, *measure(workload, asked, repeats, seconds, rates)]
         )
         jax.clear_caches()
         gc.collect()
@@ -410,12 +452,21 @@ def main(arguments: Sequence[str] | None = None, prog: str = f"python -m {__pack
                 "ratios": results.ratios(),
             }
             options.json.write_text(json.dumps(everything, indent=1) + "\n")
-    results.show(Console(), rates)
+    curves = None
+    if options.sweep:
+        [side] = results.theirs
+        ratios = (functools.partial(ratio, theirs=side) for ratio in (results.ratio, results.memory))
+        of_time, of_memory = (sweep.curves(chosen, PROGRAMS, ratio) for ratio in ratios)
+        curves = of_time, of_memory
+        sweep.show(*curves, side, Console())
+        print(*results.in_words(), sep="\n")
+    else:
+        results.show(Console(), rates)
     print(", ".join(f"{name} {value}" for name, value in _environment().items()))
     if left_out:
         print(f"Not available here: {', '.join(EXTRAS.get(side, side) for side in left_out)}.")
     if options.plot:
-        plot(results, options.plot)
+        plot(results, options.plot, curves)
     return 0
 
 

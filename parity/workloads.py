@@ -19,6 +19,8 @@ from jaxrnn.checkpoint.dialects import DIALECTS
 
 from .cases import Arrays
 
+Marks = dict[str, Any]  # what a call takes beside x, by jaxrnn's names: lengths, or reset
+
 
 class Workload(NamedTuple):
     """A network and the size of its input, which is (time, batch, input_size)."""
@@ -34,6 +36,7 @@ class Workload(NamedTuple):
     proj_size: int = 0
     ragged: bool = False
     nonlinearity: str = "tanh"
+    reset: bool = False
 
     @property
     def spec(self) -> jaxrnn.Spec:
@@ -54,15 +57,17 @@ class Workload(NamedTuple):
         settings |= {"nonlinearity": self.nonlinearity} if self.kind == "RNN" else {}
         return getattr(library, self.kind)(self.input_size, self.hidden_size, self.num_layers, **settings)
 
-    def lengths(self) -> np.ndarray | None:
-        """The rows' lengths, from half of the time to all of it, where they differ."""
+    def marks(self) -> Marks:
+        """The rows' lengths, from half of the time to all of it, where they differ, and where states are reset."""
         low = (self.time + 1) // 2
-        return np.random.RandomState(1).randint(low, self.time + 1, self.batch) if self.ragged else None
+        lengths = {"lengths": np.random.RandomState(1).randint(low, self.time + 1, self.batch)} if self.ragged else {}
+        reset = {"reset": np.random.RandomState(3).rand(self.time, self.batch) < 0.02} if self.reset else {}
+        return lengths | reset
 
-    def inputs(self) -> tuple[np.ndarray, np.ndarray | None]:
-        """x in float32, and the lengths."""
+    def inputs(self) -> tuple[np.ndarray, Marks]:
+        """x in float32, and the marks."""
         x = np.random.RandomState(0).randn(self.time, self.batch, self.input_size)
-        return x.astype(np.float32), self.lengths()
+        return x.astype(np.float32), self.marks()
 
     def parameters(self) -> Arrays:
         """By torch's names. The second bias, which not every cell of Flax has, is zero: all sides compute the same."""
@@ -73,7 +78,7 @@ class Workload(NamedTuple):
 
     def operations(self) -> int:
         """Of a forward pass: a multiplication and an addition for each weight at each step that is not padding."""
-        lengths = self.lengths()
+        lengths = self.marks().get("lengths")
         steps = self.batch * self.time if lengths is None else int(lengths.sum())
         weights = (shape for name, shape in self.spec.shapes().items() if name.startswith("weight"))
         return 2 * steps * sum(rows * columns for rows, columns in weights)
@@ -85,6 +90,8 @@ WORKLOADS = [
     *(Workload(f"char-LM {kind}", kind, 64, 256, 512, 1024) for kind in ("LSTM", "GRU")),
     Workload("RL GRU", "GRU", 16, 64, 256, 256),
     Workload("RL GRU, large batch", "GRU", 128, 128, 64, 256),
+    Workload("RL GRU, 1,024 rows", "GRU", 1024, 128, 64, 128, reset=True),
+    Workload("RL GRU, 4,096 rows", "GRU", 4096, 32, 64, 128, reset=True),
     *(Workload(f"series {kind}", kind, 32, 100, 8, 32) for kind in ("LSTM", "GRU")),
     *(Workload(f"series {kind}, 2 layers", kind, 256, 100, 32, 128, num_layers=2) for kind in ("LSTM", "GRU")),
     Workload("batch-1 GRU", "GRU", 1, 1000, 64, 128),
@@ -101,16 +108,19 @@ CELLS = {"LSTM": ("LSTMCell", "OptimizedLSTMCell"), "GRU": ("GRUCell",), "RNN": 
 
 
 class Form(NamedTuple):
-    """One way to write a workload with a JAX library: `run(parameters, x, lengths)` gives the outputs."""
+    """One way to write a workload with a JAX library: `run(parameters, x, marks)` gives the outputs."""
 
     side: str
     name: str
-    run: Callable[[Any, jax.Array, jax.Array | None], jax.Array]
+    run: Callable[[Any, jax.Array, Marks], jax.Array]
     parameters: Any
 
 
 def forms(workload: Workload, sides: Collection[str]) -> Iterator[Form]:
-    """The forms on the JAX sides. Flax has two for an LSTM, of which the faster counts. Only ours has a projection."""
+    """The forms on the JAX sides. Flax has two for an LSTM, of which the faster counts.
+
+    Only ours has a projection, and Keras has no resets.
+    """
     parameters = workload.parameters()
     x = jax.ShapeDtypeStruct((workload.time, workload.batch, workload.input_size), jnp.float32)
     ours = dict.fromkeys(("jaxrnn", "sharded", "graphs"), (f"jaxrnn.{workload.kind}", "auto"))
@@ -121,7 +131,7 @@ def forms(workload: Workload, sides: Collection[str]) -> Iterator[Form]:
         if side in sides:
             build = functools.partial(workload.build, jaxrnn, engine=engine)
             graph, state = nnx.split(nnx.eval_shape(lambda build=build: build(rngs=nnx.Rngs(0))))
-            run = _run_nnx(graph, lambda module, x, lengths: module(x, lengths=lengths)[0])
+            run = _run_nnx(graph, lambda module, x, marks: module(x, **marks)[0])
             yield Form(side, name, run, {name: parameters[name] for name in state})
     for cell in () if workload.proj_size else CELLS[workload.kind]:
         if "flax.nnx" in sides:
@@ -130,28 +140,28 @@ def forms(workload: Workload, sides: Collection[str]) -> Iterator[Form]:
             yield Form("flax.nnx", f"nnx.{cell}", _run_nnx(graph, NNXStack.__call__), converted)
         if "flax.linen" in sides:
             stack = linen_stack(workload, cell)
-            template = jax.eval_shape(stack.init, jax.random.key(0), x, None)["params"]
+            template = jax.eval_shape(stack.init, jax.random.key(0), x, workload.marks())["params"]
             converted = to_flax("flax.linen", cell, parameters, template)
             yield Form("flax.linen", f"linen.{cell}", functools.partial(_run_linen, stack), converted)
-    if "keras" in sides and not workload.proj_size:
+    if "keras" in sides and not workload.proj_size and not workload.reset:
         model = keras_model(workload)
         run = functools.partial(_run_keras, model)
         yield Form("keras", f"keras.{workload.kind}", run, to_keras(workload.kind, parameters))
 
 
 def _run_nnx(graph: Any, call: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda parameters, x, lengths: call(nnx.merge(graph, nnx.State(parameters)), x, lengths)
+    return lambda parameters, x, marks: call(nnx.merge(graph, nnx.State(parameters)), x, marks)
 
 
-def _run_linen(module: linen.Module, parameters: Any, x: jax.Array, lengths: jax.Array | None) -> Any:
-    return module.apply({"params": parameters}, x, lengths)
+def _run_linen(module: linen.Module, parameters: Any, x: jax.Array, marks: Marks) -> Any:
+    return module.apply({"params": parameters}, x, marks)
 
 
-def _run_keras(model: Any, parameters: list[jax.Array], x: jax.Array, lengths: jax.Array | None) -> jax.Array:
+def _run_keras(model: Any, parameters: list[jax.Array], x: jax.Array, marks: Marks) -> jax.Array:
     """Keras takes the batch first: its time has two transpositions, which are small beside the rest."""
-    mask = None if lengths is None else _steps(len(x), lengths).T
+    mask = _steps(len(x), marks["lengths"]).T if "lengths" in marks else None
     outputs = model.stateless_call(parameters, model.non_trainable_variables, x.swapaxes(0, 1), mask=mask)[0]
-    return _without_padding(outputs.swapaxes(0, 1), lengths)
+    return _without_padding(outputs.swapaxes(0, 1), marks)
 
 
 def _steps(time: int, lengths: jax.Array) -> jax.Array:
@@ -159,11 +169,19 @@ def _steps(time: int, lengths: jax.Array) -> jax.Array:
     return jnp.arange(time, dtype=lengths.dtype)[:, None] < lengths
 
 
-def _without_padding(outputs: jax.Array, lengths: jax.Array | None) -> jax.Array:
+def _without_padding(outputs: jax.Array, marks: Marks) -> jax.Array:
     """What Flax and Keras leave in the padding is not to count in the loss."""
-    if lengths is None:
+    if "lengths" not in marks:
         return outputs
-    return jnp.where(_steps(len(outputs), lengths)[..., None], outputs, 0)
+    return jnp.where(_steps(len(outputs), marks["lengths"])[..., None], outputs, 0)
+
+
+def _step(cell: Any, carry: Any, inputs: tuple[jax.Array, jax.Array | None]) -> tuple[Any, jax.Array]:
+    """A step of one of Flax's cells, with resets as JAX's RL code has them."""
+    x, reset = inputs
+    if reset is not None:
+        carry = jax.tree.map(lambda a: jnp.where(reset[:, None], 0, a), carry)
+    return cell(carry, x)
 
 
 class NNXStack(nnx.Module):
@@ -176,18 +194,20 @@ class NNXStack(nnx.Module):
         self.forward = nnx.List(build(size, rngs=nnx.Rngs(0)) for size in workload.sizes)
         self.backward = nnx.List(build(size, rngs=nnx.Rngs(0)) for size in workload.sizes * workload.bidirectional)
 
-    def __call__(self, x: jax.Array, lengths: jax.Array | None) -> jax.Array:
+    def __call__(self, x: jax.Array, marks: Marks) -> jax.Array:
+        lengths = marks.get("lengths")
+
         def flip(x: jax.Array) -> jax.Array:
             return x if lengths is None else flip_sequences(x, lengths, num_batch_dims=1, time_major=True)
 
         zeros = jnp.zeros((x.shape[1], self.workload.hidden_size), x.dtype)
         carry = (zeros, zeros) if self.workload.kind == "LSTM" else zeros
         for layer, cell in enumerate(self.forward):
-            outputs = [jax.lax.scan(cell, carry, x)[1]]
+            outputs = [jax.lax.scan(functools.partial(_step, cell), carry, (x, marks.get("reset")))[1]]
             if self.workload.bidirectional:
                 outputs += [flip(jax.lax.scan(self.backward[layer], carry, flip(x), reverse=lengths is None)[1])]
             x = jnp.concatenate(outputs, axis=-1)
-        return _without_padding(x, lengths)
+        return _without_padding(x, marks)
 
 
 class LinenStack(linen.Module):
@@ -195,18 +215,30 @@ class LinenStack(linen.Module):
 
     layers: tuple[Any, ...]
 
-    def __call__(self, x: jax.Array, lengths: jax.Array | None) -> jax.Array:
+    def __call__(self, x: jax.Array, marks: Marks) -> jax.Array:
+        options = marks if "reset" in marks else {"seq_lengths": marks.get("lengths")}
         for layer in self.layers:
-            x = layer(x, seq_lengths=lengths)
-        return _without_padding(x, lengths)
+            x = layer(x, **options)
+        return _without_padding(x, marks)
+
+
+class LinenScan(linen.Module):
+    """A cell with resets in Linen's scan: the ScannedRNN of JAX's RL code."""
+
+    cell: Any
+
+    def __call__(self, x: jax.Array, reset: jax.Array) -> jax.Array:
+        scan = linen.scan(_step, variable_broadcast="params", split_rngs={"params": False})
+        return scan(self.cell, self.cell.initialize_carry(jax.random.key(0), x[0].shape), (x, reset))[1]
 
 
 def linen_stack(workload: Workload, cell: str) -> LinenStack:
-    """Linen's own RNN and Bidirectional around its cells."""
+    """Linen's own RNN and Bidirectional around its cells, or its scan."""
     settings = {"activation_fn": jax.nn.relu} if workload.nonlinearity == "relu" else {}
 
     def layer() -> Any:
-        return linen.RNN(getattr(linen, cell)(workload.hidden_size, **settings), time_major=True)
+        built = getattr(linen, cell)(workload.hidden_size, **settings)
+        return LinenScan(built) if workload.reset else linen.RNN(built, time_major=True)
 
     layers = [layer() for _ in workload.sizes]
     if workload.bidirectional:
@@ -270,9 +302,9 @@ class Torch:
         warnings.filterwarnings("ignore", message="LSTM with projections is not supported with oneDNN")
         self.torch, self.workload = torch, workload
         self.device = torch_device()
-        x, lengths = workload.inputs()
+        x, marks = workload.inputs()
         self.x = torch.tensor(x, device=self.device, requires_grad=True)
-        self.lengths = None if lengths is None else torch.tensor(lengths)
+        self.lengths = torch.tensor(marks["lengths"]) if "lengths" in marks else None
         self.module = workload.build(torch.nn, device=self.device)
         self.module.load_state_dict({name: torch.tensor(array) for name, array in workload.parameters().items()})
 

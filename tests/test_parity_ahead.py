@@ -10,6 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from parity import ahead
@@ -51,6 +53,75 @@ ENTRY %main (x: f32[8,2,128]) -> f32[2,128] {
   %while.1 = (s32[]) while(%tuple.1), condition=%cond, body=%body.1, backend_config={"known_trip_count":{"n":"8"}}
 }
 """
+# Four blocks of eight steps: a loop within a loop.
+NESTED_THUNKS = """000: kCommandBuffer [source       | next=004 (1)]
+    001: kCopy         [source | sink] kCopy
+004: kWhile         [prev=000 (1) | next=000 (1)]
+condition:
+    000: kCommandBuffer [source | sink]
+        005: kCustomKernel [source | sink] loop_compare_fusion_1
+  body:
+    007: kDynamicSliceFusion [source       | next=000 (1)] params=1, results=1
+        008: kCopy [source | sink] kCopy
+    000: kCommandBuffer      [prev=007 (1) | next=018 (1)]
+        009: kCustomKernel [source       | next=010 (1)] gemm_fusion_dot
+        011: kWhile              [prev=000 (1) | next=018 (1)]
+condition:
+            012: kCustomKernel [source | sink] loop_compare_fusion_1
+          body:
+            013: kCustomKernel [source       | next=014 (1)] gemm_fusion_dot_1
+            014: kCustomKernel [prev=013 (1) | sink        ] loop_tanh_fusion
+            017: kCustomKernel [source | sink] loop_add_fusion
+    018: kDynamicSliceFusion [prev=011 (1) | sink        ] params=1, results=1
+        019: kCopy [source | sink] kCopy
+    020: kCustomKernel [source | sink] loop_add_fusion
+000: kCommandBuffer [prev=004 (1) | sink        ]
+    021: kCopy         [source | sink] kCopy
+"""
+NESTED_HLO = """HloModule jit_f
+
+%condition (arg: (s32[], f32[4,8,2,128])) -> pred[] {
+  %constant.4 = s32[]{:T(128)} constant(4)
+}
+
+%inner (arg.1: (s32[], f32[8,2,128])) -> (s32[], f32[8,2,128]) {
+  %arg.1 = (s32[], f32[8,2,128]{1,2,0:T(2,128)}) parameter(0)
+  %get.1 = f32[8,2,128]{1,2,0:T(2,128)} get-tuple-element(%arg.1), index=1
+  %fusion.1 = f32[2,128]{1,0} fusion(%get.1), calls=%fused, backend_config={"estimated_cycles":"100"}
+  ROOT %fusion.2 = f32[2,128]{1,0} fusion(%fusion.1), calls=%fused.1, backend_config={"estimated_cycles":"10"}
+}
+
+%block (arg.2: (s32[], f32[4,8,2,128])) -> (s32[], f32[4,8,2,128]) {
+  %arg.2 = (s32[], f32[4,8,2,128]{3,2,0,1:T(2,128)}) parameter(0)
+  %get.2 = f32[4,8,2,128]{3,2,0,1:T(2,128)} get-tuple-element(%arg.2), index=1
+  %slice.1 = f32[8,2,128]{2,1,0:T(2,128)S(1)} dynamic-slice(%get.2), backend_config={"estimated_cycles":"7"}
+  %while.1 = (s32[], f32[8,2,128]{2,1,0}) while(%t.1), condition=%c, body=%inner, trip={"known_trip_count":{"n":"8"}}
+  %unknown = (s32[], f32[2,128]{1,0}) while(%t.3), condition=%c.1, body=%something
+  %kernel.1 = f32[2,128]{1,0} custom-call(%slice.1), custom_call_target="tpu_custom_call", backend_config={"body":"a"}
+  ROOT %fusion.3 = f32[2,128]{1,0} fusion(%slice.1), calls=%fused.2, backend_config={"estimated_cycles":"1"}
+}
+
+%something (arg.3: (s32[], f32[2,128])) -> (s32[], f32[2,128]) {
+  %negate.1 = f32[2,128]{1,0} negate(%get.3)
+}
+
+%called (arg.4: f32[4,8,2,128]) -> f32[2,128] {
+  %while.2 = (s32[], f32[4,8,2,128]{3,2,1,0}) while(%t.2), condition=%condition, body=%block
+}
+
+%once (arg.5: (s32[], f32[1,2,128])) -> (s32[], f32[1,2,128]) {
+  %arg.5 = (s32[], f32[1,2,128]{2,0,1:T(2,128)}) parameter(0)
+  %copy.1 = f32[2,128]{1,0:T(2,128)} copy(%get.4)
+}
+
+ENTRY %main (x: f32[4,8,2,128]) -> f32[2,128] {
+  %unknown.1 = (s32[], f32[2,128]{1,0}) while(%t.3), condition=%c.1, body=%something
+  %while.3 = (s32[], f32[2,128]{1,0}) while(%t.3), condition=%c.1, body=%something, trip={"known_trip_count":{"n":"99"}}
+  %call.1 = f32[2,128]{1,0} call(%x), to_apply=%called
+  %while.4 = (s32[], f32[1,2,128]{2,1,0}) while(%t.4), condition=%c, body=%once, trip={"known_trip_count":{"n":"1"}}
+  %sum.1 = f32[2,128]{1,0} add(%call.1, %while.4), backend_config={"estimated_cycles":"50"}
+}
+"""
 
 
 def test_launches_are_counted() -> None:
@@ -64,6 +135,48 @@ def test_loops_are_read() -> None:
     assert ahead.cycles(HLO, [loop]) == 8 * 317
     assert (loop.trips, loop.operations, loop.copies, loop.cycles, loop.not_time_major) == (8, 2, 1, 317, 1)
     assert loop.hbm_bytes == 4 * (2 * 128 + 128 * 128)  # a step of what is sliced, and all of the weights
+
+
+def test_launches_of_a_loop_within_a_loop() -> None:
+    block, step = ahead._launches(NESTED_THUNKS)
+    assert (block.operations, block.copies, block.in_graph) == (4, 2, False)
+    assert (step.operations, step.copies, step.in_graph) == (3, 0, True)
+
+
+def test_a_loop_within_a_loop_is_shared_out() -> None:
+    found = ahead.loops(NESTED_HLO, 32)
+    assert [(loop.trips, loop.operations, loop.copies) for loop in found] == [
+        (4, 2, 1),
+        (32, 2, 0),
+        (4, 1, 0),
+        (32, 0, 0),  # the kernel, which has a loop over time of its own
+        (1, 1, 1),
+    ]
+    block, step, *_ = found
+    assert ahead.Compiled("", "", "", "", (block, step)).a_step(32) == 2 + 2 / 8
+    assert ahead.cycles(NESTED_HLO, found) == 50 + 4 * 8 + 32 * 110
+    # A slice of the block's and of the step's arrays.
+    assert [loop.hbm_bytes for loop in found[:2]] == [4 * 8 * 2 * 128, 2 * 4 * 2 * 128]
+    assert [loop.not_time_major for loop in found] == [1, 0, 0, 0, 0]
+    bundles = {"fusion.1": ahead.Bundles(30), "fusion.3": ahead.Bundles(16, True), "while.1": ahead.Bundles(9)}
+    counted = ahead.Compiled("", "", "", "", tuple(ahead.loops(NESTED_HLO, 32, bundles)))
+    assert counted.bundles(32) == "32+"
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_blocks_of_steps_are_read_as_compiled(training: bool) -> None:
+    def run(weight: jax.Array, x: jax.Array) -> jax.Array:
+        def step(h: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+            return (h := jnp.tanh(h @ weight + x)), h
+
+        blocks = jax.lax.scan(lambda h, block: jax.lax.scan(step, h, jnp.sin(block)), x[0, 0], x)
+        return jnp.sum(blocks[1])
+
+    function = jax.value_and_grad(run) if training else run
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((8, 8), (5, 3, 4, 8))]
+    found = ahead.loops(jax.jit(function).lower(*shapes).compile().as_text() or "", 15)
+    assert [loop.trips for loop in found] == [5, 15] * (1 + training)
+    assert min(loop.operations for loop in found) > 0
 
 
 def _compiled(target: str, name: str, side: str = "jaxrnn") -> dict[str, ahead.Compiled]:

@@ -1,6 +1,7 @@
 """The timing program: what it times is the same network on every side, and its arithmetic. No time is asserted."""
 
 import collections
+import dataclasses
 import importlib.util
 import itertools
 import json
@@ -22,7 +23,7 @@ from jax.experimental import rnn as cudnn
 from rich.console import Console
 
 from jaxrnn.engines.cudnn import CuDNN
-from parity import speed
+from parity import speed, sweep
 from parity.speed import Results, Timed, Turn
 from parity.workloads import WORKLOADS, Torch, Workload, forms, to_keras
 
@@ -32,6 +33,7 @@ TINY = [
     Workload("layers", "RNN", 4, 7, 3, 5, num_layers=2, bidirectional=True, nonlinearity="relu"),
     Workload("projected", "LSTM", 4, 7, 3, 5, proj_size=2),
 ]
+RESET = Workload("reset", "GRU", 16, 20, 3, 5, reset=True)
 DEEP = [Workload(f"deep {k}", k, 4, 7, 3, 5, 2, bidirectional=True, ragged=True) for k in ("LSTM", "GRU", "RNN")]
 ROOT = Path(__file__).parents[1]
 
@@ -53,6 +55,8 @@ def test_every_workload_is_in_the_table() -> None:
         *sizes("LSTM", 20, 35, 650, 650, num_layers=2),
         *sizes("LSTM GRU", 64, 256, 512, 1024),
         *sizes("GRU", 128, 128, 64, 256),
+        *sizes("GRU", 1024, 128, 64, 128, reset=True),
+        *sizes("GRU", 4096, 32, 64, 128, reset=True),
         *sizes("LSTM GRU", 32, 100, 8, 32),
         *sizes("LSTM GRU", 256, 100, 32, 128, num_layers=2),
         *sizes("GRU", 1, 1000, 64, 128),
@@ -72,13 +76,21 @@ def test_every_workload_is_in_the_table() -> None:
 
 def test_lengths_are_from_half_of_the_time_to_all_of_it() -> None:
     (workload,) = (workload for workload in WORKLOADS if workload.ragged)
-    x, lengths = workload.inputs()
+    x, marks = workload.inputs()
     assert x.shape == (400, 32, 160)
     assert x.dtype == np.float32
-    assert lengths is not None
+    lengths = marks["lengths"]
     assert lengths.shape == (32,)
     assert lengths.min() >= 200
     assert lengths.max() <= 400
+
+
+def test_one_step_in_fifty_is_reset() -> None:
+    for workload in (workload for workload in WORKLOADS if workload.reset):
+        reset = workload.marks()["reset"]
+        assert reset.shape == (workload.time, workload.batch)
+        assert reset.mean() == pytest.approx(0.02, rel=0.05)
+    assert RESET.marks()["reset"].sum() > 2
 
 
 def test_operations() -> None:
@@ -87,32 +99,35 @@ def test_operations() -> None:
     both = Workload("", "LSTM", 4, 7, 3, 5, num_layers=2, bidirectional=True, proj_size=2)
     assert both.operations() == 2 * 4 * 7 * 2 * (first + second)
     assert Workload("", "GRU", 4, 7, 3, 5).operations() == 2 * 4 * 7 * 3 * 5 * (3 + 5)
-    lengths = TINY[0].lengths()
-    assert lengths is not None
+    lengths = TINY[0].marks()["lengths"]
     whole = TINY[0]._replace(ragged=False).operations()
     assert TINY[0].operations() * 4 * 7 == whole * lengths.sum()  # what is padding is no work
 
 
 def _sides_of_the_truth(workload: Workload, sides: Collection[str]) -> list[str]:
     """The side of each form, all of which give the exact outputs."""
-    x, lengths = workload.inputs()
+    x, marks = workload.inputs()
     exact = speed.truth(workload)
     assert exact.dtype == np.float64
     names = []
     for form in forms(workload, sides):
-        outputs = jax.jit(form.run)(form.parameters, x, lengths)
+        outputs = jax.jit(form.run)(form.parameters, x, marks)
         assert outputs.dtype == np.float32
         assert_close({form.side: outputs}, {form.side: exact}, atol=1e-6, rtol=1e-7)
         names.append(form.side)
     return names
 
 
-@pytest.mark.parametrize("workload", _few_of(TINY, TINY[0], TINY[3]))
+@pytest.mark.parametrize("workload", _few_of([*TINY, RESET], TINY[0], TINY[3], RESET))
 def test_every_jax_side_computes_the_same(workload: Workload) -> None:
     sides = ["jaxrnn", "sharded", "flax.nnx", "flax.linen"]
     names = _sides_of_the_truth(workload, sides)
     assert set(names) == set(sides[: 2 if workload.proj_size else 4])  # Flax has no projection
     assert len(names) == {"ragged": 6, "projected": 2}.get(workload.name, 4)  # and two cells for an LSTM
+
+
+def test_torch_and_keras_have_no_resets() -> None:
+    assert list(speed.prepare(RESET, ["keras", "torch"])) == []
 
 
 def test_an_engine_that_refuses_leaves_the_others(capsys: pytest.CaptureFixture[str]) -> None:
@@ -126,12 +141,12 @@ def test_an_engine_that_refuses_leaves_the_others(capsys: pytest.CaptureFixture[
 @pytest.mark.skipif(not importlib.util.find_spec("keras"), reason="Keras is not installed")
 @pytest.mark.parametrize("workload", _few_of([*TINY, *DEEP], TINY[1]))
 def test_keras_computes_the_same(workload: Workload) -> None:
-    x, lengths = workload.inputs()
+    x, marks = workload.inputs()
     found = {}
     for form in forms(workload, ["jaxrnn", "keras"]):
 
         def loss(x: jax.Array, parameters: Any, run: Callable = form.run) -> tuple[jax.Array, jax.Array]:
-            outputs = run(parameters, x, lengths)
+            outputs = run(parameters, x, marks)
             return jnp.sum(outputs**2), outputs
 
         found[form.side] = jax.jit(jax.grad(loss, has_aux=True))(x, form.parameters)
@@ -170,10 +185,10 @@ def test_both_biases_reach_keras() -> None:
 def test_torch_computes_the_same(workload: Workload, torch: types.ModuleType) -> None:
     there = Torch(workload)
     assert_close({"output": there.inference().numpy()}, {"output": speed.truth(workload)}, atol=1e-6)
-    x, lengths = workload.inputs()
+    x, marks = workload.inputs()
     form = next(forms(workload, ["jaxrnn"]))
     loss, (by_parameters, by_x) = jax.jit(
-        jax.value_and_grad(lambda parameters, x: jnp.sum(form.run(parameters, x, lengths) ** 2), (0, 1))
+        jax.value_and_grad(lambda parameters, x: jnp.sum(form.run(parameters, x, marks) ** 2), (0, 1))
     )(form.parameters, x)
     for _ in range(2):  # the second step's gradients are its own
         assert there.training().item() == pytest.approx(float(loss), rel=1e-5)
@@ -194,6 +209,18 @@ def test_ratios_and_their_geometric_mean() -> None:
     assert nnx == {"program": "training", "side": "flax.nnx", "mean": pytest.approx(2), "worst": 0.5, "in": "b"}
     assert torch == {"program": "training", "side": "torch", "mean": pytest.approx(3), "worst": 3, "in": "a"}
     assert found[0].gflops == 3  # 6 million in 2 ms
+
+
+def test_memory_is_ours_over_theirs() -> None:
+    memory = {("a", "jaxrnn"): 6.0, ("a", "flax.nnx"): 2.0, ("b", "jaxrnn"): 1.0, ("b", "flax.nnx"): 4.0}
+    memory |= {("c", "jaxrnn"): 1.0, ("c", "flax.nnx"): 0.0}
+    found = [dataclasses.replace(_timed(*key, 1.0), temporary_mb=value) for key, value in memory.items()]
+    results = Results([*found, _timed("a", "torch", 1.0)])
+    assert results.memory("b", "training", "flax.nnx") == 0.25
+    assert results.memory("c", "training", "flax.nnx") is results.memory("a", "training", "torch") is None
+    flax, torch = results.in_words()
+    assert flax.endswith("at worst 1.00, in a; we take at most 3.00 times its memory, in a")
+    assert "memory" not in torch
 
 
 def test_all_take_turns_and_the_slower_form_no_more_than_two(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,6 +247,50 @@ def test_all_take_turns_and_the_slower_form_no_more_than_two(monkeypatch: pytest
     called.clear()
     speed.take_turns(turns[:1], repeats=100, seconds=1)
     assert called == ["ours"] * speed.LEAST  # however long they take
+
+
+def test_a_sweep_has_fewer_steps_where_it_is_large() -> None:
+    found = {workload.name: workload for workload in sweep.workloads()}
+    assert len(found) == len(sweep.KINDS) * len(sweep.UNITS) * len(sweep.ROWS)
+    for workload in found.values():
+        assert sweep.STEPS[1] <= workload.time <= sweep.STEPS[0]
+        assert workload.operations() <= sweep.LARGE or workload.time == sweep.STEPS[1]
+    small, large = found["GRU 128, 1 rows"], found["LSTM 512, 4,096 rows"]
+    assert small[1:6] == ("GRU", 1, 64, 64, 128)
+    assert large[1:6] == ("LSTM", 4096, 16, 256, 512)
+
+
+def test_a_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def measure(workload: Workload, sides: set[str], *others: Any) -> list[Timed]:
+        assert sides == {"jaxrnn", "flax.nnx"}
+        flax = {"inference": 2 * workload.batch, "training": workload.hidden_size / 10}
+        both = [
+            (program, *each) for program in flax for each in (("jaxrnn", 1.0, 3.0), ("flax.nnx", flax[program], 2.0))
+        ]
+        return [
+            Timed(workload.name, program, side, "", 1, temporary_mb=memory, times=[ms])
+            for program, side, ms, memory in both
+        ]
+
+    monkeypatch.setattr(sweep, "ROWS", (2, 1024))
+    monkeypatch.setattr(sweep, "UNITS", (4, 8))
+    monkeypatch.setattr(speed, "measure", measure)
+    monkeypatch.setattr(speed, "product_rates", lambda sides: {})
+    monkeypatch.setattr(speed.jax.config, "update", lambda *_: None)  # too late in this process
+    out, picture = tmp_path / "out.json", tmp_path / "out.svg"
+    assert speed.main(["--sweep", "--filter", "gru", "--json", str(out), "--plot", str(picture)]) == 0
+    printed = capsys.readouterr().out
+    lines = [line.split() for line in printed.splitlines()]
+    assert ["GRU", "inference", "2", "4.00", "4.00", "1.50", "1.50"] in lines
+    assert ["GRU", "training", "1,024", "0.40", "0.80", "1.50", "1.50"] in lines
+    assert (
+        "training: flax.nnx takes 0.57 times our time, at worst 0.40, in GRU 4, 2 rows; we take at most 1.5" in printed
+    )
+    found = json.loads(out.read_text())
+    assert [each["batch"] for each in found["workloads"]] == [2, 1024, 2, 1024]
+    assert [line["memory"] for line in found["summary"]] == [1.5, 1.5]
+    texts = {element.text for element in xml.parse(picture).iter("{http://www.w3.org/2000/svg}text")}
+    assert {"GRU, training", "4 hidden units", "1,024", "jaxrnn's memory / flax.nnx's"} <= texts
 
 
 @pytest.mark.slow
@@ -260,9 +331,17 @@ raise SystemExit(speed.main(options))
 
 
 @pytest.mark.parametrize(
-    ("option", "message"), [("--sides=haiku", "--sides has haiku"), ("--filter=CNN", "no workload")]
+    ("options", "message"),
+    [
+        ("--sides=haiku", "--sides has haiku"),
+        ("--filter=CNN", "no workload"),
+        ("--sweep --sides=sharded", "--sweep compares with one side: --sides has to name one of flax.nnx, flax.linen"),
+    ],
 )
-def test_what_is_not_there_is_told(option: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_not_there_is_told(
+    options: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(speed.jax.config, "update", lambda *_: None)  # too late in this process
     with pytest.raises(SystemExit):
-        speed.main([option])
+        speed.main(options.split())
     assert message in capsys.readouterr().err
