@@ -1,32 +1,34 @@
-"""One layer in one direction: the products with the input, chunks, and the one derivative rule of every transform.
+"""One layer in one direction: the products with the input, the loop in blocks of steps, and its one derivative rule.
 
 The rule. The loop over time is linearised around its own trajectory: `jax.linearize` gives the linear map of every
-step, all at once, from what the forward loop saved. The tangents then obey a second loop, linear in the tangents, whose
-only products are those with the recurrent weights. What a change of the weights adds, `h dW_hh`, is known for all steps
-beforehand and is one product outside that loop; JAX transposes it into one product for the gradient of the weights,
-where autodiff of the loop would add up a product a step. Both loops are run by an engine.
+step, from what the forward loop kept. The tangents then obey a second loop, linear in the tangents, which JAX
+transposes into the backward pass: no backward pass is written by hand.
+
+Blocks. Both loops run in blocks of steps. For a block, what does not depend on the state is computed at once: the
+products with the input, the linear maps, and what a change of the weights adds; the backward pass adds the weights'
+gradients up over blocks. Few rows run all steps as one block: their products are larger so. Many rows run each step as
+a block of its own: nothing but what is kept then goes through memory. `_steps` chooses.
 """
 
 import dataclasses
 import functools
 import operator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 
-from jaxrnn import steps
+from jaxrnn import meshes, steps
+from jaxrnn._compat import Kernel, Where, by_platform, varying_like
 from jaxrnn.cells import Arrays
-from jaxrnn.engines import engine_for
+from jaxrnn.engines import Engine, Form, Linear, engine_for
 from jaxrnn.rules import with_rule
 from jaxrnn.steps import Marks, Recurrent, Run, Settings, Steps, accumulator, plus
 
 Weights = dict[str, jax.Array]
-_STATES = "jaxrnn states"  # the name by which `jax.checkpoint` knows them
-_CHUNK = 128  # chunk length for remat="gates", in steps
 UNMARKED = Marks()
 
 
@@ -36,10 +38,6 @@ class LaidOut(NamedTuple):
     weight_ih: jax.Array
     bias_ih: jax.Array | None  # added for the gates in cell.apart; None without biases
     recurrent: Recurrent
-
-    def astype(self, dtype: jnp.dtype) -> "LaidOut":
-        """The weights in another dtype; biases are added in the accumulator's."""
-        return self._replace(weight_ih=self.weight_ih.astype(dtype), recurrent=self.recurrent.astype(dtype))
 
 
 def layer(
@@ -69,56 +67,272 @@ def layer(
     state = _cast(state, accumulator(x.dtype))
     if marks.reset is not None:
         reset_state = jax.tree.map(jnp.zeros_like, state) if reset_state is None else _cast(reset_state, state[0].dtype)
-    # A symbolic time axis, in an export, cannot be split into chunks, so remat is ignored there.
-    function = _run_in_chunks if settings.options.remat != "none" and isinstance(x.shape[0], int) else _run
-    return function(settings, _laid_out(settings, weights), x, state, marks, reset_state)
-
-
-def _run(
-    settings: Settings, weights: LaidOut, x: jax.Array, state: Arrays, marks: Marks, reset_state: Arrays | None
-) -> tuple[Steps, Arrays]:
-    rounded = weights.astype(x.dtype)
-    gates = _input_gates(settings, rounded, x)
-    cell, like = settings.cell, gates[0][0]
-    given = (like,) * len(cell.gates), (like,) * len(cell.apart), state, *steps.own(cell, rounded.recurrent.own)
+    if not isinstance(x.shape[0], int):  # a symbolic time axis, in an export, cannot be split into blocks
+        settings = settings._replace(options=dataclasses.replace(settings.options, remat="none"))
+    settings = settings._replace(once=isinstance(x.shape[0], int) and x.shape[0] == 1)
+    given = Given(_laid_out(settings, weights), x, state, marks, reset_state)
+    cell, gates = settings.cell, _like_gates(settings, given)
+    one = varying_like(gates[0].shape[1:], gates[0].dtype, x)
+    each = (one,) * len(cell.gates), (one,) * len(cell.apart), state
     # A custom_jvp ignores the derivative by an array that a function closes over, unless it is an argument.
-    step, captured = jax.closure_convert(cell.step, *given)
+    step, captured = jax.closure_convert(cell.step, *each, *steps.own(cell, given.weights.recurrent.own))
     if captured:
         settings = settings._replace(cell=dataclasses.replace(cell, step=step))
-    arrays = rounded.recurrent, gates, state, marks, reset_state, tuple(captured)
-    every, last = _run_over_time(settings, x.dtype, *arrays)
-    if settings.every:
-        every = _with_gates(Run(settings._replace(cell=cell), x.dtype, *arrays), every)
+    given = given._replace(captured=tuple(captured))
+    every, last = _run(settings, *given)
+    return _with_gates(settings._replace(cell=cell), given, every) if settings.every else every, last
+
+
+class Given(NamedTuple):
+    """One layer in one direction, with its arrays as loops need them. With tangents in place of arrays, its tangent.
+
+    There, None stands for zeros.
+    """
+
+    weights: LaidOut
+    x: jax.Array
+    state: Arrays
+    marks: Marks
+    reset_state: Arrays | None
+    captured: Arrays = ()  # what the cell's step closes over, its last arguments
+
+    def run(self, settings: Settings, gates: Arrays, state: Arrays, marks: Marks) -> Run:
+        """A block of steps."""
+        return Run(
+            settings, self.x.dtype, self.weights.recurrent, gates, state, marks, self.reset_state, self.captured
+        )
+
+
+def _like_gates(settings: Settings, given: Given) -> Arrays:
+    """The types of the input's parts of the gates, of all steps."""
+    x, count = given.x, len(settings.cell.gates)
+    hidden_size = given.weights.recurrent.bias.size // count
+    return (varying_like((*x.shape[:2], hidden_size), accumulator(x.dtype), x),) * count
+
+
+def _layer_jvp(settings: Settings, primals: tuple, tangents: tuple) -> tuple[tuple, tuple]:
+    given, tangent = Given(*primals), Given(*_without_zeros(tangents))
+    every, last, kept = _on_platform(functools.partial(_forward, keep=True), settings, given)
+    linear = tangent._replace(
+        state=_instantiated(tangent.state, given.state),
+        reset_state=_instantiated(tangent.reset_state, given.reset_state),
+        captured=_instantiated(tangent.captured, given.captured),
+        marks=UNMARKED,
+    )
+    own = _instantiated(tangent.weights.recurrent.own, given.weights.recurrent.own)
+    recurrent = tangent.weights.recurrent._replace(own=own)
+    linear = linear._replace(weights=tangent.weights._replace(recurrent=recurrent))
+    return (every, last), _on_platform(_tangents, settings, given, kept, linear)
+
+
+@with_rule(_layer_jvp, nondiff_argnums=(0,), symbolic_zeros=True)
+def _run(settings: Settings, *arrays: Any) -> tuple[Steps, Arrays]:
+    """Run a layer: the arguments are those of `Given`."""
+    every, last, _ = _on_platform(functools.partial(_forward, keep=False), settings, Given(*arrays))
     return every, last
 
 
-def _run_in_chunks(
-    settings: Settings, weights: LaidOut, x: jax.Array, state: Arrays, marks: Marks, reset_state: Arrays | None
-) -> tuple[Steps, Arrays]:
-    """Like `_run`, chunk by chunk, so that at most one chunk is recomputed at a time. The last may be shorter."""
-    gates = settings.options.remat == "gates"
-    size = min(_CHUNK if gates else int(settings.options.remat), len(x))
-    whole = len(x) - len(x) % size
-    policy = jax.checkpoint_policies.save_only_these_names(_STATES) if gates else None
-    weights = weights.astype(accumulator(x.dtype))  # in which the chunks' gradients add up
+def _without_zeros(tangents: Any) -> Any:
+    return jax.tree.map(lambda a: None if isinstance(a, SymbolicZero) else a, tangents)
 
-    @functools.partial(jax.checkpoint, policy=policy, prevent_cse=False)  # which a scan prevents by itself
-    def chunk(state: Arrays, part: tuple[jax.Array, Marks]) -> tuple[Arrays, Steps]:
-        every, state = _run(settings, weights, part[0], state, part[1], reset_state)
-        return state, every
 
-    chunks = []
-    spans = [
-        (0, len(x) // size, size),
-        (whole, 1, len(x) - whole),
-    ]  # the first step, how many chunks, of how many steps
-    for start, count, length in reversed(spans) if settings.reverse else spans:
-        if length:
-            end, shape = start + count * length, (count, length)
-            parts = jax.tree.map(lambda a, s=start, e=end, n=shape: a[s:e].reshape(*n, *a.shape[1:]), (x, marks))
-            state, every = lax.scan(chunk, state, parts, reverse=settings.reverse)
-            chunks.append(jax.tree.map(lambda a, n=count * length: a.reshape(n, *a.shape[2:]), every))
-    return jax.tree.map(lambda *a: jnp.concatenate(a), *chunks[:: -1 if settings.reverse else 1]), state
+def _instantiated(tangents: Any, primals: Any) -> Any:
+    """Zeros in place of None."""
+    return jax.tree.map(lambda a, b: jnp.zeros_like(a) if b is None else b, primals, tangents)
+
+
+def _on_platform(function: Callable, settings: Settings, given: Given, kept: Any = None, linear: Any = ()) -> Any:
+    """Call a function with the engine, and its form for the platform that the program is lowered for."""
+    run = given.run(settings, _like_gates(settings, given), given.state, given.marks)
+    engine = engine_for(run)
+    forms = engine.forms(run)
+
+    def of(form: Form) -> Callable[[Where, Any, Any], Any]:
+        def call(where: Where, constants: Any, linear: Any) -> Any:
+            given, kept = constants
+            backward = function is _tangents
+            size = _steps(form, where, settings, given, backward, backward or function.keywords["keep"])
+            return function(_Loop(engine, form, settings, size), given, *((kept, linear) if linear else ()))
+
+        return call
+
+    kernels = {platform: Kernel(of(form), of_jax=True) for platform, form in forms.items() if form != forms[None]}
+    weights = len(jax.tree.leaves(given.weights))
+    return by_platform(of(forms[None]), kernels, (given, kept), linear, weights)
+
+
+def _steps(form: Form, where: Where, settings: Settings, given: Given, backward: bool, keep: bool) -> int:
+    """How many steps a block has: see `Form`.
+
+    More than fit where memory is fast are not computed beforehand. Where several devices share the rows, each block
+    would add up the weights' gradients of all devices.
+    """
+    import os
+    if "BLOCK" in os.environ and int(os.environ["BLOCK"]):
+        return int(os.environ["BLOCK"])
+    (time, rows, _), remat = given.x.shape, settings.options.remat
+    if isinstance(remat, int) and keep:
+        return min(remat, max(time, 1))
+    memory = form.training if keep else form.inference
+    known = isinstance(time, int) and isinstance(rows, int)
+    if memory is None or not known or settings.options.hidden_axis is not None or (backward and where.shared):
+        return time
+    rows *= where.mapped
+    if keep and form.rows is not None and rows >= form.rows:
+        return 1
+    most = memory // (max(rows, 1) * given.weights.recurrent.bias.size * 4)
+    if most >= time:
+        return time
+    divisors = (n for n in range(max(most, 1), 0, -1) if time % n == 0)
+    divisor = next(divisors)
+    return divisor if 2 * divisor > most else max(most, 1)
+
+
+class _Loop(NamedTuple):
+    """How a layer's loop is run on a platform."""
+
+    engine: Engine
+    form: Form
+    settings: Settings
+    size: int  # of a block, in steps
+
+    @property
+    def single(self) -> bool:
+        """Whether a block is a step, without a time axis."""
+        return self.size == 1 and self.form.inference is not None
+
+    def in_blocks(
+        self, block: Callable, carry: Any, parts: Any, firsts: Any = None, again: bool = False
+    ) -> tuple[Any, Any]:
+        """Scan over blocks: `block(carry, part, first)` gives a carry and what it returns of its steps, and of itself.
+
+        Args:
+            parts: arrays of all steps.
+            firsts: arrays of all blocks.
+            again: whether a block of several makes what it needs anew: otherwise JAX takes what is known apart, and
+                makes it for all blocks beforehand.
+        """
+        time = jax.tree.leaves(parts)[0].shape[0]
+        reverse = self.settings.reverse
+        if not isinstance(time, int) or self.size >= time:
+            given = jax.tree.map(lambda a: a[0], (parts if self.single else None, firsts))
+            carry, found = block(carry, given[0] if self.single else parts, given[1])
+            added = found if self.single else (None, found[1])
+            added = jax.tree.map(lambda a: a[None], added)
+            return carry, added if self.single else (found[0], added[1])
+        if again:
+            block = jax.checkpoint(block, prevent_cse=False)
+        one = lambda carry, part: block(carry, *part)
+        if self.single:
+            return self.form.scan(self.settings, one, carry, (parts, firsts))
+
+        count, whole = time // self.size, time - time % self.size
+        spans = [(0, count, 0, self.size), (whole, 1, count, time - whole)]  # first step, blocks, first block, steps
+        found = []
+        for start, blocks, number, length in reversed(spans) if reverse else spans:
+            if length:
+                shape = blocks, length
+
+                def cut(a: jax.Array, start: int = start, shape: tuple[int, int] = shape) -> jax.Array:
+                    return lax.slice_in_dim(a, start, start + shape[0] * shape[1]).reshape(*shape, *a.shape[1:])
+
+                part = jax.tree.map(cut, parts), jax.tree.map(lambda a, n=number, m=blocks: a[n : n + m], firsts)
+                carry, (every, first) = lax.scan(one, carry, part, reverse=reverse)
+                found.append((jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), every), first))
+        found = found[:: -1 if reverse else 1]
+        # Structures have linear maps in them, each its own, though all are alike.
+        leaves = map(jnp.concatenate, zip(*map(jax.tree.leaves, found), strict=True)) if len(found) > 1 else None
+        return carry, jax.tree.unflatten(jax.tree.structure(found[0]), leaves) if leaves else found[0]
+
+
+def _forward(loop: _Loop, given: Given, keep: bool) -> tuple[Steps, Arrays, Any]:
+    """What is returned of every step, the last state, and what the derivative needs."""
+    settings = loop.settings
+    input_gates = _input_gates(settings, given.weights, loop.single)
+    recomputed = isinstance(settings.options.remat, int)
+
+    def block(state: Arrays, part: tuple[jax.Array, Marks], _: None) -> tuple[Arrays, Any]:
+        x, marks = part
+        run = given.run(settings, input_gates(x), state, marks)
+        every, last, kept = loop.engine.run(loop.form, run, keep and not recomputed)
+        return last, ((every, kept), state if keep and recomputed else None)
+
+    last, ((every, kept), firsts) = loop.in_blocks(block, given.state, (given.x, given.marks))
+    return every, last, firsts if recomputed else kept
+
+
+def _tangents(loop: _Loop, given: Given, kept: Any, tangent: Given) -> tuple[Steps, Arrays]:
+    """The tangent of what `_forward` returns: linear in `tangent`."""
+    settings, lay, cell = loop.settings, loop.settings.layout, loop.settings.cell
+    weights, product = given.weights, functools.partial(steps.product, loop.settings)
+    wide = accumulator(given.x.dtype)
+    # In which the blocks' gradients add up.
+    d_weights = meshes.varying_with(jax.tree.map(lambda a: a.astype(wide), tangent.weights), given.x)
+    d_weight_ih = None if d_weights.weight_ih is None else lay.for_all_gates(d_weights.weight_ih)
+    weight_ih = lay.for_all_gates(weights.weight_ih)
+    d_recurrent = d_weights.recurrent
+    input_gates = _input_gates(settings, weights, loop.single)
+    recomputed = isinstance(settings.options.remat, int)
+    others = (*steps.own(cell, d_recurrent.own), *tangent.captured)
+
+    def block(d_state: Arrays, part: Any, first: Any) -> tuple[Arrays, tuple[Steps, None]]:
+        x, d_x, marks, kept = part
+        again = kept is None or (kept.sums is None and kept.push is None)
+        gates = input_gates(x) if again else ()
+        run = given.run(settings, gates, first, marks)
+        if recomputed:
+            _, _, kept = loop.engine.run(loop.form, run, True)
+        elif again:
+            sums = steps.recurrent_sums(settings, weights.recurrent, gates, kept.before[0])
+            kept = kept._replace(sums=steps.arguments(cell, gates, sums))
+        none = jnp.zeros((*kept.before[0].shape[:-1], *weights.recurrent.bias.shape), wide)
+        d_gates, d_hidden = none, none
+        for a, b in ((x, d_weight_ih), (d_x, weight_ih)):
+            if a is not None and b is not None:
+                d_gates = d_gates + product(a, b.astype(x.dtype))
+        if d_recurrent.weight_hh is not None:
+            d_hidden = d_hidden + product(kept.before[0], d_recurrent.weight_hh.astype(x.dtype))
+        if d_recurrent.bias is not None:
+            d_hidden = plus(d_hidden, d_recurrent.bias)
+        inputs: Arrays = ()
+        if cell.apart:
+            if d_weights.bias_ih is not None:
+                d_gates = plus(d_gates, d_weights.bias_ih)
+            parts = lay.split(d_gates)
+            inputs = tuple(d for name, d in zip(cell.gates, parts, strict=True) if name in cell.apart)
+            d_hidden = lay.join(steps.added(cell, parts, lay.split(d_hidden)))
+        else:
+            d_hidden = d_hidden + d_gates
+        weight_hr = None if d_recurrent.weight_hr is None else d_recurrent.weight_hr.astype(x.dtype)
+        linear = Linear(d_hidden, inputs, d_state, tangent.reset_state, weight_hr, others)
+        every, d_last = loop.engine.tangents(loop.form, run, kept, linear)
+        return d_last, (every, None)
+
+    parts = given.x, tangent.x, given.marks, None if recomputed else kept
+    d_last, (every, _) = loop.in_blocks(block, tangent.state, parts, kept if recomputed else None, again=True)
+    return every, d_last
+
+
+def _input_gates(settings: Settings, weights: LaidOut, at_once: bool) -> Callable[[jax.Array], Arrays]:
+    """The input's part of every gate, of a block of steps: a function of x.
+
+    Args:
+        at_once: whether it is one product. Of many steps, it is one for each gate: splitting one would copy it.
+    """
+    lay, cell = settings.layout, settings.cell
+    together = lay.for_all_gates(weights.weight_ih) if at_once else None
+    each = () if at_once else lay.for_each_gate(weights.weight_ih)
+    biases = (None,) * len(cell.gates) if weights.bias_ih is None else lay.split(weights.bias_ih)
+
+    def of(x: jax.Array) -> Arrays:
+        if together is not None:
+            gates = lay.split(steps.product(settings, x, together))
+        else:
+            gates = tuple(steps.product(settings, x, part) for part in each)
+        named = zip(cell.gates, gates, biases, strict=True)
+        return tuple(gate if b is None or name not in cell.apart else plus(gate, b) for name, gate, b in named)
+
+    return of
 
 
 def step(settings: Settings, weights: Weights, x: jax.Array, state: Arrays) -> Arrays:
@@ -126,8 +340,9 @@ def step(settings: Settings, weights: Weights, x: jax.Array, state: Arrays) -> A
     if x.ndim == 1:
         x, state = jax.tree.map(lambda a: a[None], (x, state))
         return tuple(a[0] for a in step(settings, weights, x, state))
+    settings = settings._replace(once=True)
     laid_out = _laid_out(settings, weights)
-    gates = _input_gates(settings, laid_out, x)
+    gates = _input_gates(settings, laid_out, at_once=True)(x)
     state, _ = steps.one_step(settings, laid_out.recurrent, gates, _cast(state, accumulator(x.dtype)))
     return state
 
@@ -156,76 +371,11 @@ def _laid_out(settings: Settings, weights: Weights) -> LaidOut:
     return LaidOut(lay.weight_ih(weight_ih), bias_ih, Recurrent(weight_hh, bias, weight_hr, own))
 
 
-def _input_gates(settings: Settings, weights: LaidOut, x: jax.Array) -> Arrays:
-    """The input's part of every gate, for all of x at once."""
-    gates = _input_products(settings, x, weights.weight_ih)
-    if weights.bias_ih is None:
-        return gates
-    inputs = zip(settings.cell.gates, gates, settings.layout.split(weights.bias_ih), strict=True)
-    return tuple(plus(gate, b) if name in settings.cell.apart else gate for name, gate, b in inputs)
-
-
-def _input_products_jvp(settings: Settings, primals: tuple, tangents: tuple) -> tuple[Arrays, Arrays]:
-    """The tangent uses one large product, because the loop needs all gates together."""
-    x, weight = primals
-    d_x, d_weight = tangents
-    gates = _input_products(settings, x, weight)
-    products = [
-        steps.product(settings, a, settings.layout.for_all_gates(b))
-        for a, b in ((d_x, weight), (x, d_weight))
-        if not isinstance(a, SymbolicZero) and not isinstance(b, SymbolicZero)
-    ]
-    if not products:
-        return gates, jax.tree.map(jnp.zeros_like, gates)
-    return gates, settings.layout.split(functools.reduce(operator.add, products))
-
-
-@with_rule(_input_products_jvp, nondiff_argnums=(0,), symbolic_zeros=True)
-def _input_products(settings: Settings, x: jax.Array, weight: jax.Array) -> Arrays:
-    """One product per gate: splitting one large product would copy it."""
-    return tuple(steps.product(settings, x, part) for part in settings.layout.for_each_gate(weight))
-
-
-def _over_time_jvp(settings: Settings, dtype: jnp.dtype, primals: tuple, tangents: tuple) -> tuple[tuple, tuple]:
-    run, tangent = Run(settings, dtype, *primals), Run(settings, dtype, *tangents)
-    cell, lay, engine = settings.cell, settings.layout, engine_for(run)
-    states, sums, last = engine.states_and_sums(run)
-    states = checkpoint_name(states, _STATES)
-    before = steps.select(run.marks.reset, run.reset_state, _before(settings, run.state, states))
-    if sums is None:
-        sums = steps.recurrent_sums(settings, run.recurrent, run.gates, before[0])
-
-    # What is known of the tangents before the loop: all but what comes through the state's own tangent.
-    d_hidden = jnp.expand_dims(tangent.recurrent.bias, (0, 1))
-    if tangent.recurrent.weight_hh is not None:
-        d_hidden = d_hidden + steps.product(settings, before[0], tangent.recurrent.weight_hh)
-    d_sums = lay.join(steps.added(cell, tangent.gates, lay.split(d_hidden)))
-    every, d_last = engine.tangents(run, before, sums, tangent, d_sums)
-    return (steps.returned(run, run.marks, states, sums), last), (every, d_last)
-
-
-@with_rule(_over_time_jvp, nondiff_argnums=(0, 1))
-def _run_over_time(settings: Settings, dtype: jnp.dtype, *arrays: Any) -> tuple[Steps, Arrays]:
-    """Run a layer over the input's part of its gates: the arguments are those of `Run`."""
-    run = Run(settings, dtype, *arrays)
-    return engine_for(run).forward(run)
-
-
-def _with_gates(run: Run, every: Steps) -> Steps:
+def _with_gates(settings: Settings, given: Given, every: Steps) -> Steps:
     """The gates of every step in place of their sums."""
     assert every.state is not None
-    assert every.sums is not None
-    cell, before = run.settings.cell, _before(run.settings, run.state, every.state)
-    before = steps.select(run.marks.reset, run.reset_state, before)
+    cell, before = settings.cell, steps.before(settings, given.state, every.state)
+    before = steps.select(given.marks.reset, given.reset_state, before)
     values = cell.gate_values or (lambda gates, *_: gates)
-    gates = jax.vmap(lambda *a: values(*a, *steps.own(cell, run.recurrent.own)))(
-        *steps.arguments(cell, run.gates, every.sums), before
-    )
-    return every._replace(sums=None, gates=steps.without_padding(run.marks, tuple(gates)))
-
-
-def _before(settings: Settings, first: Arrays, after: Arrays) -> Arrays:
-    """The states before each step, from the first one and those after each step."""
-    if settings.reverse:
-        return tuple(jnp.concatenate([a[1:], a_0[None]]) for a_0, a in zip(first, after, strict=True))
-    return tuple(jnp.concatenate([a_0[None], a[:-1]]) for a_0, a in zip(first, after, strict=True))
+    gates = jax.vmap(lambda *a: values(*a, *steps.own(cell, given.weights.recurrent.own)))(*every.sums, before)
+    return every._replace(sums=None, gates=steps.without_padding(given.marks, tuple(gates)))

@@ -1,5 +1,6 @@
 """One step of a layer: the recurrent product, the cell, the projection, and the marks. Engines run it over time."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -8,10 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxrnn._compat import time_major
+from jaxrnn._compat import ACCELERATORS, Kernel, Where, by_platform, time_major
 from jaxrnn.cells import Arrays, Cell
 from jaxrnn.layouts import Layout, layout
 from jaxrnn.options import Options
+
+
+_FEW = range(2, 33)  # rows whose product takes less time than a transposition of the weights
 
 
 class Settings(NamedTuple):
@@ -21,6 +25,7 @@ class Settings(NamedTuple):
     options: Options = Options()
     reverse: bool = False
     every: bool = False  # whether the states and sums of every step are returned, beside the outputs
+    once: bool = False  # whether a call makes one step alone, so that weights are not worth transposing
 
     @property
     def layout(self) -> Layout:
@@ -52,7 +57,7 @@ class Recurrent(NamedTuple):
 
 
 class Run(NamedTuple):
-    """One layer in one direction: all that its loop needs. With tangents in place of arrays, its tangent.
+    """A block of steps of one layer in one direction, often all of them: all that its loop needs.
 
     Not a tree of arrays alone: `settings` and `dtype` are none.
     """
@@ -80,13 +85,29 @@ class Layer(NamedTuple):
     every: bool  # whether the states and gates of every step are returned
 
 
+class Sums(NamedTuple):
+    """The first two arguments of a cell's step."""
+
+    gates: tuple[Any, ...]  # the whole sum of each gate, or the input's part alone if it is apart
+    hidden: tuple[Any, ...]  # the recurrent part of each gate that is apart
+
+
 class Steps(NamedTuple):
     """What a run returns for each step, or for all steps with time in front."""
 
     output: jax.Array
     state: Arrays | None = None  # after the step
-    sums: Arrays | None = None
+    sums: Any = None  # `Sums` of all steps
     gates: Arrays | None = None  # after their nonlinearities
+
+
+class Kept(NamedTuple):
+    """What the derivative of a run needs, of all steps with time in front: the linear map, or what it is made from."""
+
+    before: Arrays  # the states before each step; beside `push` the first of them alone
+    sums: Sums | None = None
+    push: Any = None  # the linear map of each step, as `jax.linearize` gives it
+    hidden: jax.Array | None = None  # the first state after each step, before its projection
 
 
 def accumulator(dtype: jnp.dtype) -> jnp.dtype:
@@ -96,6 +117,14 @@ def accumulator(dtype: jnp.dtype) -> jnp.dtype:
 
 def product(settings: Settings, a: jax.Array, weight: jax.Array, contract: int = 0) -> jax.Array:
     """Multiply, and sum over the last axis of `a` and the axis `contract` of the weight."""
+    if settings.once and a.ndim == 2 and contract == 0 and a.shape[0] in _FEW and settings.options.hidden_axis is None:
+        kernels = {platform: Kernel(functools.partial(_product, settings, 0), of_jax=True) for platform in ACCELERATORS}
+        return by_platform(functools.partial(_swapped, settings), kernels, (a, weight))
+    return _product(settings, contract, Where(), (a, weight), ())
+
+
+def _product(settings: Settings, contract: int, where: Where, operands: Any, linear: Any) -> jax.Array:
+    a, weight = operands
     multiplied = lax.dot_general(
         a.astype(weight.dtype),
         weight,
@@ -105,7 +134,25 @@ def product(settings: Settings, a: jax.Array, weight: jax.Array, contract: int =
     )
     # Of all steps: on a TPU, XLA lays some such products out with the units or the batch outermost, and the loop then
     # gathers a row of every tile at each step.
-    return time_major(multiplied) if a.ndim > 2 and settings.options.hidden_axis is None else multiplied
+    is_of_steps = a.ndim > 2 and len(a) != 1 and settings.options.hidden_axis is None
+    return time_major(multiplied) if is_of_steps else multiplied
+
+
+def _swapped(settings: Settings, where: Where, operands: Any, linear: Any) -> jax.Array:
+    """The product of a few rows, on a CPU, by torch's weights as they are: those are `weight.T`, and come first.
+
+    XLA would swap the operands back, but for the barriers; a product by transposed weights takes it twice the time.
+    """
+    a, weight = operands
+    rows = lax.optimization_barrier(a.astype(weight.dtype).T)
+    multiplied = lax.dot_general(
+        weight,
+        rows,
+        (((0,), (0,)), ((), ())),
+        precision=settings.options.precision,
+        preferred_element_type=accumulator(weight.dtype),
+    )
+    return lax.optimization_barrier(multiplied).T
 
 
 def plus(a: jax.Array, bias: jax.Array) -> jax.Array:
@@ -135,12 +182,12 @@ def added(cell: Cell, gates: Arrays, recurrent: Arrays) -> Arrays:
     )
 
 
-def arguments(cell: Cell, gates: Sequence[Any], sums: Arrays) -> tuple[Arrays, Arrays]:
+def arguments(cell: Cell, gates: Sequence[Any], sums: Arrays) -> Sums:
     """The step's `gates` and `hidden`, from the input's parts and the sums. Linear in both."""
     whole = tuple(
         gate if name in cell.apart else total for name, gate, total in zip(cell.gates, gates, sums, strict=True)
     )
-    return whole, tuple(total for name, total in zip(cell.gates, sums, strict=True) if name in cell.apart)
+    return Sums(whole, tuple(total for name, total in zip(cell.gates, sums, strict=True) if name in cell.apart))
 
 
 def own(cell: Cell, params: dict[str, jax.Array]) -> tuple[dict[str, jax.Array], ...]:
@@ -172,15 +219,15 @@ def _checked(cell: Cell, state: object, like: jax.Array) -> Arrays:
     return tuple(state)
 
 
-def advance(run: Run, gates: Arrays, marks: Marks, state: Arrays) -> tuple[Arrays, Arrays]:
-    """A step of a run, with its marks: the state after it, and the sums."""
+def advance(run: Run, gates: Arrays, marks: Marks, state: Arrays) -> tuple[Arrays, Arrays, Arrays]:
+    """A step of a run, with its marks: the state after it, that before it where it is put back, and the sums."""
     before = select(marks.reset, run.reset_state, state)
     after, sums = one_step(run.settings, run.recurrent, gates, before, run.captured)
-    return select(marks.ended, state, after), sums
+    return select(marks.ended, state, after), before, sums
 
 
 def returned(run: Run, marks: Marks, state: Arrays, sums: Arrays | None) -> Steps:
-    """What a run returns of the state after a step, and of the sums, or of those of all steps."""
+    """What a run returns of a step, whose sums are as `one_step` has them, or of all steps."""
     (output,) = without_padding(marks, (state[0].astype(run.dtype),))
     return Steps(output, state, sums) if run.settings.every else Steps(output)
 
@@ -188,3 +235,10 @@ def returned(run: Run, marks: Marks, state: Arrays, sums: Arrays | None) -> Step
 def without_padding(marks: Marks, arrays: Arrays) -> Arrays:
     """Zeros past the rows' ends."""
     return select(marks.ended, tuple(jnp.zeros_like(a) for a in arrays), arrays)
+
+
+def before(settings: Settings, first: Arrays, after: Arrays) -> Arrays:
+    """The states before each step, from the first one and those after each step."""
+    if settings.reverse:
+        return tuple(jnp.concatenate([a[1:], a_0[None]]) for a_0, a in zip(first, after, strict=True))
+    return tuple(jnp.concatenate([a_0[None], a[:-1]]) for a_0, a in zip(first, after, strict=True))

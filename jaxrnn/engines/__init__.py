@@ -15,6 +15,7 @@ Calls are jitted, so an engine's methods run while JAX traces: once for each spe
 `AUTO` are not part of that key. After changing them, call `jax.clear_caches()`.
 """
 
+from collections.abc import Mapping
 from typing import Protocol, runtime_checkable
 
 import jax
@@ -22,16 +23,13 @@ import jax
 from jaxrnn.cells import Arrays
 from jaxrnn.engines.cudnn import CuDNN
 from jaxrnn.engines.pallas import Pallas
-from jaxrnn.engines.scan import Scan
+from jaxrnn.engines.scan import Form, Linear, Scan
 from jaxrnn.options import Options
-from jaxrnn.steps import Layer, Run, Steps
+from jaxrnn.steps import Kept, Layer, Run, Steps
 
 
 class Engine(Protocol):
-    """How to run a layer's loop over time, and its derivative.
-
-    Without a derivative, JAX calls `forward`. With one it calls `states_and_sums`, then `tangents`, which it transposes
-    into the backward pass; jit traces `forward` as well.
+    """How to run a layer's loop over a block of steps, and its derivative.
 
     The sums are what the cell's gates are computed from: `W_ih x + b_ih + W_hh h + b_hh` for each gate, but only
     `W_hh h + b_hh` for one in `cell.apart`.
@@ -40,32 +38,33 @@ class Engine(Protocol):
     def refuses(self, run: Run) -> str | None:
         """Why this engine cannot run it, as a clause without a full stop; None if it can.
 
-        The reason may be the cell (`run.settings.cell`), shapes (`run.gates[0].shape`), or the dtype (`run.dtype`).
+        The reason may be the cell (`run.settings.cell`), shapes (`run.gates[0].shape`), or the dtype (`run.dtype`). The
+        gates are those of all steps, without their values.
         """
 
-    def forward(self, run: Run) -> tuple[Steps, Arrays]:
-        """What `steps.returned` takes of every step, with time in front, and the state after the last step run."""
+    def forms(self, run: Run) -> Mapping[str | None, Form]:
+        """How its loops are written, by platform; None for all that are not named.
 
-    def states_and_sums(self, run: Run) -> tuple[Arrays, Arrays | None, Arrays]:
-        """What the derivative needs: the states after every step, the sums of every step, and the last state.
-
-        With `remat="gates"` the sums may be None.
+        A kernel that wants all steps at once has a form without `memory`.
         """
 
-    def tangents(self, run: Run, before: Arrays, sums: Arrays, tangent: Run, d_sums: jax.Array) -> tuple[Steps, Arrays]:
-        """The tangent of `forward`.
+    def run(self, form: Form, run: Run, keep: bool) -> tuple[Steps, Arrays, Kept | None]:
+        """What `steps.returned` takes of every step, with time in front, and the state after the last step run.
 
-        It must be linear in the tangents. JAX transposes it into the backward pass, and maps and differentiates it. An
+        And with `keep`, what the derivative needs. With `remat="gates"`, that is without the sums.
+        """
+
+    def tangents(self, form: Form, run: Run, kept: Kept, linear: Linear) -> tuple[Steps, Arrays]:
+        """The tangent of `run`.
+
+        It must be linear in `linear`. JAX transposes it into the backward pass, and maps and differentiates it. An
         engine with a backward pass of its own solves the recurrence by `jax.lax.custom_linear_solve`, whose
         `transpose_solve` is that backward pass; or it is for one platform, and has it as `engines.pallas` does.
 
         Args:
-            run: what was run.
-            before: the states before every step.
-            sums: the sums of every step.
-            tangent: the tangents of the arrays of `run`: zeros where nothing is differentiated, None where `run` has
-                None, and of dtype float0 for its marks.
-            d_sums: the tangents of the sums without what comes through the tangent of the state, all gates in one
+            run: what was run; without the gates, which `kept` has.
+            kept: what was kept of it, with the sums.
+            linear: the tangents. Its `sums` are without what comes through the tangent of the state, all gates in one
                 array, (time, batch, gates * hidden_size), or as `jaxrnn.layouts` joins them.
         """
 

@@ -8,7 +8,7 @@ second. What is lowered for another platform, mapped, differentiated forward, or
 import dataclasses
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -18,10 +18,10 @@ from jax import lax
 from jax.sharding import AxisType
 
 from jaxrnn import steps
-from jaxrnn._compat import Kernel, by_platform, pallas, varying_like
+from jaxrnn._compat import Kernel, Where, by_platform, pallas, varying_like
 from jaxrnn.cells import GRU_CELL, LSTM_CELL, RNN_RELU, RNN_TANH, Arrays, Cell
-from jaxrnn.engines.scan import Linear, Scan
-from jaxrnn.steps import Run, Settings, Steps
+from jaxrnn.engines.scan import Form, Linear, Scan
+from jaxrnn.steps import Kept, Run, Settings, Steps
 
 _MIB, _LANES = 2**20, 128
 _SPARE = 8 * _MIB  # for what the compiler itself keeps on the chip
@@ -38,6 +38,8 @@ class Pallas(Scan):
         platform: where the kernels are used; None for everywhere.
         interpret: as for `pallas_call`: whether JAX computes what a TPU would, on any platform.
     """
+
+    keeps_sums = True
 
     def __init__(self, memory: int = 56 * _MIB, platform: str | None = "tpu", interpret: Any = False) -> None:
         self.memory: int = memory
@@ -65,38 +67,45 @@ class Pallas(Scan):
             return f"hidden_size={hidden} with {batch} rows takes more than {self.memory // _MIB} MiB on the chip"
         return None if self.interpret else _why_not_lowered(cell, hidden)
 
-    def forward(self, run: Run) -> tuple[Steps, Arrays]:
-        def kernel(run: Run) -> tuple[Steps, Arrays]:
-            if run.settings.every:
-                (states, sums), last = self._forward(run, saved=True)
-                return steps.returned(run, run.marks, states, sums), last
-            output, last = self._forward(run, saved=False)
-            return Steps(output), last
+    def forms(self, run: Run) -> Mapping[str | None, Form]:
+        return {None: Form()}  # the kernel has all steps at once
 
-        return self._of_run(super().forward, kernel, run)
+    def run(self, form: Form, run: Run, keep: bool) -> tuple[Steps, Arrays, Kept | None]:
+        settings, dtype, *arrays = _with_precision(run)
+        by_scan = super().run
 
-    def states_and_sums(self, run: Run) -> tuple[Arrays, Arrays | None, Arrays]:
-        def kernel(run: Run) -> tuple[Arrays, Arrays | None, Arrays]:
+        def kernel(where: Where, arrays: Any, linear: Any) -> tuple[Steps, Arrays, Kept | None]:
+            run = Run(settings, dtype, *arrays)
+            if not keep and not settings.every:
+                output, last = self._forward(run, saved=False)
+                return Steps(output), last, None
             (states, sums), last = self._forward(run, saved=True)
-            return states, None if run.settings.options.remat == "gates" else sums, last
+            every = steps.returned(run, run.marks, states, steps.arguments(settings.cell, run.gates, sums))
+            if not keep:
+                return every, last, None
+            before = steps.select(run.marks.reset, run.reset_state, steps.before(settings, run.state, states))
+            kept = Kept(before, steps.arguments(settings.cell, run.gates, sums))
+            return every, last, kept._replace(sums=None) if settings.options.remat == "gates" else kept
 
-        return self._of_run(super().states_and_sums, kernel, run)
+        def scan(where: Where, arrays: Any, linear: Any) -> tuple[Steps, Arrays, Kept | None]:
+            return by_scan(form, Run(settings, dtype, *arrays), keep)
 
-    def _of_run(self, plain: Callable[[Run], Any], kernel: Callable[[Run], Any], run: Run) -> Any:
-        settings, dtype, *arrays = _with_precision(run)
-        functions = [lambda a, _, f=f: f(Run(settings, dtype, *a)) for f in (plain, kernel)]
-        return by_platform(functions[0], {self.platform: Kernel(functions[1])}, arrays)
+        return by_platform(scan, {self.platform: Kernel(kernel)}, arrays)
 
-    def pushed(self, run: Run, before: Arrays, sums: Arrays, linear: Linear) -> tuple[Steps, Arrays]:
-        settings, dtype, *arrays = _with_precision(run)
-        by_scan = super().pushed
+    def tangents(self, form: Form, run: Run, kept: Kept, linear: Linear) -> tuple[Steps, Arrays]:
+        assert kept.sums is not None
+        settings, dtype, *arrays = _with_precision(run._replace(gates=kept.sums.gates))
+        by_scan = super().tangents
 
-        def of_run(function: Callable, constants: Any, more: Any) -> Any:
-            arrays, before, sums = constants
-            return function(Run(settings, dtype, *arrays), before, sums, more)
+        def scan(where: Where, constants: Any, linear: Linear) -> tuple[Steps, Arrays]:
+            arrays, kept = constants
+            return by_scan(form, Run(settings, dtype, *arrays), kept, linear)
 
-        kernels = {self.platform: Kernel(transposed=functools.partial(of_run, self._backward))}
-        return by_platform(functools.partial(of_run, by_scan), kernels, (arrays, before, sums), linear)
+        def backward(where: Where, constants: Any, cotangents: Any) -> Linear:
+            arrays, kept = constants
+            return self._backward(Run(settings, dtype, *arrays), kept, cotangents)
+
+        return by_platform(scan, {self.platform: Kernel(transposed=backward)}, (arrays, kept), linear)
 
     def _forward(self, run: Run, saved: bool) -> tuple[Any, Arrays]:
         """The outputs of every step, or what the derivative needs: states and sums; and the last state."""
@@ -122,30 +131,30 @@ class Pallas(Scan):
         state, results = self._scan(body, run, run.state, streams, results, reverse=run.settings.reverse)
         return results, state
 
-    def _backward(self, run: Run, before: Arrays, sums: Arrays, cotangents: tuple[Steps, Any]) -> Linear:
-        """The cotangents of what the tangents are linear in, from those of `forward`; None for zeros."""
+    def _backward(self, run: Run, kept: Kept, cotangents: tuple[Steps, Any]) -> Linear:
+        """The cotangents of what the tangents are linear in, from those of `run`; None for zeros."""
         d_every, d_last = cotangents
-        cell, lay = run.settings.cell, run.settings.layout
+        cell, lay, own = run.settings.cell, run.settings.layout, bool(run.settings.cell.params)
 
-        def body(kept: _Kept, time: Any, carry: Any, step: Any) -> tuple[Any, Any]:
+        def body(stays: _Kept, time: Any, carry: Any, step: Any) -> tuple[Any, Any]:
             d_state, d_reset, d_own = carry
-            sums, inputs, before, reset, d_every = step
-            ended, reset = kept.ended(time), _marked(reset)
+            sums, before, reset, d_every = step
+            ended, reset = stays.ended(time), _marked(reset)
             if d_every.output is not None:
                 (d_output,) = _unless(ended, (d_every.output.astype(jnp.float32),))
                 d_state = (d_state[0] + d_output, *d_state[1:])
             d_state = tuple(map(_added, d_state, d_every.state or [None] * len(d_state)))
-            named = dict(zip(cell.apart, inputs, strict=True))
-            gates = [named.get(name) for name in cell.gates]
             states = tuple(jnp.zeros_like(d_state[0]) if a is None else a for a in before)
-            arguments = (*steps.arguments(cell, gates, sums), states, *steps.own(cell, _read(kept.own)))
+            arguments = (*sums, states, *steps.own(cell, _read(stays.own)))
             _, pull = jax.vjp(lambda *a: tuple(cell.step(*a)), *arguments)
-            d_gates, d_hidden, d_before, *d_params = pull(_unless(ended, d_state))
+            *d_both, d_before, d_params = pull(_unless(ended, d_state)) if own else (*pull(_unless(ended, d_state)), None)
+            if d_every.sums is not None:
+                d_both = [tuple(map(_added, a, b)) for a, b in zip(d_both, d_every.sums, strict=True)]
+            d_gates, d_hidden = d_both
             apart = dict(zip(cell.apart, d_hidden, strict=True))
             d_sums = tuple(apart.get(name, d) for name, d in zip(cell.gates, d_gates, strict=True))
-            d_sums = tuple(map(_added, d_sums, d_every.sums or [None] * len(d_sums)))
-            if kept.weight is not None:
-                products = [self._product(run, d, kept.weight[k], 1) for k, d in enumerate(d_sums)]
+            if stays.weight is not None:
+                products = [self._product(run, d, stays.weight[k], 1) for k, d in enumerate(d_sums)]
                 d_before = (functools.reduce(jnp.add, products, d_before[0]), *d_before[1:])
             if reset is not None:
                 d_reset = tuple(
@@ -155,13 +164,12 @@ class Pallas(Scan):
             if ended is not None:
                 held = _unless(~ended, d_state)
                 d_before = tuple(map(jnp.add, d_before, held))
-            d_own = jax.tree.map(jnp.add, d_own, *d_params) if d_params else d_own
+            d_own = jax.tree.map(jnp.add, d_own, d_params) if own else d_own
             d_inputs = tuple(d for name, d in zip(cell.gates, d_gates, strict=True) if name in cell.apart)
             return (d_before, d_reset, d_own), (lay.join(d_sums) if joined else d_sums, d_inputs)
 
-        inputs = tuple(gate for name, gate in zip(cell.gates, run.gates, strict=True) if name in cell.apart)
-        needed = (None, *before[1:]) if cell.projects else before  # such a step does not read the first state
-        streams = sums, inputs, needed, _numbers(run.marks.reset), d_every
+        needed = (None, *kept.before[1:]) if cell.projects else kept.before  # such a step does not read the first state
+        streams = kept.sums, needed, _numbers(run.marks.reset), d_every
         d_state = tuple(jnp.zeros_like(a) if d is None else d for a, d in zip(run.state, d_last, strict=True))
         zeros = jax.tree.map(
             jnp.zeros_like, (run.reset_state if run.marks.reset is not None else None, run.recurrent.own)
@@ -170,7 +178,7 @@ class Pallas(Scan):
         joined = shape[-1] % _LANES == 0  # or else the parts of a row of numbers begin between its tiles
         like = functools.partial(varying_like, dtype=jnp.float32, array=run.gates[0])
         of_gates = tuple(like(shape) for _ in cell.gates)
-        results = like((*shape[:-1], shape[-1] * len(cell.gates))) if joined else of_gates, of_gates[: len(inputs)]
+        results = like((*shape[:-1], shape[-1] * len(cell.gates))) if joined else of_gates, of_gates[: len(cell.apart)]
         carry, (d_sums, d_inputs) = self._scan(
             body, run, (d_state, *zeros), streams, results, reverse=not run.settings.reverse
         )
@@ -346,7 +354,8 @@ def _why_not_lowered(cell: Cell, size: int) -> str | None:
     def kernels(*arrays: Any) -> Any:
         run = Run(Settings(cell), jnp.dtype(jnp.float32), *arrays)
         (states, sums), last = engine._forward(run, saved=True)
-        return engine._backward(run, states, sums, (Steps(states[0]), last))
+        kept = Kept(states, steps.arguments(cell, run.gates, sums))
+        return engine._backward(run, kept, (Steps(states[0]), last))
 
     try:
         jax.jit(kernels).trace(*arrays).lower(lowering_platforms=("tpu",))

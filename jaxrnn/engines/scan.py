@@ -1,7 +1,7 @@
 """The engine for everything: `jax.lax.scan` over time."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -9,32 +9,75 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxrnn import steps
-from jaxrnn._compat import Kernel, by_platform, time_major
+from jaxrnn._compat import time_major
 from jaxrnn.cells import Arrays
-from jaxrnn.steps import Marks, Run, Steps
+from jaxrnn.steps import Kept, Marks, Run, Settings, Steps
 
 
 class Form(NamedTuple):
     """How loops are written for a platform.
 
     Attributes:
+        inference: the bytes of the input's part of the gates that a block of steps may have; None for all steps in one.
+        training: the same, where there is a derivative.
+        rows: from how many on, blocks are steps where there is a derivative.
+        apart: whether the gates' cotangents are computed apart, and then joined: a fusion of both is slow.
         unroll: steps made at a time, unless the options say it.
         joined: whether the sums of all gates are stacked as one array: one update a step.
         packed: whether the arrays of a step that a loop reads are side by side in one.
     """
 
+    inference: int | None = None
+    training: int | None = None
+    rows: int | None = None
+    apart: bool = False
     unroll: int = 1
     joined: bool = False
     packed: bool = False
 
+    def scan(self, settings: Settings, body: Callable, carry: Any, every: tuple) -> tuple[Any, Any]:
+        """As `jax.lax.scan` of `body(carry, step)`, in the direction of the settings."""
+        length = jax.tree.leaves(every)[0].shape[0]
+        # A symbolic time axis, in an export, cannot be split.
+        unroll = settings.options.unroll or (self.unroll if isinstance(length, int) else 1)
+        scan = functools.partial(lax.scan, reverse=settings.reverse, unroll=unroll)
+        return (functools.partial(_packed, scan) if self.packed else scan)(body, carry, every)
 
-_CPU = Form()
+
+_MIB = 2**20
+_CPU = Form(inference=3 * _MIB, training=64 * _MIB, rows=65, apart=True)
 # On a GPU, every update of an array is a launch, and a launch takes longer than most steps.
-_GPU = Form(unroll=4, joined=True)
+_GPU = Form(inference=512 * _MIB, training=512 * _MIB, unroll=4, joined=True)
 # A TPU's tiles are 128 numbers wide. XLA lays narrower arrays out with the time inside the tiles, to fill them, and
 # then gathers every step.
-_NARROW = Form(packed=True)
+_TPU = Form(inference=512 * _MIB, training=512 * _MIB)
+_NARROW = _TPU._replace(packed=True)
 _LANES = 128
+
+
+def _linearized(run: Run, kept: Kept, single: bool, keep_sums: bool | None = False) -> Kept:
+    """The linear map of every step; or as before, if `keep_sums`, which None leaves to which of both is smaller."""
+    cell, recurrent = run.settings.cell, run.recurrent
+
+    def step(*a: Any) -> tuple[Arrays, Callable]:
+        return jax.linearize(cell.step, *a, *steps.own(cell, recurrent.own), *run.captured)
+
+    if keep_sums:
+        return kept
+    assert kept.sums is not None
+    after, push = (step if single else jax.vmap(step))(*kept.sums, kept.before)
+    if keep_sums is None and _size(push) > _LARGER * _size((kept.sums, kept.before[1:])):
+        return kept
+    return Kept(kept.before[:1], None, push, None if recurrent.weight_hr is None else after[0])
+
+
+def _size(tree: Any) -> int:
+    return sum(a.size for a in jax.tree.leaves(tree))
+
+
+def _once(body: Callable, carry: Any, step: Any) -> tuple[Any, Any]:
+    """A step in place of a loop."""
+    return body(carry, step)
 
 
 class Linear(NamedTuple):
@@ -48,113 +91,79 @@ class Linear(NamedTuple):
     others: tuple[Any, ...]  # of the cell's own parameters, and of what its step closes over
 
 
+_LARGER = 1.5  # how much larger than the sums a linear map may be, to be kept in their place
+
+
 class Scan:
     """Loops of `jax.lax.scan`, of which JAX transposes the second into the backward pass."""
+
+    keeps_sums: bool | None = None  # for the derivative, and not the linear map; None for what is smaller
 
     def refuses(self, run: Run) -> str | None:
         return None
 
-    def forward(self, run: Run) -> tuple[Steps, Arrays]:
-        return _by_platform(_forward, run)
+    def forms(self, run: Run) -> Mapping[str | None, Form]:
+        if run.settings.options.hidden_axis is not None:  # what is exchanged at each step takes far longer than launches
+            return {None: Form()}
+        narrow = run.gates[0].shape[-1] < _LANES
+        return {None: _CPU, "cuda": _GPU, "rocm": _GPU, "tpu": _NARROW if narrow else _TPU}
 
-    def states_and_sums(self, run: Run) -> tuple[Arrays, Arrays | None, Arrays]:
-        return _by_platform(_states_and_sums, run)
+    def run(self, form: Form, run: Run, keep: bool) -> tuple[Steps, Arrays, Kept | None]:
+        cell, lay = run.settings.cell, run.settings.layout
+        keep_sums = keep and run.settings.options.remat != "gates"
+        single = run.gates[0].ndim == run.state[0].ndim
 
-    def tangents(self, run: Run, before: Arrays, sums: Arrays, tangent: Run, d_sums: jax.Array) -> tuple[Steps, Arrays]:
-        cell = run.settings.cell
-        inputs = tuple(d for name, d in zip(cell.gates, tangent.gates, strict=True) if name in cell.apart)
-        others = (*steps.own(cell, tangent.recurrent.own), *tangent.captured)
-        linear = Linear(d_sums, inputs, tangent.state, tangent.reset_state, tangent.recurrent.weight_hr, others)
-        # Of the gates, only those that are apart are read: this way, the others are not kept for the backward pass.
-        whole, _ = steps.arguments(cell, run.gates, sums)
-        return self.pushed(run._replace(gates=whole), before, sums, linear)
+        def body(state: Arrays, step: tuple[Arrays, Marks]) -> tuple[Arrays, tuple]:
+            gates, marks = step
+            state, before, sums = steps.advance(run, gates, marks, state)
+            kept: Any = (lay.join(sums) if form.joined and not single else sums) if keep_sums else None
+            return state, (steps.returned(run, marks, state, sums), before if keep else None, kept)
 
-    def pushed(self, run: Run, before: Arrays, sums: Arrays, linear: Linear) -> tuple[Steps, Arrays]:
-        """As `tangents`, a function of what it is linear in."""
-        return _by_platform(_pushed, run, (before, sums), linear)
+        scan = _once if single else functools.partial(form.scan, run.settings)
+        last, (every, before, kept) = scan(body, run.state, (run.gates, run.marks))
+        if every.sums is not None:
+            every = every._replace(sums=steps.arguments(cell, run.gates, every.sums))
+        if not keep:
+            return every, last, None
+        if not keep_sums:
+            return every, last, Kept(before)
+        made = Kept(before, steps.arguments(cell, run.gates, lay.split(kept) if form.joined and not single else kept))
+        return every, last, _linearized(run, made, single, self.keeps_sums)
 
+    def tangents(self, form: Form, run: Run, kept: Kept, linear: Linear) -> tuple[Steps, Arrays]:
+        cell, recurrent, lay = run.settings.cell, run.recurrent, run.settings.layout
+        product = functools.partial(steps.product, run.settings)
 
-def _by_platform(function: Callable, run: Run, others: tuple = (), linear: Any = ()) -> Any:
-    """Call a function of a form, a run and more, with the form for the platform that the program is lowered for."""
-    settings, dtype, *arrays = run
+        single = kept.before[0].ndim == linear.state[0].ndim
+        if kept.push is None:
+            kept = _linearized(run, kept, single)
+        d_projected, weight_hr = None, None
+        if recurrent.weight_hr is not None and linear.weight_hr is not None:
+            d_projected, weight_hr = product(kept.hidden, linear.weight_hr), recurrent.weight_hr.T
+        transposed = None if recurrent.weight_hh is None else lay.transposed(recurrent.weight_hh)
+        apart = dict(zip(cell.apart, linear.inputs, strict=True))
+        inputs = tuple(apart.get(name) for name in cell.gates)
 
-    def of(form: Form) -> Callable[[Any, Any], Any]:
-        def call(constants: Any, linear: Any) -> Any:
-            arrays, others = constants
-            return function(form, Run(settings, dtype, *arrays), *others, *(linear and [linear]))
+        def body(d_state: Arrays, step: tuple) -> tuple[Arrays, Steps]:
+            push, d_sums, d_inputs, d_projected, marks = step
+            d_before = steps.select(marks.reset, linear.reset_state, d_state)
+            if transposed is not None:
+                d_sums = d_sums + product(d_before[0], *transposed)
+            d_sums = lay.split(d_sums)
+            if form.apart:
+                d_sums, d_inputs = lax.optimization_barrier((d_sums, d_inputs))
+            d_after = tuple(push(*steps.arguments(cell, d_inputs, d_sums), d_before, *linear.others))
+            if weight_hr is not None:
+                d_after = (product(d_after[0], weight_hr, contract=1) + d_projected, *d_after[1:])
+            d_state = steps.select(marks.ended, d_state, d_after)
+            return d_state, steps.returned(run, marks, d_state, d_sums)
 
-        return call
-
-    kernels = {platform: Kernel(of(form), of_jax=True) for platform, form in _forms(run).items() if form != _CPU}
-    return by_platform(of(_CPU), kernels, (arrays, others), linear)
-
-
-def _forms(run: Run) -> dict[str | None, Form]:
-    if run.settings.options.hidden_axis is not None:  # what is exchanged at each step takes far longer than launches
-        return {}
-    return {"cuda": _GPU, "rocm": _GPU, "tpu": _NARROW if run.gates[0].shape[-1] < _LANES else _CPU}
-
-
-def _forward(form: Form, run: Run) -> tuple[Steps, Arrays]:
-    def body(state: Arrays, step: tuple[Arrays, Marks]) -> tuple[Arrays, Steps]:
-        gates, marks = step
-        state, sums = steps.advance(run, gates, marks, state)
-        return state, steps.returned(run, marks, state, sums)
-
-    last, every = _scan(form, run)(body, run.state, (run.gates, run.marks))
-    return every, last
-
-
-def _states_and_sums(form: Form, run: Run) -> tuple[Arrays, Arrays | None, Arrays]:
-    recompute, lay = run.settings.options.remat == "gates", run.settings.layout
-
-    def body(state: Arrays, step: tuple[Arrays, Marks]) -> tuple[Arrays, tuple]:
-        gates, marks = step
-        state, sums = steps.advance(run, gates, marks, state)
-        saved: Any = lay.join(sums) if form.joined else sums
-        return state, (state, None if recompute else saved)
-
-    last, (states, saved) = _scan(form, run)(body, run.state, (run.gates, run.marks))
-    return states, lay.split(saved) if form.joined and not recompute else saved, last
-
-
-def _pushed(form: Form, run: Run, before: Arrays, sums: Arrays, linear: Linear) -> tuple[Steps, Arrays]:
-    cell, recurrent, lay = run.settings.cell, run.recurrent, run.settings.layout
-    product = functools.partial(steps.product, run.settings)
-
-    def step(*a: Arrays) -> tuple[Arrays, Callable]:
-        return jax.linearize(cell.step, *a, *steps.own(cell, recurrent.own), *run.captured)
-
-    after, push = jax.vmap(step)(*steps.arguments(cell, run.gates, sums), before)
-    d_projected, weight_hr = None, None
-    if recurrent.weight_hr is not None and linear.weight_hr is not None:
-        d_projected, weight_hr = product(after[0], linear.weight_hr), recurrent.weight_hr.T
-    transposed = None if recurrent.weight_hh is None else lay.transposed(recurrent.weight_hh)
-
-    def body(d_state: Arrays, step: tuple) -> tuple[Arrays, Steps]:
-        push, d_sums, d_inputs, d_projected, marks = step
-        d_before = steps.select(marks.reset, linear.reset_state, d_state)
-        if transposed is not None:
-            d_sums = d_sums + product(d_before[0], *transposed)
-        d_sums = lay.split(d_sums)
-        inputs = iter(d_inputs)
-        d_gates = tuple(next(inputs) if name in cell.apart else None for name in cell.gates)
-        d_after = tuple(push(*steps.arguments(cell, d_gates, d_sums), d_before, *linear.others))
-        if weight_hr is not None:
-            d_after = (product(d_after[0], weight_hr, contract=1) + d_projected, *d_after[1:])
-        d_state = steps.select(marks.ended, d_state, d_after)
-        return d_state, steps.returned(run, marks, d_state, d_sums)
-
-    xs = push, linear.sums, linear.inputs, d_projected, run.marks
-    d_last, every = _scan(form, run)(body, linear.state, xs)
-    return every, d_last
-
-
-def _scan(form: Form, run: Run) -> Callable:
-    known = isinstance(run.gates[0].shape[0], int)  # a symbolic time axis, in an export, cannot be split
-    unroll = run.settings.options.unroll or (form.unroll if known else 1)
-    scan = functools.partial(lax.scan, reverse=run.settings.reverse, unroll=unroll)
-    return functools.partial(_packed, scan) if form.packed else scan
+        xs = kept.push, linear.sums, inputs, d_projected, run.marks
+        scan = _once if single else functools.partial(form.scan, run.settings)
+        d_last, every = scan(body, linear.state, xs)
+        if every.sums is not None:
+            every = every._replace(sums=steps.arguments(cell, inputs, every.sums))
+        return every, d_last
 
 
 def _packed(scan: Callable, body: Callable, state: Any, every: tuple) -> tuple[Any, Any]:
