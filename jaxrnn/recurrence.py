@@ -30,13 +30,15 @@ from jaxrnn.steps import Marks, Recurrent, Run, Settings, Steps, accumulator, pl
 
 Weights = dict[str, jax.Array]
 UNMARKED = Marks()
+_BYTES = 4  # of a number
+_AGAIN = 128  # the most steps that remat="gates" computes again at a time
 
 
 class LaidOut(NamedTuple):
     """A layer's weights in its layout."""
 
     weight_ih: jax.Array
-    bias_ih: jax.Array | None  # added for the gates in cell.apart; None without biases
+    bias_ih: jax.Array | None  # of the gates in cell.apart, zeros for others; None if there is none
     recurrent: Recurrent
 
 
@@ -70,10 +72,12 @@ def layer(
     if not isinstance(x.shape[0], int):  # a symbolic time axis, in an export, cannot be split into blocks
         settings = settings._replace(options=dataclasses.replace(settings.options, remat="none"))
     settings = settings._replace(once=isinstance(x.shape[0], int) and x.shape[0] == 1)
+    # Inside jax.shard_map: so that gradients are exchanged once, outside the loop.
+    weights = meshes.varying_with(weights, x)
     given = Given(_laid_out(settings, weights), x, state, marks, reset_state)
-    cell, gates = settings.cell, _like_gates(settings, given)
-    one = varying_like(gates[0].shape[1:], gates[0].dtype, x)
-    each = (one,) * len(cell.gates), (one,) * len(cell.apart), state
+    cell, bias = settings.cell, settings.layout.split(given.weights.recurrent.bias)[0]
+    like = plus(0 * state[0][:, :1], bias)  # sharded like the state
+    each = (like,) * len(cell.gates), (like,) * len(cell.apart), state
     # A custom_jvp ignores the derivative by an array that a function closes over, unless it is an argument.
     step, captured = jax.closure_convert(cell.step, *each, *steps.own(cell, given.weights.recurrent.own))
     if captured:
@@ -151,7 +155,7 @@ def _on_platform(function: Callable, settings: Settings, given: Given, kept: Any
         def call(where: Where, constants: Any, linear: Any) -> Any:
             given, kept = constants
             backward = function is _tangents
-            size = _steps(form, where, settings, given, backward, backward or function.keywords["keep"])
+            size = _steps(form, where, settings, given, backward or function.keywords["keep"], backward)
             return function(_Loop(engine, form, settings, size), given, *((kept, linear) if linear else ()))
 
         return call
@@ -161,31 +165,31 @@ def _on_platform(function: Callable, settings: Settings, given: Given, kept: Any
     return by_platform(of(forms[None]), kernels, (given, kept), linear, weights)
 
 
-def _steps(form: Form, where: Where, settings: Settings, given: Given, backward: bool, keep: bool) -> int:
-    """How many steps a block has: see `Form`.
+def _steps(form: Form, where: Where, settings: Settings, given: Given, keep: bool, backward: bool) -> int:
+    """How many steps a block has.
 
-    More than fit where memory is fast are not computed beforehand. Where several devices share the rows, each block
-    would add up the weights' gradients of all devices.
+    Args:
+        keep: whether there is a derivative.
+        backward: whether this is it.
     """
-    import os
-    if "BLOCK" in os.environ and int(os.environ["BLOCK"]):
-        return int(os.environ["BLOCK"])
     (time, rows, _), remat = given.x.shape, settings.options.remat
     if isinstance(remat, int) and keep:
-        return min(remat, max(time, 1))
+        return min(remat, time)
     memory = form.training if keep else form.inference
     known = isinstance(time, int) and isinstance(rows, int)
+    # Where devices share the rows, they would exchange the weights' gradients at each block.
     if memory is None or not known or settings.options.hidden_axis is not None or (backward and where.shared):
         return time
     rows *= where.mapped
     if keep and form.rows is not None and rows >= form.rows:
         return 1
-    most = memory // (max(rows, 1) * given.weights.recurrent.bias.size * 4)
+    most = memory // max(1, rows * given.weights.recurrent.bias.size * _BYTES)
+    if keep and remat == "gates":
+        most = min(most, _AGAIN)
     if most >= time:
         return time
-    divisors = (n for n in range(max(most, 1), 0, -1) if time % n == 0)
-    divisor = next(divisors)
-    return divisor if 2 * divisor > most else max(most, 1)
+    # A divisor of the time, if there is a large one, so that there is one kind of block.
+    return next((n for n in range(most, most // 2, -1) if time % n == 0), max(most, 1))
 
 
 class _Loop(NamedTuple):
@@ -267,7 +271,7 @@ def _tangents(loop: _Loop, given: Given, kept: Any, tangent: Given) -> tuple[Ste
     weights, product = given.weights, functools.partial(steps.product, loop.settings)
     wide = accumulator(given.x.dtype)
     # In which the blocks' gradients add up.
-    d_weights = meshes.varying_with(jax.tree.map(lambda a: a.astype(wide), tangent.weights), given.x)
+    d_weights = jax.tree.map(lambda a: a.astype(wide), tangent.weights)
     d_weight_ih = None if d_weights.weight_ih is None else lay.for_all_gates(d_weights.weight_ih)
     weight_ih = lay.for_all_gates(weights.weight_ih)
     d_recurrent = d_weights.recurrent
@@ -279,19 +283,20 @@ def _tangents(loop: _Loop, given: Given, kept: Any, tangent: Given) -> tuple[Ste
         x, d_x, marks, kept = part
         again = kept is None or (kept.sums is None and kept.push is None)
         gates = input_gates(x) if again else ()
-        run = given.run(settings, gates, first, marks)
+        run = given.run(settings, gates, given.state if first is None else first, marks)
         if recomputed:
             _, _, kept = loop.engine.run(loop.form, run, True)
         elif again:
             sums = steps.recurrent_sums(settings, weights.recurrent, gates, kept.before[0])
             kept = kept._replace(sums=steps.arguments(cell, gates, sums))
-        none = jnp.zeros((*kept.before[0].shape[:-1], *weights.recurrent.bias.shape), wide)
-        d_gates, d_hidden = none, none
+        before = kept.before[0]
+        zeros = plus(jnp.zeros_like(before[..., :1]), jnp.zeros_like(lay.split(weights.recurrent.bias)[0]))
+        d_gates = d_hidden = lay.join((zeros,) * len(cell.gates))
         for a, b in ((x, d_weight_ih), (d_x, weight_ih)):
             if a is not None and b is not None:
                 d_gates = d_gates + product(a, b.astype(x.dtype))
         if d_recurrent.weight_hh is not None:
-            d_hidden = d_hidden + product(kept.before[0], d_recurrent.weight_hh.astype(x.dtype))
+            d_hidden = d_hidden + product(before, d_recurrent.weight_hh.astype(x.dtype))
         if d_recurrent.bias is not None:
             d_hidden = plus(d_hidden, d_recurrent.bias)
         inputs: Arrays = ()
@@ -358,9 +363,10 @@ def _laid_out(settings: Settings, weights: Weights) -> LaidOut:
     if "bias_hh" in weights:
         bias = lay.by_gate(weights["bias_hh"].astype(dtype))
     if "bias_ih" in weights:
-        bias_ih = lay.by_gate(weights["bias_ih"].astype(dtype))
-        inputs = zip(cell.gates, lay.split(bias_ih), strict=True)
-        bias = bias + lay.join(tuple(jnp.zeros_like(b) if name in cell.apart else b for name, b in inputs))
+        given = lay.by_gate(weights["bias_ih"].astype(dtype))
+        parts = [(name in cell.apart, b) for name, b in zip(cell.gates, lay.split(given), strict=True)]
+        bias = bias + lay.join(tuple(jnp.zeros_like(b) if apart else b for apart, b in parts))
+        bias_ih = lay.join(tuple(b if apart else jnp.zeros_like(b) for apart, b in parts)) if cell.apart else None
     weight_hh = lay.by_gate(weights["weight_hh"].T) if cell.recurrent else None
     weight_hr = weights["weight_hr"].T if "weight_hr" in weights else None
     # The hidden units stay last, and axes of size one in front of them stand for the batch.

@@ -134,7 +134,7 @@ def _product(settings: Settings, contract: int, where: Where, operands: Any, lin
     )
     # Of all steps: on a TPU, XLA lays some such products out with the units or the batch outermost, and the loop then
     # gathers a row of every tile at each step.
-    is_of_steps = a.ndim > 2 and len(a) != 1 and settings.options.hidden_axis is None
+    is_of_steps = a.ndim > 2 and settings.options.hidden_axis is None
     return time_major(multiplied) if is_of_steps else multiplied
 
 

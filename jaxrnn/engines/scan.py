@@ -1,6 +1,7 @@
 """The engine for everything: `jax.lax.scan` over time."""
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -72,7 +73,9 @@ def _linearized(run: Run, kept: Kept, single: bool, keep_sums: bool | None = Fal
 
 
 def _size(tree: Any) -> int:
-    return sum(a.size for a in jax.tree.leaves(tree))
+    """How many numbers there are, of each symbolic time or row."""
+    known = ([n for n in a.shape if isinstance(n, int)] for a in jax.tree.leaves(tree))
+    return sum(map(math.prod, known))
 
 
 def _once(body: Callable, carry: Any, step: Any) -> tuple[Any, Any]:
