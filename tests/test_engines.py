@@ -28,10 +28,16 @@ class Handwritten(Scan):
         plain = run.settings.cell.name == "RNN_TANH" and run.marks == steps.Marks() and not run.settings.reverse
         return None if plain else "it runs RNN_TANH in the order of time, without marks"
 
+    keeps_sums = True
+
+    def forms(self, run: steps.Run) -> Any:
+        return {None: scan.Form()}
+
     def tangents(
-        self, run: steps.Run, before: Any, sums: Any, tangent: steps.Run, d_sums: Any
+        self, form: scan.Form, run: steps.Run, kept: steps.Kept, linear: scan.Linear
     ) -> tuple[steps.Steps, Any]:
-        slope, weight = 1 - jnp.tanh(sums[0]) ** 2, run.recurrent.weight_hh
+        assert kept.sums is not None
+        slope, weight = 1 - jnp.tanh(kept.sums.gates[0]) ** 2, run.recurrent.weight_hh
         assert weight is not None
 
         def shifted(a: jax.Array) -> jax.Array:
@@ -53,8 +59,8 @@ class Handwritten(Scan):
 
             return lax.scan(body, jnp.zeros_like(d_outputs[0]), (slope, d_outputs), reverse=True)[1]
 
-        known = slope * d_sums
-        known = known.at[0].add(slope[0] * (tangent.state[0] @ weight))
+        known = slope * linear.sums
+        known = known.at[0].add(slope[0] * (linear.state[0] @ weight))
         d_h = lax.custom_linear_solve(
             lambda d_h: d_h - slope * (shifted(d_h) @ weight), known, solve, transpose_solve=backward
         )
@@ -192,11 +198,11 @@ def test_forms_for_other_platforms_compute_the_same(name: str, form: str, monkey
     expected = results()
     chosen = []
 
-    def one_form(run: Any) -> Any:
+    def one_form(self: Any, run: Any) -> Any:
         chosen.append(form)
         return {None: FORMS[form]}
 
-    monkeypatch.setattr(scan, "_forms", one_form)
+    monkeypatch.setattr(Scan, "forms", one_form)
     jax.clear_caches()
     assert_close(results(), expected, atol=1e-13)
     assert chosen
