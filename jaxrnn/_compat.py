@@ -175,20 +175,23 @@ _by_platform.multiple_results = True
 
 
 def _bound(
-    function: FlatFunction, kernels: dict[str | None, Kernel], arguments: Sequence[Any], *, where: Where, **settings: int
+    function: FlatFunction,
+    kernels: dict[str | None, Kernel],
+    arguments: Sequence[Any],
+    *,
+    where: Where,
+    **settings: int,
 ) -> list[Any]:
-    program = jax.make_jaxpr(functools.partial(function, where))(*arguments)
+    def traced(function: FlatFunction) -> ClosedJaxpr:
+        return jax.make_jaxpr(functools.partial(function, where))(*arguments)
+
+    program = traced(function)
     if jax.sharding.get_abstract_mesh().manual_axes:  # whose names a collective cannot find when it is lowered
-        traced = {
-            platform: kernel._replace(function=_of(jax.make_jaxpr(functools.partial(kernel.function, where))(*arguments)))
-            for platform, kernel in kernels.items()
-            if kernel.function and kernel.of_jax
-        }
-        function, kernels = _of(program), kernels | traced
-    kernels_by_platform = tuple(kernels.items())
-    return _by_platform.bind(
-        *arguments, program=program, function=function, kernels=kernels_by_platform, where=where, **settings
-    )
+        function = _of(program)
+        of_jax = {name: kernel for name, kernel in kernels.items() if kernel.function and kernel.of_jax}
+        kernels = kernels | {name: each._replace(function=_of(traced(each.function))) for name, each in of_jax.items()}
+    both = {"function": function, "kernels": tuple(kernels.items())}
+    return _by_platform.bind(*arguments, program=program, where=where, **both, **settings)
 
 
 def _of(program: ClosedJaxpr) -> FlatFunction:
@@ -301,15 +304,13 @@ def _mapped_function(
     return results, [0] * len(results)
 
 
-def _lowered(
-    platform: str | None, context: Any, *arguments: Any, program: ClosedJaxpr, kernels: Kernels, where: Where, **rest: Any
-) -> Any:
+def _lowered(platform: str | None, context: Any, *arguments: Any, where: Where, **settings: Any) -> Any:
     if _is_shared(context.module_context.axis_context):
         where = where._replace(shared=True)
-    by_name = dict(kernels)
-    function = by_name.get(platform, by_name.get(None, Kernel())).function
+    kernels = dict(settings["kernels"])
+    function = kernels.get(platform, kernels.get(None, Kernel())).function
     if function is None:
-        function = rest["function"] if where.shared else _of(program)
+        function = settings["function"] if where.shared else _of(settings["program"])
     return mlir.lower_fun(functools.partial(function, where), multiple_results=True)(context, *arguments)
 
 

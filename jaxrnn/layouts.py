@@ -14,6 +14,10 @@ from jaxrnn.options import MeshAxis
 class Layout(Protocol):
     """What a layer needs to know about its layout."""
 
+    @property
+    def contract(self) -> int:
+        """The axis of a weight, as it is stored, over which products sum."""
+
     def split(self, a: jax.Array) -> Arrays:
         """One array for each gate."""
 
@@ -23,17 +27,17 @@ class Layout(Protocol):
     def by_gate(self, a: jax.Array) -> jax.Array:
         """Convert an array whose last axis is torch's rows, (..., gates * hidden_size), to this layout."""
 
-    def weight_ih(self, weight: jax.Array) -> jax.Array:
-        """Convert torch's input weights, (gates * hidden_size, features), to this layout."""
+    def stored(self, weight: jax.Array) -> jax.Array:
+        """Convert torch's weights, (gates * hidden_size, features), to this layout."""
 
     def for_each_gate(self, weight_ih: jax.Array) -> Arrays:
         """The input weights, one array (features, hidden_size) for each gate."""
 
-    def for_all_gates(self, weight_ih: jax.Array) -> jax.Array:
-        """The input weights with the features first."""
+    def features_first(self, weight: jax.Array) -> jax.Array:
+        """A weight, as it is stored, with the features first."""
 
     def transposed(self, weight_hh: jax.Array) -> tuple[jax.Array, int]:
-        """The recurrent weights for a loop that JAX transposes, and the axis over which its product sums."""
+        """Recurrent weights, features first, for a loop that JAX transposes, and the axis over which it sums."""
 
     def directions(self, outputs: list[jax.Array], returned: bool) -> jax.Array:
         """The features of all directions on one axis: for the next layer, or as the result."""
@@ -43,6 +47,10 @@ class SideBySide(NamedTuple):
     """Gate after gate on one axis, as torch's rows: (..., gates * hidden_size)."""
 
     gates: int
+
+    @property
+    def contract(self) -> int:
+        return 1
 
     def split(self, a: jax.Array) -> Arrays:
         # Separate arrays, because XLA's CPU backend does not vectorise gates sliced from one array inside a loop.
@@ -54,14 +62,14 @@ class SideBySide(NamedTuple):
     def by_gate(self, a: jax.Array) -> jax.Array:
         return a
 
-    def weight_ih(self, weight: jax.Array) -> jax.Array:
+    def stored(self, weight: jax.Array) -> jax.Array:
         return weight
 
     def for_each_gate(self, weight_ih: jax.Array) -> Arrays:
         return tuple(part.T for part in jnp.split(weight_ih, self.gates))
 
-    def for_all_gates(self, weight_ih: jax.Array) -> jax.Array:
-        return weight_ih.T
+    def features_first(self, weight: jax.Array) -> jax.Array:
+        return weight.T
 
     def transposed(self, weight_hh: jax.Array) -> tuple[jax.Array, int]:
         return weight_hh.T, 1  # so that the transposed loop, too, reads contiguous rows
@@ -79,6 +87,10 @@ class Sharded(NamedTuple):
     gates: int
     axis: MeshAxis
 
+    @property
+    def contract(self) -> int:
+        return 0
+
     def split(self, a: jax.Array) -> Arrays:
         return tuple(gate[..., 0, :] for gate in jnp.split(a, self.gates, axis=-2))
 
@@ -88,14 +100,14 @@ class Sharded(NamedTuple):
     def by_gate(self, a: jax.Array) -> jax.Array:
         return self._sharded(a.reshape(*a.shape[:-1], self.gates, -1))
 
-    def weight_ih(self, weight: jax.Array) -> jax.Array:
+    def stored(self, weight: jax.Array) -> jax.Array:
         return self.by_gate(weight.T)
 
     def for_each_gate(self, weight_ih: jax.Array) -> Arrays:
         return self.split(weight_ih)
 
-    def for_all_gates(self, weight_ih: jax.Array) -> jax.Array:
-        return weight_ih
+    def features_first(self, weight: jax.Array) -> jax.Array:
+        return weight
 
     def transposed(self, weight_hh: jax.Array) -> tuple[jax.Array, int]:
         return weight_hh, 0

@@ -12,7 +12,6 @@ a block of its own: nothing but what is kept then goes through memory. `_steps` 
 
 import dataclasses
 import functools
-import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -71,7 +70,6 @@ def layer(
         reset_state = jax.tree.map(jnp.zeros_like, state) if reset_state is None else _cast(reset_state, state[0].dtype)
     if not isinstance(x.shape[0], int):  # a symbolic time axis, in an export, cannot be split into blocks
         settings = settings._replace(options=dataclasses.replace(settings.options, remat="none"))
-    settings = settings._replace(once=isinstance(x.shape[0], int) and x.shape[0] == 1)
     # Inside jax.shard_map: so that gradients are exchanged once, outside the loop.
     weights = meshes.varying_with(weights, x)
     given = Given(_laid_out(settings, weights), x, state, marks, reset_state)
@@ -102,12 +100,10 @@ class Given(NamedTuple):
 
     def run(self, settings: Settings, gates: Arrays, state: Arrays, marks: Marks) -> Run:
         """A block of steps."""
-        return Run(
-            settings, self.x.dtype, self.weights.recurrent, gates, state, marks, self.reset_state, self.captured
-        )
+        return Run(settings, self.x.dtype, self.weights.recurrent, gates, state, marks, self.reset_state, self.captured)
 
 
-def _like_gates(settings: Settings, given: Given) -> Arrays:
+def _like_gates(settings: Settings, given: Given) -> tuple[Any, ...]:
     """The types of the input's parts of the gates, of all steps."""
     x, count = given.x, len(settings.cell.gates)
     hidden_size = given.weights.recurrent.bias.size // count
@@ -116,7 +112,7 @@ def _like_gates(settings: Settings, given: Given) -> Arrays:
 
 def _layer_jvp(settings: Settings, primals: tuple, tangents: tuple) -> tuple[tuple, tuple]:
     given, tangent = Given(*primals), Given(*_without_zeros(tangents))
-    every, last, kept = _on_platform(functools.partial(_forward, keep=True), settings, given)
+    every, last, kept = _on_platform(_forward, settings, True, given)
     linear = tangent._replace(
         state=_instantiated(tangent.state, given.state),
         reset_state=_instantiated(tangent.reset_state, given.reset_state),
@@ -126,13 +122,13 @@ def _layer_jvp(settings: Settings, primals: tuple, tangents: tuple) -> tuple[tup
     own = _instantiated(tangent.weights.recurrent.own, given.weights.recurrent.own)
     recurrent = tangent.weights.recurrent._replace(own=own)
     linear = linear._replace(weights=tangent.weights._replace(recurrent=recurrent))
-    return (every, last), _on_platform(_tangents, settings, given, kept, linear)
+    return (every, last), _on_platform(_tangents, settings, True, given, kept, linear)
 
 
 @with_rule(_layer_jvp, nondiff_argnums=(0,), symbolic_zeros=True)
 def _run(settings: Settings, *arrays: Any) -> tuple[Steps, Arrays]:
     """Run a layer: the arguments are those of `Given`."""
-    every, last, _ = _on_platform(functools.partial(_forward, keep=False), settings, Given(*arrays))
+    every, last, _ = _on_platform(_forward, settings, False, Given(*arrays))
     return every, last
 
 
@@ -145,8 +141,10 @@ def _instantiated(tangents: Any, primals: Any) -> Any:
     return jax.tree.map(lambda a, b: jnp.zeros_like(a) if b is None else b, primals, tangents)
 
 
-def _on_platform(function: Callable, settings: Settings, given: Given, kept: Any = None, linear: Any = ()) -> Any:
-    """Call a function with the engine, and its form for the platform that the program is lowered for."""
+def _on_platform(
+    function: Callable, settings: Settings, keep: bool, given: Given, kept: Any = None, linear: Any = ()
+) -> Any:
+    """Call a function with a loop, as it is for the platform that the program is lowered for."""
     run = given.run(settings, _like_gates(settings, given), given.state, given.marks)
     engine = engine_for(run)
     forms = engine.forms(run)
@@ -154,9 +152,8 @@ def _on_platform(function: Callable, settings: Settings, given: Given, kept: Any
     def of(form: Form) -> Callable[[Where, Any, Any], Any]:
         def call(where: Where, constants: Any, linear: Any) -> Any:
             given, kept = constants
-            backward = function is _tangents
-            size = _steps(form, where, settings, given, backward or function.keywords["keep"], backward)
-            return function(_Loop(engine, form, settings, size), given, *((kept, linear) if linear else ()))
+            loop = _Loop.of(engine, form, where, settings, given, keep, backward=kept is not None)
+            return function(loop, loop.ready(given), *((kept, loop.ready(linear)) if linear else ()))
 
         return call
 
@@ -198,12 +195,30 @@ class _Loop(NamedTuple):
     engine: Engine
     form: Form
     settings: Settings
+    keep: bool  # whether there is a derivative
     size: int  # of a block, in steps
+    rows: Any  # in all, of each program of jax.vmap
+
+    @classmethod
+    def of(
+        cls, engine: Engine, form: Form, where: Where, settings: Settings, given: Given, keep: bool, backward: bool
+    ) -> "_Loop":
+        size, rows = _steps(form, where, settings, given, keep, backward), given.x.shape[1] * where.mapped
+        one = any(isinstance(n, int) and n == 1 for n in (given.x.shape[0], rows))
+        return cls(engine, form, settings._replace(stored=one), keep, size, rows)
 
     @property
     def single(self) -> bool:
         """Whether a block is a step, without a time axis."""
         return self.size == 1 and self.form.inference is not None
+
+    def ready(self, given: Given) -> Given:
+        """With the recurrent weights transposed, if that is worth it."""
+        recurrent = given.weights.recurrent
+        if self.settings.stored or recurrent.weight_hh is None:
+            return given
+        weight_hh = self.settings.layout.features_first(recurrent.weight_hh)
+        return given._replace(weights=given.weights._replace(recurrent=recurrent._replace(weight_hh=weight_hh)))
 
     def in_blocks(
         self, block: Callable, carry: Any, parts: Any, firsts: Any = None, again: bool = False
@@ -224,9 +239,11 @@ class _Loop(NamedTuple):
             added = found if self.single else (None, found[1])
             added = jax.tree.map(lambda a: a[None], added)
             return carry, added if self.single else (found[0], added[1])
-        if again:
-            block = jax.checkpoint(block, prevent_cse=False)
-        one = lambda carry, part: block(carry, *part)
+        made = jax.checkpoint(block, prevent_cse=False) if again else block
+
+        def one(carry: Any, part: Any) -> Any:
+            return made(carry, *part)
+
         if self.single:
             return self.form.scan(self.settings, one, carry, (parts, firsts))
 
@@ -249,9 +266,9 @@ class _Loop(NamedTuple):
         return carry, jax.tree.unflatten(jax.tree.structure(found[0]), leaves) if leaves else found[0]
 
 
-def _forward(loop: _Loop, given: Given, keep: bool) -> tuple[Steps, Arrays, Any]:
+def _forward(loop: _Loop, given: Given) -> tuple[Steps, Arrays, Any]:
     """What is returned of every step, the last state, and what the derivative needs."""
-    settings = loop.settings
+    settings, keep = loop.settings, loop.keep
     input_gates = _input_gates(settings, given.weights, loop.single)
     recomputed = isinstance(settings.options.remat, int)
 
@@ -272,8 +289,8 @@ def _tangents(loop: _Loop, given: Given, kept: Any, tangent: Given) -> tuple[Ste
     wide = accumulator(given.x.dtype)
     # In which the blocks' gradients add up.
     d_weights = jax.tree.map(lambda a: a.astype(wide), tangent.weights)
-    d_weight_ih = None if d_weights.weight_ih is None else lay.for_all_gates(d_weights.weight_ih)
-    weight_ih = lay.for_all_gates(weights.weight_ih)
+    d_weight_ih = None if d_weights.weight_ih is None else lay.features_first(d_weights.weight_ih)
+    weight_ih = lay.features_first(weights.weight_ih)
     d_recurrent = d_weights.recurrent
     input_gates = _input_gates(settings, weights, loop.single)
     recomputed = isinstance(settings.options.remat, int)
@@ -296,7 +313,7 @@ def _tangents(loop: _Loop, given: Given, kept: Any, tangent: Given) -> tuple[Ste
             if a is not None and b is not None:
                 d_gates = d_gates + product(a, b.astype(x.dtype))
         if d_recurrent.weight_hh is not None:
-            d_hidden = d_hidden + product(before, d_recurrent.weight_hh.astype(x.dtype))
+            d_hidden = d_hidden + product(before, d_recurrent.weight_hh.astype(x.dtype), settings.contract)
         if d_recurrent.bias is not None:
             d_hidden = plus(d_hidden, d_recurrent.bias)
         inputs: Arrays = ()
@@ -325,13 +342,13 @@ def _input_gates(settings: Settings, weights: LaidOut, at_once: bool) -> Callabl
         at_once: whether it is one product. Of many steps, it is one for each gate: splitting one would copy it.
     """
     lay, cell = settings.layout, settings.cell
-    together = lay.for_all_gates(weights.weight_ih) if at_once else None
+    together = weights.weight_ih if settings.stored else lay.features_first(weights.weight_ih)
     each = () if at_once else lay.for_each_gate(weights.weight_ih)
     biases = (None,) * len(cell.gates) if weights.bias_ih is None else lay.split(weights.bias_ih)
 
     def of(x: jax.Array) -> Arrays:
-        if together is not None:
-            gates = lay.split(steps.product(settings, x, together))
+        if at_once:
+            gates = lay.split(steps.product(settings, x, together, settings.contract))
         else:
             gates = tuple(steps.product(settings, x, part) for part in each)
         named = zip(cell.gates, gates, biases, strict=True)
@@ -345,7 +362,7 @@ def step(settings: Settings, weights: Weights, x: jax.Array, state: Arrays) -> A
     if x.ndim == 1:
         x, state = jax.tree.map(lambda a: a[None], (x, state))
         return tuple(a[0] for a in step(settings, weights, x, state))
-    settings = settings._replace(once=True)
+    settings = settings._replace(stored=True)
     laid_out = _laid_out(settings, weights)
     gates = _input_gates(settings, laid_out, at_once=True)(x)
     state, _ = steps.one_step(settings, laid_out.recurrent, gates, _cast(state, accumulator(x.dtype)))
@@ -367,14 +384,14 @@ def _laid_out(settings: Settings, weights: Weights) -> LaidOut:
         parts = [(name in cell.apart, b) for name, b in zip(cell.gates, lay.split(given), strict=True)]
         bias = bias + lay.join(tuple(jnp.zeros_like(b) if apart else b for apart, b in parts))
         bias_ih = lay.join(tuple(b if apart else jnp.zeros_like(b) for apart, b in parts)) if cell.apart else None
-    weight_hh = lay.by_gate(weights["weight_hh"].T) if cell.recurrent else None
+    weight_hh = lay.stored(weights["weight_hh"]) if cell.recurrent else None
     weight_hr = weights["weight_hr"].T if "weight_hr" in weights else None
     # The hidden units stay last, and axes of size one in front of them stand for the batch.
     own = {
         name: jnp.expand_dims(weights[name].astype(dtype), -2) if "hidden" in each.axes else weights[name].astype(dtype)
         for name, each in cell.own.items()
     }
-    return LaidOut(lay.weight_ih(weight_ih), bias_ih, Recurrent(weight_hh, bias, weight_hr, own))
+    return LaidOut(lay.stored(weight_ih), bias_ih, Recurrent(weight_hh, bias, weight_hr, own))
 
 
 def _with_gates(settings: Settings, given: Given, every: Steps) -> Steps:

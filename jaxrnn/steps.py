@@ -14,8 +14,8 @@ from jaxrnn.cells import Arrays, Cell
 from jaxrnn.layouts import Layout, layout
 from jaxrnn.options import Options
 
-
-_FEW = range(2, 33)  # rows whose product takes less time than a transposition of the weights
+_FEW = range(2, 33)  # rows whose product with a weight takes less time than its transposition
+_SMALL = 2**16  # numbers, of which a transposition takes no time beside a call
 
 
 class Settings(NamedTuple):
@@ -25,7 +25,12 @@ class Settings(NamedTuple):
     options: Options = Options()
     reverse: bool = False
     every: bool = False  # whether the states and sums of every step are returned, beside the outputs
-    once: bool = False  # whether a call makes one step alone, so that weights are not worth transposing
+    stored: bool = False  # whether weight_hh is as it is stored: one step, or one row, is not worth transposing it
+
+    @property
+    def contract(self) -> int:
+        """The axis of weight_hh over which products sum."""
+        return self.layout.contract if self.stored else 0
 
     @property
     def layout(self) -> Layout:
@@ -40,12 +45,12 @@ class Marks(NamedTuple):
 
 
 class Recurrent(NamedTuple):
-    """The weights inside the loop, transposed once outside it so that products read them along their rows.
+    """The weights inside the loop, transposed outside it, if they are, so that products read them along their rows.
 
     Every cell has one; `weight_hh` is None if the cell is not recurrent.
     """
 
-    weight_hh: jax.Array | None  # (output size, gates * hidden_size), or as the layout has it
+    weight_hh: jax.Array | None  # (output size, gates * hidden_size), or as the layout or `Settings.stored` has it
     bias: jax.Array  # what joins the recurrent product: b_hh, and b_ih but for the gates in cell.apart
     weight_hr: jax.Array | None  # (hidden_size, proj_size)
     own: dict[str, jax.Array]  # the cell's own parameters, which broadcast against the gates
@@ -117,9 +122,10 @@ def accumulator(dtype: jnp.dtype) -> jnp.dtype:
 
 def product(settings: Settings, a: jax.Array, weight: jax.Array, contract: int = 0) -> jax.Array:
     """Multiply, and sum over the last axis of `a` and the axis `contract` of the weight."""
-    if settings.once and a.ndim == 2 and contract == 0 and a.shape[0] in _FEW and settings.options.hidden_axis is None:
-        kernels = {platform: Kernel(functools.partial(_product, settings, 0), of_jax=True) for platform in ACCELERATORS}
-        return by_platform(functools.partial(_swapped, settings), kernels, (a, weight))
+    if settings.stored and contract == 1 and a.ndim == 2 and isinstance(a.shape[0], int) and a.shape[0] in _FEW:
+        plain = Kernel(functools.partial(_product, settings, 1), of_jax=True)
+        kernels: dict[str | None, Kernel] = dict.fromkeys(ACCELERATORS, plain)
+        return by_platform(functools.partial(_of_few_rows, settings), kernels, (a, weight))
     return _product(settings, contract, Where(), (a, weight), ())
 
 
@@ -138,21 +144,17 @@ def _product(settings: Settings, contract: int, where: Where, operands: Any, lin
     return time_major(multiplied) if is_of_steps else multiplied
 
 
-def _swapped(settings: Settings, where: Where, operands: Any, linear: Any) -> jax.Array:
-    """The product of a few rows, on a CPU, by torch's weights as they are: those are `weight.T`, and come first.
+def _of_few_rows(settings: Settings, where: Where, operands: Any, linear: Any) -> jax.Array:
+    """The product of a few rows with stored weights, (columns, features), on a CPU: XLA's own takes twice the time.
 
-    XLA would swap the operands back, but for the barriers; a product by transposed weights takes it twice the time.
+    A small weight is transposed: behind a barrier, XLA takes that out of a loop around the call. A large one is
+    multiplied as it is, and comes first. Without the barriers, XLA would swap the operands back.
     """
     a, weight = operands
+    if weight.size <= _SMALL:
+        return _product(settings, 0, where, (a, lax.optimization_barrier(weight.T)), ())
     rows = lax.optimization_barrier(a.astype(weight.dtype).T)
-    multiplied = lax.dot_general(
-        weight,
-        rows,
-        (((0,), (0,)), ((), ())),
-        precision=settings.options.precision,
-        preferred_element_type=accumulator(weight.dtype),
-    )
-    return lax.optimization_barrier(multiplied).T
+    return lax.optimization_barrier(_product(settings, 0, where, (weight, rows.astype(weight.dtype)), ())).T
 
 
 def plus(a: jax.Array, bias: jax.Array) -> jax.Array:
@@ -171,7 +173,7 @@ def recurrent_sums(settings: Settings, recurrent: Recurrent, gates: Arrays, h: j
     """The recurrent product, with the bias, added to the input's part of each gate that is not apart."""
     hidden = recurrent.bias
     if recurrent.weight_hh is not None:
-        hidden = plus(product(settings, h, recurrent.weight_hh), hidden)
+        hidden = plus(product(settings, h, recurrent.weight_hh, settings.contract), hidden)
     return added(settings.cell, gates, settings.layout.split(hidden))
 
 
@@ -226,7 +228,7 @@ def advance(run: Run, gates: Arrays, marks: Marks, state: Arrays) -> tuple[Array
     return select(marks.ended, state, after), before, sums
 
 
-def returned(run: Run, marks: Marks, state: Arrays, sums: Arrays | None) -> Steps:
+def returned(run: Run, marks: Marks, state: Arrays, sums: Any) -> Steps:
     """What a run returns of a step, whose sums are as `one_step` has them, or of all steps."""
     (output,) = without_padding(marks, (state[0].astype(run.dtype),))
     return Steps(output, state, sums) if run.settings.every else Steps(output)

@@ -80,12 +80,12 @@ class Pallas(Scan):
                 output, last = self._forward(run, saved=False)
                 return Steps(output), last, None
             (states, sums), last = self._forward(run, saved=True)
-            every = steps.returned(run, run.marks, states, steps.arguments(settings.cell, run.gates, sums))
+            both = steps.arguments(settings.cell, run.gates, sums)
+            every = steps.returned(run, run.marks, states, both)
             if not keep:
                 return every, last, None
             before = steps.select(run.marks.reset, run.reset_state, steps.before(settings, run.state, states))
-            kept = Kept(before, steps.arguments(settings.cell, run.gates, sums))
-            return every, last, kept._replace(sums=None) if settings.options.remat == "gates" else kept
+            return every, last, Kept(before, None if settings.options.remat == "gates" else both)
 
         def scan(where: Where, arrays: Any, linear: Any) -> tuple[Steps, Arrays, Kept | None]:
             return by_scan(form, Run(settings, dtype, *arrays), keep)
@@ -134,7 +134,7 @@ class Pallas(Scan):
     def _backward(self, run: Run, kept: Kept, cotangents: tuple[Steps, Any]) -> Linear:
         """The cotangents of what the tangents are linear in, from those of `run`; None for zeros."""
         d_every, d_last = cotangents
-        cell, lay, own = run.settings.cell, run.settings.layout, bool(run.settings.cell.params)
+        cell, lay = run.settings.cell, run.settings.layout
 
         def body(stays: _Kept, time: Any, carry: Any, step: Any) -> tuple[Any, Any]:
             d_state, d_reset, d_own = carry
@@ -147,10 +147,10 @@ class Pallas(Scan):
             states = tuple(jnp.zeros_like(d_state[0]) if a is None else a for a in before)
             arguments = (*sums, states, *steps.own(cell, _read(stays.own)))
             _, pull = jax.vjp(lambda *a: tuple(cell.step(*a)), *arguments)
-            *d_both, d_before, d_params = pull(_unless(ended, d_state)) if own else (*pull(_unless(ended, d_state)), None)
+            d_gates, d_hidden, d_before, *d_params = pull(_unless(ended, d_state))
             if d_every.sums is not None:
-                d_both = [tuple(map(_added, a, b)) for a, b in zip(d_both, d_every.sums, strict=True)]
-            d_gates, d_hidden = d_both
+                d_gates = tuple(map(_added, d_gates, d_every.sums.gates))
+                d_hidden = tuple(map(_added, d_hidden, d_every.sums.hidden))
             apart = dict(zip(cell.apart, d_hidden, strict=True))
             d_sums = tuple(apart.get(name, d) for name, d in zip(cell.gates, d_gates, strict=True))
             if stays.weight is not None:
@@ -164,7 +164,7 @@ class Pallas(Scan):
             if ended is not None:
                 held = _unless(~ended, d_state)
                 d_before = tuple(map(jnp.add, d_before, held))
-            d_own = jax.tree.map(jnp.add, d_own, d_params) if own else d_own
+            d_own = jax.tree.map(jnp.add, d_own, *d_params) if d_params else d_own
             d_inputs = tuple(d for name, d in zip(cell.gates, d_gates, strict=True) if name in cell.apart)
             return (d_before, d_reset, d_own), (lay.join(d_sums) if joined else d_sums, d_inputs)
 
@@ -283,6 +283,7 @@ class _Kept(NamedTuple):
         recurrent, marks, gates = run.recurrent, run.marks, len(run.settings.cell.gates)
         hidden, weight = run.gates[0].shape[-1], recurrent.weight_hh
         if weight is not None:
+            weight = weight.T if run.settings.stored else weight
             weight = weight.astype(_weight_dtype(run)).reshape(hidden, gates, hidden).swapaxes(0, 1)
         ends = None if marks.ended is None else jnp.sum(~marks.ended, 0, dtype=jnp.int32)
         reset_state = None if marks.reset is None else run.reset_state

@@ -106,7 +106,8 @@ class Scan:
         return None
 
     def forms(self, run: Run) -> Mapping[str | None, Form]:
-        if run.settings.options.hidden_axis is not None:  # what is exchanged at each step takes far longer than launches
+        # What is exchanged at each step takes far longer than launches.
+        if run.settings.options.hidden_axis is not None:
             return {None: Form()}
         narrow = run.gates[0].shape[-1] < _LANES
         return {None: _CPU, "cuda": _GPU, "rocm": _GPU, "tpu": _NARROW if narrow else _TPU}
@@ -140,10 +141,14 @@ class Scan:
         single = kept.before[0].ndim == linear.state[0].ndim
         if kept.push is None:
             kept = _linearized(run, kept, single)
-        d_projected, weight_hr = None, None
-        if recurrent.weight_hr is not None and linear.weight_hr is not None:
-            d_projected, weight_hr = product(kept.hidden, linear.weight_hr), recurrent.weight_hr.T
-        transposed = None if recurrent.weight_hh is None else lay.transposed(recurrent.weight_hh)
+        d_projected = weight_hr = None
+        if recurrent.weight_hr is not None and kept.hidden is not None:
+            weight_hr = recurrent.weight_hr.T
+            d_projected = None if linear.weight_hr is None else product(kept.hidden, linear.weight_hr)
+        transposed = None
+        if recurrent.weight_hh is not None:
+            stored = run.settings.stored
+            transposed = (recurrent.weight_hh, lay.contract) if stored else lay.transposed(recurrent.weight_hh)
         apart = dict(zip(cell.apart, linear.inputs, strict=True))
         inputs = tuple(apart.get(name) for name in cell.gates)
 
@@ -157,7 +162,8 @@ class Scan:
                 d_sums, d_inputs = lax.optimization_barrier((d_sums, d_inputs))
             d_after = tuple(push(*steps.arguments(cell, d_inputs, d_sums), d_before, *linear.others))
             if weight_hr is not None:
-                d_after = (product(d_after[0], weight_hr, contract=1) + d_projected, *d_after[1:])
+                d_output = product(d_after[0], weight_hr, contract=1)
+                d_after = (d_output if d_projected is None else d_output + d_projected, *d_after[1:])
             d_state = steps.select(marks.ended, d_state, d_after)
             return d_state, steps.returned(run, marks, d_state, d_sums)
 
