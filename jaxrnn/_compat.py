@@ -188,7 +188,7 @@ def _bound(
     program = traced(function)
     if jax.sharding.get_abstract_mesh().manual_axes:  # whose names a collective cannot find when it is lowered
         function = _of(program)
-        of_jax = {name: kernel for name, kernel in kernels.items() if kernel.function and kernel.of_jax}
+        of_jax: dict[Any, Any] = {name: kernel for name, kernel in kernels.items() if kernel.function and kernel.of_jax}
         kernels = kernels | {name: each._replace(function=_of(traced(each.function))) for name, each in of_jax.items()}
     both = {"function": function, "kernels": tuple(kernels.items())}
     return _by_platform.bind(*arguments, program=program, where=where, **both, **settings)
