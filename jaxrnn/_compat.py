@@ -87,11 +87,13 @@ class Where(NamedTuple):
     """How a program will run, as far as that is known when a function of it is traced; see `by_platform`.
 
     Attributes:
-        mapped: how often `jax.vmap` runs it with the same weights.
+        mapped: whether `jax.vmap` maps it.
+        times: how often it is mapped with the same weights.
         shared: whether several devices share its arrays, and XLA says how: not inside `jax.shard_map`.
     """
 
-    mapped: int = 1
+    mapped: bool = False
+    times: int = 1
     shared: bool = False
 
 
@@ -280,8 +282,8 @@ def _mapped_function(
     **settings: Any,
 ) -> tuple[list[Any], list[Any]]:
     if all(each is None for each in axes):
-        same = {"function": function, "kernels": kernels, "where": where, "weights": weights}
-        results = _by_platform.bind(*arguments, **same, **settings)
+        rest = {"function": function, "kernels": kernels, "where": where, "weights": weights}
+        results = _by_platform.bind(*arguments, **rest, **settings)
         return results, [None] * len(results)
 
     def mapped(function: FlatFunction) -> FlatFunction:
@@ -297,8 +299,8 @@ def _mapped_function(
         for platform, kernel in kernels
         if kernel.function and kernel.of_jax
     }
-    if all(each is None for each in axes[:weights]) and isinstance(axis.size, int):
-        where = where._replace(mapped=where.mapped * axis.size)
+    same = all(each is None for each in axes[:weights]) and isinstance(axis.size, int)
+    where = where._replace(mapped=True, times=where.times * axis.size if same else where.times)
     settings = _without_program(settings)
     results = _bound(mapped(function), others, arguments, where=where, weights=weights, **settings)
     return results, [0] * len(results)
@@ -328,8 +330,7 @@ ad.primitive_jvps[_by_platform] = _derivative
 ad.primitive_transposes[_by_platform] = _transposition
 batching.fancy_primitive_batchers[_by_platform] = _mapped_function
 mlir.register_lowering(_by_platform, functools.partial(_lowered, None))
-ACCELERATORS = ("tpu", "cuda", "rocm")
-for _name in ACCELERATORS:
+for _name in ("cpu", "tpu", "cuda", "rocm"):
     mlir.register_lowering(_by_platform, functools.partial(_lowered, _name), platform=_name)
 
 

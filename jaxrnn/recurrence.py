@@ -177,7 +177,7 @@ def _steps(form: Form, where: Where, settings: Settings, given: Given, keep: boo
     # Where devices share the rows, they would exchange the weights' gradients at each block.
     if memory is None or not known or settings.options.hidden_axis is not None or (backward and where.shared):
         return time
-    rows *= where.mapped
+    rows *= where.times
     if keep and form.rows is not None and rows >= form.rows:
         return 1
     most = memory // max(1, rows * given.weights.recurrent.bias.size * _BYTES)
@@ -197,15 +197,16 @@ class _Loop(NamedTuple):
     settings: Settings
     keep: bool  # whether there is a derivative
     size: int  # of a block, in steps
-    rows: Any  # in all, of each program of jax.vmap
 
     @classmethod
     def of(
         cls, engine: Engine, form: Form, where: Where, settings: Settings, given: Given, keep: bool, backward: bool
     ) -> "_Loop":
-        size, rows = _steps(form, where, settings, given, keep, backward), given.x.shape[1] * where.mapped
+        size, rows = _steps(form, where, settings, given, keep, backward), given.x.shape[1] * where.times
         one = any(isinstance(n, int) and n == 1 for n in (given.x.shape[0], rows))
-        return cls(engine, form, settings._replace(stored=one), keep, size, rows)
+        if where.mapped:  # XLA crashes on some products of mapped arrays that a barrier lays out
+            form = form._replace(apart=False)
+        return cls(engine, form, settings._replace(stored=one), keep, size)
 
     @property
     def single(self) -> bool:

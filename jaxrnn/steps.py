@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxrnn._compat import ACCELERATORS, Kernel, Where, by_platform, time_major
+from jaxrnn._compat import Kernel, Where, by_platform, time_major
 from jaxrnn.cells import Arrays, Cell
 from jaxrnn.layouts import Layout, layout
 from jaxrnn.options import Options
@@ -123,9 +123,8 @@ def accumulator(dtype: jnp.dtype) -> jnp.dtype:
 def product(settings: Settings, a: jax.Array, weight: jax.Array, contract: int = 0) -> jax.Array:
     """Multiply, and sum over the last axis of `a` and the axis `contract` of the weight."""
     if settings.stored and contract == 1 and a.ndim == 2 and isinstance(a.shape[0], int) and a.shape[0] in _FEW:
-        plain = Kernel(functools.partial(_product, settings, 1), of_jax=True)
-        kernels: dict[str | None, Kernel] = dict.fromkeys(ACCELERATORS, plain)
-        return by_platform(functools.partial(_of_few_rows, settings), kernels, (a, weight))
+        on_a_cpu: dict[str | None, Kernel] = {"cpu": Kernel(functools.partial(_of_few_rows, settings))}
+        return by_platform(functools.partial(_product, settings, 1), on_a_cpu, (a, weight))
     return _product(settings, contract, Where(), (a, weight), ())
 
 
@@ -148,7 +147,8 @@ def _of_few_rows(settings: Settings, where: Where, operands: Any, linear: Any) -
     """The product of a few rows with stored weights, (columns, features), on a CPU: XLA's own takes twice the time.
 
     A small weight is transposed: behind a barrier, XLA takes that out of a loop around the call. A large one is
-    multiplied as it is, and comes first. Without the barriers, XLA would swap the operands back.
+    multiplied as it is, and comes first. Without the barriers, XLA would swap the operands back. XLA crashes where such
+    a product is mapped, and `by_platform` maps and differentiates the plain one.
     """
     a, weight = operands
     if weight.size <= _SMALL:

@@ -230,5 +230,5 @@ SIZES: dict[str, tuple[Any, int]] = {
 def test_how_many_steps_a_block_has_on_a_cpu(name: str) -> None:
     (time, rows, mapped, keep, remat), expected = SIZES[name]
     settings = recurrence.Settings(jaxrnn.LSTM_CELL, Options(remat=remat))
-    where = recurrence.Where(mapped=mapped)
+    where = recurrence.Where(times=mapped)
     assert recurrence._steps(scan._CPU, where, settings, _given(time, rows), keep, backward=keep) == expected
