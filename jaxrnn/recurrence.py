@@ -178,9 +178,11 @@ def _steps(form: Form, where: Where, settings: Settings, given: Given, keep: boo
     if memory is None or not known or settings.options.hidden_axis is not None or (backward and where.shared):
         return time
     rows *= where.times
-    if keep and form.rows is not None and rows >= form.rows:
+    if keep and form.many is not None and rows >= form.many:
         return 1
     most = memory // max(1, rows * given.weights.recurrent.bias.size * _BYTES)
+    if rows < form.rows or 3 * most >= time:
+        most = time
     if keep and remat == "gates":
         most = min(most, _AGAIN)
     if most >= time:

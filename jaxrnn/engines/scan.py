@@ -19,9 +19,11 @@ class Form(NamedTuple):
     """How loops are written for a platform.
 
     Attributes:
-        inference: the bytes of the input's part of the gates that a block of steps may have; None for all steps in one.
+        inference: the bytes that the input's part of the gates may have in a block of steps; None for all steps in one
+            block. If all steps have not three times as much, they are one block, too.
         training: the same, where there is a derivative.
-        rows: from how many on, blocks are steps where there is a derivative.
+        rows: from how many on there are blocks of several steps.
+        many: from how many on a block is a step, where there is a derivative.
         apart: whether the gates' cotangents are computed apart, and then joined: a fusion of both is slow.
         unroll: steps made at a time, unless the options say it.
         joined: whether the sums of all gates are stacked as one array: one update a step.
@@ -30,7 +32,8 @@ class Form(NamedTuple):
 
     inference: int | None = None
     training: int | None = None
-    rows: int | None = None
+    rows: int = 1
+    many: int | None = None
     apart: bool = False
     unroll: int = 1
     joined: bool = False
@@ -45,13 +48,15 @@ class Form(NamedTuple):
         return (functools.partial(_packed, scan) if self.packed else scan)(body, carry, every)
 
 
+# Found by a sweep over rows and sizes: `jaxrnn speed --sweep`.
 _MIB = 2**20
-_CPU = Form(inference=3 * _MIB, training=64 * _MIB, rows=65, apart=True)
-# On a GPU, every update of an array is a launch, and a launch takes longer than most steps.
-_GPU = Form(inference=512 * _MIB, training=512 * _MIB, unroll=4, joined=True)
+_CPU = Form(inference=3 * _MIB, training=64 * _MIB, many=65, apart=True)
+# On a GPU, every update of an array is a launch, and a launch takes longer than most steps. XLA makes a CUDA graph of a
+# loop, but not of a loop of loops, and that is worth more than memory unless there are many rows.
+_GPU = Form(inference=64 * _MIB, training=64 * _MIB, rows=1024, many=2048, unroll=4, joined=True)
 # A TPU's tiles are 128 numbers wide. XLA lays narrower arrays out with the time inside the tiles, to fill them, and
 # then gathers every step.
-_TPU = Form(inference=512 * _MIB, training=512 * _MIB)
+_TPU = Form(inference=64 * _MIB, training=64 * _MIB, rows=512, many=1024)
 _NARROW = _TPU._replace(packed=True)
 _LANES = 128
 
