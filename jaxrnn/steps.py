@@ -221,11 +221,11 @@ def _checked(cell: Cell, state: object, like: jax.Array) -> Arrays:
     return tuple(state)
 
 
-def advance(run: Run, gates: Arrays, marks: Marks, state: Arrays) -> tuple[Arrays, Arrays, Arrays]:
-    """A step of a run, with its marks: the state after it, that before it where it is put back, and the sums."""
+def advance(run: Run, gates: Arrays, marks: Marks, state: Arrays) -> tuple[Arrays, Arrays]:
+    """A step of a run, with its marks: the state after it, and the sums."""
     before = select(marks.reset, run.reset_state, state)
     after, sums = one_step(run.settings, run.recurrent, gates, before, run.captured)
-    return select(marks.ended, state, after), before, sums
+    return select(marks.ended, state, after), sums
 
 
 def returned(run: Run, marks: Marks, state: Arrays, sums: Any) -> Steps:

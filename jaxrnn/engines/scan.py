@@ -53,7 +53,7 @@ _MIB = 2**20
 _CPU = Form(inference=3 * _MIB, training=64 * _MIB, many=65, apart=True)
 # On a GPU, every update of an array is a launch, and a launch takes longer than most steps. XLA makes a CUDA graph of a
 # loop, but not of a loop of loops, and that is worth more than memory unless there are many rows.
-_GPU = Form(inference=64 * _MIB, training=64 * _MIB, rows=1024, many=2048, unroll=4, joined=True)
+_GPU = Form(inference=64 * _MIB, training=64 * _MIB, rows=2048, many=2048, unroll=4, joined=True)
 # A TPU's tiles are 128 numbers wide. XLA lays narrower arrays out with the time inside the tiles, to fill them, and
 # then gathers every step.
 _TPU = Form(inference=64 * _MIB, training=64 * _MIB, rows=512, many=1024)
@@ -118,26 +118,29 @@ class Scan:
         return {None: _CPU, "cuda": _GPU, "rocm": _GPU, "tpu": _NARROW if narrow else _TPU}
 
     def run(self, form: Form, run: Run, keep: bool) -> tuple[Steps, Arrays, Kept | None]:
-        cell, lay = run.settings.cell, run.settings.layout
-        keep_sums = keep and run.settings.options.remat != "gates"
+        cell, lay, marks = run.settings.cell, run.settings.layout, run.marks
         single = run.gates[0].ndim == run.state[0].ndim
+        joined = form.joined and not single
+        again = run.settings.options.remat == "gates"
 
-        def body(state: Arrays, step: tuple[Arrays, Marks]) -> tuple[Arrays, tuple]:
+        def body(state: Arrays, step: tuple[Arrays, Marks]) -> tuple[Arrays, Any]:
             gates, marks = step
-            state, before, sums = steps.advance(run, gates, marks, state)
-            kept: Any = (lay.join(sums) if form.joined and not single else sums) if keep_sums else None
-            return state, (steps.returned(run, marks, state, sums), before if keep else None, kept)
+            state, sums = steps.advance(run, gates, marks, state)
+            if not keep:
+                return state, steps.returned(run, marks, state, sums)
+            return state, (state, lay.join(sums) if joined else sums)
 
         scan = _once if single else functools.partial(form.scan, run.settings)
-        last, (every, before, kept) = scan(body, run.state, (run.gates, run.marks))
-        if every.sums is not None:
-            every = every._replace(sums=steps.arguments(cell, run.gates, every.sums))
+        last, found = scan(body, run.state, (run.gates, marks))
         if not keep:
-            return every, last, None
-        if not keep_sums:
-            return every, last, Kept(before)
-        made = Kept(before, steps.arguments(cell, run.gates, lay.split(kept) if form.joined and not single else kept))
-        return every, last, _linearized(run, made, single, self.keeps_sums)
+            sums = None if found.sums is None else steps.arguments(cell, run.gates, found.sums)
+            return found._replace(sums=sums), last, None
+        states, sums = found
+        both = steps.arguments(cell, run.gates, lay.split(sums) if joined else sums)
+        before = run.state if single else steps.before(run.settings, run.state, states)
+        kept = Kept(steps.select(marks.reset, run.reset_state, before), None if again else both)
+        every = steps.returned(run, marks, states, both)
+        return every, last, kept if again else _linearized(run, kept, single, self.keeps_sums)
 
     def tangents(self, form: Form, run: Run, kept: Kept, linear: Linear) -> tuple[Steps, Arrays]:
         cell, recurrent, lay = run.settings.cell, run.recurrent, run.settings.layout
