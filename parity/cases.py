@@ -61,6 +61,7 @@ WAYS = {
 }
 CHUNKS = (2, 1, 2)
 LONG = 4096
+MANY = 72  # rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -279,6 +280,16 @@ def _second() -> Iterator[Case]:
         yield _case(kind, arguments, steps=None, batch=3, hx=True, dtypes=("float64",), pattern="second", second=True)
 
 
+def _many() -> Iterator[Case]:
+    """One layer of each kind with as many rows as make jaxrnn's loop run step by step, and their second derivatives."""
+    for kind in LAYERS:
+        if KINDS[kind].cell != RNN_RELU:  # of so many numbers, some come near its kink
+            lengths = tuple(1 + k % 5 for k in range(MANY))
+            settings: dict[str, Any] = {"steps": 5, "hx": True, "dtypes": ("float64",), "pattern": "many", "second": True}
+            arguments = _layers(kind, 1, bidirectional=True)
+            yield _case(kind, arguments, batch=MANY, way="lengths", lengths=lengths, **settings)
+
+
 def _half() -> Iterator[Case]:
     """One case of each kind in the dtypes of 16 bits. Those of relu are tiny, so that none comes near its kink."""
     for dtype, (name, kind) in itertools.product(("bfloat16", "float16"), KINDS.items()):
@@ -332,4 +343,4 @@ def _seeds(case: Case) -> Iterator[Case]:
         yield dataclasses.replace(case, name=f"{case.name}-seed{seed}")
 
 
-CASES = {case.name: case for case in (*_small(), *_ragged(), *_chunked(), *_second(), *_half(), *_accuracy(), *_long())}
+CASES = {case.name: case for case in (*_small(), *_ragged(), *_chunked(), *_second(), *_many(), *_half(), *_accuracy(), *_long())}
