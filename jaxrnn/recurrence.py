@@ -351,7 +351,7 @@ def _input_gates(settings: Settings, weights: LaidOut, at_once: bool) -> Callabl
 
     def of(x: jax.Array) -> Arrays:
         if at_once:
-            gates = lay.split(steps.product(settings, x, together, settings.contract))
+            gates = lay.split(steps.weighed(settings, x, together))
         else:
             gates = tuple(steps.product(settings, x, part) for part in each)
         named = zip(cell.gates, gates, biases, strict=True)

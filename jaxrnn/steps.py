@@ -1,6 +1,5 @@
 """One step of a layer: the recurrent product, the cell, the projection, and the marks. Engines run it over time."""
 
-import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -9,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxrnn._compat import Kernel, Where, by_platform, time_major
+from jaxrnn._compat import Kernel, by_platform, time_major
 from jaxrnn.cells import Arrays, Cell
 from jaxrnn.layouts import Layout, layout
 from jaxrnn.options import Options
@@ -122,14 +121,6 @@ def accumulator(dtype: jnp.dtype) -> jnp.dtype:
 
 def product(settings: Settings, a: jax.Array, weight: jax.Array, contract: int = 0) -> jax.Array:
     """Multiply, and sum over the last axis of `a` and the axis `contract` of the weight."""
-    if settings.stored and contract == 1 and a.ndim == 2 and isinstance(a.shape[0], int) and a.shape[0] in _FEW:
-        on_a_cpu: dict[str | None, Kernel] = {"cpu": Kernel(functools.partial(_of_few_rows, settings))}
-        return by_platform(functools.partial(_product, settings, 1), on_a_cpu, (a, weight))
-    return _product(settings, contract, Where(), (a, weight), ())
-
-
-def _product(settings: Settings, contract: int, where: Where, operands: Any, linear: Any) -> jax.Array:
-    a, weight = operands
     multiplied = lax.dot_general(
         a.astype(weight.dtype),
         weight,
@@ -143,18 +134,25 @@ def _product(settings: Settings, contract: int, where: Where, operands: Any, lin
     return time_major(multiplied) if is_of_steps else multiplied
 
 
-def _of_few_rows(settings: Settings, where: Where, operands: Any, linear: Any) -> jax.Array:
-    """The product of a few rows with stored weights, (columns, features), on a CPU: XLA's own takes twice the time.
+def weighed(settings: Settings, a: jax.Array, weight: jax.Array) -> jax.Array:
+    """The product with a weight that is as `Settings.stored` says; not of tangents."""
+    if settings.contract == 0 or a.ndim != 2 or not isinstance(a.shape[0], int) or a.shape[0] not in _FEW:
+        return product(settings, a, weight, settings.contract)
+    on_a_cpu: dict[str | None, Kernel] = {"cpu": Kernel(lambda _, operands, linear: _of_few_rows(settings, *operands))}
+    return by_platform(lambda _, operands, linear: product(settings, *operands, contract=1), on_a_cpu, (a, weight))
+
+
+def _of_few_rows(settings: Settings, a: jax.Array, weight: jax.Array) -> jax.Array:
+    """The product of a few rows with a weight, (columns, features), on a CPU: XLA's own takes twice the time.
 
     A small weight is transposed: behind a barrier, XLA takes that out of a loop around the call. A large one is
     multiplied as it is, and comes first. Without the barriers, XLA would swap the operands back. XLA crashes where such
     a product is mapped, and `by_platform` maps and differentiates the plain one.
     """
-    a, weight = operands
     if weight.size <= _SMALL:
-        return _product(settings, 0, where, (a, lax.optimization_barrier(weight.T)), ())
+        return product(settings, a, lax.optimization_barrier(weight.T))
     rows = lax.optimization_barrier(a.astype(weight.dtype).T)
-    return lax.optimization_barrier(_product(settings, 0, where, (weight, rows.astype(weight.dtype)), ())).T
+    return lax.optimization_barrier(product(settings, weight, rows)).T
 
 
 def plus(a: jax.Array, bias: jax.Array) -> jax.Array:
@@ -173,7 +171,7 @@ def recurrent_sums(settings: Settings, recurrent: Recurrent, gates: Arrays, h: j
     """The recurrent product, with the bias, added to the input's part of each gate that is not apart."""
     hidden = recurrent.bias
     if recurrent.weight_hh is not None:
-        hidden = plus(product(settings, h, recurrent.weight_hh, settings.contract), hidden)
+        hidden = plus(weighed(settings, h, recurrent.weight_hh), hidden)
     return added(settings.cell, gates, settings.layout.split(hidden))
 
 

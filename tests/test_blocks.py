@@ -39,7 +39,6 @@ CASES: dict[str, tuple[jaxrnn.Cell, dict[str, Any], dict[str, Any]]] = {
     "layer-normalised LSTM, whose sums are kept": (jaxrnn.LAYER_NORM_LSTM_CELL, {}, {"lengths": LENGTHS}),
     "peephole LSTM with resets": (jaxrnn.PEEPHOLE_LSTM_CELL, {}, {"reset": RESET}),
     "a cell of one's own": (jaxrnn.Cell("scaled", ("a",), ("h",), _scaled), {"num_layers": 2}, {"reset": RESET}),
-    "LSTM, steps recomputed": (jaxrnn.LSTM_CELL, {"bidirectional": True}, {"remat": 2, "lengths": LENGTHS}),
 }
 QUICK = "GRU with resets"
 
@@ -52,12 +51,10 @@ def forget() -> Iterator[None]:
 
 
 def _blocks_of(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever a program is for, and however many rows it has, but for what remat= says."""
-    steps = recurrence._steps
+    """Whatever a program is for, and however many rows it has."""
 
     def forced(form: Any, where: Any, settings: Any, given: Any, keep: bool, backward: bool) -> int:
-        chosen = steps(form, where, settings, given, keep, backward)
-        return chosen if isinstance(settings.options.remat, int) and keep else min(size, given.x.shape[0])
+        return min(size, given.x.shape[0])
 
     monkeypatch.setattr(recurrence, "_steps", forced)
     jax.clear_caches()
@@ -88,10 +85,8 @@ def test_blocks_of_any_size_compute_the_same(name: str, monkeypatch: pytest.Monk
             "gradient of vmap": jax.grad(lambda *a: jnp.sum(jax.vmap(loss)(*a)), (0, 1, 2))(*both),
         }
 
-    steps = recurrence._steps
     found = {}
     for size in (T, 1, 3):
-        monkeypatch.setattr(recurrence, "_steps", steps)
         _blocks_of(size, monkeypatch)
         found[f"blocks of {size}"] = jax.jit(results)()
     assert_close(found, dict.fromkeys(found, found[f"blocks of {T}"]), rtol=1e-13)
@@ -113,6 +108,42 @@ def test_a_look_inside(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = jax.jit(results)()
     _blocks_of(size, monkeypatch)
     assert_close(jax.jit(results)(), expected)
+
+
+@pytest.mark.parametrize("rows", [pytest.param(1, marks=pytest.mark.slow), 3])
+def test_one_step_and_one_row(rows: int) -> None:
+    """Weights are not transposed for them: alone, in a scan, mapped, and their gradients, beside many steps at once."""
+    spec = jaxrnn.Spec(jaxrnn.GRU_CELL, F, H)
+    params, x, h_0 = parameters(spec), normal(T, rows, F), normal(1, rows, H)
+
+    def at_once(params: Any, x: Any, h_0: Any) -> Any:
+        x = jnp.concatenate([x, x[:, :1]], axis=1)  # never one row
+        output, h_n = jaxrnn.apply(spec, params, x, jnp.concatenate([h_0, h_0[:, :1]], axis=1))
+        return output[:, :-1], h_n[:, :-1]
+
+    def by_steps(params: Any, x: Any, h_0: Any) -> Any:
+        def step(h: Any, x_t: Any) -> Any:
+            return jaxrnn.apply(spec, params, x_t[None], h)[::-1]
+
+        h_n, output = jax.lax.scan(step, h_0, x)
+        return output[:, 0], h_n
+
+    def results(function: Any) -> Any:
+        def gradient(*arguments: Any) -> Any:
+            return jax.grad(lambda *a: sum(jnp.sum(jnp.sin(b)) for b in jax.tree.leaves(function(*a))), (0, 1, 2))(
+                *arguments
+            )
+
+        both = jnp.stack([x, x[::-1]])
+        return (
+            function(params, x, h_0),
+            gradient(params, x, h_0),
+            jax.vmap(gradient, (None, 0, None))(params, both, h_0),
+        )
+
+    functions = {"at once": at_once, "by steps": by_steps, "whole": lambda *a: jaxrnn.apply(spec, *a)}
+    found = jax.jit(lambda: {name: results(function) for name, function in functions.items()})()
+    assert_close(found, dict.fromkeys(found, found["at once"]))
 
 
 @pytest.mark.parametrize("size", [1, 9])
