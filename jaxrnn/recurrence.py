@@ -1,13 +1,14 @@
 """One layer in one direction: the products with the input, the loop in blocks of steps, and its one derivative rule.
 
-The rule. The loop over time is linearised around its own trajectory: `jax.linearize` gives the linear map of every
-step, from what the forward loop kept. The tangents then obey a second loop, linear in the tangents, which JAX
-transposes into the backward pass: no backward pass is written by hand.
+The rule. The forward loop is linearised around the states that it went through: `jax.linearize` gives the linear map of
+every step. The tangents obey a second loop, which applies these maps. It is linear in the tangents, and JAX transposes
+it into the backward pass. No backward pass is written by hand.
 
-Blocks. Both loops run in blocks of steps. For a block, what does not depend on the state is computed at once: the
-products with the input, the linear maps, and what a change of the weights adds; the backward pass adds the weights'
-gradients up over blocks. Few rows run all steps as one block: their products are larger so. Many rows run each step as
-a block of its own: nothing but what is kept then goes through memory. `_steps` chooses.
+Blocks. Both loops run in blocks of steps. What does not depend on the state is computed for a whole block at once: the
+products with the input, the linear maps, and the tangents that come from x and the weights. The backward pass adds up
+the weights' gradients over the blocks. With few rows all steps are one block, because larger products are faster. With
+many rows each step is a block, so that gates and their cotangents stay in the cache, and only what is saved goes
+through memory. `_steps` chooses.
 """
 
 import dataclasses
@@ -86,9 +87,9 @@ def layer(
 
 
 class Given(NamedTuple):
-    """One layer in one direction, with its arrays as loops need them. With tangents in place of arrays, its tangent.
+    """One layer in one direction, with its arrays as loops need them.
 
-    There, None stands for zeros.
+    Its tangent has the same form: tangents in place of arrays, and None for zeros.
     """
 
     weights: LaidOut
@@ -226,13 +227,15 @@ class _Loop(NamedTuple):
     def in_blocks(
         self, block: Callable, carry: Any, parts: Any, firsts: Any = None, again: bool = False
     ) -> tuple[Any, Any]:
-        """Scan over blocks: `block(carry, part, first)` gives a carry and what it returns of its steps, and of itself.
+        """Scan over blocks.
+
+        `block(carry, part, first)` returns a carry, and a pair: what there is of each step, and of the block.
 
         Args:
             parts: arrays of all steps.
             firsts: arrays of all blocks.
-            again: whether a block of several makes what it needs anew: otherwise JAX takes what is known apart, and
-                makes it for all blocks beforehand.
+            again: whether each of several blocks computes what it needs anew. Otherwise JAX computes what does not
+                depend on tangents for all blocks beforehand, and stores it.
         """
         time = jax.tree.leaves(parts)[0].shape[0]
         reverse = self.settings.reverse
