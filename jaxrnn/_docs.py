@@ -29,9 +29,9 @@ ARGUMENTS = {
     "dtype": "the floating dtype to compute in, and of the output; by default the promoted dtype of inputs and "
     "parameters. States have the dtype of hx, if given: a float32 state is returned unrounded.",
     "precision": "the precision of the products, as for `jax.lax.dot_general`.",
-    "remat": 'what the forward pass saves for the backward pass. "none": everything, nothing is recomputed. "gates": '
-    "only the states; gates are recomputed. An integer k: the state before every k-th step; the rest is recomputed. "
-    "Values and gradients are the same, up to rounding.",
+    "remat": 'what the forward pass saves for the backward pass. "none": all it needs, nothing is recomputed. "gates": '
+    "only the states; gates are recomputed. An integer k: the state before every k-th step; the rest is recomputed, k "
+    "steps at a time. Values and gradients are the same, up to rounding.",
     "hidden_axis": "the mesh axis or axes, of type Auto, over which hidden units are sharded; None leaves sharding to "
     "XLA. For a module it may be a logical axis of Flax. A module stores it in its parameters' metadata, and creates "
     "them on the mesh in `jax.set_mesh`, if there is one.",

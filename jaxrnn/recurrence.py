@@ -1,13 +1,14 @@
 """One layer in one direction: the products with the input, the loop in blocks of steps, and its one derivative rule.
 
-The rule. The loop over time is linearised around its own trajectory: `jax.linearize` gives the linear map of every
-step, from what the forward loop kept. The tangents then obey a second loop, linear in the tangents, which JAX
-transposes into the backward pass: no backward pass is written by hand.
+The rule. The forward loop is linearised around the states that it went through: `jax.linearize` gives the linear map of
+every step. The tangents obey a second loop, which applies these maps. It is linear in the tangents, and JAX transposes
+it into the backward pass. No backward pass is written by hand.
 
-Blocks. Both loops run in blocks of steps. For a block, what does not depend on the state is computed at once: the
-products with the input, the linear maps, and what a change of the weights adds; the backward pass adds the weights'
-gradients up over blocks. Few rows run all steps as one block: their products are larger so. Many rows run each step as
-a block of its own: nothing but what is kept then goes through memory. `_steps` chooses.
+Blocks. Both loops run in blocks of steps. What does not depend on the state is computed for a whole block at once: the
+products with the input, the linear maps, and the tangents that come from x and the weights. The backward pass adds up
+the weights' gradients over the blocks. With few rows all steps are one block, because larger products are faster. With
+many rows each step is a block, so that gates and their cotangents stay in the cache, and only what is saved goes
+through memory. `blocks.steps` chooses.
 """
 
 import dataclasses
@@ -17,20 +18,18 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
 from jaxrnn import meshes, steps
 from jaxrnn._compat import Kernel, Where, by_platform, varying_like
+from jaxrnn.blocks import Loop, Sizes
 from jaxrnn.cells import Arrays
-from jaxrnn.engines import Engine, Form, Linear, engine_for
+from jaxrnn.engines import Form, Linear, engine_for
 from jaxrnn.rules import with_rule
 from jaxrnn.steps import Marks, Recurrent, Run, Settings, Steps, accumulator, plus
 
 Weights = dict[str, jax.Array]
 UNMARKED = Marks()
-_BYTES = 4  # of a number
-_AGAIN = 128  # the most steps that remat="gates" computes again at a time
 
 
 class LaidOut(NamedTuple):
@@ -86,9 +85,9 @@ def layer(
 
 
 class Given(NamedTuple):
-    """One layer in one direction, with its arrays as loops need them. With tangents in place of arrays, its tangent.
+    """One layer in one direction, with its arrays as loops need them.
 
-    There, None stands for zeros.
+    Its tangent has the same form: tangents in place of arrays, and None for zeros.
     """
 
     weights: LaidOut
@@ -101,6 +100,14 @@ class Given(NamedTuple):
     def run(self, settings: Settings, gates: Arrays, state: Arrays, marks: Marks) -> Run:
         """A block of steps."""
         return Run(settings, self.x.dtype, self.weights.recurrent, gates, state, marks, self.reset_state, self.captured)
+
+    def ready(self, loop: Loop) -> "Given":
+        """With the recurrent weights transposed, if that is worth it."""
+        recurrent = self.weights.recurrent
+        if loop.settings.stored or recurrent.weight_hh is None:
+            return self
+        weight_hh = loop.settings.layout.features_first(recurrent.weight_hh)
+        return self._replace(weights=self.weights._replace(recurrent=recurrent._replace(weight_hh=weight_hh)))
 
 
 def _like_gates(settings: Settings, given: Given) -> tuple[Any, ...]:
@@ -152,8 +159,11 @@ def _on_platform(
     def of(form: Form) -> Callable[[Where, Any, Any], Any]:
         def call(where: Where, constants: Any, linear: Any) -> Any:
             given, kept = constants
-            loop = _Loop.of(engine, form, where, settings, given, keep, backward=kept is not None)
-            return function(loop, loop.ready(given), *((kept, loop.ready(linear)) if linear else ()))
+            backward = kept is not None
+            time, rows, _ = given.x.shape
+            sizes = Sizes(time, rows, given.weights.recurrent.bias.size, keep, backward)
+            loop = Loop.of(engine, form, where, settings, sizes)
+            return function(loop, given.ready(loop), *((kept, linear.ready(loop)) if backward else ()))
 
         return call
 
@@ -162,114 +172,7 @@ def _on_platform(
     return by_platform(of(forms[None]), kernels, (given, kept), linear, weights)
 
 
-def _steps(form: Form, where: Where, settings: Settings, given: Given, keep: bool, backward: bool) -> int:
-    """How many steps a block has.
-
-    Args:
-        keep: whether there is a derivative.
-        backward: whether this is it.
-    """
-    (time, rows, _), remat = given.x.shape, settings.options.remat
-    if isinstance(remat, int) and keep:
-        return min(remat, time)
-    memory = form.training if keep else form.inference
-    known = isinstance(time, int) and isinstance(rows, int)
-    # Where devices share the rows, they would exchange the weights' gradients at each block.
-    if memory is None or not known or settings.options.hidden_axis is not None or (backward and where.shared):
-        return time
-    rows *= where.times
-    if keep and form.many is not None and rows >= form.many:
-        return 1
-    most = memory // max(1, rows * given.weights.recurrent.bias.size * _BYTES)
-    if rows < form.rows or 3 * most >= time:
-        most = time
-    if keep and remat == "gates":
-        most = min(most, _AGAIN)
-    if most >= time:
-        return time
-    # A divisor of the time, if there is a large one, so that there is one kind of block.
-    return next((n for n in range(most, most // 2, -1) if time % n == 0), max(most, 1))
-
-
-class _Loop(NamedTuple):
-    """How a layer's loop is run on a platform."""
-
-    engine: Engine
-    form: Form
-    settings: Settings
-    keep: bool  # whether there is a derivative
-    size: int  # of a block, in steps
-
-    @classmethod
-    def of(
-        cls, engine: Engine, form: Form, where: Where, settings: Settings, given: Given, keep: bool, backward: bool
-    ) -> "_Loop":
-        size, rows = _steps(form, where, settings, given, keep, backward), given.x.shape[1] * where.times
-        one = any(isinstance(n, int) and n == 1 for n in (given.x.shape[0], rows))
-        if where.mapped:  # XLA crashes on some products of mapped arrays that a barrier lays out
-            form = form._replace(apart=False)
-        return cls(engine, form, settings._replace(stored=one), keep, size)
-
-    @property
-    def single(self) -> bool:
-        """Whether a block is a step, without a time axis."""
-        return self.size == 1 and self.form.inference is not None
-
-    def ready(self, given: Given) -> Given:
-        """With the recurrent weights transposed, if that is worth it."""
-        recurrent = given.weights.recurrent
-        if self.settings.stored or recurrent.weight_hh is None:
-            return given
-        weight_hh = self.settings.layout.features_first(recurrent.weight_hh)
-        return given._replace(weights=given.weights._replace(recurrent=recurrent._replace(weight_hh=weight_hh)))
-
-    def in_blocks(
-        self, block: Callable, carry: Any, parts: Any, firsts: Any = None, again: bool = False
-    ) -> tuple[Any, Any]:
-        """Scan over blocks: `block(carry, part, first)` gives a carry and what it returns of its steps, and of itself.
-
-        Args:
-            parts: arrays of all steps.
-            firsts: arrays of all blocks.
-            again: whether a block of several makes what it needs anew: otherwise JAX takes what is known apart, and
-                makes it for all blocks beforehand.
-        """
-        time = jax.tree.leaves(parts)[0].shape[0]
-        reverse = self.settings.reverse
-        if not isinstance(time, int) or self.size >= time:
-            given = jax.tree.map(lambda a: a[0], (parts if self.single else None, firsts))
-            carry, found = block(carry, given[0] if self.single else parts, given[1])
-            added = found if self.single else (None, found[1])
-            added = jax.tree.map(lambda a: a[None], added)
-            return carry, added if self.single else (found[0], added[1])
-        made = jax.checkpoint(block, prevent_cse=False) if again else block
-
-        def one(carry: Any, part: Any) -> Any:
-            return made(carry, *part)
-
-        if self.single:
-            return self.form.scan(self.settings, one, carry, (parts, firsts))
-
-        count, whole = time // self.size, time - time % self.size
-        spans = [(0, count, 0, self.size), (whole, 1, count, time - whole)]  # first step, blocks, first block, steps
-        found = []
-        for start, blocks, number, length in reversed(spans) if reverse else spans:
-            if length:
-                shape = blocks, length
-
-                def cut(a: jax.Array, start: int = start, shape: tuple[int, int] = shape) -> jax.Array:
-                    return lax.slice_in_dim(a, start, start + shape[0] * shape[1]).reshape(*shape, *a.shape[1:])
-
-                part = jax.tree.map(cut, parts), jax.tree.map(lambda a, n=number, m=blocks: a[n : n + m], firsts)
-                carry, (every, first) = lax.scan(one, carry, part, reverse=reverse)
-                found.append((jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), every), first))
-        found = found[:: -1 if reverse else 1]
-        # Structures have linear maps in them, each its own, though all are alike.
-        leaves = map(jnp.concatenate, zip(*map(jax.tree.leaves, found), strict=True)) if len(found) > 1 else None
-        return carry, jax.tree.unflatten(jax.tree.structure(found[0]), leaves) if leaves else found[0]
-
-
-def _forward(loop: _Loop, given: Given) -> tuple[Steps, Arrays, Any]:
+def _forward(loop: Loop, given: Given) -> tuple[Steps, Arrays, Any]:
     """What is returned of every step, the last state, and what the derivative needs."""
     settings, keep = loop.settings, loop.keep
     input_gates = _input_gates(settings, given.weights, loop.single)
@@ -285,7 +188,7 @@ def _forward(loop: _Loop, given: Given) -> tuple[Steps, Arrays, Any]:
     return every, last, firsts if recomputed else kept
 
 
-def _tangents(loop: _Loop, given: Given, kept: Any, tangent: Given) -> tuple[Steps, Arrays]:
+def _tangents(loop: Loop, given: Given, kept: Any, tangent: Given) -> tuple[Steps, Arrays]:
     """The tangent of what `_forward` returns: linear in `tangent`."""
     settings, lay, cell = loop.settings, loop.settings.layout, loop.settings.cell
     weights, product = given.weights, functools.partial(steps.product, loop.settings)
@@ -301,12 +204,12 @@ def _tangents(loop: _Loop, given: Given, kept: Any, tangent: Given) -> tuple[Ste
 
     def block(d_state: Arrays, part: Any, first: Any) -> tuple[Arrays, tuple[Steps, None]]:
         x, d_x, marks, kept = part
-        again = kept is None or (kept.sums is None and kept.push is None)
-        gates = input_gates(x) if again else ()
+        without = kept is None or kept[1:3] == (None, None)  # neither sums nor linear maps
+        gates = input_gates(x) if without else ()
         run = given.run(settings, gates, given.state if first is None else first, marks)
         if recomputed:
             _, _, kept = loop.engine.run(loop.form, run, True)
-        elif again:
+        elif without:
             sums = steps.recurrent_sums(settings, weights.recurrent, gates, kept.before[0])
             kept = kept._replace(sums=steps.arguments(cell, gates, sums))
         before = kept.before[0]
@@ -334,7 +237,8 @@ def _tangents(loop: _Loop, given: Given, kept: Any, tangent: Given) -> tuple[Ste
         return d_last, (every, None)
 
     parts = given.x, tangent.x, given.marks, None if recomputed else kept
-    d_last, (every, _) = loop.in_blocks(block, tangent.state, parts, kept if recomputed else None, again=True)
+    again, firsts = recomputed or kept.push is None, kept if recomputed else None
+    d_last, (every, _) = loop.in_blocks(block, tangent.state, parts, firsts, again)
     return every, d_last
 
 

@@ -13,8 +13,8 @@ from jaxrnn.cells import Arrays, Cell
 from jaxrnn.layouts import Layout, layout
 from jaxrnn.options import Options
 
-_FEW = range(2, 33)  # rows whose product with a weight takes less time than its transposition
-_SMALL = 2**16  # numbers, of which a transposition takes no time beside a call
+_FEW = range(2, 33)  # rows for which a product with a weight takes less time than the weight's transposition
+_SMALL = 2**16  # the largest size of a weight that takes next to no time to transpose
 
 
 class Settings(NamedTuple):
@@ -24,7 +24,7 @@ class Settings(NamedTuple):
     options: Options = Options()
     reverse: bool = False
     every: bool = False  # whether the states and sums of every step are returned, beside the outputs
-    stored: bool = False  # whether weight_hh is as it is stored: one step, or one row, is not worth transposing it
+    stored: bool = False  # whether weight_hh is left as it is stored: transposing it does not pay for one step or row
 
     @property
     def contract(self) -> int:
@@ -44,9 +44,9 @@ class Marks(NamedTuple):
 
 
 class Recurrent(NamedTuple):
-    """The weights inside the loop, transposed outside it, if they are, so that products read them along their rows.
+    """The weights inside the loop. Every cell has one; `weight_hh` is None if the cell is not recurrent.
 
-    Every cell has one; `weight_hh` is None if the cell is not recurrent.
+    Unless `Settings.stored`, it is transposed outside the loop, so that products read it along its rows.
     """
 
     weight_hh: jax.Array | None  # (output size, gates * hidden_size), or as the layout or `Settings.stored` has it
@@ -69,7 +69,7 @@ class Run(NamedTuple):
     settings: Settings
     dtype: jnp.dtype  # of the outputs
     recurrent: Recurrent
-    gates: Arrays  # the input's part of every gate, (time, batch, hidden_size)
+    gates: Arrays  # the input's part of every gate, (time, batch, hidden_size); a block of one step may lack time
     state: Arrays  # the first, (batch, size)
     marks: Marks
     reset_state: Arrays | None
@@ -106,9 +106,9 @@ class Steps(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """What the derivative of a run needs, of all steps with time in front: the linear map, or what it is made from."""
+    """What the derivative of a run needs: the linear map of each step, or what it is made from; with time in front."""
 
-    before: Arrays  # the states before each step; beside `push` the first of them alone
+    before: Arrays  # the states before each step; with `push`, only the first of them, h
     sums: Sums | None = None
     push: Any = None  # the linear map of each step, as `jax.linearize` gives it
     hidden: jax.Array | None = None  # the first state after each step, before its projection
@@ -138,16 +138,21 @@ def weighed(settings: Settings, a: jax.Array, weight: jax.Array) -> jax.Array:
     """The product with a weight that is as `Settings.stored` says; not of tangents."""
     if settings.contract == 0 or a.ndim != 2 or not isinstance(a.shape[0], int) or a.shape[0] not in _FEW:
         return product(settings, a, weight, settings.contract)
+
+    def plain(_: Any, operands: tuple[jax.Array, jax.Array], linear: Any) -> jax.Array:
+        a, weight = operands
+        return product(settings, a, weight, contract=1)
+
     on_a_cpu: dict[str | None, Kernel] = {"cpu": Kernel(lambda _, operands, linear: _of_few_rows(settings, *operands))}
-    return by_platform(lambda _, operands, linear: product(settings, *operands, contract=1), on_a_cpu, (a, weight))
+    return by_platform(plain, on_a_cpu, (a, weight))
 
 
 def _of_few_rows(settings: Settings, a: jax.Array, weight: jax.Array) -> jax.Array:
-    """The product of a few rows with a weight, (columns, features), on a CPU: XLA's own takes twice the time.
+    """The product of a few rows with a weight as it is stored, (columns, features), on a CPU, in half of XLA's time.
 
-    A small weight is transposed: behind a barrier, XLA takes that out of a loop around the call. A large one is
-    multiplied as it is, and comes first. Without the barriers, XLA would swap the operands back. XLA crashes where such
-    a product is mapped, and `by_platform` maps and differentiates the plain one.
+    A small weight is transposed, behind a barrier: then XLA moves that out of a loop around the call. A large weight is
+    left as it is, and is the first operand. Without the barriers, XLA would swap the operands back. XLA crashes where
+    such a product is mapped, so `by_platform` maps and differentiates the plain one.
     """
     if weight.size <= _SMALL:
         return product(settings, a, lax.optimization_barrier(weight.T))

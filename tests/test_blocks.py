@@ -13,9 +13,11 @@ from comparing import assert_close
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jaxrnn
-from jaxrnn import recurrence
+from jaxrnn import blocks
+from jaxrnn._compat import Where
 from jaxrnn.engines import scan
 from jaxrnn.options import Options
+from jaxrnn.steps import Settings
 
 T, N, F, H = 7, 3, 4, 5  # sizes of no other test, whose programs would be found compiled
 LENGTHS = np.array([7, 2, 5])  # which end in the middle of blocks of three, and at their edges
@@ -53,10 +55,7 @@ def forget() -> Iterator[None]:
 def _blocks_of(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever a program is for, and however many rows it has."""
 
-    def forced(form: Any, where: Any, settings: Any, given: Any, keep: bool, backward: bool) -> int:
-        return min(size, given.x.shape[0])
-
-    monkeypatch.setattr(recurrence, "_steps", forced)
+    monkeypatch.setattr(blocks, "steps", lambda form, where, settings, sizes: min(size, sizes.time))
     jax.clear_caches()
 
 
@@ -232,16 +231,6 @@ def _memory(function: Any, *arguments: Any) -> int:
     return memory.temp_size_in_bytes
 
 
-def _given(time: Any, rows: Any, cell: jaxrnn.Cell = jaxrnn.LSTM_CELL) -> Any:
-    spec = jaxrnn.Spec(cell, 16, 32)
-    weights = {name.removesuffix("_l0"): jnp.zeros(shape) for name, shape in spec.shapes().items()}
-    settings = recurrence.Settings(cell)
-    laid_out = recurrence._laid_out(settings, weights)
-    return recurrence.Given(
-        laid_out, jax.ShapeDtypeStruct((time, rows, 16), jnp.float32), (), recurrence.UNMARKED, None
-    )
-
-
 # Bytes a step of the input's part of the gates: rows * 4 * 32 * 4.
 SIZES: dict[str, tuple[Any, int]] = {
     "few rows, inference: all steps": ((64, 8, 1, False, "none"), 64),
@@ -261,6 +250,6 @@ SIZES: dict[str, tuple[Any, int]] = {
 @pytest.mark.parametrize("name", SIZES)
 def test_how_many_steps_a_block_has_on_a_cpu(name: str) -> None:
     (time, rows, mapped, keep, remat), expected = SIZES[name]
-    settings = recurrence.Settings(jaxrnn.LSTM_CELL, Options(remat=remat))
-    where = recurrence.Where(times=mapped)
-    assert recurrence._steps(scan._CPU, where, settings, _given(time, rows), keep, backward=keep) == expected
+    settings, where = Settings(jaxrnn.LSTM_CELL, Options(remat=remat)), Where(times=mapped)
+    sizes = blocks.Sizes(time, rows, columns=4 * 32, keep=keep, backward=keep)
+    assert blocks.steps(scan._CPU, where, settings, sizes) == expected

@@ -3,16 +3,17 @@
 To add one, write a file with a class, and add it to `ENGINES`; and to `AUTO` if `engine="auto"` should use it. No other
 file has to change. There are two kinds:
 
-- one that runs a layer's loop over time has the methods of `Engine`. It sees a `jaxrnn.steps.Run`, one layer in one
-  direction; products with the input, derivatives by the weights, and chunks are done outside;
+- one that runs loops over time has the methods of `Engine`. It sees a `jaxrnn.steps.Run`, a block of steps of one layer
+  in one direction. The blocks, products with the input, and derivatives by the weights are made outside;
 - one that runs whole layers, such as a library's kernel, has the methods of `LayerEngine`. It sees a
   `jaxrnn.steps.Layer`, one layer in all its directions, and does all of that, with its derivative. It is tried if no
   engine of the first kind comes before it.
 
 Dropout and the next layer are done outside.
 
-Calls are jitted, so an engine's methods run while JAX traces: once for each spec, options and shapes. `ENGINES` and
-`AUTO` are not part of that key. After changing them, call `jax.clear_caches()`.
+Calls are jitted, so an engine's methods run while JAX traces: once for each spec, options and shapes, and again where
+JAX maps or differentiates the program, or compiles it for several devices. `ENGINES` and `AUTO` are not part of that
+key. After changing them, call `jax.clear_caches()`.
 """
 
 from collections.abc import Mapping
@@ -45,13 +46,14 @@ class Engine(Protocol):
     def forms(self, run: Run) -> Mapping[str | None, Form]:
         """How its loops are written, by platform; None for all that are not named.
 
-        A kernel that wants all steps at once has a form without `memory`.
+        A kernel that wants all steps at once has `Form()`. With any other form a block may be one step: its gates,
+        marks, and what is kept and returned of it, then have no axis of time.
         """
 
     def run(self, form: Form, run: Run, keep: bool) -> tuple[Steps, Arrays, Kept | None]:
-        """What `steps.returned` takes of every step, with time in front, and the state after the last step run.
+        """What `steps.returned` gives of every step, with time in front; the last state; and what is kept.
 
-        And with `keep`, what the derivative needs. With `remat="gates"`, that is without the sums.
+        Nothing is kept without `keep`; with it, what the derivative needs: with `remat="gates"` the states alone.
         """
 
     def tangents(self, form: Form, run: Run, kept: Kept, linear: Linear) -> tuple[Steps, Arrays]:
@@ -62,8 +64,8 @@ class Engine(Protocol):
         `transpose_solve` is that backward pass; or it is for one platform, and has it as `engines.pallas` does.
 
         Args:
-            run: what was run; without the gates, which `kept` has.
-            kept: what was kept of it, with the sums.
+            run: what was run. The gates may be missing: `kept` has what is needed.
+            kept: what `run` kept. If that has neither sums nor `push`, the sums have been added.
             linear: the tangents. Its `sums` are without what comes through the tangent of the state, all gates in one
                 array, (time, batch, gates * hidden_size), or as `jaxrnn.layouts` joins them.
         """

@@ -1,4 +1,4 @@
-"""The engine for everything: `jax.lax.scan` over time."""
+"""The engine that runs everything, by `jax.lax.scan` over time; and the forms of loops for each platform."""
 
 import functools
 import math
@@ -19,15 +19,15 @@ class Form(NamedTuple):
     """How loops are written for a platform.
 
     Attributes:
-        inference: the bytes that the input's part of the gates may have in a block of steps; None for all steps in one
-            block. If all steps have not three times as much, they are one block, too.
-        training: the same, where there is a derivative.
-        rows: from how many on there are blocks of several steps.
-        many: from how many on a block is a step, where there is a derivative.
-        apart: whether the gates' cotangents are computed apart, and then joined: a fusion of both is slow.
-        unroll: steps made at a time, unless the options say it.
-        joined: whether the sums of all gates are stacked as one array: one update a step.
-        packed: whether the arrays of a step that a loop reads are side by side in one.
+        inference: how many bytes the input's part of the gates may take in a block of steps, without a derivative.
+            None for one block of all steps. Steps that take less than three times as much are one block, too.
+        training: the same, with a derivative.
+        rows: with fewer rows, all steps are one block.
+        many: with a derivative, the least number of rows for which each step is a block; None if there is none.
+        apart: whether the cotangents of the gates are computed before they are joined. One fusion of both is slow.
+        unroll: how many steps an iteration of the loop has, unless the options say.
+        joined: whether the loop stacks the sums of all gates as one array, which is one update a step.
+        packed: whether the arrays that a loop reads at each step lie side by side in one.
     """
 
     inference: int | None = None
@@ -42,6 +42,9 @@ class Form(NamedTuple):
     def scan(self, settings: Settings, body: Callable, carry: Any, every: tuple) -> tuple[Any, Any]:
         """As `jax.lax.scan` of `body(carry, step)`, in the direction of the settings."""
         length = jax.tree.leaves(every)[0].shape[0]
+        if isinstance(length, int) and length == 1:
+            carry, results = body(carry, jax.tree.map(lambda a: a[0], every))
+            return carry, jax.tree.map(lambda a: a[None], results)
         # A symbolic time axis, in an export, cannot be split.
         unroll = settings.options.unroll or (self.unroll if isinstance(length, int) else 1)
         scan = functools.partial(lax.scan, reverse=settings.reverse, unroll=unroll)
@@ -62,7 +65,12 @@ _LANES = 128
 
 
 def _linearized(run: Run, kept: Kept, single: bool, keep_sums: bool | None = False) -> Kept:
-    """The linear map of every step; or as before, if `keep_sums`, which None leaves to which of both is smaller."""
+    """What is kept, with the linear map of every step in place of the sums.
+
+    Args:
+        single: whether the block is one step, without an axis of time.
+        keep_sums: whether the sums are kept instead. If None, they are if the linear map is much larger.
+    """
     cell, recurrent = run.settings.cell, run.recurrent
 
     def step(*a: Any) -> tuple[Arrays, Callable]:
@@ -89,7 +97,7 @@ def _once(body: Callable, carry: Any, step: Any) -> tuple[Any, Any]:
 
 
 class Linear(NamedTuple):
-    """What the tangents of a run are linear in: the tangents of what they are computed from."""
+    """The tangents of what a run is computed from."""
 
     sums: jax.Array
     inputs: Arrays  # the input's part of the gates that are apart
@@ -103,9 +111,9 @@ _LARGER = 1.5  # how much larger than the sums a linear map may be, to be kept i
 
 
 class Scan:
-    """Loops of `jax.lax.scan`, of which JAX transposes the second into the backward pass."""
+    """Two loops of `jax.lax.scan`: forward, and for the tangents, which JAX transposes into the backward pass."""
 
-    keeps_sums: bool | None = None  # for the derivative, and not the linear map; None for what is smaller
+    keeps_sums: bool | None = None  # whether it keeps sums, not linear maps; None for sums if maps are much larger
 
     def refuses(self, run: Run) -> str | None:
         return None
