@@ -285,9 +285,9 @@ def _many() -> Iterator[Case]:
     for kind in LAYERS:
         if KINDS[kind].cell != RNN_RELU:  # of so many numbers, some come near its kink
             lengths = tuple(1 + k % 5 for k in range(MANY))
-            settings: dict[str, Any] = {"steps": 5, "hx": True, "dtypes": ("float64",), "pattern": "many", "second": True}
-            arguments = _layers(kind, 1, bidirectional=True)
-            yield _case(kind, arguments, batch=MANY, way="lengths", lengths=lengths, **settings)
+            settings: dict[str, Any] = {"hx": True, "dtypes": ("float64",), "second": True}
+            settings |= {"steps": 5, "batch": MANY, "way": "lengths", "lengths": lengths}
+            yield _case(kind, _layers(kind, 1, bidirectional=True), pattern="many", **settings)
 
 
 def _half() -> Iterator[Case]:
@@ -343,4 +343,5 @@ def _seeds(case: Case) -> Iterator[Case]:
         yield dataclasses.replace(case, name=f"{case.name}-seed{seed}")
 
 
-CASES = {case.name: case for case in (*_small(), *_ragged(), *_chunked(), *_second(), *_many(), *_half(), *_accuracy(), *_long())}
+_ALL = (*_small(), *_ragged(), *_chunked(), *_second(), *_many(), *_half(), *_accuracy(), *_long())
+CASES = {case.name: case for case in _ALL}
