@@ -25,7 +25,7 @@ class Sizes(NamedTuple):
     backward: bool  # whether this is it
 
 
-def steps(form: Form, where: Where, settings: Settings, sizes: Sizes) -> int:
+def block_size(form: Form, where: Where, settings: Settings, sizes: Sizes) -> int:
     """How many steps a block has; symbolic, if the time is: all of them."""
     time, rows, columns, keep, backward = sizes
     remat = settings.options.remat
@@ -61,7 +61,7 @@ class Loop(NamedTuple):
 
     @classmethod
     def of(cls, engine: Engine, form: Form, where: Where, settings: Settings, sizes: Sizes) -> "Loop":
-        size, rows = steps(form, where, settings, sizes), sizes.rows * where.times
+        size, rows = block_size(form, where, settings, sizes), sizes.rows * where.times
         one = any(isinstance(n, int) and n == 1 for n in (sizes.time, rows))
         if where.mapped:  # XLA crashes on some products of mapped arrays that a barrier lays out
             form = form._replace(apart=False)
@@ -97,9 +97,9 @@ class Loop(NamedTuple):
         if self.single:
             return self.form.scan(self.settings, one, carry, (parts, firsts))
 
-        def piece(carry: Any, steps: slice, blocks: slice, shape: tuple[int, int]) -> tuple[Any, Any]:
-            part = jax.tree.map(lambda a: a[steps].reshape(*shape, *a.shape[1:]), parts)
-            given = part, jax.tree.map(lambda a: a[blocks], firsts)
+        def piece(carry: Any, of_steps: slice, of_blocks: slice, shape: tuple[int, int]) -> tuple[Any, Any]:
+            part = jax.tree.map(lambda a: a[of_steps].reshape(*shape, *a.shape[1:]), parts)
+            given = part, jax.tree.map(lambda a: a[of_blocks], firsts)
             carry, (every, first) = lax.scan(one, carry, given, reverse=reverse)
             return carry, (jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), every), first)
 

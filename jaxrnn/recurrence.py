@@ -8,7 +8,7 @@ Blocks. Both loops run in blocks of steps. What does not depend on the state is 
 products with the input, the linear maps, and the tangents that come from x and the weights. The backward pass adds up
 the weights' gradients over the blocks. With few rows all steps are one block, because larger products are faster. With
 many rows each step is a block, so that gates and their cotangents stay in the cache, and only what is saved goes
-through memory. `blocks.steps` chooses.
+through memory. `blocks.block_size` chooses.
 """
 
 import dataclasses

@@ -54,11 +54,6 @@ class Recurrent(NamedTuple):
     weight_hr: jax.Array | None  # (hidden_size, proj_size)
     own: dict[str, jax.Array]  # the cell's own parameters, which broadcast against the gates
 
-    def astype(self, dtype: jnp.dtype) -> "Recurrent":
-        """Matrices in another dtype; what is added or handed to the step stays in the accumulator's."""
-        weight_hh, weight_hr = jax.tree.map(lambda a: a.astype(dtype), (self.weight_hh, self.weight_hr))
-        return self._replace(weight_hh=weight_hh, weight_hr=weight_hr)
-
 
 class Run(NamedTuple):
     """A block of steps of one layer in one direction, often all of them: all that its loop needs.

@@ -55,7 +55,7 @@ def forget() -> Iterator[None]:
 def _blocks_of(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever a program is for, and however many rows it has."""
 
-    monkeypatch.setattr(blocks, "steps", lambda form, where, settings, sizes: min(size, sizes.time))
+    monkeypatch.setattr(blocks, "block_size", lambda form, where, settings, sizes: min(size, sizes.time))
     jax.clear_caches()
 
 
@@ -252,4 +252,4 @@ def test_how_many_steps_a_block_has_on_a_cpu(name: str) -> None:
     (time, rows, mapped, keep, remat), expected = SIZES[name]
     settings, where = Settings(jaxrnn.LSTM_CELL, Options(remat=remat)), Where(times=mapped)
     sizes = blocks.Sizes(time, rows, columns=4 * 32, keep=keep, backward=keep)
-    assert blocks.steps(scan._CPU, where, settings, sizes) == expected
+    assert blocks.block_size(scan._CPU, where, settings, sizes) == expected

@@ -56,7 +56,7 @@ def test_the_weight_gradient_is_no_sum_inside_the_loop(name: str) -> None:
 
 
 def test_inference_keeps_no_history_but_the_outputs() -> None:
-    """Temporary memory, beside the gates of all steps, which come from one product before the loop."""
+    """Temporary memory, beside the input's part of the gates, which is made before the loop where it is small."""
     batch, features, hidden = 8, 4, 16
     spec = jaxrnn.Spec(jaxrnn.LSTM_CELL, features, hidden)
     params = parameters(spec)
