@@ -145,6 +145,15 @@ def test_one_step_and_one_row(rows: int) -> None:
     assert_close(found, dict.fromkeys(found, found["at once"]))
 
 
+@pytest.mark.parametrize("hidden", [pytest.param(5, id="small"), pytest.param(150, id="large")])
+def test_few_rows_with_a_weight_of_any_size(hidden: int) -> None:
+    """Beside one row at a time, whose product is another."""
+    spec = jaxrnn.CellSpec(jaxrnn.GRU_CELL, F, hidden)
+    params, x, h = parameters(spec), normal(3, F), normal(3, hidden)
+    expected = jnp.stack([jaxrnn.apply_cell(spec, params, *row) for row in zip(x, h, strict=True)])
+    assert_close(jaxrnn.apply_cell(spec, params, x, h), expected)
+
+
 @pytest.mark.parametrize("size", [1, 9])
 def test_the_derivative_by_one_argument_alone(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is not differentiated is left out, and the rest stays as it is."""
