@@ -63,7 +63,8 @@ class Loop(NamedTuple):
     def of(cls, engine: Engine, form: Form, where: Where, settings: Settings, sizes: Sizes) -> "Loop":
         size, rows = block_size(form, where, settings, sizes), sizes.rows * where.times
         one = any(isinstance(n, int) and n == 1 for n in (sizes.time, rows))
-        if where.mapped:  # XLA crashes on some products of mapped arrays that a barrier lays out
+        # XLA crashes on some products of mapped arrays that a barrier lays out, and gathers what devices share.
+        if where.mapped or where.shared:
             form = form._replace(apart=False)
         return cls(engine, form, settings._replace(stored=one), sizes.keep, size)
 
@@ -73,7 +74,7 @@ class Loop(NamedTuple):
         return self.size == 1 and self.form.inference is not None
 
     def in_blocks(
-        self, block: Callable, carry: Any, parts: Any, firsts: Any = None, again: bool = False
+        self, block: Callable[..., Any], carry: Any, parts: Any, firsts: Any = None, again: bool = False
     ) -> tuple[Any, Any]:
         """Scan over blocks.
 

@@ -6,6 +6,7 @@ There, arrays that are combined must be sharded alike, and a scan's first carry 
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxrnn._compat import manual_axes
@@ -41,6 +42,11 @@ def sharded_like(a: jax.Array, like: jax.Array) -> jax.Array:
     """Shard an array like another of its shape, over Explicit axes."""
     wanted, given = jax.typeof(like).sharding, jax.typeof(a).sharding
     return a if wanted.spec == given.spec else jax.sharding.reshard(a, wanted)
+
+
+def zeros_like(a: jax.Array) -> jax.Array:
+    """Zeros that are sharded like an array over Explicit axes. `jnp.zeros_like` does not do that from JAX 0.12 on."""
+    return sharded_like(jnp.zeros_like(a), a)
 
 
 def varying_with(tree: Tree, others: Any) -> Tree:

@@ -66,7 +66,9 @@ def layer(
     """
     state = _cast(state, accumulator(x.dtype))
     if marks.reset is not None:
-        reset_state = jax.tree.map(jnp.zeros_like, state) if reset_state is None else _cast(reset_state, state[0].dtype)
+        reset_state = (
+            jax.tree.map(meshes.zeros_like, state) if reset_state is None else _cast(reset_state, state[0].dtype)
+        )
     if not isinstance(x.shape[0], int):  # a symbolic time axis, in an export, cannot be split into blocks
         settings = settings._replace(options=dataclasses.replace(settings.options, remat="none"))
     # Inside jax.shard_map: so that gradients are exchanged once, outside the loop.
@@ -145,7 +147,7 @@ def _without_zeros(tangents: Any) -> Any:
 
 def _instantiated(tangents: Any, primals: Any) -> Any:
     """Zeros in place of None."""
-    return jax.tree.map(lambda a, b: jnp.zeros_like(a) if b is None else b, primals, tangents)
+    return jax.tree.map(lambda a, b: meshes.zeros_like(a) if b is None else b, primals, tangents)
 
 
 def _on_platform(
@@ -213,7 +215,7 @@ def _tangents(loop: Loop, given: Given, kept: Any, tangent: Given) -> tuple[Step
             sums = steps.recurrent_sums(settings, weights.recurrent, gates, kept.before[0])
             kept = kept._replace(sums=steps.arguments(cell, gates, sums))
         before = kept.before[0]
-        zeros = plus(jnp.zeros_like(before[..., :1]), jnp.zeros_like(lay.split(weights.recurrent.bias)[0]))
+        zeros = plus(meshes.zeros_like(before[..., :1]), jnp.zeros_like(lay.split(weights.recurrent.bias)[0]))
         d_gates = d_hidden = lay.join((zeros,) * len(cell.gates))
         for a, b in ((x, d_weight_ih), (d_x, weight_ih)):
             if a is not None and b is not None:

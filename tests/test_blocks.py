@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from arrays import normal, parameters
 from comparing import assert_close
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import jaxrnn
 from jaxrnn import blocks
@@ -172,6 +172,26 @@ def test_the_derivative_by_one_argument_alone(size: int, monkeypatch: pytest.Mon
     _blocks_of(size, monkeypatch)
     found, expected = jax.jit(lambda: ({name: alone(name) for name in everything}, jax.grad(loss)(everything, {})))()
     assert_close(found, expected)
+
+
+@pytest.mark.parametrize("name", ["bias_hh_l0", "h_0"])
+def test_the_derivative_by_one_argument_alone_on_an_explicit_mesh(name: str) -> None:
+    """Zeros in place of the other tangents are sharded like what they stand for."""
+    spec = jaxrnn.Spec(jaxrnn.LSTM_CELL, F, H)
+    x, reset = normal(T, 4, F), normal(T, 4) > 1
+    given = {**parameters(spec), "h_0": normal(1, 4, H)}
+
+    def gradient(x: Any) -> jax.Array:
+        def loss(one: Any) -> jax.Array:
+            params = {**given, name: one}
+            hx = params.pop("h_0"), normal(1, 4, H)
+            return jnp.sum(jnp.sin(jaxrnn.apply(spec, params, x, hx, reset=reset)[0]))
+
+        return jax.grad(loss)(jnp.asarray(given[name]))
+
+    mesh = jax.make_mesh((2,), ("rows",), axis_types=(AxisType.Explicit,), devices=jax.devices()[:2])
+    sharded = jax.device_put(x, NamedSharding(mesh, PartitionSpec(None, "rows")))
+    assert_close(jax.jit(gradient)(sharded), jax.jit(gradient)(x))
 
 
 def test_many_rows_take_little_memory() -> None:

@@ -39,7 +39,7 @@ class Pallas(Scan):
         interpret: as for `pallas_call`: whether JAX computes what a TPU would, on any platform.
     """
 
-    keeps_sums = True
+    keeps_sums: bool | None = True
 
     def __init__(self, memory: int = 56 * _MIB, platform: str | None = "tpu", interpret: Any = False) -> None:
         self.memory: int = memory

@@ -39,7 +39,7 @@ class Form(NamedTuple):
     joined: bool = False
     packed: bool = False
 
-    def scan(self, settings: Settings, body: Callable, carry: Any, every: tuple) -> tuple[Any, Any]:
+    def scan(self, settings: Settings, body: Callable[..., Any], carry: Any, every: Any) -> tuple[Any, Any]:
         """As `jax.lax.scan` of `body(carry, step)`, in the direction of the settings."""
         length = jax.tree.leaves(every)[0].shape[0]
         if isinstance(length, int) and length == 1:
@@ -175,7 +175,8 @@ class Scan:
                 d_sums = d_sums + product(d_before[0], *transposed)
             d_sums = lay.split(d_sums)
             if form.apart:
-                d_sums, d_inputs = lax.optimization_barrier((d_sums, d_inputs))
+                # Each by itself, because one may be known where the other is linear.
+                d_sums, d_inputs = lax.optimization_barrier(d_sums), lax.optimization_barrier(d_inputs)
             d_after = tuple(push(*steps.arguments(cell, d_inputs, d_sums), d_before, *linear.others))
             if weight_hr is not None:
                 d_output = product(d_after[0], weight_hr, contract=1)
