@@ -265,7 +265,7 @@ SIZES: dict[str, tuple[Any, int]] = {
     "many rows, training: step by step": ((64, 65, 1, True, "none"), 1),
     "rows of vmap": ((64, 8, 9, True, "none"), 1),
     "hardly more than fits, inference": ((64, 128, 1, False, "none"), 64),
-    "a long sequence, training": ((65536, 8, 1, True, "none"), 16384),
+    "a long sequence, training": ((2**20, 8, 1, True, "none"), 2**17),
     "gates recomputed": ((1024, 8, 1, True, "gates"), 128),
     "steps recomputed": ((64, 512, 1, True, 8), 8),
     "no step": ((0, 512, 1, False, "none"), 0),

@@ -53,7 +53,7 @@ class Form(NamedTuple):
 
 # Found by a sweep over rows and sizes: `jaxrnn speed --sweep`.
 _MIB = 2**20
-_CPU = Form(inference=3 * _MIB, training=64 * _MIB, many=65, apart=True)
+_CPU = Form(inference=3 * _MIB, training=512 * _MIB, many=65, apart=True)
 # On a GPU, every update of an array is a launch, and a launch takes longer than most steps. XLA makes a CUDA graph of a
 # loop, but not of a loop of loops, and that is worth more than memory unless there are many rows.
 _GPU = Form(inference=64 * _MIB, training=64 * _MIB, rows=2048, many=2048, unroll=4, joined=True)
