@@ -19,8 +19,8 @@ option, add a field to `options.Options`, a keyword to its TypedDict and to the 
 """
 
 from jaxrnn import checkpoint, linen
+from jaxrnn._core.calls import Trajectory, apply, apply_cell, trajectory
 from jaxrnn._version import __version__
-from jaxrnn.calls import Trajectory, apply, apply_cell, trajectory
 from jaxrnn.cells import GRU_CELL, LSTM_CELL, RNN_RELU, RNN_TANH, Cell, Parameter
 from jaxrnn.checkpoint import CheckpointError, from_flax, from_torch, load_state_dict, state_dict
 from jaxrnn.more_cells import IND_RNN_CELL, LAYER_NORM_LSTM_CELL, MIN_GRU_CELL, PEEPHOLE_LSTM_CELL

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from jaxrnn._tables import print_table
+from jaxrnn._core.tables import print_table
 from jaxrnn._version import __version__
 from jaxrnn.checkpoint import CheckpointError, FoundRNN, find_rnns, fold, save
 from jaxrnn.checkpoint.check import LIMIT, check, installed_torch

@@ -1,7 +1,7 @@
 """What one step of a recurrent cell computes, and nothing else.
 
 A kind of cell is a value, a `Cell`. Its `step` sees the gates after the matrix products and touches no weight.
-Products, biases, projection, time, layers and derivatives are written once, for every cell, in `jaxrnn.recurrence` and
+Products, biases, projection, time, layers and derivatives are written once, for every cell, in `jaxrnn._core.recurrence` and
 above.
 """
 
@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.nn import relu, sigmoid
 
-from jaxrnn.rules import pointwise
+from jaxrnn._core.rules import pointwise
 
 Arrays = tuple[jax.Array, ...]
 Pair = tuple[jax.Array, jax.Array]  # an LSTM's state

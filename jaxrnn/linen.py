@@ -1,6 +1,6 @@
 """RNN, LSTM, GRU, their cells, and Recurrent as flax.linen modules with torch's arguments and parameters.
 
-These are the modules of `jaxrnn.nnx` for Flax's other API: `jaxrnn.calls` computes, and a module adds parameters and
+These are the modules of `jaxrnn.nnx` for Flax's other API: `jaxrnn._core.calls` computes, and a module adds parameters and
 randomness. `params` has the keys of torch's `state_dict()`.
 """
 
@@ -15,10 +15,11 @@ import jax.numpy as jnp
 from flax import linen
 from jax.typing import ArrayLike, DTypeLike
 
-from jaxrnn import _docs, engines, flax_cell, flax_sharding
-from jaxrnn.calls import HX, Marks, Output, PackedMarks, call, call_cell
+from jaxrnn import engines
+from jaxrnn._core import docs, flax_cell, flax_sharding
+from jaxrnn._core.calls import HX, Marks, Output, PackedMarks, call, call_cell
+from jaxrnn._core.options import CellKeywords, Engine, Keywords, MeshAxis, Options, Remat, floating_dtype
 from jaxrnn.cells import GRU_CELL, LSTM_CELL, Cell, Nonlinearity, Pair, StateT, rnn_cell
-from jaxrnn.options import CellKeywords, Engine, Keywords, MeshAxis, Options, Remat, floating_dtype
 from jaxrnn.packed import Lengths, PackedSequence
 from jaxrnn.spec import CellSpec, Spec
 
@@ -151,7 +152,7 @@ class _Layers(_Module[StateT]):
         self, x: PackedSequence, hx: HX = None, deterministic: bool | None = None, **keywords: Unpack[_PackedCall]
     ) -> tuple[PackedSequence, StateT]: ...
     @linen.compact
-    @_docs.described
+    @docs.described
     def __call__(
         self,
         x: ArrayLike | PackedSequence,
@@ -200,7 +201,7 @@ class _Layers(_Module[StateT]):
     __call__.__qualname__ = "module"  # for Python's own messages, which would name this class
 
 
-@_docs.layer("RNN", linen=True)
+@docs.layer("RNN", linen=True)
 class RNN(_Layers[jax.Array]):
     """A stack of Elman RNN layers: torch.nn.RNN. Torch's arguments are fields, in torch's order.
 
@@ -232,7 +233,7 @@ class RNN(_Layers[jax.Array]):
         return rnn_cell(self.nonlinearity)
 
 
-@_docs.layer("LSTM", linen=True)
+@docs.layer("LSTM", linen=True)
 class LSTM(_Layers[Pair]):
     """A stack of long short-term memory layers: torch.nn.LSTM. Torch's arguments are fields, in torch's order.
 
@@ -263,7 +264,7 @@ class LSTM(_Layers[Pair]):
     proj_size: int = 0
 
 
-@_docs.layer("GRU", linen=True)
+@docs.layer("GRU", linen=True)
 class GRU(_Layers[jax.Array]):
     """A stack of gated recurrent unit layers: torch.nn.GRU. Torch's arguments are fields, in torch's order.
 
@@ -290,7 +291,7 @@ class GRU(_Layers[jax.Array]):
     proj_size: int = 0
 
 
-@_docs.layer(linen=True)
+@docs.layer(linen=True)
 class Recurrent(_Layers[StateT]):
     """A stack of layers of any cell: one of `jaxrnn`'s, such as `jaxrnn.LAYER_NORM_LSTM_CELL`, or one of your own.
 
@@ -359,7 +360,7 @@ class _OneStep(_Module[StateT]):
         raise TypeError(flax_cell.NOT_FLAXS)  # Linen would hide the words of an AttributeError
 
 
-@_docs.cell("RNN")
+@docs.cell("RNN")
 class RNNCell(_OneStep[jax.Array]):
     """One step of an Elman RNN at a call: torch.nn.RNNCell. Torch's arguments are fields, in torch's order.
 
@@ -387,7 +388,7 @@ class RNNCell(_OneStep[jax.Array]):
         return rnn_cell(self.nonlinearity)
 
 
-@_docs.cell("LSTM")
+@docs.cell("LSTM")
 class LSTMCell(_OneStep[Pair]):
     """One step of an LSTM at a call: torch.nn.LSTMCell. Torch's arguments are fields, in torch's order.
 
@@ -412,7 +413,7 @@ class LSTMCell(_OneStep[Pair]):
     bias: bool | int = True
 
 
-@_docs.cell("GRU")
+@docs.cell("GRU")
 class GRUCell(_OneStep[jax.Array]):
     """One step of a GRU at a call: torch.nn.GRUCell. Torch's arguments are fields, in torch's order.
 

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax.nn import initializers, relu, sigmoid
 
+from jaxrnn._core.rules import with_rule
 from jaxrnn.cells import Arrays, Cell, Pair, Parameter, lstm_c, lstm_h, lstm_values
-from jaxrnn.rules import with_rule
 
 Params = dict[str, jax.Array]
 

@@ -1,6 +1,6 @@
 """RNN, LSTM, GRU, their cells, and Recurrent as flax.nnx modules with torch's arguments and parameters.
 
-What a module computes is in `jaxrnn.calls`; a module adds the parameters and the randomness.
+What a module computes is in `jaxrnn._core.calls`; a module adds the parameters and the randomness.
 """
 
 from __future__ import annotations
@@ -15,15 +15,16 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import ArrayLike, DTypeLike
 
-from jaxrnn import _compat, _docs, engines, flax_cell, flax_sharding
-from jaxrnn.calls import HX, Marks, Output, PackedMarks, call, call_cell
+from jaxrnn import _compat, engines
+from jaxrnn._core import docs, flax_cell, flax_sharding
+from jaxrnn._core.calls import HX, Marks, Output, PackedMarks, call, call_cell
+from jaxrnn._core.options import CellKeywords, Engine, Keywords, MeshAxis, Options, Remat, floating_dtype, spelled_out
 from jaxrnn.cells import GRU_CELL, LSTM_CELL, RNN_RELU, Cell, Nonlinearity, Pair, StateT, rnn_cell
-from jaxrnn.options import CellKeywords, Engine, Keywords, MeshAxis, Options, Remat, floating_dtype, spelled_out
 from jaxrnn.packed import Lengths, PackedSequence
 from jaxrnn.spec import CellSpec, Spec, shown
 
 if TYPE_CHECKING:
-    from jaxrnn._weights import Weights
+    from jaxrnn._core.weights import Weights
 else:
     Weights = object
 
@@ -197,7 +198,7 @@ class _Layers(_Module[StateT], Weights):
     def __call__(
         self, x: PackedSequence, hx: HX = None, **keywords: Unpack[_PackedCall]
     ) -> tuple[PackedSequence, StateT]: ...
-    @_docs.described
+    @docs.described
     def __call__(
         self,
         x: ArrayLike | PackedSequence,
@@ -255,7 +256,7 @@ class _Layers(_Module[StateT], Weights):
             self.deterministic = deterministic
 
 
-@_docs.layer("RNN")
+@docs.layer("RNN")
 class RNN(_Layers[jax.Array]):
     """A stack of Elman RNN layers: torch.nn.RNN.
 
@@ -297,7 +298,7 @@ class RNN(_Layers[jax.Array]):
         super().__init__(spec, options, param_dtype, rngs)
 
 
-@_docs.layer("LSTM")
+@docs.layer("LSTM")
 class LSTM(_Layers[Pair]):
     """A stack of long short-term memory layers: torch.nn.LSTM.
 
@@ -335,7 +336,7 @@ class LSTM(_Layers[Pair]):
         super().__init__(spec, options, param_dtype, rngs)
 
 
-@_docs.layer("GRU")
+@docs.layer("GRU")
 class GRU(_Layers[jax.Array]):
     """A stack of gated recurrent unit layers: torch.nn.GRU.
 
@@ -371,7 +372,7 @@ class GRU(_Layers[jax.Array]):
         super().__init__(spec, options, param_dtype, rngs)
 
 
-@_docs.layer()
+@docs.layer()
 class Recurrent(_Layers[StateT]):
     """A stack of layers of any cell: one of `jaxrnn`'s, such as `jaxrnn.LAYER_NORM_LSTM_CELL`, or one of your own.
 
@@ -463,7 +464,7 @@ class _OneStep(_Module[StateT]):
         raise AttributeError(flax_cell.NOT_FLAXS)
 
 
-@_docs.cell("RNN")
+@docs.cell("RNN")
 class RNNCell(_OneStep[jax.Array]):
     """One step of an Elman RNN at a call: torch.nn.RNNCell.
 
@@ -503,7 +504,7 @@ class RNNCell(_OneStep[jax.Array]):
         super().__init__(spec, options, param_dtype, rngs)
 
 
-@_docs.cell("LSTM")
+@docs.cell("LSTM")
 class LSTMCell(_OneStep[Pair]):
     """One step of an LSTM at a call: torch.nn.LSTMCell.
 
@@ -539,7 +540,7 @@ class LSTMCell(_OneStep[Pair]):
         super().__init__(CellSpec(LSTM_CELL, input_size, hidden_size, bias), options, param_dtype, rngs)
 
 
-@_docs.cell("GRU")
+@docs.cell("GRU")
 class GRUCell(_OneStep[jax.Array]):
     """One step of a GRU at a call: torch.nn.GRUCell.
 

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxrnn._compat import described_devices
-from jaxrnn._tables import print_table
+from jaxrnn._core.tables import print_table
 
 from . import ahead, sides
 from .cases import Case

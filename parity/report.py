@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 import jaxrnn
-from jaxrnn._tables import print_table
+from jaxrnn._core.tables import print_table
 
 from .cases import ENOUGH, LONG
 from .compare import Histogram, Outcome, Row, histograms, pool, products_are_float32

@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 import jaxrnn
-from jaxrnn.options import Options
+from jaxrnn._core.options import Options
 
 from .cases import CHUNKS, Arrays, Case
 

@@ -33,7 +33,7 @@ from rich.table import Table
 
 import jaxrnn
 from jaxrnn.__main__ import with_examples
-from jaxrnn._tables import print_table
+from jaxrnn._core.tables import print_table
 
 from . import ahead, device, sweep
 from .workloads import WORKLOADS, Torch, Workload, forms, torch_device

@@ -7,7 +7,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from jaxrnn._tables import print_table
+from jaxrnn._core.tables import print_table
 
 from .workloads import Workload
 

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxrnn.calls import apply
+from jaxrnn._core.calls import apply
 from jaxrnn.checkpoint import clip_grad_norm, optax_from_torch
 from jaxrnn.spec import Spec
 

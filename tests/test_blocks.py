@@ -13,11 +13,11 @@ from comparing import assert_close
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import jaxrnn
-from jaxrnn import blocks
-from jaxrnn._compat import Where
+from jaxrnn._core import blocks
+from jaxrnn._core.options import Options
+from jaxrnn._core.platforms import Where
+from jaxrnn._core.steps import Settings
 from jaxrnn.engines import scan
-from jaxrnn.options import Options
-from jaxrnn.steps import Settings
 
 T, N, F, H = 7, 3, 4, 5  # sizes of no other test, whose programs would be found compiled
 LENGTHS = np.array([7, 2, 5])  # which end in the middle of blocks of three, and at their edges

@@ -13,8 +13,9 @@ from flax import nnx
 from jax import lax
 
 import jaxrnn
-from jaxrnn import engines, steps
+from jaxrnn import engines
 from jaxrnn._compat import time_major
+from jaxrnn._core import steps
 from jaxrnn.engines import scan
 from jaxrnn.engines.scan import Scan
 

@@ -12,7 +12,7 @@ import pytest
 from comparing import assert_close
 
 import jaxrnn
-from jaxrnn import recurrence, steps
+from jaxrnn._core import recurrence, steps
 from jaxrnn.cells import sigmoid
 from parity import __main__ as runner
 from parity import oracle, sides

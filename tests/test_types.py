@@ -15,7 +15,7 @@ import jax
 import pytest
 
 import jaxrnn
-from jaxrnn._weights import Weights
+from jaxrnn._core.weights import Weights
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = Path(__file__).with_name("public_api.py")

@@ -14,7 +14,8 @@ from flax import linen, nnx
 from numpy.typing import NDArray
 
 import jaxrnn.nnx
-from jaxrnn import _compat, flax_sharding
+from jaxrnn import _compat
+from jaxrnn._core import flax_sharding
 from jaxrnn.checkpoint.arrays import dtype_of
 from jaxrnn.checkpoint.flax_layers import Entry, kind_of
 from jaxrnn.checkpoint.matching import Contents, Parameter, fit, interchangeable

@@ -3,10 +3,10 @@
 To add one, write a file with a class, and add it to `ENGINES`; and to `AUTO` if `engine="auto"` should use it. No other
 file has to change. There are two kinds:
 
-- one that runs loops over time has the methods of `Engine`. It sees a `jaxrnn.steps.Run`, a block of steps of one layer
+- one that runs loops over time has the methods of `Engine`. It sees a `jaxrnn._core.steps.Run`, a block of steps of one layer
   in one direction. The blocks, products with the input, and derivatives by the weights are made outside;
 - one that runs whole layers, such as a library's kernel, has the methods of `LayerEngine`. It sees a
-  `jaxrnn.steps.Layer`, one layer in all its directions, and does all of that, with its derivative. It is tried if no
+  `jaxrnn._core.steps.Layer`, one layer in all its directions, and does all of that, with its derivative. It is tried if no
   engine of the first kind comes before it.
 
 Dropout and the next layer are done outside.
@@ -21,12 +21,12 @@ from typing import Protocol, runtime_checkable
 
 import jax
 
+from jaxrnn._core.options import Options
+from jaxrnn._core.steps import Kept, Layer, Run, Steps
 from jaxrnn.cells import Arrays
 from jaxrnn.engines.cudnn import CuDNN
 from jaxrnn.engines.pallas import Pallas
 from jaxrnn.engines.scan import Form, Linear, Scan
-from jaxrnn.options import Options
-from jaxrnn.steps import Kept, Layer, Run, Steps
 
 
 class Engine(Protocol):
@@ -67,7 +67,7 @@ class Engine(Protocol):
             run: what was run. The gates may be missing: `kept` has what is needed.
             kept: what `run` kept. If that has neither sums nor `push`, the sums have been added.
             linear: the tangents. Its `sums` are without what comes through the tangent of the state, all gates in one
-                array, (time, batch, gates * hidden_size), or as `jaxrnn.layouts` joins them.
+                array, (time, batch, gates * hidden_size), or as `jaxrnn._core.layouts` joins them.
         """
 
 

@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType
 
-from jaxrnn import steps
 from jaxrnn._compat import cudnn_lstm, manual_axes
+from jaxrnn._core import steps
+from jaxrnn._core.options import Options
+from jaxrnn._core.steps import Layer
 from jaxrnn.cells import LSTM_CELL, Arrays
-from jaxrnn.options import Options
-from jaxrnn.steps import Layer
 
 
 class CuDNN:

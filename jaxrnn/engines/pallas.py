@@ -17,11 +17,12 @@ import numpy as np
 from jax import lax
 from jax.sharding import AxisType
 
-from jaxrnn import steps
-from jaxrnn._compat import Kernel, Where, by_platform, pallas, varying_like
+from jaxrnn._compat import pallas, varying_like
+from jaxrnn._core import steps
+from jaxrnn._core.platforms import Kernel, Where, by_platform
+from jaxrnn._core.steps import Kept, Run, Settings, Steps
 from jaxrnn.cells import GRU_CELL, LSTM_CELL, RNN_RELU, RNN_TANH, Arrays, Cell
 from jaxrnn.engines.scan import Form, Linear, Scan
-from jaxrnn.steps import Kept, Run, Settings, Steps
 
 _MIB, _LANES = 2**20, 128
 _SPARE = 8 * _MIB  # for what the compiler itself keeps on the chip

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxrnn import steps
 from jaxrnn._compat import time_major
+from jaxrnn._core import steps
+from jaxrnn._core.steps import Kept, Marks, Run, Settings, Steps
 from jaxrnn.cells import Arrays
-from jaxrnn.steps import Kept, Marks, Run, Settings, Steps
 
 
 class Form(NamedTuple):

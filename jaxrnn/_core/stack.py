@@ -4,13 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrnn import meshes, recurrence
+from jaxrnn._core import meshes, recurrence
+from jaxrnn._core.layouts import layout
+from jaxrnn._core.options import Options
+from jaxrnn._core.steps import Layer, Marks, Settings, Steps
 from jaxrnn.cells import Arrays
 from jaxrnn.engines import layer_engine_for
-from jaxrnn.layouts import layout
-from jaxrnn.options import Options
 from jaxrnn.spec import Spec
-from jaxrnn.steps import Layer, Marks, Settings, Steps
 
 
 def run(

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 from flax import linen
 
-from jaxrnn.options import MeshAxis, Options
+from jaxrnn._core.options import MeshAxis, Options
 from jaxrnn.spec import Spec
 
 

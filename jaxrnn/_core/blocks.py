@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxrnn._compat import Where
+from jaxrnn._core.platforms import Where
+from jaxrnn._core.steps import Settings
 from jaxrnn.engines import Engine, Form
-from jaxrnn.steps import Settings
 
 _BYTES = 4  # of a number
 _AGAIN = 128  # the most steps that remat="gates" computes again at a time

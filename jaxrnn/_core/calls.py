@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from jaxrnn import _docs, meshes, recurrence, stack, steps
 from jaxrnn._compat import is_traced
+from jaxrnn._core import docs, meshes, recurrence, stack, steps
+from jaxrnn._core.options import CellKeywords, Keywords, Options, spelled_out
 from jaxrnn.cells import Arrays, StateT
-from jaxrnn.options import CellKeywords, Keywords, Options, spelled_out
 from jaxrnn.packed import Lengths, PackedSequence, in_jax, layout, pack, pad, stacked
 from jaxrnn.spec import CellSpec, Spec
 
@@ -57,7 +57,7 @@ def apply(
     hx: HX = None,
     **keywords: Unpack[_PackedKeywords],
 ) -> tuple[PackedSequence, StateT]: ...
-@_docs.described
+@docs.described
 @spelled_out
 def apply(
     spec: Spec[StateT],
@@ -156,7 +156,7 @@ class Trajectory(NamedTuple):
     gates: dict[str, jax.Array]
 
 
-@_docs.described
+@docs.described
 @spelled_out
 def trajectory(
     spec: Spec,
@@ -213,7 +213,7 @@ def trajectory(
     return Trajectory(dict(zip(names[0], states, strict=True)), dict(zip(names[1], gates, strict=True)))
 
 
-@_docs.described
+@docs.described
 @spelled_out
 def apply_cell(
     spec: CellSpec[StateT],

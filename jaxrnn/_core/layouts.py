@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
+from jaxrnn._core.options import MeshAxis
 from jaxrnn.cells import Arrays
-from jaxrnn.options import MeshAxis
 
 
 class Layout(Protocol):

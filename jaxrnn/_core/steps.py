@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxrnn._compat import Kernel, by_platform, time_major
+from jaxrnn._compat import time_major
+from jaxrnn._core.layouts import Layout, layout
+from jaxrnn._core.options import Options
+from jaxrnn._core.platforms import Kernel, by_platform
 from jaxrnn.cells import Arrays, Cell
-from jaxrnn.layouts import Layout, layout
-from jaxrnn.options import Options
 
 _FEW = range(2, 33)  # rows for which a product with a weight takes less time than the weight's transposition
 _SMALL = 2**16  # the largest size of a weight that takes next to no time to transpose

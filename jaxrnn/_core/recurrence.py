@@ -20,13 +20,14 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
-from jaxrnn import meshes, steps
-from jaxrnn._compat import Kernel, Where, by_platform, varying_like
-from jaxrnn.blocks import Loop, Sizes
+from jaxrnn._compat import varying_like
+from jaxrnn._core import meshes, steps
+from jaxrnn._core.blocks import Loop, Sizes
+from jaxrnn._core.platforms import Kernel, Where, by_platform
+from jaxrnn._core.rules import with_rule
+from jaxrnn._core.steps import Marks, Recurrent, Run, Settings, Steps, accumulator, plus
 from jaxrnn.cells import Arrays
 from jaxrnn.engines import Form, Linear, engine_for
-from jaxrnn.rules import with_rule
-from jaxrnn.steps import Marks, Recurrent, Run, Settings, Steps, accumulator, plus
 
 Weights = dict[str, jax.Array]
 UNMARKED = Marks()
