@@ -1,28 +1,33 @@
 """PyTorch's RNN, LSTM and GRU in JAX and Flax: the same arguments, parameters and numbers.
 
-The order in which to read the package:
+What people use, in the order in which to read it:
 
 1. `cells`: what one step computes. `more_cells`: cells that torch does not have.
-2. `spec` and `options`: what to compute, and how to run it.
-3. `steps`: one step of a layer, with its weights. `layouts`: the layout of its gates.
-4. `engines`: the loop over time.
-5. `recurrence`: one layer in one direction, and its derivative. `rules`: derivative rules that are right under vmap.
-6. `stack`: all layers and directions.
-7. `calls`: `apply` and its relatives: checks, and conversion to what `stack` takes.
-8. `nnx` and `linen`: parameters and randomness.
+2. `spec`: a layer's or a cell's settings, and the names and shapes of its parameters.
+3. `functions`: `apply` and its relatives, for parameters that no module holds.
+4. `nnx` and `linen`: modules, which add parameters and randomness.
+5. `packed`: rows of different lengths. `engines`: what runs the loop over time. `checkpoint`: files, and other
+   libraries.
 
-`packed` and `checkpoint` can be read on their own.
+The engine room is `_core`:
 
-To add a cell, write it in `more_cells`; a format of files, see `checkpoint/files`; an engine, `engines/__init__`; an
-option, add a field to `options.Options`, a keyword to its TypedDict and to the modules, its sentence to
-`_docs.ARGUMENTS`, and use it where it acts.
+1. `options`: how to run.
+2. `steps`: one step of a layer, with its weights. `layouts`: the layout of its gates.
+3. `blocks` and `recurrence`: one layer in one direction, and its derivative. `rules`, `platforms` and `meshes` do what
+   JAX needs for that.
+4. `stack`: all layers and directions.
+5. `calls`: checks, and conversion to what `stack` takes.
+
+To add a cell, write it in `more_cells`; a format of files, see `checkpoint/files`; an engine, `engines`. To add an
+option, add a field to `Options`, the keyword to the modules (`nnx/layers`, `linen/base`) and functions, its sentence to
+`.ci/docs.py`, and use it where it acts.
 """
 
 from jaxrnn import checkpoint, linen
-from jaxrnn._core.calls import Trajectory, apply, apply_cell, trajectory
 from jaxrnn._version import __version__
 from jaxrnn.cells import GRU_CELL, LSTM_CELL, RNN_RELU, RNN_TANH, Cell, Parameter
 from jaxrnn.checkpoint import CheckpointError, from_flax, from_torch, load_state_dict, state_dict
+from jaxrnn.functions import Trajectory, apply, apply_cell, trajectory
 from jaxrnn.more_cells import IND_RNN_CELL, LAYER_NORM_LSTM_CELL, MIN_GRU_CELL, PEEPHOLE_LSTM_CELL
 from jaxrnn.nnx import GRU, LSTM, RNN, FlaxCell, GRUCell, LSTMCell, Recurrent, RNNCell
 from jaxrnn.packed import (

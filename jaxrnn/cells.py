@@ -1,8 +1,7 @@
 """What one step of a recurrent cell computes, and nothing else.
 
 A kind of cell is a value, a `Cell`. Its `step` sees the gates after the matrix products and touches no weight.
-Products, biases, projection, time, layers and derivatives are written once, for every cell, in `jaxrnn._core.recurrence` and
-above.
+Products, biases, projection, time, layers and derivatives are written once, for every cell, in `jaxrnn._core`.
 """
 
 import dataclasses

@@ -19,8 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxrnn._core.calls import apply
 from jaxrnn.checkpoint import clip_grad_norm, optax_from_torch
+from jaxrnn.functions import apply
 from jaxrnn.spec import Spec
 
 from .cases import LAYERS, Arrays

@@ -9,6 +9,8 @@ import re
 import runpy
 import shlex
 import shutil
+import subprocess
+import sys
 import tomllib
 import typing
 from collections.abc import Callable
@@ -238,6 +240,10 @@ def test_every_argument_of_torch_is_in_the_tables() -> None:
     assert {heading: names - columns[heading] for heading, names in expected.items() if names - columns[heading]} == {}
 
 
+def test_what_docstrings_share_is_written_into_them() -> None:
+    assert subprocess.run([sys.executable, ROOT / ".ci" / "docs.py"], capture_output=True, check=False).stdout == b""
+
+
 @pytest.mark.parametrize("api", [jaxrnn, jaxrnn.linen], ids=["nnx", "linen"])
 def test_help_describes_every_argument(api: Any) -> None:
     names = ["RNN", "LSTM", "GRU", "Recurrent", "RNNCell", "LSTMCell", "GRUCell"]
@@ -245,13 +251,13 @@ def test_help_describes_every_argument(api: Any) -> None:
     calls = [getattr(api, name).__call__ for name in names[:4]]
     for described in [*classes, *calls, jaxrnn.apply, jaxrnn.trajectory, jaxrnn.apply_cell]:
         arguments = set(inspect.signature(described).parameters) - {"self", "parent"}
-        texts = re.findall(r"^ {4}(\w[\w, ]*): \S", described.__doc__.partition("Args:\n")[2], re.M)
+        texts = re.findall(r"^ {4}(\w[\w, ]*): \S", inspect.getdoc(described).partition("Args:\n")[2], re.M)
         assert arguments - {name for text in texts for name in text.split(", ")} == set(), described
 
 
 def test_help_of_a_layer_stands_alone() -> None:
     for api in (jaxrnn, jaxrnn.linen):
-        text = api.LSTM.__doc__
+        text = inspect.getdoc(api.LSTM)
         shapes = ("(D * num_layers, batch, H)", "PackedSequence", "weight_hr_lk")
         for needed in ("c_t = f * c_{t-1} + i * g", *shapes, "Differs from torch", "Raises:", ">>> "):
             assert needed in text, needed

@@ -48,7 +48,6 @@ WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         TypeError,
         "cell() got an unexpected keyword",
     ),
-    "deterministic": (lambda: _apply(deterministic=True), TypeError, "dropout is on with dropout_key="),
     "cell by name": (
         lambda: jaxrnn.Spec("LSTM", 3, 4),
         TypeError,

@@ -15,7 +15,7 @@ import jax
 import pytest
 
 import jaxrnn
-from jaxrnn._core.weights import Weights
+from jaxrnn._core.weights import LayerParameters
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = Path(__file__).with_name("public_api.py")
@@ -158,4 +158,4 @@ def test_the_script_uses_every_public_name(module: ModuleType) -> None:
 
 def test_the_layers_weights_are_declared() -> None:
     spec = jaxrnn.Spec(jaxrnn.LSTM_CELL, 3, 4, num_layers=8, bidirectional=True, proj_size=2)
-    assert list(Weights.__annotations__) == list(spec.shapes())
+    assert list(LayerParameters.__annotations__) == list(spec.shapes())

@@ -1,10 +1,10 @@
-"""The pure functions: their checks, and the conversion of what is given to time-major padded rows, and back."""
+"""A call of layers or of a cell: its checks, and the conversion of its arrays to time-major padded rows, and back."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, TypedDict, Unpack, overload
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +12,9 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jaxrnn._compat import is_traced
-from jaxrnn._core import docs, meshes, recurrence, stack, steps
-from jaxrnn._core.options import CellKeywords, Keywords, Options, spelled_out
-from jaxrnn.cells import Arrays, StateT
+from jaxrnn._core import meshes, recurrence, stack, steps
+from jaxrnn._core.options import Options
+from jaxrnn.cells import Arrays
 from jaxrnn.packed import Lengths, PackedSequence, in_jax, layout, pack, pad, stacked
 from jaxrnn.spec import CellSpec, Spec
 
@@ -23,235 +23,52 @@ State = Any  # a jax.Array, or for a cell of several states a tuple
 Output = Any  # a jax.Array, or a PackedSequence if x is one
 
 
-class PackedMarks(TypedDict, total=False):
-    """Keywords of every call over a sequence, for type checkers. Modules and functions add their own."""
-
-    reset: ArrayLike | None
-    reset_state: HX
-
-
-class Marks(PackedMarks, total=False):
-    """The same for rows that are not packed."""
-
-    lengths: Lengths | None
-
-
-class _PackedKeywords(PackedMarks, Keywords, total=False):
-    dropout_key: jax.Array | None
-    dropout_masks: Sequence[ArrayLike] | None
-
-
-class _Keywords(_PackedKeywords, Marks, total=False):
-    pass
-
-
-@overload
-def apply(
-    spec: Spec[StateT], params: Mapping[str, ArrayLike], x: ArrayLike, hx: HX = None, **keywords: Unpack[_Keywords]
-) -> tuple[jax.Array, StateT]: ...
-@overload
-def apply(
-    spec: Spec[StateT],
-    params: Mapping[str, ArrayLike],
-    x: PackedSequence,
-    hx: HX = None,
-    **keywords: Unpack[_PackedKeywords],
-) -> tuple[PackedSequence, StateT]: ...
-@docs.described
-@spelled_out
-def apply(
-    spec: Spec[StateT],
-    params: Mapping[str, ArrayLike],
-    x: ArrayLike | PackedSequence,
-    hx: HX = None,
-    *,
-    lengths: Lengths | None = None,
-    reset: ArrayLike | None = None,
-    reset_state: HX = None,
-    dropout_key: jax.Array | None = None,
-    dropout_masks: Sequence[ArrayLike] | None = None,
-    **options: Unpack[Keywords],
-) -> tuple[Output, StateT]:
-    """Run a recurrent network over a sequence, as torch's RNN, LSTM and GRU modules do.
-
-    Args:
-        spec: the settings.
-        params: the parameters by name, of the shapes in `spec.shapes()`.
-        dropout_key: a jax random key, for dropout in training; without it or `dropout_masks` there is none.
-        dropout_masks: in place of a key: for each layer but the last an array of 0 or 1, 1 where dropout keeps an
-            output, (time, batch, directions * output size) even with `batch_first`, without batch for unbatched x, and
-            laid out like its data for a PackedSequence.
-
-    Returns:
-        `(output, h_n)`, or for a cell of several states `(output, (h_n, c_n))`. output: the last layer's outputs, laid
-        out like x, with directions * output size features, 0 past a row's end. h_n and c_n: the states after each row's
-        last step, of the full shape of hx. The backward direction starts at each row's last step. A row of length 0
-        keeps its hx. For a PackedSequence, output is one, and rows of hx and states are in their original order.
-
-    Raises:
-        TypeError: spec is not a Spec; x, hx, reset_state or a parameter is not floating; hx or reset_state is not one
-            array, or for a cell of several states not a tuple of as many; lengths are not integers; or reset is not
-            boolean.
-        ValueError: x is neither 2-D nor 3-D; params does not match `spec.shapes()`; a length is out of range; lengths
-            are given with a PackedSequence, or reset with a bidirectional network; remat, unroll or engine has no such
-            value; the engine cannot run this; or hidden_axis is not in the mesh, is not of type Auto, or does not
-            divide hidden_size.
-        RuntimeError: the size of x, hx, lengths, reset or reset_state does not fit, or the sequence is empty.
-
-    >>> import jax, jaxrnn
-    >>> spec = jaxrnn.Spec(jaxrnn.LSTM_CELL, 10, 20, num_layers=2)
-    >>> params = spec.init(jax.random.key(0))
-    >>> output, (h_n, c_n) = jaxrnn.apply(spec, params, jax.numpy.ones((5, 3, 10)))
-    >>> output.shape, h_n.shape, c_n.shape
-    ((5, 3, 20), (2, 3, 20), (2, 3, 20))
-    """
-    return call(
-        Options.of("apply", options, Keywords),
-        spec,
-        params,
-        x,
-        hx,
-        lengths=lengths,
-        reset=reset,
-        reset_state=reset_state,
-        dropout_key=dropout_key,
-        dropout_masks=dropout_masks,
-    )
-
-
 def call(
     options: Options,
     spec: Spec,
     params: Mapping[str, ArrayLike],
     x: ArrayLike | PackedSequence,
     hx: HX = None,
-    *,
-    dropout_key: jax.Array | None = None,
-    **marks: Any,
+    **arguments: Any,
 ) -> tuple[Output, State]:
-    """As `apply`, with the options as one value."""
-    _check_spec(spec, Spec)
-    options.check_mesh(spec.hidden_size)
-    form, given, restore = _given(spec, params, x, hx, **marks)
-    key = dropout_key if spec.dropout and given.masks is None else None
-    output, state, _ = _run(spec, options, form, given, key)
+    """As `jaxrnn.apply`, with the options as one value."""
+    restore, (output, state, _) = _call(options, spec, params, x, hx, every=False, **arguments)
     return restore(output), _unwrap(state)
 
 
-class Trajectory(NamedTuple):
-    """What `trajectory` returns.
-
-    Attributes:
-        states: each of the cell's states after every step, by its name.
-        gates: each gate of every step, by its name.
-
-    >>> import jax, jaxrnn
-    >>> spec = jaxrnn.Spec(jaxrnn.GRU_CELL, 10, 20)
-    >>> inside = jaxrnn.trajectory(spec, spec.init(jax.random.key(0)), jax.numpy.ones((5, 3, 10)))
-    >>> inside.gates["z"].shape, inside.states["h"].shape
-    ((1, 5, 3, 20), (1, 5, 3, 20))
-    """
-
-    states: dict[str, jax.Array]
-    gates: dict[str, jax.Array]
-
-
-@docs.described
-@spelled_out
-def trajectory(
+def call_every(
+    options: Options,
     spec: Spec,
     params: Mapping[str, ArrayLike],
     x: ArrayLike | PackedSequence,
     hx: HX = None,
-    *,
-    lengths: Lengths | None = None,
-    reset: ArrayLike | None = None,
-    reset_state: HX = None,
-    dropout_key: jax.Array | None = None,
-    dropout_masks: Sequence[ArrayLike] | None = None,
-    **options: Unpack[Keywords],
-) -> Trajectory:
-    """Look inside: run like `jaxrnn.apply`, and return every state and every gate of every layer at every step.
-
-    Use it to study saturated gates, what a forget gate keeps, or how a cell's state grows. It can be differentiated.
-
-    Args:
-        spec: the settings.
-        params: the parameters by name, of the shapes in `spec.shapes()`. Those of an NNX module `m`, whose spec is
-            `m.spec`, are `nnx.to_pure_dict(nnx.state(m, nnx.Param))`; those of a Linen module `variables["params"]`.
-        dropout_key: a jax random key, for dropout in training; without it or `dropout_masks` there is none.
-        dropout_masks: in place of a key, as for `jaxrnn.apply`.
-
-    Returns:
-        A `Trajectory`, whose arrays have the axis of h_n in front: (num_layers * directions, time, batch, features),
-        or (num_layers * directions, batch, time, features) with `batch_first`, without batch for unbatched x. The rows
-        of a PackedSequence are padded, and in their original order. Past a row's end, states are held, and gates are 0.
-        Gates are what the cell's `gate_values` says, for torch's cells the values after sigmoid or tanh.
-
-    Raises:
-        As `jaxrnn.apply`.
-
-    >>> import jax, jaxrnn
-    >>> spec = jaxrnn.Spec(jaxrnn.LSTM_CELL, 10, 20, num_layers=2)
-    >>> params = spec.init(jax.random.key(0))
-    >>> inside = jaxrnn.trajectory(spec, params, jax.numpy.ones((5, 3, 10)))
-    >>> inside.states["c"].shape, list(inside.gates)
-    ((2, 5, 3, 20), ['i', 'f', 'g', 'o'])
-    >>> bool((inside.gates["f"] < 1).all())
-    True
-    """
-    checked = Options.of("trajectory", options, Keywords)
-    _check_spec(spec, Spec)
-    checked.check_mesh(spec.hidden_size)
-    form, given, _ = _given(
-        spec, params, x, hx, lengths=lengths, reset=reset, reset_state=reset_state, dropout_masks=dropout_masks
-    )
-    key = dropout_key if spec.dropout and given.masks is None else None
-    *_, every = _run(spec, checked, form, given, key, every=True)
-    states, gates = every
-    names = spec.cell.states, spec.cell.gates
-    return Trajectory(dict(zip(names[0], states, strict=True)), dict(zip(names[1], gates, strict=True)))
+    **arguments: Any,
+) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+    """The states and the gates of every step, by name: see `jaxrnn.trajectory`."""
+    _, (*_, (states, gates)) = _call(options, spec, params, x, hx, every=True, **arguments)
+    return dict(zip(spec.cell.states, states, strict=True)), dict(zip(spec.cell.gates, gates, strict=True))
 
 
-@docs.described
-@spelled_out
-def apply_cell(
-    spec: CellSpec[StateT],
+def _call(
+    options: Options,
+    spec: Spec,
     params: Mapping[str, ArrayLike],
-    x: ArrayLike,
-    hx: HX = None,
-    **options: Unpack[CellKeywords],
-) -> StateT:
-    """Make one step, as torch's RNNCell, LSTMCell and GRUCell modules do.
-
-    Args:
-        spec: the settings.
-        params: the parameters by name, of the shapes in `spec.shapes()`.
-        x: the input, (batch, input_size) or unbatched (input_size,); floating.
-        hx: the state, (batch, hidden_size) or for unbatched x (hidden_size,); zeros if None. For a cell of several
-            states a tuple or list, (h, c) for an LSTM. All rows share a state (hidden_size,) or (1, hidden_size).
-        dtype: the floating dtype to compute in; by default the promoted dtype of x, params and hx. The next state has
-            the dtype of hx, if given.
-
-    Returns:
-        The next state, one row for each row of x.
-
-    Raises:
-        TypeError: spec is not a CellSpec; x, hx or a parameter is not floating; or hx is not one array, or a tuple of
-            as many as the states.
-        ValueError: x or hx is neither 1-D nor 2-D, or params does not match `spec.shapes()`.
-        RuntimeError: the size of x or hx does not fit.
-
-    >>> import jax, jaxrnn
-    >>> spec = jaxrnn.CellSpec(jaxrnn.GRU_CELL, 10, 20)
-    >>> jaxrnn.apply_cell(spec, spec.init(jax.random.key(0)), jax.numpy.ones((3, 10))).shape
-    (3, 20)
-    """
-    return call_cell(Options.of("apply_cell", options, CellKeywords), spec, params, x, hx)
+    x: ArrayLike | PackedSequence,
+    hx: HX,
+    *,
+    every: bool,
+    dropout_key: jax.Array | None = None,
+    **arguments: Any,
+) -> tuple[Callable[[jax.Array], Output], tuple[jax.Array, Arrays, tuple[Arrays, ...]]]:
+    _check_spec(spec, Spec)
+    options.check_mesh(spec.hidden_size)
+    axes, given, restore = _given(spec, params, x, hx, **arguments)
+    key = dropout_key if spec.dropout and given.masks is None else None
+    return restore, _run_layers(spec, options, axes, given, key, every)
 
 
 def call_cell(options: Options, spec: CellSpec, params: Mapping[str, ArrayLike], x: ArrayLike, hx: HX = None) -> State:
-    """As `apply_cell`, with the options as one value."""
+    """As `jaxrnn.apply_cell`, with the options as one value."""
     _check_spec(spec, CellSpec)
     x = _floating("x", x)
     if x.ndim not in (1, 2):
@@ -261,7 +78,7 @@ def call_cell(options: Options, spec: CellSpec, params: Mapping[str, ArrayLike],
     return _unwrap(_run_cell(spec, options, _Given(_parameters(spec, params), x, state)))
 
 
-class _Form(NamedTuple):
+class _Axes(NamedTuple):
     """The layout of a call's arrays."""
 
     batched: bool
@@ -322,12 +139,12 @@ def _given(
     reset: ArrayLike | None = None,
     reset_state: HX = None,
     dropout_masks: Sequence[ArrayLike] | None = None,
-) -> tuple[_Form, _Given, Callable[[jax.Array], Output]]:
+) -> tuple[_Axes, _Given, Callable[[jax.Array], Output]]:
     """Check the arguments, and pad a PackedSequence. The function that is returned packs the output again."""
     packed = x if isinstance(x, PackedSequence) else None
     if packed is not None and lengths is not None:
         raise ValueError("lengths should be None for a PackedSequence, which has lengths of its own")
-    array, form, (steps, *batch) = _input(spec, x) if packed is None else _packed_input(spec, packed)
+    array, axes, (steps, *batch) = _input(spec, x) if packed is None else _packed_input(spec, packed)
     shapes = spec.state_shapes(*batch)
     state = _states(spec, "hx", hx, shapes)
     if reset is None and reset_state is not None:
@@ -341,17 +158,17 @@ def _given(
     if packed is None:
         ends = _lengths(lengths, tuple(batch), steps)
         given = _Given(_parameters(spec, params), array, state, restart, ends, marks, masks)
-        return form, given, lambda output: output
+        return axes, given, lambda output: output
     where = layout(packed)
     array, marks, masks = jax.tree.map(lambda a: pad(a, where.places), (array, marks, masks))
     # Without lengths if all rows are as long as the longest: one trace for all such rows.
     ends = None if where.lengths.min() == where.lengths.max() else in_jax(where.lengths)
     given = _Given(_parameters(spec, params), array, state, restart, ends, marks, masks)
-    return form, given, lambda output: packed._replace(data=in_jax(pack(output, where.rows)))
+    return axes, given, lambda output: packed._replace(data=in_jax(pack(output, where.rows)))
 
 
-def _input(spec: Spec, x: Any) -> tuple[jax.Array, _Form, tuple[int, ...]]:
-    """The input array, its form, and its sizes: (time, batch), or (time,) if it is unbatched."""
+def _input(spec: Spec, x: Any) -> tuple[jax.Array, _Axes, tuple[int, ...]]:
+    """The input array, its axes, and its sizes: (time, batch), or (time,) if it is unbatched."""
     if hasattr(x, "batch_sizes"):
         raise TypeError(
             f"x should be an array or a jaxrnn.PackedSequence, got a PackedSequence of {type(x).__module__}: "
@@ -361,28 +178,28 @@ def _input(spec: Spec, x: Any) -> tuple[jax.Array, _Form, tuple[int, ...]]:
     if x.ndim not in (2, 3):
         raise ValueError(f"x should be 2-D (unbatched) or 3-D (batched), got shape {x.shape}")
     _check_features("x", spec, x)
-    form = _Form(x.ndim == 3, x.ndim == 3 and spec.batch_first)
-    sizes = x.shape[1::-1] if form.batch_first else x.shape[:-1]
+    axes = _Axes(x.ndim == 3, x.ndim == 3 and spec.batch_first)
+    sizes = x.shape[1::-1] if axes.batch_first else x.shape[:-1]
     if sizes[0] == 0:
-        raise RuntimeError(f"x should have at least one time step on axis {int(form.batch_first)}, got shape {x.shape}")
-    return x, form, sizes
+        raise RuntimeError(f"x should have at least one time step on axis {int(axes.batch_first)}, got shape {x.shape}")
+    return x, axes, sizes
 
 
-def _packed_input(spec: Spec, x: PackedSequence) -> tuple[jax.Array, _Form, tuple[int, ...]]:
+def _packed_input(spec: Spec, x: PackedSequence) -> tuple[jax.Array, _Axes, tuple[int, ...]]:
     data = _floating("x.data", x.data)
     if data.ndim != 2:
         raise RuntimeError(f"x.data should have shape (rows, input_size={spec.input_size}), got {data.shape}")
     _check_features("x.data", spec, data)
-    return data, _Form(batched=True), (len(x.batch_sizes), int(x.batch_sizes[0]))
+    return data, _Axes(batched=True), (len(x.batch_sizes), int(x.batch_sizes[0]))
 
 
 # Jitted on the frozen settings, so that a module called eagerly in a loop compiles once.
-@functools.partial(jax.jit, static_argnames=("spec", "options", "form", "every"))
-def _run(
-    spec: Spec, options: Options, form: _Form, given: _Given, key: jax.Array | None, every: bool = False
+@functools.partial(jax.jit, static_argnames=("spec", "options", "axes", "every"))
+def _run_layers(
+    spec: Spec, options: Options, axes: _Axes, given: _Given, key: jax.Array | None, every: bool = False
 ) -> tuple[jax.Array, Arrays, tuple[Arrays, ...]]:
     """The output, the states, and with `every` the states and gates of every step."""
-    given = form.time_major(given.promote(options.dtype))
+    given = axes.time_major(given.promote(options.dtype))
     dtypes = [given.x.dtype for _ in spec.cell.states] if given.state is None else [a.dtype for a in given.state]
     given = _Given(*meshes.aligned(*zip(given, _BATCH_AXES, strict=True)))
     params, x, state, reset_state, lengths, reset, masks = given
@@ -401,14 +218,14 @@ def _run(
             state = steps.select(empty, tuple(map(jnp.zeros_like, state)), state)
     dropout = key if masks is None else masks
     x, state, runs = stack.run(spec, options, params, x, state, marks, reset_state, dropout, every)
-    x, state = form.restore(x, steps.select(empty, first, _cast(state, dtypes)))
+    x, state = axes.restore(x, steps.select(empty, first, _cast(state, dtypes)))
     if not every:
         return x, state, ()
     states, gates = jax.tree.map(lambda *a: jnp.stack(a), *((run.state, run.gates) for run in runs))
     states = _cast(states, dtypes)
     if empty is not None:
         states = steps.select(empty, tuple(a[:, None] for a in first), states)
-    states, gates = jax.tree.map(form.restore_every, (states, gates))
+    states, gates = jax.tree.map(axes.restore_every, (states, gates))
     return x, state, (states, gates)
 
 

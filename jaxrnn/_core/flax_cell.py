@@ -17,9 +17,10 @@ NOT_FLAXS = "Flax's RNN takes a jaxrnn cell as FlaxCell(cell): or use jaxrnn's R
 
 
 def check(cell: Any, kind: type) -> None:
-    """Raise TypeError unless the cell is one of this Flax API."""
+    """Raise TypeError unless the cell is one of this Flax API's."""
     if not isinstance(cell, kind):
-        raise TypeError(f"cell should be an RNNCell, LSTMCell or GRUCell of {kind.__module__}, got {cell!r}")
+        api = kind.__module__.rpartition(".")[0]
+        raise TypeError(f"cell should be an RNNCell, LSTMCell or GRUCell of {api}, got {cell!r}")
 
 
 def refuse_state_of_sequential(module: Any, hx: Any) -> None:

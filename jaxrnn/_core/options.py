@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import math
-import typing
-from collections.abc import Callable, Mapping
-from typing import Any, Literal, TypedDict, TypeVar
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,32 +14,14 @@ from jax.typing import DTypeLike
 # See `Options`.
 Remat = Literal["none", "gates"] | int
 MeshAxis = str | tuple[str, ...]
-Engine = str | tuple[str, ...]
-
-Function = TypeVar("Function", bound=Callable[..., Any])
-
-
-class CellKeywords(TypedDict, total=False):
-    """The options of a cell, as keywords."""
-
-    dtype: DTypeLike | None
-    precision: jax.lax.PrecisionLike
-
-
-class Keywords(CellKeywords, total=False):
-    """The options of a layer, as keywords."""
-
-    remat: Remat
-    hidden_axis: MeshAxis | None
-    unroll: int | None
-    engine: Engine
+EngineNames = str | tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
     """How a call computes. None of it changes the results by more than rounding.
 
-    Its fields are keywords of modules and functions; `_docs.ARGUMENTS` says what each means.
+    Its fields are keywords of modules and functions: `jaxrnn.LSTM` says what each means.
 
     Raises:
         TypeError: dtype is not floating.
@@ -55,7 +34,7 @@ class Options:
     remat: Remat = "none"
     hidden_axis: MeshAxis | None = None
     unroll: int | None = None
-    engine: Engine = "auto"
+    engine: EngineNames = "auto"
 
     def __post_init__(self) -> None:
         if self.dtype is not None:
@@ -67,15 +46,6 @@ class Options:
             object.__setattr__(self, "engine", tuple(self.engine))
         if self.unroll is not None and not _is_count(self.unroll):
             raise ValueError(f"unroll should be an integer above 0, or None, got {self.unroll!r}")
-
-    @classmethod
-    def of(cls, caller: str, keywords: Mapping[str, Any], known: type) -> Options:
-        """Make options of a caller's keywords; `known`, a TypedDict, says which there are."""
-        for name in keywords:
-            if name not in known.__annotations__:
-                hint = ": dropout is on with dropout_key=, and off without" if name in _OF_MODULES else ""
-                raise TypeError(f"{caller}() got an unexpected keyword argument {name!r}{hint}")
-        return cls(**keywords)
 
     @property
     def precision_in_effect(self) -> Any:
@@ -106,10 +76,6 @@ class Options:
             )
 
 
-# What a module's call has for dropout, and the functions have not.
-_OF_MODULES = ("deterministic", "rngs", "rng")
-
-
 def floating_dtype(name: str, dtype: DTypeLike) -> jnp.dtype:
     """The dtype that an argument is, or TypeError."""
     try:
@@ -123,19 +89,3 @@ def floating_dtype(name: str, dtype: DTypeLike) -> jnp.dtype:
 
 def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
-
-
-def spelled_out(function: Function) -> Function:
-    """Show each keyword of a function's `**options: Unpack[...]` in its signature."""
-    signature = inspect.signature(function)
-    *others, options = signature.parameters.values()
-    (known,) = typing.get_args(typing.get_type_hints(function)[options.name])
-    defaults = {field.name: field.default for field in dataclasses.fields(Options)}
-    keywords = [
-        inspect.Parameter(
-            name, inspect.Parameter.KEYWORD_ONLY, default=defaults[name], annotation=annotation.__forward_arg__
-        )
-        for name, annotation in known.__annotations__.items()
-    ]
-    vars(function)["__signature__"] = signature.replace(parameters=[*others, *keywords])
-    return function

@@ -1,14 +1,14 @@
-"""The names of the layers' parameters, for type checkers and editors. Modules get the parameters when they are made."""
+"""The layers' parameters for type checkers and editors. `.ci/docs.py` writes this file."""
 
 import jax
 from flax import nnx
 
 
-class Weights:
-    """Torch's parameters of eight layers. Those that a module lacks are no attributes of it.
+class LayerParameters:
+    """Torch's parameters of 8 layers. Modules get theirs when they are made, and have no others.
 
     With names rather than a `__getattr__`, which would take any name, checkers find misspelled attributes. For a layer
-    above the eighth, use `getattr(module, "weight_hh_l8")`.
+    further up, use `getattr(module, "weight_hh_l8")`.
     """
 
     weight_ih_l0: nnx.Param[jax.Array]

@@ -3,11 +3,13 @@
 To add one, write a file with a class, and add it to `ENGINES`; and to `AUTO` if `engine="auto"` should use it. No other
 file has to change. There are two kinds:
 
-- one that runs loops over time has the methods of `Engine`. It sees a `jaxrnn._core.steps.Run`, a block of steps of one layer
-  in one direction. The blocks, products with the input, and derivatives by the weights are made outside;
+- one that runs loops over time has the methods of `Engine`. It sees a `Run`, a block of steps of one layer in one
+  direction. Blocks, products with the input, and derivatives with respect to the weights are made outside;
 - one that runs whole layers, such as a library's kernel, has the methods of `LayerEngine`. It sees a
-  `jaxrnn._core.steps.Layer`, one layer in all its directions, and does all of that, with its derivative. It is tried if no
-  engine of the first kind comes before it.
+  `Layer`, one layer in all its directions, and computes all of its outputs. It is tried if no engine of the first kind
+  comes before it.
+
+`Run` and `Layer` are in `jaxrnn._core.steps`.
 
 Dropout and the next layer are done outside.
 

@@ -1,0 +1,434 @@
+"""RNN, LSTM, GRU, and Recurrent for flax.linen."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+
+from jaxrnn.cells import GRU_CELL, LSTM_CELL, Cell, Nonlinearity, Pair, StateT, rnn_cell
+from jaxrnn.linen.base import Layers
+
+
+class RNN(Layers[jax.Array]):
+    """A stack of Elman RNN layers: torch.nn.RNN. Torch's arguments are fields, in torch's order.
+
+    Each layer computes, for each step t of its input x,
+
+        h_t = tanh(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh)
+
+    or relu in place of tanh.
+
+    Args:
+        input_size: features of the input at each step.
+        hidden_size: features of the hidden state.
+        num_layers: how many layers are stacked.
+        nonlinearity: "tanh" or "relu".
+        bias: whether there are `bias_ih` and `bias_hh`.
+        batch_first: whether batched input and output are (batch, time, features) rather than (time,
+            batch, features). It does not change hx and h_n.
+        dropout: the probability with which an output of each layer but the last is zeroed in training.
+        bidirectional: whether each layer also runs backward in time.
+        dtype: the floating dtype to compute in, and of the output; by default the promoted dtype of
+            inputs and parameters. States have the dtype of hx, if given: a float32 state is returned
+            unrounded.
+        param_dtype: the parameters' floating dtype.
+        precision: the precision of the products, as for `jax.lax.dot_general`.
+        remat: what the forward pass saves for the backward pass. "none": all it needs, nothing is
+            recomputed. "gates": only the states; gates are recomputed. An integer k: the state before
+            every k-th step; the rest is recomputed, k steps at a time. Values and gradients are the
+            same, up to rounding.
+        hidden_axis: the mesh axis or axes, of type Auto, over which hidden units are sharded; None
+            leaves sharding to XLA. For a module it may be a logical axis of Flax. A module stores it in
+            its parameters' metadata, and creates them on the mesh in `jax.set_mesh`, if there is one.
+        unroll: how many steps the loop makes at a time, as for `jax.lax.scan`; if None, 4 on a GPU and
+            1 elsewhere.
+        engine: what runs the loop over time: "auto"; a name in `jaxrnn.engines.ENGINES`; or a tuple of
+            such names, of which the first that can run it does.
+        deterministic: whether dropout is off. With dropout, give it here or in the call.
+        rng_collection: the name of the random keys for dropout that `apply` is given.
+        proj_size: features of an LSTM's projected hidden state, less than hidden_size; 0 for no
+            projection.
+        name: the name of the module in its parent, as everywhere in Linen.
+
+    Call:
+        `output, h_n = module(x, hx=None, deterministic=None, *, lengths=None, reset=None,
+        reset_state=None, rng=None)`
+
+        x                                         output                  h_n
+        (time, batch, input_size)                 (time, batch, D * H)    (D * num_layers, batch, H)
+        (batch, time, input_size), batch_first    (batch, time, D * H)    (D * num_layers, batch, H)
+        (time, input_size), unbatched             (time, D * H)           (D * num_layers, H)
+        PackedSequence                            PackedSequence          (D * num_layers, batch, H)
+
+        D is 2 if bidirectional, else 1. H is hidden_size.
+        h_n[D * layer + direction] is the state after each row's last step, or at step 0 for direction 1,
+        which is backward.
+
+        hx: the initial state h_0, for a cell of several states a tuple or list, (h_0, c_0) for an LSTM,
+            of the shapes that are returned; zeros if None. A state that all rows share, such as a
+            learned one, may have a batch of 1, or the last axis alone.
+        lengths: how many steps each row has, integers from 0 to time, (batch,), or for unbatched x ();
+            all steps if None. Padding in x affects no result and no gradient. Under jit lengths are
+            data, and cannot be checked: a length below 0 counts as 0, and one above time as time.
+        reset: True at the steps before which the state is reset, such as the first of an episode;
+            boolean, of the shape of x, or its data, without features. Ignored past a row's end. Not for
+            a bidirectional network.
+        reset_state: the state that `reset` starts from, like hx; zeros if None.
+        deterministic: whether dropout is off. With dropout, give it here or as a field.
+        rng: a jax key for dropout, in place of the one that `apply` was given for `rng_collection`.
+
+    Parameters of layer k, with torch's names, shapes and order:
+        weight_ih_lk               (hidden_size, input_size), or (hidden_size, D * H) if k > 0
+        weight_hh_lk               (hidden_size, H)
+        bias_ih_lk, bias_hh_lk     (hidden_size,)
+        and the same with `_reverse` for the backward direction.
+
+    Differs from torch.nn.RNN:
+        `dtype` is, as in Flax, the dtype to compute in; torch's `dtype` is `param_dtype`. There is no
+        `device`.
+        Inputs and parameters of different dtypes are promoted, where torch raises.
+        `lengths=`, `reset=` and `reset_state=` are new. With lengths, a row may have length 0.
+
+    Raises:
+        TypeError: a size is not an int, or `bias` or `batch_first` is not a bool.
+        ValueError: a size or a probability is out of range, the nonlinearity is unknown, or `proj_size` is not 0.
+
+    >>> import jax, jax.numpy as jnp, jaxrnn
+    >>> rnn = jaxrnn.linen.RNN(10, 20, 2, "relu")
+    >>> variables = rnn.init(jax.random.key(0), jnp.ones((5, 3, 10)))
+    >>> output, h_n = rnn.apply(variables, jnp.ones((5, 3, 10)))
+    >>> output.shape, h_n.shape
+    ((5, 3, 20), (2, 3, 20))
+    """
+
+    input_size: int
+    hidden_size: int
+    num_layers: int = 1
+    nonlinearity: Nonlinearity = "tanh"
+    bias: bool = True
+    batch_first: bool = False
+    dropout: float = 0.0
+    bidirectional: bool = False
+    _: dataclasses.KW_ONLY
+    proj_size: int = 0
+
+    @property
+    def _cell(self) -> Cell:
+        return rnn_cell(self.nonlinearity)
+
+
+class LSTM(Layers[Pair]):
+    """A stack of long short-term memory layers: torch.nn.LSTM. Torch's arguments are fields, in torch's order.
+
+    Each layer computes, for each step t of its input x,
+
+        i = sigmoid(W_ii x_t + b_ii + W_hi h_{t-1} + b_hi)
+        f = sigmoid(W_if x_t + b_if + W_hf h_{t-1} + b_hf)
+        g = tanh(W_ig x_t + b_ig + W_hg h_{t-1} + b_hg)
+        o = sigmoid(W_io x_t + b_io + W_ho h_{t-1} + b_ho)
+        c_t = f * c_{t-1} + i * g
+        h_t = o * tanh(c_t)
+
+    The rows of the weights and biases hold i, f, g, o in this order.
+
+    Args:
+        input_size: features of the input at each step.
+        hidden_size: features of the hidden state.
+        num_layers: how many layers are stacked.
+        bias: whether there are `bias_ih` and `bias_hh`.
+        batch_first: whether batched input and output are (batch, time, features) rather than (time,
+            batch, features). It does not change hx and h_n.
+        dropout: the probability with which an output of each layer but the last is zeroed in training.
+        bidirectional: whether each layer also runs backward in time.
+        proj_size: features of an LSTM's projected hidden state, less than hidden_size; 0 for no
+            projection.
+        name: the name of the module in its parent, as everywhere in Linen.
+        dtype: the floating dtype to compute in, and of the output; by default the promoted dtype of
+            inputs and parameters. States have the dtype of hx, if given: a float32 state is returned
+            unrounded.
+        param_dtype: the parameters' floating dtype.
+        precision: the precision of the products, as for `jax.lax.dot_general`.
+        remat: what the forward pass saves for the backward pass. "none": all it needs, nothing is
+            recomputed. "gates": only the states; gates are recomputed. An integer k: the state before
+            every k-th step; the rest is recomputed, k steps at a time. Values and gradients are the
+            same, up to rounding.
+        hidden_axis: the mesh axis or axes, of type Auto, over which hidden units are sharded; None
+            leaves sharding to XLA. For a module it may be a logical axis of Flax. A module stores it in
+            its parameters' metadata, and creates them on the mesh in `jax.set_mesh`, if there is one.
+        unroll: how many steps the loop makes at a time, as for `jax.lax.scan`; if None, 4 on a GPU and
+            1 elsewhere.
+        engine: what runs the loop over time: "auto"; a name in `jaxrnn.engines.ENGINES`; or a tuple of
+            such names, of which the first that can run it does.
+        deterministic: whether dropout is off. With dropout, give it here or in the call.
+        rng_collection: the name of the random keys for dropout that `apply` is given.
+
+    With `proj_size`, h_t is W_hr (o * tanh(c_t)).
+
+    Call:
+        `output, (h_n, c_n) = module(x, hx=None, deterministic=None, *, lengths=None, reset=None,
+        reset_state=None, rng=None)`
+
+        x                                         output                  h_n; c_n with hidden_size
+        (time, batch, input_size)                 (time, batch, D * H)    (D * num_layers, batch, H)
+        (batch, time, input_size), batch_first    (batch, time, D * H)    (D * num_layers, batch, H)
+        (time, input_size), unbatched             (time, D * H)           (D * num_layers, H)
+        PackedSequence                            PackedSequence          (D * num_layers, batch, H)
+
+        D is 2 if bidirectional, else 1. H is proj_size, or hidden_size without projection.
+        h_n[D * layer + direction] is the state after each row's last step, or at step 0 for direction 1,
+        which is backward.
+
+        hx: the initial state h_0, for a cell of several states a tuple or list, (h_0, c_0) for an LSTM,
+            of the shapes that are returned; zeros if None. A state that all rows share, such as a
+            learned one, may have a batch of 1, or the last axis alone.
+        lengths: how many steps each row has, integers from 0 to time, (batch,), or for unbatched x ();
+            all steps if None. Padding in x affects no result and no gradient. Under jit lengths are
+            data, and cannot be checked: a length below 0 counts as 0, and one above time as time.
+        reset: True at the steps before which the state is reset, such as the first of an episode;
+            boolean, of the shape of x, or its data, without features. Ignored past a row's end. Not for
+            a bidirectional network.
+        reset_state: the state that `reset` starts from, like hx; zeros if None.
+        deterministic: whether dropout is off. With dropout, give it here or as a field.
+        rng: a jax key for dropout, in place of the one that `apply` was given for `rng_collection`.
+
+    Parameters of layer k, with torch's names, shapes and order:
+        weight_ih_lk               (4 * hidden_size, input_size), or (4 * hidden_size, D * H) if k > 0
+        weight_hh_lk               (4 * hidden_size, H)
+        bias_ih_lk, bias_hh_lk     (4 * hidden_size,)
+        weight_hr_lk               (proj_size, hidden_size), with proj_size
+        and the same with `_reverse` for the backward direction.
+
+    Differs from torch.nn.LSTM:
+        `dtype` is, as in Flax, the dtype to compute in; torch's `dtype` is `param_dtype`. There is no
+        `device`.
+        Inputs and parameters of different dtypes are promoted, where torch raises.
+        `lengths=`, `reset=` and `reset_state=` are new. With lengths, a row may have length 0.
+
+    Raises:
+        TypeError: a size is not an int, or `bias` or `batch_first` is not a bool.
+        ValueError: a size or a probability is out of range.
+
+    >>> import jax, jax.numpy as jnp, jaxrnn
+    >>> lstm = jaxrnn.linen.LSTM(10, 20, num_layers=2, dropout=0.5, bidirectional=True)
+    >>> variables = lstm.init(jax.random.key(0), jnp.ones((5, 3, 10)), deterministic=True)
+    >>> list(variables["params"])[:4]
+    ['weight_ih_l0', 'weight_hh_l0', 'bias_ih_l0', 'bias_hh_l0']
+    >>> output, (h_n, c_n) = lstm.apply(
+    ...     variables, jnp.ones((5, 3, 10)), deterministic=False, rngs={"dropout": jax.random.key(1)}
+    ... )
+    >>> output.shape, h_n.shape, c_n.shape
+    ((5, 3, 40), (4, 3, 20), (4, 3, 20))
+    """
+
+    _cell = LSTM_CELL
+    input_size: int
+    hidden_size: int
+    num_layers: int = 1
+    bias: bool = True
+    batch_first: bool = False
+    dropout: float = 0.0
+    bidirectional: bool = False
+    proj_size: int = 0
+
+
+class GRU(Layers[jax.Array]):
+    """A stack of gated recurrent unit layers: torch.nn.GRU. Torch's arguments are fields, in torch's order.
+
+    Each layer computes, for each step t of its input x,
+
+        r = sigmoid(W_ir x_t + b_ir + W_hr h_{t-1} + b_hr)
+        z = sigmoid(W_iz x_t + b_iz + W_hz h_{t-1} + b_hz)
+        n = tanh(W_in x_t + b_in + r * (W_hn h_{t-1} + b_hn))
+        h_t = (1 - z) * n + z * h_{t-1}
+
+    The rows of the weights and biases hold r, z, n in this order.
+
+    Args:
+        input_size: features of the input at each step.
+        hidden_size: features of the hidden state.
+        num_layers: how many layers are stacked.
+        bias: whether there are `bias_ih` and `bias_hh`.
+        batch_first: whether batched input and output are (batch, time, features) rather than (time,
+            batch, features). It does not change hx and h_n.
+        dropout: the probability with which an output of each layer but the last is zeroed in training.
+        bidirectional: whether each layer also runs backward in time.
+        dtype: the floating dtype to compute in, and of the output; by default the promoted dtype of
+            inputs and parameters. States have the dtype of hx, if given: a float32 state is returned
+            unrounded.
+        param_dtype: the parameters' floating dtype.
+        precision: the precision of the products, as for `jax.lax.dot_general`.
+        remat: what the forward pass saves for the backward pass. "none": all it needs, nothing is
+            recomputed. "gates": only the states; gates are recomputed. An integer k: the state before
+            every k-th step; the rest is recomputed, k steps at a time. Values and gradients are the
+            same, up to rounding.
+        hidden_axis: the mesh axis or axes, of type Auto, over which hidden units are sharded; None
+            leaves sharding to XLA. For a module it may be a logical axis of Flax. A module stores it in
+            its parameters' metadata, and creates them on the mesh in `jax.set_mesh`, if there is one.
+        unroll: how many steps the loop makes at a time, as for `jax.lax.scan`; if None, 4 on a GPU and
+            1 elsewhere.
+        engine: what runs the loop over time: "auto"; a name in `jaxrnn.engines.ENGINES`; or a tuple of
+            such names, of which the first that can run it does.
+        deterministic: whether dropout is off. With dropout, give it here or in the call.
+        rng_collection: the name of the random keys for dropout that `apply` is given.
+        proj_size: features of an LSTM's projected hidden state, less than hidden_size; 0 for no
+            projection.
+        name: the name of the module in its parent, as everywhere in Linen.
+
+    Call:
+        `output, h_n = module(x, hx=None, deterministic=None, *, lengths=None, reset=None,
+        reset_state=None, rng=None)`
+
+        x                                         output                  h_n
+        (time, batch, input_size)                 (time, batch, D * H)    (D * num_layers, batch, H)
+        (batch, time, input_size), batch_first    (batch, time, D * H)    (D * num_layers, batch, H)
+        (time, input_size), unbatched             (time, D * H)           (D * num_layers, H)
+        PackedSequence                            PackedSequence          (D * num_layers, batch, H)
+
+        D is 2 if bidirectional, else 1. H is hidden_size.
+        h_n[D * layer + direction] is the state after each row's last step, or at step 0 for direction 1,
+        which is backward.
+
+        hx: the initial state h_0, for a cell of several states a tuple or list, (h_0, c_0) for an LSTM,
+            of the shapes that are returned; zeros if None. A state that all rows share, such as a
+            learned one, may have a batch of 1, or the last axis alone.
+        lengths: how many steps each row has, integers from 0 to time, (batch,), or for unbatched x ();
+            all steps if None. Padding in x affects no result and no gradient. Under jit lengths are
+            data, and cannot be checked: a length below 0 counts as 0, and one above time as time.
+        reset: True at the steps before which the state is reset, such as the first of an episode;
+            boolean, of the shape of x, or its data, without features. Ignored past a row's end. Not for
+            a bidirectional network.
+        reset_state: the state that `reset` starts from, like hx; zeros if None.
+        deterministic: whether dropout is off. With dropout, give it here or as a field.
+        rng: a jax key for dropout, in place of the one that `apply` was given for `rng_collection`.
+
+    Parameters of layer k, with torch's names, shapes and order:
+        weight_ih_lk               (3 * hidden_size, input_size), or (3 * hidden_size, D * H) if k > 0
+        weight_hh_lk               (3 * hidden_size, H)
+        bias_ih_lk, bias_hh_lk     (3 * hidden_size,)
+        and the same with `_reverse` for the backward direction.
+
+    Differs from torch.nn.GRU:
+        `dtype` is, as in Flax, the dtype to compute in; torch's `dtype` is `param_dtype`. There is no
+        `device`.
+        Inputs and parameters of different dtypes are promoted, where torch raises.
+        `lengths=`, `reset=` and `reset_state=` are new. With lengths, a row may have length 0.
+
+    Raises:
+        TypeError: a size is not an int, or `bias` or `batch_first` is not a bool.
+        ValueError: a size or a probability is out of range, or `proj_size` is not 0.
+
+    >>> import jax, jax.numpy as jnp, jaxrnn
+    >>> gru = jaxrnn.linen.GRU(10, 20, batch_first=True)
+    >>> (output, h_n), variables = gru.init_with_output(jax.random.key(0), jnp.ones((3, 7, 10)), lengths=[7, 2, 0])
+    >>> output.shape, h_n.shape
+    ((3, 7, 20), (1, 3, 20))
+    """
+
+    _cell = GRU_CELL
+    input_size: int
+    hidden_size: int
+    num_layers: int = 1
+    bias: bool = True
+    batch_first: bool = False
+    dropout: float = 0.0
+    bidirectional: bool = False
+    _: dataclasses.KW_ONLY
+    proj_size: int = 0
+
+
+class Recurrent(Layers[StateT]):
+    """A stack of layers of any cell: one of `jaxrnn`'s, such as `jaxrnn.LAYER_NORM_LSTM_CELL`, or one of your own.
+
+    For a cell of several states, hx and h_n are tuples. A cell's own parameters are named like the weights: their name,
+    then `_l0`, `_l0_reverse` and so on.
+
+    Args:
+        cell: the kind of cell, a `jaxrnn.Cell`.
+        input_size: features of the input at each step.
+        hidden_size: features of the hidden state.
+        num_layers: how many layers are stacked.
+        bias: whether there are `bias_ih` and `bias_hh`.
+        batch_first: whether batched input and output are (batch, time, features) rather than (time,
+            batch, features). It does not change hx and h_n.
+        dropout: the probability with which an output of each layer but the last is zeroed in training.
+        bidirectional: whether each layer also runs backward in time.
+        proj_size: features of the projected hidden state; 0 for no projection. Only for a cell that
+            allows it.
+        name: the name of the module in its parent, as everywhere in Linen.
+        dtype: the floating dtype to compute in, and of the output; by default the promoted dtype of
+            inputs and parameters. States have the dtype of hx, if given: a float32 state is returned
+            unrounded.
+        param_dtype: the parameters' floating dtype.
+        precision: the precision of the products, as for `jax.lax.dot_general`.
+        remat: what the forward pass saves for the backward pass. "none": all it needs, nothing is
+            recomputed. "gates": only the states; gates are recomputed. An integer k: the state before
+            every k-th step; the rest is recomputed, k steps at a time. Values and gradients are the
+            same, up to rounding.
+        hidden_axis: the mesh axis or axes, of type Auto, over which hidden units are sharded; None
+            leaves sharding to XLA. For a module it may be a logical axis of Flax. A module stores it in
+            its parameters' metadata, and creates them on the mesh in `jax.set_mesh`, if there is one.
+        unroll: how many steps the loop makes at a time, as for `jax.lax.scan`; if None, 4 on a GPU and
+            1 elsewhere.
+        engine: what runs the loop over time: "auto"; a name in `jaxrnn.engines.ENGINES`; or a tuple of
+            such names, of which the first that can run it does.
+        deterministic: whether dropout is off. With dropout, give it here or in the call.
+        rng_collection: the name of the random keys for dropout that `apply` is given.
+
+    Call:
+        `output, h_n = module(x, hx=None, deterministic=None, *, lengths=None, reset=None,
+        reset_state=None, rng=None)`
+
+        x                                         output                  h_n
+        (time, batch, input_size)                 (time, batch, D * H)    (D * num_layers, batch, H)
+        (batch, time, input_size), batch_first    (batch, time, D * H)    (D * num_layers, batch, H)
+        (time, input_size), unbatched             (time, D * H)           (D * num_layers, H)
+        PackedSequence                            PackedSequence          (D * num_layers, batch, H)
+
+        D is 2 if bidirectional, else 1. H is proj_size, or hidden_size without projection.
+        h_n[D * layer + direction] is the state after each row's last step, or at step 0 for direction 1,
+        which is backward.
+
+        hx: the initial state h_0, for a cell of several states a tuple or list, (h_0, c_0) for an LSTM,
+            of the shapes that are returned; zeros if None. A state that all rows share, such as a
+            learned one, may have a batch of 1, or the last axis alone.
+        lengths: how many steps each row has, integers from 0 to time, (batch,), or for unbatched x ();
+            all steps if None. Padding in x affects no result and no gradient. Under jit lengths are
+            data, and cannot be checked: a length below 0 counts as 0, and one above time as time.
+        reset: True at the steps before which the state is reset, such as the first of an episode;
+            boolean, of the shape of x, or its data, without features. Ignored past a row's end. Not for
+            a bidirectional network.
+        reset_state: the state that `reset` starts from, like hx; zeros if None.
+        deterministic: whether dropout is off. With dropout, give it here or as a field.
+        rng: a jax key for dropout, in place of the one that `apply` was given for `rng_collection`.
+
+    Parameters of layer k, with torch's names, shapes and order:
+        weight_ih_lk               (gates * hidden_size, input_size), or (gates * hidden_size, D * H) if k > 0
+        weight_hh_lk               (gates * hidden_size, H)
+        bias_ih_lk, bias_hh_lk     (gates * hidden_size,)
+        and the same with `_reverse` for the backward direction.
+
+    Raises:
+        TypeError: cell is not a `jaxrnn.Cell`, a size is not an int, or `bias` or `batch_first` is not a bool.
+        ValueError: a size or a probability is out of range, or the cell does not support `proj_size`.
+
+    >>> import jax, jax.numpy as jnp, jaxrnn
+    >>> rnn = jaxrnn.linen.Recurrent(jaxrnn.IND_RNN_CELL, 10, 20)
+    >>> (output, h_n), variables = rnn.init_with_output(jax.random.key(0), jnp.ones((5, 3, 10)))
+    >>> output.shape, list(variables["params"])
+    ((5, 3, 20), ['weight_ih_l0', 'bias_ih_l0', 'weight_u_l0'])
+    """
+
+    cell: Cell[StateT]
+    input_size: int
+    hidden_size: int
+    num_layers: int = 1
+    bias: bool = True
+    batch_first: bool = False
+    dropout: float = 0.0
+    bidirectional: bool = False
+    proj_size: int = 0
+
+    @property
+    def _cell(self) -> Cell:
+        return self.cell

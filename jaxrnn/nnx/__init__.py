@@ -1,0 +1,6 @@
+"""RNN, LSTM, GRU, their cells, and Recurrent as flax.nnx modules with torch's arguments and parameters."""
+
+from jaxrnn.nnx.cells import FlaxCell, GRUCell, LSTMCell, RNNCell
+from jaxrnn.nnx.layers import GRU, LSTM, RNN, Recurrent
+
+__all__ = ["GRU", "LSTM", "RNN", "FlaxCell", "GRUCell", "LSTMCell", "RNNCell", "Recurrent"]
