@@ -143,7 +143,7 @@ def _unflatten(static: tuple[Any, ...], children: Iterable[Any]) -> PackedSequen
 jax.tree_util.register_pytree_with_keys(PackedSequence, _flatten, _unflatten)
 
 
-class Layout(NamedTuple):
+class Padding(NamedTuple):
     """Where the steps of a PackedSequence are in a padded array of its rows in their original order."""
 
     places: NDArray[np.int32]  # (time, batch): which row of data is there, or len(data) for padding
@@ -151,7 +151,7 @@ class Layout(NamedTuple):
     lengths: NDArray[np.int64]  # of the rows in the original order, int64
 
 
-def layout(packed: PackedSequence, batch_first: bool = False, total_length: int | None = None) -> Layout:
+def padding_of(packed: PackedSequence, batch_first: bool = False, total_length: int | None = None) -> Padding:
     """The layout for a padded array (time, batch, ...), as long as the longest row, or `total_length`.
 
     With `batch_first` the array, and `places`, are (batch, time, ...).
@@ -165,7 +165,7 @@ def layout(packed: PackedSequence, batch_first: bool = False, total_length: int 
     time, column = np.nonzero(running)
     rows = order[column] * steps + time if batch_first else time * batch + order[column]
     places, lengths = places[:, inverse], running.sum(axis=0)[inverse]
-    return Layout(places.T if batch_first else places, rows.astype(np.int32), lengths)
+    return Padding(places.T if batch_first else places, rows.astype(np.int32), lengths)
 
 
 def pad(data: Array, places: NDArray[Any], padding_value: Any = 0) -> Array:
@@ -267,7 +267,7 @@ def pack_padded_sequence(
     sizes = np.sum(known > np.arange(known.max())[:, None], axis=1)
     # First without data: the indices depend on the integers alone.
     empty = PackedSequence(np.zeros((known.sum(), 0)), sizes, order)
-    return empty._replace(data=in_jax(pack(padded, layout(empty, batch_first, steps).rows)))
+    return empty._replace(data=in_jax(pack(padded, padding_of(empty, batch_first, steps).rows)))
 
 
 def pad_packed_sequence(
@@ -297,7 +297,7 @@ def pad_packed_sequence(
     longest = len(_packed("sequence", sequence).batch_sizes)
     if total_length is not None and total_length < longest:
         raise ValueError(f"total_length should be at least {longest}, the longest row's length, got {total_length}")
-    where = layout(sequence, batch_first, total_length)
+    where = padding_of(sequence, batch_first, total_length)
     return in_jax(pad(sequence.data, where.places, padding_value)), where.lengths
 
 

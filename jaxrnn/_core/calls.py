@@ -15,7 +15,7 @@ from jaxrnn._compat import is_traced
 from jaxrnn._core import meshes, recurrence, stack, steps
 from jaxrnn._core.options import Options
 from jaxrnn.cells import Arrays
-from jaxrnn.packed import Lengths, PackedSequence, in_jax, layout, pack, pad, stacked
+from jaxrnn.packed import Lengths, PackedSequence, in_jax, pack, pad, padding_of, stacked
 from jaxrnn.spec import CellSpec, Spec
 
 HX = ArrayLike | Sequence[ArrayLike] | None
@@ -159,7 +159,7 @@ def _given(
         ends = _lengths(lengths, tuple(batch), steps)
         given = _Given(_parameters(spec, params), array, state, restart, ends, marks, masks)
         return axes, given, lambda output: output
-    where = layout(packed)
+    where = padding_of(packed)
     array, marks, masks = jax.tree.map(lambda a: pad(a, where.places), (array, marks, masks))
     # Without lengths if all rows are as long as the longest: one trace for all such rows.
     ends = None if where.lengths.min() == where.lengths.max() else in_jax(where.lengths)

@@ -25,11 +25,10 @@ from jaxrnn._core import meshes, steps
 from jaxrnn._core.blocks import Loop, Sizes
 from jaxrnn._core.platforms import Kernel, Where, by_platform
 from jaxrnn._core.rules import with_rule
-from jaxrnn._core.steps import Marks, Recurrent, Run, Settings, Steps, accumulator, plus
+from jaxrnn._core.steps import Marks, RecurrentWeights, Run, Settings, Steps, accumulator, plus
 from jaxrnn.cells import Arrays
 from jaxrnn.engines import Form, Linear, engine_for
 
-Weights = dict[str, jax.Array]
 UNMARKED = Marks()
 
 
@@ -38,12 +37,12 @@ class LaidOut(NamedTuple):
 
     weight_ih: jax.Array
     bias_ih: jax.Array | None  # of the gates in cell.apart, zeros for others; None if there is none
-    recurrent: Recurrent
+    recurrent: RecurrentWeights
 
 
 def layer(
     settings: Settings,
-    weights: Weights,
+    weights: dict[str, jax.Array],
     x: jax.Array,
     state: Arrays,
     marks: Marks = UNMARKED,
@@ -79,11 +78,13 @@ def layer(
     like = plus(0 * state[0][:, :1], bias)  # sharded like the state
     each = (like,) * len(cell.gates), (like,) * len(cell.apart), state
     # A custom_jvp ignores the derivative by an array that a function closes over, unless it is an argument.
-    step, captured = jax.closure_convert(cell.step, *each, *steps.own(cell, given.weights.recurrent.own))
+    step, captured = jax.closure_convert(
+        cell.step, *each, *steps.cell_arguments(cell, given.weights.recurrent.cell_params)
+    )
     if captured:
         settings = settings._replace(cell=dataclasses.replace(cell, step=step))
     given = given._replace(captured=tuple(captured))
-    every, last = _run(settings, *given)
+    every, last = _layer(settings, *given)
     return _with_gates(settings._replace(cell=cell), given, every) if settings.every else every, last
 
 
@@ -129,14 +130,14 @@ def _layer_jvp(settings: Settings, primals: tuple, tangents: tuple) -> tuple[tup
         captured=_instantiated(tangent.captured, given.captured),
         marks=UNMARKED,
     )
-    own = _instantiated(tangent.weights.recurrent.own, given.weights.recurrent.own)
-    recurrent = tangent.weights.recurrent._replace(own=own)
+    cell_params = _instantiated(tangent.weights.recurrent.cell_params, given.weights.recurrent.cell_params)
+    recurrent = tangent.weights.recurrent._replace(cell_params=cell_params)
     linear = linear._replace(weights=tangent.weights._replace(recurrent=recurrent))
     return (every, last), _on_platform(_tangents, settings, True, given, kept, linear)
 
 
 @with_rule(_layer_jvp, nondiff_argnums=(0,), symbolic_zeros=True)
-def _run(settings: Settings, *arrays: Any) -> tuple[Steps, Arrays]:
+def _layer(settings: Settings, *arrays: Any) -> tuple[Steps, Arrays]:
     """Run a layer: the arguments are those of `Given`."""
     every, last, _ = _on_platform(_forward, settings, False, Given(*arrays))
     return every, last
@@ -203,7 +204,7 @@ def _tangents(loop: Loop, given: Given, kept: Any, tangent: Given) -> tuple[Step
     d_recurrent = d_weights.recurrent
     input_gates = _input_gates(settings, weights, loop.single)
     recomputed = isinstance(settings.options.remat, int)
-    others = (*steps.own(cell, d_recurrent.own), *tangent.captured)
+    others = (*steps.cell_arguments(cell, d_recurrent.cell_params), *tangent.captured)
 
     def block(d_state: Arrays, part: Any, first: Any) -> tuple[Arrays, tuple[Steps, None]]:
         x, d_x, marks, kept = part
@@ -267,7 +268,7 @@ def _input_gates(settings: Settings, weights: LaidOut, at_once: bool) -> Callabl
     return of
 
 
-def step(settings: Settings, weights: Weights, x: jax.Array, state: Arrays) -> Arrays:
+def step(settings: Settings, weights: dict[str, jax.Array], x: jax.Array, state: Arrays) -> Arrays:
     """Make one step: as `layer`, on x of shape (batch, features) or (features,), without a time axis."""
     if x.ndim == 1:
         x, state = jax.tree.map(lambda a: a[None], (x, state))
@@ -283,7 +284,7 @@ def _cast(arrays: Arrays, dtype: jnp.dtype) -> Arrays:
     return tuple(a.astype(dtype) for a in arrays)
 
 
-def _laid_out(settings: Settings, weights: Weights) -> LaidOut:
+def _laid_out(settings: Settings, weights: dict[str, jax.Array]) -> LaidOut:
     cell, lay, weight_ih = settings.cell, settings.layout, weights["weight_ih"]
     dtype = accumulator(weight_ih.dtype)
     bias_ih, bias = None, lay.by_gate(jnp.zeros(len(weight_ih), dtype))
@@ -297,11 +298,11 @@ def _laid_out(settings: Settings, weights: Weights) -> LaidOut:
     weight_hh = lay.stored(weights["weight_hh"]) if cell.recurrent else None
     weight_hr = weights["weight_hr"].T if "weight_hr" in weights else None
     # The hidden units stay last, and axes of size one in front of them stand for the batch.
-    own = {
+    cell_params = {
         name: jnp.expand_dims(weights[name].astype(dtype), -2) if "hidden" in each.axes else weights[name].astype(dtype)
         for name, each in cell.own.items()
     }
-    return LaidOut(lay.stored(weight_ih), bias_ih, Recurrent(weight_hh, bias, weight_hr, own))
+    return LaidOut(lay.stored(weight_ih), bias_ih, RecurrentWeights(weight_hh, bias, weight_hr, cell_params))
 
 
 def _with_gates(settings: Settings, given: Given, every: Steps) -> Steps:
@@ -310,5 +311,7 @@ def _with_gates(settings: Settings, given: Given, every: Steps) -> Steps:
     cell, before = settings.cell, steps.before(settings, given.state, every.state)
     before = steps.select(given.marks.reset, given.reset_state, before)
     values = cell.gate_values or (lambda gates, *_: gates)
-    gates = jax.vmap(lambda *a: values(*a, *steps.own(cell, given.weights.recurrent.own)))(*every.sums, before)
+    gates = jax.vmap(lambda *a: values(*a, *steps.cell_arguments(cell, given.weights.recurrent.cell_params)))(
+        *every.sums, before
+    )
     return every._replace(sums=None, gates=steps.without_padding(given.marks, tuple(gates)))

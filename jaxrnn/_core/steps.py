@@ -44,7 +44,7 @@ class Marks(NamedTuple):
     reset: jax.Array | None = None  # the state is put back before the step
 
 
-class Recurrent(NamedTuple):
+class RecurrentWeights(NamedTuple):
     """The weights inside the loop. Every cell has one; `weight_hh` is None if the cell is not recurrent.
 
     Unless `Settings.stored`, it is transposed outside the loop, so that products read it along its rows.
@@ -53,7 +53,7 @@ class Recurrent(NamedTuple):
     weight_hh: jax.Array | None  # (output size, gates * hidden_size), or as the layout or `Settings.stored` has it
     bias: jax.Array  # what joins the recurrent product: b_hh, and b_ih but for the gates in cell.apart
     weight_hr: jax.Array | None  # (hidden_size, proj_size)
-    own: dict[str, jax.Array]  # the cell's own parameters, which broadcast against the gates
+    cell_params: dict[str, jax.Array]  # the cell's own parameters, which broadcast against the gates
 
 
 class Run(NamedTuple):
@@ -64,7 +64,7 @@ class Run(NamedTuple):
 
     settings: Settings
     dtype: jnp.dtype  # of the outputs
-    recurrent: Recurrent
+    recurrent: RecurrentWeights
     gates: Arrays  # the input's part of every gate, (time, batch, hidden_size); a block of one step may lack time
     state: Arrays  # the first, (batch, size)
     marks: Marks
@@ -168,7 +168,7 @@ def select(mark: jax.Array | None, marked: Arrays | None, others: Arrays) -> Arr
     return tuple(jnp.where(mark, a, b) for a, b in zip(marked, others, strict=True))
 
 
-def recurrent_sums(settings: Settings, recurrent: Recurrent, gates: Arrays, h: jax.Array) -> Arrays:
+def recurrent_sums(settings: Settings, recurrent: RecurrentWeights, gates: Arrays, h: jax.Array) -> Arrays:
     """The recurrent product, with the bias, added to the input's part of each gate that is not apart."""
     hidden = recurrent.bias
     if recurrent.weight_hh is not None:
@@ -191,17 +191,17 @@ def arguments(cell: Cell, gates: Sequence[Any], sums: Arrays) -> Sums:
     return Sums(whole, tuple(total for name, total in zip(cell.gates, sums, strict=True) if name in cell.apart))
 
 
-def own(cell: Cell, params: dict[str, jax.Array]) -> tuple[dict[str, jax.Array], ...]:
+def cell_arguments(cell: Cell, params: dict[str, jax.Array]) -> tuple[dict[str, jax.Array], ...]:
     """The step's last argument, if the cell has parameters of its own."""
     return (params,) if cell.params else ()
 
 
 def one_step(
-    settings: Settings, recurrent: Recurrent, gates: Arrays, state: Arrays, captured: Arrays = ()
+    settings: Settings, recurrent: RecurrentWeights, gates: Arrays, state: Arrays, captured: Arrays = ()
 ) -> tuple[Arrays, Arrays]:
     """One step: the state after it, and the sums, from which the derivative finds what else it needs."""
     cell, sums = settings.cell, recurrent_sums(settings, recurrent, gates, state[0])
-    after = cell.step(*arguments(cell, gates, sums), state, *own(cell, recurrent.own), *captured)
+    after = cell.step(*arguments(cell, gates, sums), state, *cell_arguments(cell, recurrent.cell_params), *captured)
     after = _checked(cell, after, sums[0])
     if recurrent.weight_hr is not None:
         after = (product(settings, after[0], recurrent.weight_hr), *after[1:])

@@ -14,7 +14,7 @@ from jaxrnn.checkpoint.formats.reading import Reading
 from jaxrnn.checkpoint.named import Described, modules_of, said_of
 from jaxrnn.checkpoint.stored import Value, read
 
-Path = str | os.PathLike[str]
+FilePath = str | os.PathLike[str]
 Tensors = dict[str, Value]
 _ALL = Reading()
 
@@ -30,7 +30,7 @@ _NOT_CHECKPOINTS = {
 
 
 def load(
-    path: Path, key: str | None = None, only_tensors: bool = False, dequantize: bool = False
+    path: FilePath, key: str | None = None, only_tensors: bool = False, dequantize: bool = False
 ) -> dict[str, NDArray[Any]]:
     """Read every tensor of a checkpoint file.
 
@@ -80,7 +80,7 @@ def load(
     return Described({name: read(value) for name, value in tensors.items()}, said_of(tensors), modules_of(tensors))
 
 
-def opened(path: Path, what: Reading = _ALL) -> Tensors:
+def opened(path: FilePath, what: Reading = _ALL) -> Tensors:
     """As `load`, but tensors whose bytes can be used directly are not read: they are `Stored`."""
     with about(path):
         check_path(path)
@@ -89,7 +89,7 @@ def opened(path: Path, what: Reading = _ALL) -> Tensors:
         return _format(path).read(path, what)
 
 
-def load_tree(path: Path, key: str | None = None) -> Any:
+def load_tree(path: FilePath, key: str | None = None) -> Any:
     """Read all of a torch.save file, such as an optimizer's state beside a model's, without torch.
 
     Args:
@@ -122,7 +122,7 @@ def load_tree(path: Path, key: str | None = None) -> Any:
         return read_tree(path, key)
 
 
-def _about_tar(path: Path) -> str:
+def _about_tar(path: FilePath) -> str:
     """What a tar file holds, and the remedy. Only the names in it are read."""
     try:
         with tarfile.open(path, "r:") as archive:
@@ -135,12 +135,12 @@ def _about_tar(path: Path) -> str:
     return f"a tar file that holds {listed(names)}\nunpack it, and give the checkpoint in it"
 
 
-def check_path(path: Path) -> None:
+def check_path(path: FilePath) -> None:
     if "\0" in os.fspath(path):
         raise CheckpointError("the path has a NUL character in it\ncheck the path")
 
 
-def _format(path: Path) -> Format:
+def _format(path: FilePath) -> Format:
     """The format of a file, by its first bytes."""
     check_path(path)
     if os.path.islink(path) and not os.path.exists(path):

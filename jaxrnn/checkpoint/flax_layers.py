@@ -16,7 +16,7 @@ from jaxrnn.checkpoint.tables import USED, Row, Table, neutral, warned
 from jaxrnn.spec import level_outside
 
 
-class Entry(NamedTuple):
+class Conversion(NamedTuple):
     """A variable of a Flax layer, and its counterpart in torch.
 
     Attributes:
@@ -173,12 +173,12 @@ class Kind(NamedTuple):
     """A row of the table: a kind of layer.
 
     Attributes:
-        entries: its variables, in torch's order.
+        conversions: its variables, in torch's order.
         differences: warnings about a layer's settings that are not torch's, with the remedy.
         ignored: what torch stores and Flax does not have.
     """
 
-    entries: tuple[Entry, ...] = ()
+    conversions: tuple[Conversion, ...] = ()
     differences: Callable[[Any], Iterator[str]] = lambda layer: iter(())
     ignored: tuple[str, ...] = ()
 
@@ -187,14 +187,14 @@ def _features(layer: Any) -> tuple[int, ...]:
     return (layer.num_groups * layer.group_size if isinstance(layer, nnx.GroupNorm) else layer.num_features,)
 
 
-_BIAS = Entry("bias", "bias", lambda layer: (layer.out_features,))
-_KERNEL = Entry("kernel", "weight", lambda layer: layer.kernel_shape, _to_channels_first, _to_channels_last)
-_MATRIX = Entry("kernel", "weight", lambda layer: (layer.in_features, layer.out_features), _transpose, _transpose)
+_BIAS = Conversion("bias", "bias", lambda layer: (layer.out_features,))
+_KERNEL = Conversion("kernel", "weight", lambda layer: layer.kernel_shape, _to_channels_first, _to_channels_last)
+_MATRIX = Conversion("kernel", "weight", lambda layer: (layer.in_features, layer.out_features), _transpose, _transpose)
 _LINEAR = Kind((_MATRIX, _BIAS))
-_EMBED = Kind((Entry("embedding", "weight", lambda layer: (layer.num_embeddings, layer.features)),))
-_SCALE = Entry("scale", "weight", _features)
-_AFFINE = (_SCALE, Entry("bias", "bias", _features))
-_STATISTICS = (Entry("mean", "running_mean", _features), Entry("var", "running_var", _features))
+_EMBED = Kind((Conversion("embedding", "weight", lambda layer: (layer.num_embeddings, layer.features)),))
+_SCALE = Conversion("scale", "weight", _features)
+_AFFINE = (_SCALE, Conversion("bias", "bias", _features))
+_STATISTICS = (Conversion("mean", "running_mean", _features), Conversion("var", "running_var", _features))
 _EPSILON = Setting("epsilon", "eps", 1e-5)
 _MOMENTUM = Setting("momentum", "momentum", 0.1, lambda value: 1 - value)
 _NORM = Kind(_AFFINE, _compared(_EPSILON))
@@ -298,7 +298,7 @@ def _table(library: Any, name: str, settings: str) -> Table:
     promote = default_of(nnx.Linear if library is nnx else linen.Dense, "promote_dtype")
     module = f"{promote.__module__}.{promote.__name__}"
     rows = _ROWS | _OTHERS.get(name, {}) | {"promote_dtype": _lacking("promote_dtype", module, promote)}
-    variables = [entry.attribute for entry in _KINDS[name].entries]  # which NNX has as attributes
+    variables = [conversion.attribute for conversion in _KINDS[name].conversions]  # which NNX has as attributes
     names = [*settings.split(), *(["parent", "name"] if library is linen else ["rngs", *variables])]
     return Table(f"{library.__name__}.{name}", {each: rows[each] for each in names})
 

@@ -14,13 +14,13 @@ from numpy.typing import NDArray
 
 from jaxrnn import _compat
 from jaxrnn.checkpoint.errors import CheckpointError, listed
-from jaxrnn.checkpoint.flax_layers import Entry, kind_of
-from jaxrnn.checkpoint.matching import Contents, Parameter, fit, interchangeable
+from jaxrnn.checkpoint.flax_layers import Conversion, kind_of
+from jaxrnn.checkpoint.matching import Contents, ModuleParameter, fit, interchangeable
 from jaxrnn.checkpoint.named import Names
 from jaxrnn.checkpoint.optimizer import are_named, order_lost, resumed, trained
 from jaxrnn.spec import CellSpec, Spec
 
-Path = tuple[str, ...]
+TreePath = tuple[str, ...]
 
 
 class Loaded(NamedTuple):
@@ -193,7 +193,7 @@ def optax_from_torch(
     return resumed(state, described, names, learning_rate, steps_made, prefix).for_tree(variables["params"])
 
 
-def _order_in_doubt(params: list[tuple[Path, Parameter]]) -> list[str]:
+def _order_in_doubt(params: list[tuple[TreePath, ModuleParameter]]) -> list[str]:
     """Attributes that torch may have defined in another order, where the shapes cannot reveal it.
 
     Args:
@@ -206,7 +206,7 @@ def _order_in_doubt(params: list[tuple[Path, Parameter]]) -> list[str]:
     own = {
         path[0]: (param.shape,)
         for path, param in params
-        if len(path) == 1 and (param.layer is None or param.entry.attribute not in _order(param.layer))
+        if len(path) == 1 and (param.layer is None or param.conversion.attribute not in _order(param.layer))
     }
     numbers = [int(name) for name in children if name.isdigit()]
     ordered = len(numbers) == len(children) and numbers == sorted(numbers)  # of a list
@@ -217,7 +217,7 @@ def _order_in_doubt(params: list[tuple[Path, Parameter]]) -> list[str]:
     return next(filter(None, map(_order_in_doubt, children.values())), [])
 
 
-def _flat(variables: Mapping[str, Any]) -> dict[Path, Any]:
+def _flat(variables: Mapping[str, Any]) -> dict[TreePath, Any]:
     tree = variables.unfreeze() if isinstance(variables, linen.FrozenDict) else dict(variables)
     return flatten_dict(tree, keep_empty_nodes=True)
 
@@ -237,22 +237,26 @@ def _contents(module: linen.Module, variables: Mapping[str, Any], args: tuple, k
     if "params" not in variables:
         _check_collections(module, variables, {path[0] for path in layers if path} & variables.keys())
     prefixes = {path: "".join(f"{name}." for name in _renamed(path, layers)) for path in layers}
-    found: dict[Path, dict[str, Parameter]] = {path: {} for path in layers}
+    found: dict[TreePath, dict[str, ModuleParameter]] = {path: {} for path in layers}
     for place, value in _flat(variables).items():
         collection, path, attribute = place[0], place[1:-1], place[-1]
         layer, shapes = (layers[path].module, layers[path].shapes) if path in layers else (None, {})
-        entry = next((entry for entry in kind_of(layer).entries if entry.attribute == attribute), None)
-        if collection == "params" or entry:
-            entry = entry or Entry(attribute, attribute)
+        conversion = next(
+            (conversion for conversion in kind_of(layer).conversions if conversion.attribute == attribute), None
+        )
+        if collection == "params" or conversion:
+            conversion = conversion or Conversion(attribute, attribute)
             own_shape = shapes.get((collection, attribute))
-            found.setdefault(path, {})[attribute] = Parameter(place, linen.unbox(value), layer, entry, own_shape)
-    params = Names[Parameter]("rename one of them in Flax: torch has one name for both")
+            found.setdefault(path, {})[attribute] = ModuleParameter(
+                place, linen.unbox(value), layer, conversion, own_shape
+            )
+    params = Names[ModuleParameter]("rename one of them in Flax: torch has one name for both")
     for path, group in found.items():
         prefix = prefixes[path] if path in prefixes else "".join(f"{name}." for name in path)
         first = _order(layers[path].module) if path in layers else ()
         for attribute in [*(name for name in first if name in group), *(name for name in group if name not in first)]:
             param = group[attribute]
-            params.put(prefix + param.entry.name, param, "/".join(param.place))
+            params.put(prefix + param.conversion.name, param, "/".join(param.place))
     contents = Contents(params, {prefixes[path]: layer.module for path, layer in layers.items()})
     contents.refuse_stacked(type(module).__name__, _TAKE_ONE)
     return contents
@@ -269,7 +273,7 @@ def _order(layer: linen.Module) -> list[str]:
     """The attributes of a known layer, in torch's order."""
     spec = getattr(layer, "spec", None)
     own = list(spec.shapes()) if isinstance(spec, Spec | CellSpec) else []
-    return own + [entry.attribute for entry in kind_of(layer).entries]
+    return own + [conversion.attribute for conversion in kind_of(layer).conversions]
 
 
 class _Layer(NamedTuple):
@@ -283,12 +287,12 @@ class _Layer(NamedTuple):
 
     module: linen.Module
     names: dict[str, str]
-    shapes: dict[Path, tuple[int, ...]]
+    shapes: dict[TreePath, tuple[int, ...]]
 
 
-def _layers(module: linen.Module, variables: Mapping[str, Any], args: tuple, kwargs: dict) -> dict[Path, _Layer]:
+def _layers(module: linen.Module, variables: Mapping[str, Any], args: tuple, kwargs: dict) -> dict[TreePath, _Layer]:
     """Every submodule that a call reaches, by path, in the order of the calls."""
-    layers: dict[Path, _Layer] = {}
+    layers: dict[TreePath, _Layer] = {}
 
     def note(call: Any, call_args: tuple, call_kwargs: dict, context: Any) -> Any:
         layer = _compat.called_module(context)
@@ -332,7 +336,7 @@ def _numbered(name: str, value: Any) -> Iterator[tuple[str, str]]:
             yield f"{name}_{key}{below}", f"{name}.{key}{theirs}"
 
 
-def _renamed(path: Path, layers: Mapping[Path, _Layer]) -> Path:
+def _renamed(path: TreePath, layers: Mapping[TreePath, _Layer]) -> TreePath:
     """A path with torch's names."""
     return tuple(
         layers[path[:depth]].names.get(name, name) if path[:depth] in layers else name

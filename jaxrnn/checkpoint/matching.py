@@ -12,7 +12,7 @@ import numpy as np
 from jaxrnn.cells import RNN_RELU, RNN_TANH
 from jaxrnn.checkpoint.arrays import NO_NUMBERS, dtype_of, to_numpy
 from jaxrnn.checkpoint.errors import CheckpointError, listed
-from jaxrnn.checkpoint.flax_layers import Entry, kind_of
+from jaxrnn.checkpoint.flax_layers import Conversion, kind_of
 from jaxrnn.checkpoint.named import said_of
 from jaxrnn.checkpoint.names import as_named, fold, identity, misfits, under, unwrapped
 from jaxrnn.spec import CellSpec, Spec
@@ -25,32 +25,32 @@ _FLAXS = re.compile(r"(.*\.)?(i[ifgornz]|if_|h[ifgornz]|dense_[ih])\.(weight|ker
 _AUTOMATIC = re.compile(r"(.*\.)?[A-Z]\w*_\d+\.[^.]+")
 
 
-class Parameter(NamedTuple):
+class ModuleParameter(NamedTuple):
     """A parameter of a Flax module.
 
     Attributes:
         place: where the API has it: an nnx.Variable, or the path in Linen's variables.
         value: its current array.
         layer: its module.
-        entry: its name and layout in torch.
+        conversion: its name and layout in torch.
         own_shape: the shape in Flax that the layer's settings imply; None if unknown.
     """
 
     place: Any
     value: Any
     layer: Any
-    entry: Entry
+    conversion: Conversion
     own_shape: tuple[int, ...] | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape in torch."""
         there = np.broadcast_to(np.zeros(()), jnp.shape(self.value))
-        return self.entry.to_torch(there, self.layer).shape
+        return self.conversion.to_torch(there, self.layer).shape
 
     def to_torch(self, name: str) -> np.ndarray:
         """A copy in torch's layout."""
-        return np.array(self.entry.to_torch(to_numpy(name, self.value), self.layer), order="C")
+        return np.array(self.conversion.to_torch(to_numpy(name, self.value), self.layer), order="C")
 
 
 class Contents(NamedTuple):
@@ -61,7 +61,7 @@ class Contents(NamedTuple):
         layers: the known layers, by the prefix of their names.
     """
 
-    params: dict[str, Parameter]
+    params: dict[str, ModuleParameter]
     layers: dict[str, Any]
 
     @property
@@ -77,7 +77,10 @@ class Contents(NamedTuple):
             remedy: what to do instead, with "[0]" for the first index of the new axis.
         """
         shapes = {
-            name.removesuffix(param.entry.name) + param.entry.attribute: (jnp.shape(param.value), param.own_shape)
+            name.removesuffix(param.conversion.name) + param.conversion.attribute: (
+                jnp.shape(param.value),
+                param.own_shape,
+            )
             for name, param in self.params.items()
             if param.own_shape is not None and len(param.own_shape) < jnp.ndim(param.value)
         }
@@ -95,7 +98,11 @@ class Contents(NamedTuple):
     def differences(self, owner: str, names: Container[str]) -> Iterator[str]:
         """Warnings about settings that differ from torch's, for the layers with parameters in `names`."""
         for prefix, layer in self.layers.items():
-            own = [prefix + entry.name for entry in kind_of(layer).entries if prefix + entry.name in self.params]
+            own = [
+                prefix + conversion.name
+                for conversion in kind_of(layer).conversions
+                if prefix + conversion.name in self.params
+            ]
             if not own or any(name in names for name in own):
                 for text in kind_of(layer).differences(layer):
                     yield f"{owner}: {prefix}{text}"
@@ -211,9 +218,11 @@ def _too_large(large: Mapping[str, float], values: Mapping[str, Any], arrays: Ma
     return f"{cause} of {name}\n{remedy}"
 
 
-def _contradicted(owner: str, params: Mapping[str, Parameter], said: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+def _contradicted(
+    owner: str, params: Mapping[str, ModuleParameter], said: Mapping[str, Mapping[str, Any]]
+) -> Iterator[str]:
     """Warnings about settings of recurrent modules that a file says, and that the module has otherwise."""
-    layers = {name.removesuffix(param.entry.name): param.layer for name, param in params.items()}
+    layers = {name.removesuffix(param.conversion.name): param.layer for name, param in params.items()}
     for path, settings in said.items():
         place = path if path in layers else unwrapped(path)
         spec = getattr(layers.get(place), "spec", None)
@@ -227,14 +236,14 @@ def _contradicted(owner: str, params: Mapping[str, Parameter], said: Mapping[str
                 yield f"{owner}: {cause}\nmake that module with {name}={value!r}"
 
 
-def _prefixes_of_all(params: Mapping[str, Parameter], tensors: Mapping[str, Any]) -> list[str]:
+def _prefixes_of_all(params: Mapping[str, ModuleParameter], tensors: Mapping[str, Any]) -> list[str]:
     """The prefixes under which there is a tensor for every parameter."""
     first = next(iter(params))
     prefixes = [key.removesuffix(first) for key in tensors if isinstance(key, str) and key.endswith(f".{first}")]
     return [prefix for prefix in prefixes if all(prefix + name in tensors for name in params)]
 
 
-def _fitted(name: str, value: Any, param: Parameter) -> tuple[jax.Array, bool, float | None]:
+def _fitted(name: str, value: Any, param: ModuleParameter) -> tuple[jax.Array, bool, float | None]:
     """`value` with the parameter's layout, dtype and devices; whether it is finite; and its largest number if not now.
 
     Numbers out of the dtype's range become infinite, as in torch's copy_.
@@ -249,7 +258,7 @@ def _fitted(name: str, value: Any, param: Parameter) -> tuple[jax.Array, bool, f
     array = to_numpy(name, value)
     infinite = _infinite(array)
     with np.errstate(over="ignore"):
-        fitted = param.entry.to_flax(array, param.layer).astype(wanted)
+        fitted = param.conversion.to_flax(array, param.layer).astype(wanted)
     largest = None
     if dtype != wanted and _infinite(fitted) > infinite:
         largest = float(np.max(np.abs(array[np.isfinite(array)])))

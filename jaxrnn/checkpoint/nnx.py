@@ -17,8 +17,8 @@ import jaxrnn.nnx
 from jaxrnn import _compat
 from jaxrnn._core import flax_sharding
 from jaxrnn.checkpoint.arrays import dtype_of
-from jaxrnn.checkpoint.flax_layers import Entry, kind_of
-from jaxrnn.checkpoint.matching import Contents, Parameter, fit, interchangeable
+from jaxrnn.checkpoint.flax_layers import Conversion, kind_of
+from jaxrnn.checkpoint.matching import Contents, ModuleParameter, fit, interchangeable
 from jaxrnn.checkpoint.named import Names
 from jaxrnn.checkpoint.names import fold
 from jaxrnn.checkpoint.torch_modules import CLASSES, check, tensors_of
@@ -251,17 +251,17 @@ _TAKE_ONE = """take one of them, such as the first:
 
 
 def _under(node: object, path: tuple[str, ...] = (), above: tuple[int, ...] = ()) -> Contents:
-    params, below = Names[Parameter](_RENAME), dict[str, Contents]()
+    params, below = Names[ModuleParameter](_RENAME), dict[str, Contents]()
     children = _children(node) if id(node) not in above else {}
-    known = {entry.attribute: entry for entry in kind_of(node).entries}
+    known = {conversion.attribute: conversion for conversion in kind_of(node).conversions}
     layers = {_prefix(path): node} if known else {}
     for name in [*(name for name in known if name in children), *(name for name in children if name not in known)]:
         child, place = children[name], "/".join((*path, name))
         if isinstance(child, nnx.Param) or (name in known and isinstance(child, nnx.Variable)):
             if child.get_raw_value() is not None:
-                entry = known.get(name, Entry(name, name))
-                param = Parameter(child, child.get_value(), node, entry, _own_shape(node, entry))
-                params.put(_prefix(path) + entry.name, param, place)
+                conversion = known.get(name, Conversion(name, name))
+                param = ModuleParameter(child, child.get_value(), node, conversion, _own_shape(node, conversion))
+                params.put(_prefix(path) + conversion.name, param, place)
         else:
             below[place] = _under(child, (*path, name), (*above, id(node)))
     for place, contents in below.items():  # a module's own parameters come before its submodules'
@@ -275,12 +275,12 @@ def _prefix(path: tuple[str, ...]) -> str:
     return "".join(f"{name}." for name in path)
 
 
-def _own_shape(layer: object, entry: Entry) -> tuple[int, ...] | None:
+def _own_shape(layer: object, conversion: Conversion) -> tuple[int, ...] | None:
     """The shape of a layer's parameter that the layer's settings imply."""
     if isinstance(spec := getattr(layer, "spec", None), Spec | CellSpec):
-        return spec.shapes().get(entry.name)
+        return spec.shapes().get(conversion.name)
     try:
-        return None if entry.shape is None else entry.shape(layer)
+        return None if conversion.shape is None else conversion.shape(layer)
     except AttributeError:  # a subclass with another constructor
         return None
 
@@ -294,7 +294,7 @@ def order_in_doubt(node: object, above: tuple[int, ...] = ()) -> list[str]:
     numbered = isinstance(node, nnx.Sequential | nnx.List)
     if numbered or not isinstance(node, nnx.Pytree) or isinstance(children.get("spec"), Spec | CellSpec):
         return []
-    known = {entry.attribute for entry in kind_of(node).entries}
+    known = {conversion.attribute for conversion in kind_of(node).conversions}
     for own in (True, False):  # a module's own parameters come before its submodules'
         parts: dict[str, tuple[Any, ...]] = {}
         for name in [name for name in children if name not in known]:

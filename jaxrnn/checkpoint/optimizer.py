@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from jaxrnn.checkpoint.arrays import to_numpy
 from jaxrnn.checkpoint.errors import CheckpointError, listed
-from jaxrnn.checkpoint.flax_layers import Entry
-from jaxrnn.checkpoint.matching import Contents, Parameter
+from jaxrnn.checkpoint.flax_layers import Conversion
+from jaxrnn.checkpoint.matching import Contents, ModuleParameter
 from jaxrnn.checkpoint.named import Names
 from jaxrnn.checkpoint.names import as_in_module
 from jaxrnn.checkpoint.nnx import contents_of, order_in_doubt
@@ -78,7 +78,7 @@ def optax_from_torch(
     >>> round(float(updates["weight_ih_l0"][0, 0]), 6)  # - lr * (0 + momentum * 1)
     -0.09
     """
-    described = {name: Parameter((name,), value, None, Entry(name, name)) for name, value in params.items()}
+    described = {name: ModuleParameter((name,), value, None, Conversion(name, name)) for name, value in params.items()}
     return resumed(state, described, names, learning_rate, steps_made).for_tree(dict(params))
 
 
@@ -121,7 +121,7 @@ def optimizer_from_torch(
     >>> updates = optimizer.update(gru, nnx.grad(lambda gru: gru(np.ones((5, 2), "float32"))[0].sum())(gru))
     """
     places = {id(variable): path for path, variable in nnx.iter_graph(module) if isinstance(variable, nnx.Param)}
-    described: dict[str, Parameter] = {}
+    described: dict[str, ModuleParameter] = {}
     seen: set[int] = set()
     contents = contents_of(module)
     for name, param in contents.params.items():
@@ -166,7 +166,9 @@ def clip_grad_norm(max_norm: float) -> optax.GradientTransformation:
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
-def trained(names: Sequence[str], described: Mapping[str, Parameter], contents: Contents, prefix: str) -> list[str]:
+def trained(
+    names: Sequence[str], described: Mapping[str, ModuleParameter], contents: Contents, prefix: str
+) -> list[str]:
     """Names in a checkpoint as a module has them, without those of buffers."""
     buffers = (contents.params.keys() | contents.ignored) - described.keys()
     repeated = Names[str](_ONCE)
@@ -241,7 +243,7 @@ def _keys(path: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def resumed(
     state: Mapping[str, Any],
-    params: Mapping[str, Parameter],
+    params: Mapping[str, ModuleParameter],
     names: Sequence[str] | None,
     learning_rate: optax.ScalarOrSchedule | None,
     steps_made: int | None,
@@ -323,7 +325,7 @@ def resumed(
     return Resumed(transformations, counts, labels, moments)
 
 
-def are_named(state: Mapping[str, Any], params: Mapping[str, Parameter], prefix: str) -> bool:
+def are_named(state: Mapping[str, Any], params: Mapping[str, ModuleParameter], prefix: str) -> bool:
     """Whether torch's state dict has names of these parameters, so that their order does not matter."""
     try:
         return not params.keys().isdisjoint(_said(state["param_groups"], params, prefix))
@@ -341,7 +343,7 @@ def _named(
     groups: Sequence[_Group],
     indices: Sequence[Any],
     unused: Set[Any],
-    params: Mapping[str, Parameter],
+    params: Mapping[str, ModuleParameter],
     names: Sequence[str] | None,
     prefix: str,
 ) -> dict[Any, str]:
@@ -387,7 +389,7 @@ def _named(
     return dict(zip(found, names, strict=True))
 
 
-def _said(groups: Sequence[_Group], params: Mapping[str, Parameter], prefix: str) -> dict[str, Any]:
+def _said(groups: Sequence[_Group], params: Mapping[str, ModuleParameter], prefix: str) -> dict[str, Any]:
     """The names in torch's groups, as the module has them, and torch's numbers; nothing if not all have names."""
     named = Names[Any](_NAMES)
     for group in groups:
@@ -435,14 +437,14 @@ def _steps(kept: Mapping[str, Any]) -> int:
     return int(step if isinstance(step, int | float) else to_numpy(STEP, step))
 
 
-def _moment(name: str, value: Any, param: Parameter) -> NDArray[Any]:
+def _moment(name: str, value: Any, param: ModuleParameter) -> NDArray[Any]:
     array = to_numpy(name, value)
     if array.shape != param.shape:
         raise CheckpointError(f"{name} is {array.shape}, should be {param.shape}\n{_NAMES}")
-    return param.entry.to_flax(array, param.layer)
+    return param.conversion.to_flax(array, param.layer)
 
 
-def _fits(moment: NDArray[Any], param: Parameter) -> bool:
+def _fits(moment: NDArray[Any], param: ModuleParameter) -> bool:
     """Whether a moment's numbers stay finite in the parameter's dtype."""
     with np.errstate(over="ignore"):
         return bool(np.isfinite(moment.astype(jnp.result_type(param.value))).all())

@@ -17,7 +17,7 @@ import numpy as np
 from jaxrnn._compat import is_orbax_tree
 from jaxrnn.checkpoint.arrays import NO_NUMBERS, dtype_of, to_numpy
 from jaxrnn.checkpoint.errors import CheckpointError, about, listed
-from jaxrnn.checkpoint.files import Path, Tensors, check_path, opened
+from jaxrnn.checkpoint.files import FilePath, Tensors, check_path, opened
 from jaxrnn.checkpoint.formats import WRITERS, Writer
 from jaxrnn.checkpoint.formats.orbax import NEW
 from jaxrnn.checkpoint.stored import THREADS, Stored, equal
@@ -27,7 +27,7 @@ Wrote = Callable[[int], None]
 fcntl: ModuleType | None = importlib.import_module("fcntl") if importlib.util.find_spec("fcntl") else None
 
 
-def save(path: Path, tensors: Mapping[str, Any], progress: Wrote | None = None) -> None:
+def save(path: FilePath, tensors: Mapping[str, Any], progress: Wrote | None = None) -> None:
     """Write tensors to a file. It is read back and compared, and only then replaces an existing one.
 
     Args:
@@ -75,7 +75,7 @@ def save(path: Path, tensors: Mapping[str, Any], progress: Wrote | None = None) 
         _save(os.path.realpath(path), arrays, write, progress or (lambda count: None))
 
 
-def replace(path: Path, data: bytes) -> None:
+def replace(path: FilePath, data: bytes) -> None:
     """Write a file that is complete once it has its name."""
     check_path(path)
     path = os.path.realpath(path)

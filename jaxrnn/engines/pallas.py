@@ -112,14 +112,16 @@ class Pallas(Scan):
         """The outputs of every step, or what the derivative needs: states and sums; and the last state."""
         cell, marks, gates, count = run.settings.cell, run.marks, run.gates, len(run.gates)
 
-        def body(kept: _Kept, time: Any, state: Arrays, step: tuple[Arrays, Any]) -> tuple[Arrays, Any]:
+        def body(kept: _Resident, time: Any, state: Arrays, step: tuple[Arrays, Any]) -> tuple[Arrays, Any]:
             gates, reset = step
             before = steps.select(_marked(reset), _read(kept.reset_state), state)
             hidden = tuple(kept.bias[k] for k in range(count))
             if kept.weight is not None:
                 hidden = tuple(self._product(run, before[0], kept.weight[k]) + b for k, b in enumerate(hidden))
             sums = steps.added(cell, gates, hidden)
-            after = cell.step(*steps.arguments(cell, gates, sums), before, *steps.own(cell, _read(kept.own)))
+            after = cell.step(
+                *steps.arguments(cell, gates, sums), before, *steps.cell_arguments(cell, _read(kept.cell_params))
+            )
             ended = kept.ended(time)
             after = steps.select(ended, state, tuple(after))
             shown = steps.returned(run, marks._replace(ended=ended), after, None).output
@@ -137,8 +139,8 @@ class Pallas(Scan):
         d_every, d_last = cotangents
         cell, lay = run.settings.cell, run.settings.layout
 
-        def body(stays: _Kept, time: Any, carry: Any, step: Any) -> tuple[Any, Any]:
-            d_state, d_reset, d_own = carry
+        def body(stays: _Resident, time: Any, carry: Any, step: Any) -> tuple[Any, Any]:
+            d_state, d_reset, d_cell_params = carry
             sums, before, reset, d_every = step
             ended, reset = stays.ended(time), _marked(reset)
             if d_every.output is not None:
@@ -146,7 +148,7 @@ class Pallas(Scan):
                 d_state = (d_state[0] + d_output, *d_state[1:])
             d_state = tuple(map(_added, d_state, d_every.state or [None] * len(d_state)))
             states = tuple(jnp.zeros_like(d_state[0]) if a is None else a for a in before)
-            arguments = (*sums, states, *steps.own(cell, _read(stays.own)))
+            arguments = (*sums, states, *steps.cell_arguments(cell, _read(stays.cell_params)))
             _, pull = jax.vjp(lambda *a: tuple(cell.step(*a)), *arguments)
             d_gates, d_hidden, d_before, *d_params = pull(_unless(ended, d_state))
             if d_every.sums is not None:
@@ -165,15 +167,15 @@ class Pallas(Scan):
             if ended is not None:
                 held = _unless(~ended, d_state)
                 d_before = tuple(map(jnp.add, d_before, held))
-            d_own = jax.tree.map(jnp.add, d_own, *d_params) if d_params else d_own
+            d_cell_params = jax.tree.map(jnp.add, d_cell_params, *d_params) if d_params else d_cell_params
             d_inputs = tuple(d for name, d in zip(cell.gates, d_gates, strict=True) if name in cell.apart)
-            return (d_before, d_reset, d_own), (lay.join(d_sums) if joined else d_sums, d_inputs)
+            return (d_before, d_reset, d_cell_params), (lay.join(d_sums) if joined else d_sums, d_inputs)
 
         needed = (None, *kept.before[1:]) if cell.projects else kept.before  # such a step does not read the first state
         streams = kept.sums, needed, _numbers(run.marks.reset), d_every
         d_state = tuple(jnp.zeros_like(a) if d is None else d for a, d in zip(run.state, d_last, strict=True))
         zeros = jax.tree.map(
-            jnp.zeros_like, (run.reset_state if run.marks.reset is not None else None, run.recurrent.own)
+            jnp.zeros_like, (run.reset_state if run.marks.reset is not None else None, run.recurrent.cell_params)
         )
         shape = run.gates[0].shape
         joined = shape[-1] % _LANES == 0  # or else the parts of a row of numbers begin between its tiles
@@ -183,9 +185,9 @@ class Pallas(Scan):
         carry, (d_sums, d_inputs) = self._scan(
             body, run, (d_state, *zeros), streams, results, reverse=not run.settings.reverse
         )
-        d_state, d_reset, d_own = carry
+        d_state, d_reset, d_cell_params = carry
         d_sums = d_sums if joined else lay.join(d_sums)
-        return Linear(d_sums, d_inputs, d_state, d_reset, None, steps.own(cell, d_own))
+        return Linear(d_sums, d_inputs, d_state, d_reset, None, steps.cell_arguments(cell, d_cell_params))
 
     def _product(self, run: Run, a: jax.Array, weight: jax.Array, contract: int = 0) -> jax.Array:
         exact = run.settings.options.precision in _WHOLE
@@ -215,7 +217,7 @@ class Pallas(Scan):
         stream in, and the results stream out, by blocks of steps.
         """
         pl, pltpu = pallas()
-        kept = _Kept.of(run)
+        kept = _Resident.of(run)
         time, block = len(run.gates[0]), self._block(run)
         count = pl.cdiv(time, block)
         tree: Any
@@ -270,17 +272,17 @@ class Pallas(Scan):
         return carry, results
 
 
-class _Kept(NamedTuple):
+class _Resident(NamedTuple):
     """What stays on the chip."""
 
     weight: jax.Array | None  # (gates, hidden_size, hidden_size)
     bias: jax.Array  # (gates, 1, hidden_size)
-    own: dict[str, jax.Array]
+    cell_params: dict[str, jax.Array]
     reset_state: Arrays | None
     ends: jax.Array | None  # how many steps each row has, (batch, 1)
 
     @classmethod
-    def of(cls, run: Run) -> "_Kept":
+    def of(cls, run: Run) -> "_Resident":
         recurrent, marks, gates = run.recurrent, run.marks, len(run.settings.cell.gates)
         hidden, weight = run.gates[0].shape[-1], recurrent.weight_hh
         if weight is not None:
@@ -288,7 +290,7 @@ class _Kept(NamedTuple):
             weight = weight.astype(_weight_dtype(run)).reshape(hidden, gates, hidden).swapaxes(0, 1)
         ends = None if marks.ended is None else jnp.sum(~marks.ended, 0, dtype=jnp.int32)
         reset_state = None if marks.reset is None else run.reset_state
-        return cls(weight, recurrent.bias.reshape(gates, 1, hidden), recurrent.own, reset_state, ends)
+        return cls(weight, recurrent.bias.reshape(gates, 1, hidden), recurrent.cell_params, reset_state, ends)
 
     def ended(self, time: Any) -> Any:
         return None if self.ends is None else time >= self.ends[...]
@@ -347,9 +349,9 @@ def _why_not_lowered(cell: Cell, size: int) -> str | None:
         return jax.ShapeDtypeStruct(shape, jnp.float32)
 
     gates, engine = len(cell.gates), Pallas()
-    own = {n: every(*(gates,) * ("gates" in p.axes), 1, size) for n, p in cell.own.items()}
+    cell_params = {n: every(*(gates,) * ("gates" in p.axes), 1, size) for n, p in cell.own.items()}
     weight_hh = every(size, gates * size) if cell.recurrent else None
-    recurrent = steps.Recurrent(weight_hh, every(gates * size), None, own)
+    recurrent = steps.RecurrentWeights(weight_hh, every(gates * size), None, cell_params)
     state = (every(8, size),) * len(cell.states)
     arrays = recurrent, (every(8, 8, size),) * gates, state, steps.Marks(), None
 

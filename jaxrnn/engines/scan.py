@@ -74,7 +74,7 @@ def _linearized(run: Run, kept: Kept, single: bool, keep_sums: bool | None = Fal
     cell, recurrent = run.settings.cell, run.recurrent
 
     def step(*a: Any) -> tuple[Arrays, Callable]:
-        return jax.linearize(cell.step, *a, *steps.own(cell, recurrent.own), *run.captured)
+        return jax.linearize(cell.step, *a, *steps.cell_arguments(cell, recurrent.cell_params), *run.captured)
 
     if keep_sums:
         return kept

@@ -39,9 +39,9 @@ class Module(linen.Module, Generic[StateT]):
     precision: jax.lax.PrecisionLike = None
 
     def __post_init__(self) -> None:
-        own = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        self.spec: Any = self._Spec(self._cell, **{name: own[name] for name in _names(self._Spec) if name != "cell"})
-        self.options: Options = Options(**{name: own[name] for name in _names(Options) if name in own})
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        self.spec: Any = self._Spec(self._cell, **{name: fields[name] for name in _names(self._Spec) if name != "cell"})
+        self.options: Options = Options(**{name: fields[name] for name in _names(Options) if name in fields})
         engines.asked(self.options)
         floating_dtype("param_dtype", self.param_dtype)
         super().__post_init__()

@@ -29,7 +29,7 @@ from jaxrnn.checkpoint.formats.keras_config import (
     TABLES,
     Cell,
     Config,
-    Path,
+    GroupPath,
     said_of,
     shown,
 )
@@ -124,13 +124,13 @@ class _Variable(NamedTuple):
         array: its value.
     """
 
-    path: Path
+    path: GroupPath
     titles: tuple[str | None, ...]
     array: np.ndarray
 
 
 def _variables(
-    pyfive: Any, group: Any, path: Path, titles: tuple[str | None, ...], budget: Budget, count: Iterator[int]
+    pyfive: Any, group: Any, path: GroupPath, titles: tuple[str | None, ...], budget: Budget, count: Iterator[int]
 ) -> Iterator[_Variable]:
     """Every array of numbers in a group and below it."""
     for name in group:
@@ -182,7 +182,7 @@ class _Part(NamedTuple):
         title: the name of the cell, where the file says it.
     """
 
-    group: Path
+    group: GroupPath
     arrays: dict[str, np.ndarray]
     cell: Cell | None
     levels: int
@@ -234,7 +234,7 @@ class _Module(NamedTuple):
         parts: its cells.
     """
 
-    where: Path
+    where: GroupPath
     titles: tuple[str | None, ...]
     numbered: bool
     parts: _Parts
@@ -243,7 +243,7 @@ class _Module(NamedTuple):
 class _Place(NamedTuple):
     """Where a cell is: the path of the module, the attribute of a Bidirectional, the level, and how many there are."""
 
-    where: Path
+    where: GroupPath
     side: str = ""
     level: int = 0
     levels: int = 1
@@ -271,7 +271,7 @@ def _convolves(group: list[_Variable]) -> bool:
     return bool(path) and CELL.fullmatch(path[-1]) is not None and all(len(shape) > 2 for shape in shapes)
 
 
-def _layers_in(group: Path) -> Path:
+def _layers_in(group: GroupPath) -> GroupPath:
     """The part of a group's path that names layers."""
     if group[-1:] == ("vars",):
         return group[:-1]
@@ -280,7 +280,7 @@ def _layers_in(group: Path) -> Path:
 
 def _converted(variables: list[_Variable], config: Config | None) -> tuple[Described, list[str]]:
     """The weights, and what there is to say of them."""
-    groups: dict[Path, list[_Variable]] = {}
+    groups: dict[GroupPath, list[_Variable]] = {}
     for each in variables:
         groups.setdefault(each.path[:-1], []).append(each)
     modules = _modules(groups, config)
@@ -288,7 +288,7 @@ def _converted(variables: list[_Variable], config: Config | None) -> tuple[Descr
     notes = _Notes(config is not None)
     if config is not None:
         notes.without = config.unread()
-    used: set[Path] = set()
+    used: set[GroupPath] = set()
     for prefix, parts in _named(modules, notes).items():
         if reasons := _reasons(parts):
             notes.left_out[f"{prefix.removesuffix('.')} ({', '.join(reasons)})"] = None
@@ -311,7 +311,7 @@ def _converted(variables: list[_Variable], config: Config | None) -> tuple[Descr
     return Described(tensors, {prefix: settings for prefix, settings in said.items() if settings}), notes.words()
 
 
-def _modules(groups: Mapping[Path, list[_Variable]], config: Config | None) -> list[_Module]:
+def _modules(groups: Mapping[GroupPath, list[_Variable]], config: Config | None) -> list[_Module]:
     """The cells, by the recurrent layer that they are in."""
     arrays = {path: found for path, group in groups.items() if (found := _arrays(group)) is not None}
     titles = {path: groups[path][0].titles[: len(_layers_in(path))] for path in arrays}
@@ -332,7 +332,7 @@ def _modules(groups: Mapping[Path, list[_Variable]], config: Config | None) -> l
     return list(modules.values())
 
 
-def _cell_of(group: Path, titles: tuple[str | None, ...], config: Config | None) -> Cell | None:
+def _cell_of(group: GroupPath, titles: tuple[str | None, ...], config: Config | None) -> Cell | None:
     """What the configuration says of the cell in a group."""
     if config is None:
         return None
@@ -340,7 +340,7 @@ def _cell_of(group: Path, titles: tuple[str | None, ...], config: Config | None)
     return config.by_path(path, titles) if group[-1] == "vars" else config.by_names(path)
 
 
-def _place(group: Path, cell: Cell) -> _Place:
+def _place(group: GroupPath, cell: Cell) -> _Place:
     path = _layers_in(group)
     end = len(cell.module)
     if group[-1] != "vars":
@@ -350,10 +350,10 @@ def _place(group: Path, cell: Cell) -> _Place:
 
 
 def _guessed(
-    cells: Mapping[Path, tuple[str | None, ...]], groups: Iterable[Path], configured: bool
-) -> dict[Path, _Place]:
+    cells: Mapping[GroupPath, tuple[str | None, ...]], groups: Iterable[GroupPath], configured: bool
+) -> dict[GroupPath, _Place]:
     """The places of cells of which no configuration says anything, by the names of groups."""
-    stacks: dict[Path, list[str]] = {}
+    stacks: dict[GroupPath, list[str]] = {}
     for path in map(_layers_in, groups):
         if path[-3:-1] == _STACK and len(path) > 3:
             stacks.setdefault(path[:-1], []).append(path[-1])
@@ -364,7 +364,7 @@ def _guessed(
     }
     levels = {(*path, name): i for path, names in stacks.items() for i, name in enumerate(names)}
     alone = Counter(path[:-1] for group in cells if CELL.fullmatch((path := _layers_in(group))[-1]))
-    places: dict[Path, _Place] = {}
+    places: dict[GroupPath, _Place] = {}
     for group in cells:
         path = _layers_in(group)
         if path in levels:
@@ -408,7 +408,7 @@ def _named(modules: list[_Module], notes: "_Notes") -> dict[str, _Parts]:
     return named
 
 
-def _names_of(module: _Module, tops: Mapping[str, int]) -> Path:
+def _names_of(module: _Module, tops: Mapping[str, int]) -> GroupPath:
     """The names in a module's prefix. What is in a list of layers goes by the layer's name, an attribute by its own."""
     if not module.numbered:
         return module.where[:1] if tops[module.where[0]] == 1 else module.where

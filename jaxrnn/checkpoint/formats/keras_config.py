@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from jaxrnn.checkpoint.errors import AGAIN, CheckpointError
 from jaxrnn.checkpoint.tables import USED, Finding, Row, Table, neutral, refused, warned
 
-Path = tuple[str, ...]
+GroupPath = tuple[str, ...]
 
 CONTAINERS = ("layers", "_layer_checkpoint_dependencies")  # of models in files of Keras 3, and of late Keras 2
 CELL = re.compile(r"cell|(lstm|gru|simple_rnn)_cell(_\d+)?")
@@ -184,7 +184,7 @@ class Cell(NamedTuple):
         depth: how many of these are of the outermost recurrent layer, and what that is in.
     """
 
-    module: Path = ()
+    module: GroupPath = ()
     chain: tuple[Node, ...] = ()
     side: str = ""
     level: int = 0
@@ -226,14 +226,14 @@ class Config:
     """
 
     def __init__(self, raw: Any) -> None:
-        self._cells: dict[Path, Cell] = {}
+        self._cells: dict[GroupPath, Cell] = {}
         self._by_name: dict[tuple[str, str], list[Cell]] = {}  # of the layer of the model that has it, and its own
         self._makes: dict[int, str] = {}  # what makes a mask, by a model's list of layers
         self._read: set[int] = set()  # the cells of which weights were found
-        self._titles: dict[Path, str] = {}  # of what is in a model, by the group's name
+        self._titles: dict[GroupPath, str] = {}  # of what is in a model, by the group's name
         root = node_of(raw)
         self._root = root.name if root else ""
-        todo: list[tuple[Node | None, Path, Cell]] = [(root, (), Cell())]
+        todo: list[tuple[Node | None, GroupPath, Cell]] = [(root, (), Cell())]
         while todo:
             node, path, place = todo.pop()
             if node is not None and len(path) <= _DEEPEST:
@@ -241,14 +241,14 @@ class Config:
             if len(self._cells) > _MOST:
                 raise CheckpointError(f"the configuration of the model has over {_MOST} recurrent layers\n{AGAIN}")
 
-    def by_path(self, path: Path, titles: Iterable[str | None]) -> Cell | None:
+    def by_path(self, path: GroupPath, titles: Iterable[str | None]) -> Cell | None:
         """The cell whose weights are in a group of a file of Keras 3.
 
         Args:
             path: the names of groups, from the outermost.
             titles: the name of the layer that each holds, where the file says it.
         """
-        found: Path = ()
+        found: GroupPath = ()
         contained = False
         for each, title in zip(path, titles, strict=True):
             if contained:
@@ -260,7 +260,7 @@ class Config:
         self._read.add(id(cell))
         return cell
 
-    def by_names(self, path: Path) -> Cell | None:
+    def by_names(self, path: GroupPath) -> Cell | None:
         """The cell whose weights have these names in a file of Keras 2, from the outermost layer's to the cell's."""
         found = list(self._by_name.get((path[0], path[-1]), ()))
         if CELL.fullmatch(path[-1]) and len(path) > 1:
@@ -286,7 +286,7 @@ class Config:
             found[".".join(names) + (f" ({', '.join(said)})" if said else "")] = None
         return list(found)
 
-    def _follows(self, path: Path, cell: Cell) -> bool:
+    def _follows(self, path: GroupPath, cell: Cell) -> bool:
         """Whether names follow each other as those of what a cell is in do; some may be left out."""
         if cell.depth == 1 and cell.chain[0].kind in TABLES and len(path) > 1 and path[1] in cell.names[0]:
             path = path[1:]  # the first name is that of the model in which the layer was made
@@ -296,14 +296,14 @@ class Config:
             any(each in some for some in names) or (i == last and CELL.fullmatch(each)) for i, each in enumerate(path)
         )
 
-    def _add(self, path: Path, cell: Cell) -> None:
+    def _add(self, path: GroupPath, cell: Cell) -> None:
         self._cells[path] = cell
         # Keras 2 may not name the only cell of a layer.
         alone = cell.levels == 1 and len(cell.chain) > 1 and cell.chain[-2].kind == "RNN"
         for name in {*cell.names[-1], *(cell.names[-2] if alone and len(cell.names) > 1 else ())}:
             self._by_name.setdefault((cell.names[0][0], name), []).append(cell)
 
-    def _inside(self, node: Node, path: Path, place: Cell) -> Iterator[tuple[Node | None, Path, Cell]]:
+    def _inside(self, node: Node, path: GroupPath, place: Cell) -> Iterator[tuple[Node | None, GroupPath, Cell]]:
         """What is directly in a layer or model, with its path and place. A cell is noted instead."""
         if node.layers is not None:
             if node.kind.startswith("~"):
@@ -356,7 +356,9 @@ class Config:
             self._makes[id(node.layers)] = next(filter(None, found), "")
         return self._makes[id(node.layers)]
 
-    def _in_model(self, layers: list[Any], path: Path, place: Cell) -> Iterator[tuple[Node | None, Path, Cell]]:
+    def _in_model(
+        self, layers: list[Any], path: GroupPath, place: Cell
+    ) -> Iterator[tuple[Node | None, GroupPath, Cell]]:
         nodes = [node_of(each) for each in layers]
         groups = _groups(nodes)
         alone = Counter(node.kind for node in nodes if node)
