@@ -9,14 +9,7 @@ What people use, in the order in which to read it:
 5. `packed`: rows of different lengths. `engines`: what runs the loop over time. `checkpoint`: files, and other
    libraries.
 
-The engine room is `_core`:
-
-1. `options`: how to run.
-2. `steps`: one step of a layer, with its weights. `layouts`: the layout of its gates.
-3. `blocks` and `recurrence`: one layer in one direction, and its derivative. `rules`, `platforms` and `meshes` do what
-   JAX needs for that.
-4. `stack`: all layers and directions.
-5. `calls`: checks, and conversion to what `stack` takes.
+The engine room is `_core`: what runs a call.
 
 To add a cell, write it in `more_cells`; a format of files, see `checkpoint/files`; an engine, `engines`. To add an
 option, add a field to `Options`, the keyword to the modules (`nnx/layers`, `linen/base`) and functions, its sentence to

@@ -19,10 +19,10 @@ class Sizes(NamedTuple):
     """What the size of a block depends on, beside the platform."""
 
     time: Any
-    rows: Any  # of one program of jax.vmap
-    columns: int  # of all gates
-    keep: bool  # whether there is a derivative
-    backward: bool  # whether this is it
+    rows: Any  # B, before jax.vmap multiplies it
+    columns: int  # G * H
+    keep: bool  # whether there will be a derivative
+    backward: bool  # whether this is the derivative
 
 
 def block_size(form: Form, where: Where, settings: Settings, sizes: Sizes) -> int:
@@ -78,13 +78,13 @@ class Loop(NamedTuple):
     ) -> tuple[Any, Any]:
         """Scan over blocks.
 
-        `block(carry, part, first)` returns a carry, and a pair: what there is of each step, and of the block.
+        `block(carry, part, first)` returns a carry, and a pair: results for every step, and results for the block.
 
         Args:
-            parts: arrays of all steps.
-            firsts: arrays of all blocks.
-            again: whether each of several blocks computes what it needs anew. Otherwise JAX computes what does not
-                depend on tangents for all blocks beforehand, and stores it.
+            parts: arrays with an axis of steps in front, T long. A block gets its own steps of them.
+            firsts: arrays with an axis of blocks in front. A block gets its own element of them.
+            again: whether to recompute in each block whatever does not depend on tangents. Otherwise JAX computes that
+                for all blocks beforehand, and stores it.
         """
         time, reverse = jax.tree.leaves(parts)[0].shape[0], self.settings.reverse
         if not self.single and (not isinstance(time, int) or self.size >= time):

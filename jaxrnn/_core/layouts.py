@@ -12,26 +12,26 @@ from jaxrnn.cells import Arrays
 
 
 class Layout(Protocol):
-    """What a layer needs to know about its layout."""
+    """How a layer's gates are laid out. An array "in this layout" has its gates where `join` puts them."""
 
     @property
     def contract(self) -> int:
         """The axis of a weight, as it is stored, over which products sum."""
 
     def split(self, a: jax.Array) -> Arrays:
-        """One array for each gate."""
+        """G arrays (..., H) from one in this layout."""
 
     def join(self, gates: Arrays) -> jax.Array:
         """The inverse of `split`."""
 
     def by_gate(self, a: jax.Array) -> jax.Array:
-        """Convert an array whose last axis is torch's rows, (..., gates * hidden_size), to this layout."""
+        """Convert an array whose last axis is torch's rows, (..., G * H), to this layout."""
 
     def stored(self, weight: jax.Array) -> jax.Array:
-        """Convert torch's weights, (gates * hidden_size, features), to this layout."""
+        """Convert torch's weights, (G * H, I), to this layout."""
 
     def for_each_gate(self, weight_ih: jax.Array) -> Arrays:
-        """The input weights, one array (features, hidden_size) for each gate."""
+        """The input weights of each gate: G arrays (I, H)."""
 
     def features_first(self, weight: jax.Array) -> jax.Array:
         """A weight, as it is stored, with the features first."""
@@ -44,7 +44,7 @@ class Layout(Protocol):
 
 
 class SideBySide(NamedTuple):
-    """Gate after gate on one axis, as torch's rows: (..., gates * hidden_size)."""
+    """Gate after gate on one axis, as torch's rows: (..., G * H)."""
 
     gates: int
 
@@ -79,7 +79,7 @@ class SideBySide(NamedTuple):
 
 
 class Sharded(NamedTuple):
-    """Hidden units sharded, each device with every gate of its units: (..., gates, hidden_size).
+    """Hidden units sharded, each device with every gate of its units: (..., G, H).
 
     Sharding torch's rows would give each device different gates and force an exchange at every step.
     """

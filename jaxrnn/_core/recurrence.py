@@ -35,8 +35,8 @@ UNMARKED = Marks()
 class LaidOut(NamedTuple):
     """A layer's weights in its layout."""
 
-    weight_ih: jax.Array
-    bias_ih: jax.Array | None  # of the gates in cell.apart, zeros for others; None if there is none
+    weight_ih: jax.Array  # (G * H, I), or as the layout has it
+    bias_ih: jax.Array | None  # (G * H,): of the gates in cell.apart, zeros for the others; None if none is apart
     recurrent: RecurrentWeights
 
 
@@ -52,17 +52,17 @@ def layer(
 
     Args:
         settings: the cell, the options, and the direction in time.
-        weights: torch's parameters of this layer and direction by role: `weight_ih` (gates * hidden_size, features),
-            and where there are any `weight_hh`, `bias_ih`, `bias_hh`, `weight_hr` and those of the cell's own; all in
-            x's dtype.
-        x: the input, (time, batch, features); finite in the padding, too.
-        state: the initial state, one array (batch, size) a state.
-        marks: where rows have ended, and where the state is put back.
-        reset_state: what the state is put back to, like `state`; zeros if None.
+        weights: torch's parameters of this layer and direction by role: `weight_ih` (G * H, I); where the cell and the
+            spec have them, `weight_hh` (G * H, P), `bias_ih` and `bias_hh` (G * H,), `weight_hr` (P, H), and the cell's
+            own; all in x's dtype.
+        x: the input, (T, B, I); finite in the padding, too.
+        state: the initial state: (B, P), then (B, H).
+        marks: where rows have ended, and where the state is reset.
+        reset_state: what the state is reset to, like `state`; zeros if None.
 
     Returns:
-        The outputs, (time, batch, output size) in x's dtype, with the states and the gates of every step where the
-        settings say so; and the state after the last step run, as it is carried: in float32 at least.
+        The outputs, (T, B, P) in x's dtype, with the states and the gates of every step if `settings.every`; and the
+        state after the last step, in float32 at least.
     """
     state = _cast(state, accumulator(x.dtype))
     if marks.reset is not None:
@@ -89,16 +89,16 @@ def layer(
 
 
 class Given(NamedTuple):
-    """One layer in one direction, with its arrays as loops need them.
+    """One layer in one direction, with its arrays as the loops need them.
 
-    Its tangent has the same form: tangents in place of arrays, and None for zeros.
+    Its tangent is a Given, too: of tangents, and None for zeros.
     """
 
     weights: LaidOut
-    x: jax.Array
-    state: Arrays
+    x: jax.Array  # (T, B, I)
+    state: Arrays  # (B, P), then (B, H)
     marks: Marks
-    reset_state: Arrays | None
+    reset_state: Arrays | None  # like `state`
     captured: Arrays = ()  # what the cell's step closes over, its last arguments
 
     def run(self, settings: Settings, gates: Arrays, state: Arrays, marks: Marks) -> Run:
@@ -106,7 +106,7 @@ class Given(NamedTuple):
         return Run(settings, self.x.dtype, self.weights.recurrent, gates, state, marks, self.reset_state, self.captured)
 
     def ready(self, loop: Loop) -> "Given":
-        """With the recurrent weights transposed, if that is worth it."""
+        """The same, with the recurrent weights transposed unless `Settings.stored`."""
         recurrent = self.weights.recurrent
         if loop.settings.stored or recurrent.weight_hh is None:
             return self
@@ -115,7 +115,7 @@ class Given(NamedTuple):
 
 
 def _like_gates(settings: Settings, given: Given) -> tuple[Any, ...]:
-    """The types of the input's parts of the gates, of all steps."""
+    """The types of the input's parts of the gates: G times (T, B, H)."""
     x, count = given.x, len(settings.cell.gates)
     hidden_size = given.weights.recurrent.bias.size // count
     return (varying_like((*x.shape[:2], hidden_size), accumulator(x.dtype), x),) * count
@@ -177,7 +177,7 @@ def _on_platform(
 
 
 def _forward(loop: Loop, given: Given) -> tuple[Steps, Arrays, Any]:
-    """What is returned of every step, the last state, and what the derivative needs."""
+    """Run all steps. Returns the `Steps`, the last state, and what the derivative needs."""
     settings, keep = loop.settings, loop.keep
     input_gates = _input_gates(settings, given.weights, loop.single)
     recomputed = isinstance(settings.options.remat, int)
@@ -193,7 +193,7 @@ def _forward(loop: Loop, given: Given) -> tuple[Steps, Arrays, Any]:
 
 
 def _tangents(loop: Loop, given: Given, kept: Any, tangent: Given) -> tuple[Steps, Arrays]:
-    """The tangent of what `_forward` returns: linear in `tangent`."""
+    """The tangents of the first two results of `_forward`: linear in `tangent`."""
     settings, lay, cell = loop.settings, loop.settings.layout, loop.settings.cell
     weights, product = given.weights, functools.partial(steps.product, loop.settings)
     wide = accumulator(given.x.dtype)
@@ -247,10 +247,11 @@ def _tangents(loop: Loop, given: Given, kept: Any, tangent: Given) -> tuple[Step
 
 
 def _input_gates(settings: Settings, weights: LaidOut, at_once: bool) -> Callable[[jax.Array], Arrays]:
-    """The input's part of every gate, of a block of steps: a function of x.
+    """A function from x, (T, B, I) or (B, I), to the input's part of every gate, G arrays (T, B, H) or (B, H).
 
     Args:
-        at_once: whether it is one product. Of many steps, it is one for each gate: splitting one would copy it.
+        at_once: whether to make one product for all gates. For many steps there is one for each gate, because splitting
+            the result would copy it.
     """
     lay, cell = settings.layout, settings.cell
     together = weights.weight_ih if settings.stored else lay.features_first(weights.weight_ih)
@@ -269,7 +270,7 @@ def _input_gates(settings: Settings, weights: LaidOut, at_once: bool) -> Callabl
 
 
 def step(settings: Settings, weights: dict[str, jax.Array], x: jax.Array, state: Arrays) -> Arrays:
-    """Make one step: as `layer`, on x of shape (batch, features) or (features,), without a time axis."""
+    """Make one step: as `layer`, on x of shape (B, I) or (I,)."""
     if x.ndim == 1:
         x, state = jax.tree.map(lambda a: a[None], (x, state))
         return tuple(a[0] for a in step(settings, weights, x, state))

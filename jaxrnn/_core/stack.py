@@ -30,16 +30,17 @@ def run(
         spec: the settings.
         options: how to run.
         params: the parameters by name, in x's dtype.
-        x: the input, (time, batch, input_size); finite in the padding, too.
-        state: the initial states, one array (num_layers * directions, batch, size) a state.
-        marks: where rows have ended, and where the state is put back.
-        reset_state: what the state is put back to, like `state`; zeros if None.
-        dropout: a random key, or for each layer but the last what is kept, (time, batch, features); None for none.
+        x: the input, (T, B, I); finite in the padding, too.
+        state: the initial states: (L * D, B, P), then (L * D, B, H).
+        marks: where rows have ended, and where the state is reset.
+        reset_state: what the state is reset to, like `state`; zeros if None.
+        dropout: a random key, or for each layer but the last the outputs that are kept, (T, B, D * P); None for no
+            dropout.
         every: whether to return the states and gates of every step.
 
     Returns:
-        The last layer's outputs, (time, batch, directions * output size), the last states, like `state`, and what each
-        layer in each direction returns for every step.
+        The last layer's outputs, (T, B, D * P); the last states, like `state`; and the `Steps` of each layer in each
+        direction.
     """
     sides = layout(len(spec.cell.gates), None if spec.proj_size else options.hidden_axis)
     keys = None if dropout is None or isinstance(dropout, tuple) else jax.random.split(dropout, spec.num_layers)

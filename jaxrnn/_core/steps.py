@@ -1,4 +1,7 @@
-"""One step of a layer: the recurrent product, the cell, the projection, and the marks. Engines run it over time."""
+"""One step of a layer: the recurrent product, the cell, the projection, and the marks. Engines run it over time.
+
+Shapes are in the letters of `jaxrnn._core`.
+"""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -38,37 +41,37 @@ class Settings(NamedTuple):
 
 
 class Marks(NamedTuple):
-    """Steps that are not like the others: boolean arrays (time, batch, 1), True where marked; None marks no step."""
+    """Steps that are not like the others: boolean arrays (T, B, 1), True at these steps; None if there are none."""
 
     ended: jax.Array | None = None  # past the row's end: the state is held, and the output is 0
-    reset: jax.Array | None = None  # the state is put back before the step
+    reset: jax.Array | None = None  # the state is reset before the step
 
 
 class RecurrentWeights(NamedTuple):
-    """The weights inside the loop. Every cell has one; `weight_hh` is None if the cell is not recurrent.
+    """The weights that the loop over time needs. `weight_hh` is None for a cell without a recurrent product.
 
-    Unless `Settings.stored`, it is transposed outside the loop, so that products read it along its rows.
+    Unless `Settings.stored`, `weight_hh` is transposed outside the loop, so that products read it along its rows.
     """
 
-    weight_hh: jax.Array | None  # (output size, gates * hidden_size), or as the layout or `Settings.stored` has it
-    bias: jax.Array  # what joins the recurrent product: b_hh, and b_ih but for the gates in cell.apart
-    weight_hr: jax.Array | None  # (hidden_size, proj_size)
-    cell_params: dict[str, jax.Array]  # the cell's own parameters, which broadcast against the gates
+    weight_hh: jax.Array | None  # (P, G * H), or as the layout or `Settings.stored` has it
+    bias: jax.Array  # (G * H,), added to the recurrent product: b_hh, and b_ih except for the gates in cell.apart
+    weight_hr: jax.Array | None  # (H, P)
+    cell_params: dict[str, jax.Array]  # the cell's own parameters, (..., H), which broadcast against the gates
 
 
 class Run(NamedTuple):
-    """A block of steps of one layer in one direction, often all of them: all that its loop needs.
+    """A block of steps of one layer in one direction, often all steps: everything that the loop over them needs.
 
-    Not a tree of arrays alone: `settings` and `dtype` are none.
+    `settings` and `dtype` are no arrays, so a Run is no argument of a JAX transformation.
     """
 
     settings: Settings
     dtype: jnp.dtype  # of the outputs
     recurrent: RecurrentWeights
-    gates: Arrays  # the input's part of every gate, (time, batch, hidden_size); a block of one step may lack time
-    state: Arrays  # the first, (batch, size)
+    gates: Arrays  # the input's part of every gate, G arrays (T, B, H); without T in a block that is one step
+    state: Arrays  # before the first step: (B, P), then (B, H)
     marks: Marks
-    reset_state: Arrays | None
+    reset_state: Arrays | None  # what the state is reset to, like `state`
     captured: Arrays = ()  # what the cell's step closes over, its last arguments
 
 
@@ -77,9 +80,9 @@ class Layer(NamedTuple):
 
     cell: Cell
     options: Options
-    weights: tuple[dict[str, jax.Array], ...]  # of each direction, by role, as torch has them; in x's dtype
-    x: jax.Array  # the input, (time, batch, features); finite in the padding
-    state: Arrays  # the first, (directions, batch, size)
+    weights: tuple[dict[str, jax.Array], ...]  # D of them: by role, as torch has them; in x's dtype
+    x: jax.Array  # the input, (T, B, I); finite in the padding
+    state: Arrays  # before the first step: (D, B, P), then (D, B, H)
     marks: Marks
     reset_state: Arrays | None  # like `state`
     every: bool  # whether the states and gates of every step are returned
@@ -88,26 +91,26 @@ class Layer(NamedTuple):
 class Sums(NamedTuple):
     """The first two arguments of a cell's step."""
 
-    gates: tuple[Any, ...]  # the whole sum of each gate, or the input's part alone if it is apart
-    hidden: tuple[Any, ...]  # the recurrent part of each gate that is apart
+    gates: tuple[Any, ...]  # the whole sum of each gate, or the input's part alone for one in cell.apart; (..., B, H)
+    hidden: tuple[Any, ...]  # the recurrent part of each gate in cell.apart; (..., B, H)
 
 
 class Steps(NamedTuple):
-    """What a run returns for each step, or for all steps with time in front."""
+    """What a run returns for every step."""
 
-    output: jax.Array
-    state: Arrays | None = None  # after the step
-    sums: Any = None  # `Sums` of all steps
-    gates: Arrays | None = None  # after their nonlinearities
+    output: jax.Array  # (T, B, P)
+    state: Arrays | None = None  # after the step: (T, B, P), then (T, B, H)
+    sums: Any = None  # `Sums`, of arrays (T, B, H)
+    gates: Arrays | None = None  # after their nonlinearities, G arrays (T, B, H)
 
 
 class Kept(NamedTuple):
-    """What the derivative of a run needs: the linear map of each step, or what it is made from; with time in front."""
+    """What the derivative of a run needs: the linear map of each step, or the sums that it is made from."""
 
-    before: Arrays  # the states before each step; with `push`, only the first of them, h
+    before: Arrays  # the states before each step: (T, B, P), then (T, B, H); with `push` h alone, (T, B, P)
     sums: Sums | None = None
-    push: Any = None  # the linear map of each step, as `jax.linearize` gives it
-    hidden: jax.Array | None = None  # the first state after each step, before its projection
+    push: Any = None  # the linear map of each step, as `jax.linearize` returns it, of arrays (T, ...)
+    hidden: jax.Array | None = None  # h after each step, before its projection, (T, B, H)
 
 
 def accumulator(dtype: jnp.dtype) -> jnp.dtype:
@@ -131,7 +134,7 @@ def product(settings: Settings, a: jax.Array, weight: jax.Array, contract: int =
 
 
 def weighed(settings: Settings, a: jax.Array, weight: jax.Array) -> jax.Array:
-    """The product with a weight that is as `Settings.stored` says; not of tangents."""
+    """The product with a weight as `Settings.stored` describes it; not for tangents."""
     if settings.contract == 0 or a.ndim != 2 or not isinstance(a.shape[0], int) or a.shape[0] not in _FEW:
         return product(settings, a, weight, settings.contract)
 
@@ -144,7 +147,7 @@ def weighed(settings: Settings, a: jax.Array, weight: jax.Array) -> jax.Array:
 
 
 def _of_few_rows(settings: Settings, a: jax.Array, weight: jax.Array) -> jax.Array:
-    """The product of a few rows with a weight as it is stored, (columns, features), on a CPU, in half of XLA's time.
+    """The product of a few rows, (B, I), with a weight as it is stored, (G * H, I), on a CPU, in half of XLA's time.
 
     A small weight is transposed, behind a barrier: then XLA moves that out of a loop around the call. A large weight is
     left as it is, and is the first operand. Without the barriers, XLA would swap the operands back. XLA crashes where
@@ -162,14 +165,14 @@ def plus(a: jax.Array, bias: jax.Array) -> jax.Array:
 
 
 def select(mark: jax.Array | None, marked: Arrays | None, others: Arrays) -> Arrays:
-    """`marked` in the rows that have the mark, `others` in those that have not."""
+    """`marked` in the rows where `mark` is True, `others` in the other rows."""
     if mark is None or marked is None:
         return others
     return tuple(jnp.where(mark, a, b) for a, b in zip(marked, others, strict=True))
 
 
 def recurrent_sums(settings: Settings, recurrent: RecurrentWeights, gates: Arrays, h: jax.Array) -> Arrays:
-    """The recurrent product, with the bias, added to the input's part of each gate that is not apart."""
+    """The recurrent product, with the bias, added to the input's part of each gate except those in cell.apart."""
     hidden = recurrent.bias
     if recurrent.weight_hh is not None:
         hidden = plus(weighed(settings, h, recurrent.weight_hh), hidden)
@@ -177,7 +180,7 @@ def recurrent_sums(settings: Settings, recurrent: RecurrentWeights, gates: Array
 
 
 def added(cell: Cell, gates: Arrays, recurrent: Arrays) -> Arrays:
-    """Both parts of each gate added, or the recurrent part alone if it is apart."""
+    """Both parts of each gate added, or the recurrent part alone for a gate in cell.apart."""
     return tuple(
         a if name in cell.apart else plus(gate, a) for name, gate, a in zip(cell.gates, gates, recurrent, strict=True)
     )
@@ -199,7 +202,7 @@ def cell_arguments(cell: Cell, params: dict[str, jax.Array]) -> tuple[dict[str, 
 def one_step(
     settings: Settings, recurrent: RecurrentWeights, gates: Arrays, state: Arrays, captured: Arrays = ()
 ) -> tuple[Arrays, Arrays]:
-    """One step: the state after it, and the sums, from which the derivative finds what else it needs."""
+    """Make one step. Returns the state after it, and the sums, from which the derivative is computed."""
     cell, sums = settings.cell, recurrent_sums(settings, recurrent, gates, state[0])
     after = cell.step(*arguments(cell, gates, sums), state, *cell_arguments(cell, recurrent.cell_params), *captured)
     after = _checked(cell, after, sums[0])
@@ -209,7 +212,7 @@ def one_step(
 
 
 def _checked(cell: Cell, state: object, like: jax.Array) -> Arrays:
-    """What a step returned, if it is as it should be."""
+    """The state that a cell's step returned, if its arrays have the right number, shapes and dtypes."""
     if not isinstance(state, tuple | list) or len(state) != len(cell.states):
         got = f"{len(state)}" if isinstance(state, tuple | list) else f"no tuple but {type(state).__name__}"
         raise ValueError(f"step of Cell {cell.name!r} should return a tuple of {len(cell.states)} arrays, got {got}")
@@ -221,14 +224,14 @@ def _checked(cell: Cell, state: object, like: jax.Array) -> Arrays:
 
 
 def advance(run: Run, gates: Arrays, marks: Marks, state: Arrays) -> tuple[Arrays, Arrays]:
-    """A step of a run, with its marks: the state after it, and the sums."""
+    """Make one step of a run, with its marks. Returns the state after it, and the sums."""
     before = select(marks.reset, run.reset_state, state)
     after, sums = one_step(run.settings, run.recurrent, gates, before, run.captured)
     return select(marks.ended, state, after), sums
 
 
 def returned(run: Run, marks: Marks, state: Arrays, sums: Any) -> Steps:
-    """What a run returns of a step, whose sums are as `one_step` has them, or of all steps."""
+    """The `Steps` of one step or of all steps, from the states after them and the sums of `one_step`."""
     (output,) = without_padding(marks, (state[0].astype(run.dtype),))
     return Steps(output, state, sums) if run.settings.every else Steps(output)
 
@@ -239,7 +242,7 @@ def without_padding(marks: Marks, arrays: Arrays) -> Arrays:
 
 
 def before(settings: Settings, first: Arrays, after: Arrays) -> Arrays:
-    """The states before each step, from the first one and those after each step."""
+    """The states before each step, from the first state and the states after each step."""
     if settings.reverse:
         return tuple(jnp.concatenate([a[1:], a_0[None]]) for a_0, a in zip(first, after, strict=True))
     return tuple(jnp.concatenate([a_0[None], a[:-1]]) for a_0, a in zip(first, after, strict=True))

@@ -200,8 +200,8 @@ def from_torch(torch_module: Any, rngs: nnx.Rngs | None = None) -> Any:
     }
     if "nonlinearity" in settings and hasattr(torch_module, "mode"):  # by which torch's layers go
         settings["nonlinearity"] = torch_module.mode.removeprefix("RNN_").lower()
-    if "bias_ih" in torch_module._parameters:  # by which torch's cells go
-        settings["bias"] = torch_module._parameters["bias_ih"] is not None
+    if "bias_ih" in (parameters := vars(torch_module)["_parameters"]):  # by which torch's cells go
+        settings["bias"] = parameters["bias_ih"] is not None
     tensors = tensors_of(torch_module)
     dtype = next((dtype_of(tensor) for key, tensor in tensors.items() if "weight" in key), jnp.dtype("float32"))
     dtype = jax.dtypes.canonicalize_dtype(dtype)

@@ -306,7 +306,7 @@ def _computed(torch_module: Any) -> Iterator[tuple[str, Any, Callable[[], Any]]]
     own = vars(torch_module)
     for hook in filter(_folds, own["_forward_pre_hooks"].values()):
         if hasattr(hook, "apply_mask"):
-            yield hook._tensor_name, hook, functools.partial(hook.apply_mask, torch_module)
+            yield vars(hook)["_tensor_name"], hook, functools.partial(hook.apply_mask, torch_module)
         else:  # in evaluation mode, in which spectral_norm changes nothing
             more = {"do_power_iteration": False} if type(hook).__module__ == _SPECTRAL else {}
             yield hook.name, hook, functools.partial(hook.compute_weight, torch_module, **more)

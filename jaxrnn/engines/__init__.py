@@ -9,7 +9,7 @@ file has to change. There are two kinds:
   `Layer`, one layer in all its directions, and computes all of its outputs. It is tried if no engine of the first kind
   comes before it.
 
-`Run` and `Layer` are in `jaxrnn._core.steps`.
+`Run` and `Layer` are in `jaxrnn._core.steps`. Shapes are in the letters of `jaxrnn._core`.
 
 Dropout and the next layer are done outside.
 
@@ -53,9 +53,10 @@ class Engine(Protocol):
         """
 
     def run(self, form: Form, run: Run, keep: bool) -> tuple[Steps, Arrays, Kept | None]:
-        """What `steps.returned` gives of every step, with time in front; the last state; and what is kept.
+        """Run all steps. Returns the `Steps`, as `steps.returned` makes them; the last state; and what is kept.
 
-        Nothing is kept without `keep`; with it, what the derivative needs: with `remat="gates"` the states alone.
+        Without `keep` nothing is kept, which is None. With it, keep what the derivative needs; with `remat="gates"` the
+        states alone.
         """
 
     def tangents(self, form: Form, run: Run, kept: Kept, linear: Linear) -> tuple[Steps, Arrays]:
@@ -68,8 +69,8 @@ class Engine(Protocol):
         Args:
             run: what was run. The gates may be missing: `kept` has what is needed.
             kept: what `run` kept. If that has neither sums nor `push`, the sums have been added.
-            linear: the tangents. Its `sums` are without what comes through the tangent of the state, all gates in one
-                array, (time, batch, gates * hidden_size), or as `jaxrnn._core.layouts` joins them.
+            linear: the tangents. Its `sums` are without what comes through the tangent of the state, and have all gates
+                in one array, (T, B, G * H), or as `jaxrnn._core.layouts` joins them.
         """
 
 
@@ -81,9 +82,9 @@ class LayerEngine(Protocol):
         """Why this engine cannot run it, as a clause without a full stop; None if it can."""
 
     def run_layer(self, layer: Layer) -> tuple[jax.Array, Arrays]:
-        """The outputs, and the last states, which are like `layer.state`, in float32 at least.
+        """The outputs, (T, B, D * P) in x's dtype, 0 past a row's end; and the last states, like `layer.state`.
 
-        The outputs are (time, batch, directions * output size), in x's dtype, and 0 past a row's end.
+        The last states are in float32 at least.
         """
 
 

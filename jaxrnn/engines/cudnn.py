@@ -1,8 +1,8 @@
 """The engine "cudnn": LSTM layers by cuDNN, on an NVIDIA GPU, forward and backward.
 
-What cuDNN computes has a first derivative alone, by reverse mode, and cannot be mapped: `jax.jvp`, derivatives of
-derivatives and `jax.vmap` raise JAX's errors for it. Nothing says beforehand that they will be asked for, so the engine
-cannot refuse, and is no part of "auto".
+cuDNN has first derivatives by reverse mode, and no others: `jax.jvp`, second derivatives and `jax.vmap` raise JAX's
+errors. An engine is not told which of them its caller will use, so this one cannot refuse them, and "auto" leaves it
+out.
 """
 
 from typing import Any
@@ -50,7 +50,7 @@ class CuDNN:
         lengths = jnp.maximum(lengths, 1)  # cuDNN takes no row of length 0
         x, weights, full_float32 = layer.x.swapaxes(0, 1), _flat(layer.weights), bool(_full_float32(layer.options))
         outputs, *last = cudnn_lstm(x, first[0], first[1], weights, lengths, full_float32)
-        # What cuDNN has in the padding, forward and backward, JAX does not say. A row of length 0 made a step.
+        # JAX does not document what cuDNN leaves in the padding. A row of length 0 made a step.
         (outputs,) = steps.without_padding(layer.marks, (outputs.swapaxes(0, 1),))
         return outputs, steps.select(None if ended is None else ended[:1], first, tuple(last))
 
@@ -69,7 +69,7 @@ def _flat(weights: tuple[dict[str, jax.Array], ...]) -> jax.Array:
 
 
 def _full_float32(options: Options) -> bool | None:
-    """Whether products must not be in TF32, as JAX's are on a GPU unless told so; None if cuDNN cannot do as told."""
+    """Whether products must not be in TF32, which JAX uses on a GPU by default; None for a precision cuDNN lacks."""
     given = options.precision_in_effect
     if given is None:
         return False
@@ -81,7 +81,7 @@ def _full_float32(options: Options) -> bool | None:
 
 
 def _sharded(layer: Layer) -> bool:
-    """Whether several devices share the arrays, as far as that is known when it is traced.
+    """Whether several devices share the arrays, as far as tracing can tell.
 
     Each would run the whole batch. And JAX does not know over which axes of `jax.shard_map` cuDNN's results vary.
     """

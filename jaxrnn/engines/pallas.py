@@ -1,8 +1,8 @@
 """Kernels for TPUs, in Pallas: the recurrent weights and the state stay on the chip over all steps.
 
-The gates stream in from memory, and what is returned or saved streams out, while the chip computes the steps before.
+The gates stream in from memory, and results stream out, while the chip computes the steps between them.
 One kernel runs forward and one backward. The cell's own step is traced into the first, and its derivative into the
-second. What is lowered for another platform, mapped, differentiated forward, or for a second time, is the scan.
+second. The scan runs in their place on other platforms, under `jax.vmap`, and for forward-mode and second derivatives.
 """
 
 import dataclasses
@@ -78,9 +78,9 @@ class Pallas(Scan):
         def kernel(where: Where, arrays: Any, linear: Any) -> tuple[Steps, Arrays, Kept | None]:
             run = Run(settings, dtype, *arrays)
             if not keep and not settings.every:
-                output, last = self._forward(run, saved=False)
+                output, last = self.forward(run, saved=False)
                 return Steps(output), last, None
-            (states, sums), last = self._forward(run, saved=True)
+            (states, sums), last = self.forward(run, saved=True)
             both = steps.arguments(settings.cell, run.gates, sums)
             every = steps.returned(run, run.marks, states, both)
             if not keep:
@@ -104,12 +104,12 @@ class Pallas(Scan):
 
         def backward(where: Where, constants: Any, cotangents: Any) -> Linear:
             arrays, kept = constants
-            return self._backward(Run(settings, dtype, *arrays), kept, cotangents)
+            return self.backward(Run(settings, dtype, *arrays), kept, cotangents)
 
         return by_platform(scan, {self.platform: Kernel(transposed=backward)}, (arrays, kept), linear)
 
-    def _forward(self, run: Run, saved: bool) -> tuple[Any, Arrays]:
-        """The outputs of every step, or what the derivative needs: states and sums; and the last state."""
+    def forward(self, run: Run, saved: bool) -> tuple[Any, Arrays]:
+        """Run all steps. Returns the outputs, or with `saved` the states and sums of every step; and the last state."""
         cell, marks, gates, count = run.settings.cell, run.marks, run.gates, len(run.gates)
 
         def body(kept: _Resident, time: Any, state: Arrays, step: tuple[Arrays, Any]) -> tuple[Arrays, Any]:
@@ -134,8 +134,8 @@ class Pallas(Scan):
         state, results = self._scan(body, run, run.state, streams, results, reverse=run.settings.reverse)
         return results, state
 
-    def _backward(self, run: Run, kept: Kept, cotangents: tuple[Steps, Any]) -> Linear:
-        """The cotangents of what the tangents are linear in, from those of `run`; None for zeros."""
+    def backward(self, run: Run, kept: Kept, cotangents: tuple[Steps, Any]) -> Linear:
+        """The cotangents of `linear` in `tangents`, from the cotangents of its results, which are None for zeros."""
         d_every, d_last = cotangents
         cell, lay = run.settings.cell, run.settings.layout
 
@@ -213,8 +213,8 @@ class Pallas(Scan):
     def _scan(self, body: Any, run: Run, carry: Any, every: Any, results: Any, *, reverse: bool) -> tuple[Any, Any]:
         """As `jax.lax.scan` of `body(kept, time, carry, step)`, on the chip.
 
-        The carry stays there, and so does what is kept, which `body` reads at each step. The arrays of every step
-        stream in, and the results stream out, by blocks of steps.
+        The carry stays on the chip, and so does `kept`, a `_Resident`, which `body` reads at each step. The arrays of
+        every step stream in, and the results stream out, by blocks of steps.
         """
         pl, pltpu = pallas()
         kept = _Resident.of(run)
@@ -240,7 +240,7 @@ class Pallas(Scan):
                 jax.tree.map(lambda ref, a: _write(ref, k, a), results, result)
                 if time % block == 0:
                     return after
-                # The last block goes on past the end, over whatever is there.
+                # The last block goes on past the end, over arbitrary numbers.
                 return jax.tree.map(lambda a, b: jnp.where(first_step + k < time, a, b), after, carry)
 
             carry = lax.fori_loop(np.int32(0), np.int32(block), one, _read(last))
@@ -273,13 +273,13 @@ class Pallas(Scan):
 
 
 class _Resident(NamedTuple):
-    """What stays on the chip."""
+    """Arrays that stay on the chip over all steps. Shapes are in the letters of `jaxrnn._core`."""
 
-    weight: jax.Array | None  # (gates, hidden_size, hidden_size)
-    bias: jax.Array  # (gates, 1, hidden_size)
+    weight: jax.Array | None  # (G, H, H)
+    bias: jax.Array  # (G, 1, H)
     cell_params: dict[str, jax.Array]
-    reset_state: Arrays | None
-    ends: jax.Array | None  # how many steps each row has, (batch, 1)
+    reset_state: Arrays | None  # (B, H) each
+    ends: jax.Array | None  # how many steps each row has, (B, 1)
 
     @classmethod
     def of(cls, run: Run) -> "_Resident":
@@ -357,9 +357,9 @@ def _why_not_lowered(cell: Cell, size: int) -> str | None:
 
     def kernels(*arrays: Any) -> Any:
         run = Run(Settings(cell), jnp.dtype(jnp.float32), *arrays)
-        (states, sums), last = engine._forward(run, saved=True)
+        (states, sums), last = engine.forward(run, saved=True)
         kept = Kept(states, steps.arguments(cell, run.gates, sums))
-        return engine._backward(run, kept, (Steps(states[0]), last))
+        return engine.backward(run, kept, (Steps(states[0]), last))
 
     try:
         jax.jit(kernels).trace(*arrays).lower(lowering_platforms=("tpu",))

@@ -65,7 +65,7 @@ _LANES = 128
 
 
 def _linearized(run: Run, kept: Kept, single: bool, keep_sums: bool | None = False) -> Kept:
-    """What is kept, with the linear map of every step in place of the sums.
+    """Replace the sums that are kept by the linear map of every step.
 
     Args:
         single: whether the block is one step, without an axis of time.
@@ -86,7 +86,7 @@ def _linearized(run: Run, kept: Kept, single: bool, keep_sums: bool | None = Fal
 
 
 def _size(tree: Any) -> int:
-    """How many numbers there are, of each symbolic time or row."""
+    """How many numbers a pytree has, symbolic axes counted as 1."""
     known = ([n for n in a.shape if isinstance(n, int)] for a in jax.tree.leaves(tree))
     return sum(map(math.prod, known))
 
@@ -97,14 +97,14 @@ def _once(body: Callable, carry: Any, step: Any) -> tuple[Any, Any]:
 
 
 class Linear(NamedTuple):
-    """The tangents of what a run is computed from."""
+    """The tangents of the arrays that a run is computed from."""
 
-    sums: jax.Array
-    inputs: Arrays  # the input's part of the gates that are apart
-    state: Arrays
-    reset_state: Arrays | None
-    weight_hr: jax.Array | None
-    others: tuple[Any, ...]  # of the cell's own parameters, and of what its step closes over
+    sums: jax.Array  # (T, B, G * H), or as the layout joins them
+    inputs: Arrays  # of the input's part of each gate in cell.apart, (T, B, H)
+    state: Arrays  # (B, P), then (B, H)
+    reset_state: Arrays | None  # like `state`
+    weight_hr: jax.Array | None  # (H, P)
+    others: tuple[Any, ...]  # of the cell's own parameters, and of the arrays that its step closes over
 
 
 _LARGER = 1.5  # how much larger than the sums a linear map may be, to be kept in their place
@@ -193,7 +193,7 @@ class Scan:
 
 
 def _packed(scan: Callable, body: Callable, state: Any, every: tuple) -> tuple[Any, Any]:
-    """Scan over arrays of all steps that are side by side in one: those of each argument."""
+    """Scan over the arrays of each argument side by side in one array."""
     # Each by itself, for what is linear in the tangents must not be mixed with what is not.
     places, packed = zip(*map(_side_by_side, every), strict=True)
 
@@ -205,10 +205,10 @@ def _packed(scan: Callable, body: Callable, state: Any, every: tuple) -> tuple[A
 
 
 class _Places(NamedTuple):
-    """Where the arrays of a tree are, some of them side by side along the last axis of one."""
+    """Where the arrays of a pytree are: some side by side along the last axis of one array, others by themselves."""
 
     tree: Any
-    widths: list[int]  # of each leaf; 0 for one that is by itself
+    widths: list[int]  # of each leaf; 0 for a leaf by itself
 
     def apart(self, packed: tuple[jax.Array | None, list]) -> Any:
         whole, others = packed[0], iter(packed[1])
