@@ -20,7 +20,7 @@ from jaxrnn._compat import is_traced
 
 Rows = Sequence[ArrayLike] | jax.Array | NDArray[Any]
 Lengths = ArrayLike | Sequence[int]
-Side = Literal["right", "left"]
+PaddingSide = Literal["right", "left"]
 Array = jax.Array | NDArray[Any]
 
 
@@ -305,7 +305,7 @@ def pad_sequence(
     sequences: Rows,
     batch_first: bool = False,
     padding_value: float = 0.0,
-    padding_side: Side = "right",
+    padding_side: PaddingSide = "right",
 ) -> jax.Array:
     """Stack rows of different lengths, padded to the longest, as torch does.
 
@@ -328,7 +328,7 @@ def pad_sequence(
     return in_jax(_padded(sequences, batch_first, padding_value, padding_side))
 
 
-def _padded(sequences: Rows, batch_first: bool, padding_value: float, padding_side: Side) -> Array:
+def _padded(sequences: Rows, batch_first: bool, padding_value: float, padding_side: PaddingSide) -> Array:
     if padding_side not in ("right", "left"):
         raise RuntimeError(f"padding_side should be 'right' or 'left', got {padding_side!r}")
     if not isinstance(sequences, Iterable):

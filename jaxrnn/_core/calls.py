@@ -62,7 +62,7 @@ def _call(
 ) -> tuple[Callable[[jax.Array], Output], tuple[jax.Array, Arrays, tuple[Arrays, ...]]]:
     _check_spec(spec, Spec)
     options.check_mesh(spec.hidden_size)
-    axes, given, restore = _given(spec, params, x, hx, **arguments)
+    axes, given, restore = _checked(spec, params, x, hx, **arguments)
     key = dropout_key if spec.dropout and given.masks is None else None
     return restore, _run_layers(spec, options, axes, given, key, every)
 
@@ -75,7 +75,7 @@ def call_cell(options: Options, spec: CellSpec, params: Mapping[str, ArrayLike],
         raise ValueError(f"x should be 1-D (unbatched) or 2-D (batched), got shape {x.shape}")
     _check_features("x", spec, x)
     state = _states(spec, "hx", hx, spec.state_shapes(*x.shape[:-1]))
-    return _unwrap(_run_cell(spec, options, _Given(_parameters(spec, params), x, state)))
+    return _unwrap(_run_cell(spec, options, _CallArrays(_parameters(spec, params), x, state)))
 
 
 class _Axes(NamedTuple):
@@ -84,7 +84,7 @@ class _Axes(NamedTuple):
     batched: bool
     batch_first: bool = False
 
-    def time_major(self, given: _Given) -> _Given:
+    def time_major(self, given: _CallArrays) -> _CallArrays:
         """Convert to time-major rows. Unbatched input becomes a batch of one."""
         x, reset, lengths = given.x, given.reset, given.lengths
         if self.batched:
@@ -94,7 +94,7 @@ class _Axes(NamedTuple):
         x, reset, lengths = jax.tree.map(lambda a: jnp.expand_dims(a, min(a.ndim, 1)), (x, reset, lengths))
         states = given.state, given.reset_state, given.masks
         state, reset_state, masks = jax.tree.map(lambda a: a[:, None], states)
-        return _Given(given.params, x, state, reset_state, lengths, reset, masks)
+        return _CallArrays(given.params, x, state, reset_state, lengths, reset, masks)
 
     def restore(self, x: jax.Array, state: Arrays) -> tuple[jax.Array, Arrays]:
         """Convert results back to the caller's layout."""
@@ -107,7 +107,7 @@ class _Axes(NamedTuple):
         return a.swapaxes(1, 2) if self.batch_first else a if self.batched else a[:, :, 0]
 
 
-class _Given(NamedTuple):
+class _CallArrays(NamedTuple):
     """The arrays of a call, after their checks."""
 
     params: dict[str, jax.Array]
@@ -118,7 +118,7 @@ class _Given(NamedTuple):
     reset: jax.Array | None = None
     masks: Arrays | None = None
 
-    def promote(self, dtype: Any) -> _Given:
+    def promote(self, dtype: Any) -> _CallArrays:
         """Cast params and x. States keep their dtype: `recurrence` carries them in float32 at least."""
         if dtype is None:
             dtype = jnp.result_type(*jax.tree.leaves((self.params, self.x, self.state, self.reset_state)))
@@ -126,10 +126,10 @@ class _Given(NamedTuple):
         return self._replace(params=params, x=x)
 
 
-_BATCH_AXES = (None, 1, 1, 1, 0, 1, 1)  # of each field of `_Given`, once time-major
+_BATCH_AXES = (None, 1, 1, 1, 0, 1, 1)  # of each field of `_CallArrays`, once time-major
 
 
-def _given(
+def _checked(
     spec: Spec,
     params: Mapping[str, ArrayLike],
     x: ArrayLike | PackedSequence,
@@ -139,7 +139,7 @@ def _given(
     reset: ArrayLike | None = None,
     reset_state: HX = None,
     dropout_masks: Sequence[ArrayLike] | None = None,
-) -> tuple[_Axes, _Given, Callable[[jax.Array], Output]]:
+) -> tuple[_Axes, _CallArrays, Callable[[jax.Array], Output]]:
     """Check the arguments, and pad a PackedSequence. The function that is returned packs the output again."""
     packed = x if isinstance(x, PackedSequence) else None
     if packed is not None and lengths is not None:
@@ -157,13 +157,13 @@ def _given(
         masks = _masks(dropout_masks, spec.num_layers - 1, (*rows, spec.num_directions * spec.output_size))
     if packed is None:
         ends = _lengths(lengths, tuple(batch), steps)
-        given = _Given(_parameters(spec, params), array, state, restart, ends, marks, masks)
+        given = _CallArrays(_parameters(spec, params), array, state, restart, ends, marks, masks)
         return axes, given, lambda output: output
     where = padding_of(packed)
     array, marks, masks = jax.tree.map(lambda a: pad(a, where.places), (array, marks, masks))
     # Without lengths if all rows are as long as the longest: one trace for all such rows.
     ends = None if where.lengths.min() == where.lengths.max() else in_jax(where.lengths)
-    given = _Given(_parameters(spec, params), array, state, restart, ends, marks, masks)
+    given = _CallArrays(_parameters(spec, params), array, state, restart, ends, marks, masks)
     return axes, given, lambda output: packed._replace(data=in_jax(pack(output, where.rows)))
 
 
@@ -196,12 +196,12 @@ def _packed_input(spec: Spec, x: PackedSequence) -> tuple[jax.Array, _Axes, tupl
 # Jitted on the frozen settings, so that a module called eagerly in a loop compiles once.
 @functools.partial(jax.jit, static_argnames=("spec", "options", "axes", "every"))
 def _run_layers(
-    spec: Spec, options: Options, axes: _Axes, given: _Given, key: jax.Array | None, every: bool = False
+    spec: Spec, options: Options, axes: _Axes, given: _CallArrays, key: jax.Array | None, every: bool = False
 ) -> tuple[jax.Array, Arrays, tuple[Arrays, ...]]:
     """The output, the states, and with `every` the states and gates of every step."""
     given = axes.time_major(given.promote(options.dtype))
     dtypes = [given.x.dtype for _ in spec.cell.states] if given.state is None else [a.dtype for a in given.state]
-    given = _Given(*meshes.aligned(*zip(given, _BATCH_AXES, strict=True)))
+    given = _CallArrays(*meshes.aligned(*zip(given, _BATCH_AXES, strict=True)))
     params, x, state, reset_state, lengths, reset, masks = given
     if state is None:
         state = tuple(jnp.broadcast_to(_zeros(x), shape) for shape in spec.state_shapes(x.shape[1]))
@@ -244,7 +244,7 @@ def _zeros(x: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "options"))
-def _run_cell(spec: CellSpec, options: Options, given: _Given) -> Arrays:
+def _run_cell(spec: CellSpec, options: Options, given: _CallArrays) -> Arrays:
     params, x, state, *_ = given.promote(options.dtype)
     batch = 0 if x.ndim == 2 else None
     params, x, state = meshes.aligned((params, None), (x, batch), (state, batch))

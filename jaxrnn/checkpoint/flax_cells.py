@@ -257,7 +257,7 @@ def from_flax(module: Any, variables: Mapping[str, Any] | None = None, rngs: nnx
     return _built(library, kind + ("Cell" if time_major is None else ""), settings, weights, rngs)
 
 
-class _Cell(NamedTuple):
+class _FlaxCell(NamedTuple):
     """A cell of Flax: what it is in torch, the settings of our class, and the weights by role."""
 
     kind: str
@@ -265,7 +265,7 @@ class _Cell(NamedTuple):
     weights: Weights
 
 
-def _converted(library: str, module: Any, params: Mapping[str, Any]) -> tuple[list[_Cell], bool | None]:
+def _converted(library: str, module: Any, params: Mapping[str, Any]) -> tuple[list[_FlaxCell], bool | None]:
     """The cells of a module, the forward one first; and whether it is time-major, or None for a cell."""
     flax = _LIBRARIES[library]
     if isinstance(module, flax.Bidirectional):
@@ -313,12 +313,12 @@ def _warn_of_ties(library: str, modules: Mapping[str, Any]) -> None:
         _warn(f"one parameter at several places: {'; '.join(tied)}\n{_APART}")
 
 
-def _rnn(library: str, name: str, rnn: Any, params: Mapping[str, Any]) -> _Cell:
+def _rnn(library: str, name: str, rnn: Any, params: Mapping[str, Any]) -> _FlaxCell:
     _check(library, name, rnn)
     return _cell(library, rnn.cell, params.get("cell", {}))
 
 
-def _cell(library: str, cell: Any, params: Mapping[str, Any]) -> _Cell:
+def _cell(library: str, cell: Any, params: Mapping[str, Any]) -> _FlaxCell:
     name = type(cell).__name__
     if (library, name) not in DIALECTS or type(cell) is not getattr(_LIBRARIES[library], name):
         known = [name for where, name in DIALECTS if where == library]
@@ -340,7 +340,7 @@ def _cell(library: str, cell: Any, params: Mapping[str, Any]) -> _Cell:
     }
     if dialect.kind == "RNN":
         settings["nonlinearity"] = next(name for name, fns in _ACTIVATIONS.items() if cell.activation_fn in fns)
-    return _Cell(dialect.kind, settings, weights)
+    return _FlaxCell(dialect.kind, settings, weights)
 
 
 def _of_layers(layers: Mapping[str, Any], dialect: Dialect) -> tuple[dict[str, Any], Any]:

@@ -169,7 +169,7 @@ def _pad(name: str, pads: list[tuple[int, int]]) -> str:
     return f"torch.nn.functional.pad({name}, {sum(reversed(pads), ())})"
 
 
-class Kind(NamedTuple):
+class LayerKind(NamedTuple):
     """A row of the table: a kind of layer.
 
     Attributes:
@@ -190,23 +190,23 @@ def _features(layer: Any) -> tuple[int, ...]:
 _BIAS = Conversion("bias", "bias", lambda layer: (layer.out_features,))
 _KERNEL = Conversion("kernel", "weight", lambda layer: layer.kernel_shape, _to_channels_first, _to_channels_last)
 _MATRIX = Conversion("kernel", "weight", lambda layer: (layer.in_features, layer.out_features), _transpose, _transpose)
-_LINEAR = Kind((_MATRIX, _BIAS))
-_EMBED = Kind((Conversion("embedding", "weight", lambda layer: (layer.num_embeddings, layer.features)),))
+_LINEAR = LayerKind((_MATRIX, _BIAS))
+_EMBED = LayerKind((Conversion("embedding", "weight", lambda layer: (layer.num_embeddings, layer.features)),))
 _SCALE = Conversion("scale", "weight", _features)
 _AFFINE = (_SCALE, Conversion("bias", "bias", _features))
 _STATISTICS = (Conversion("mean", "running_mean", _features), Conversion("var", "running_var", _features))
 _EPSILON = Setting("epsilon", "eps", 1e-5)
 _MOMENTUM = Setting("momentum", "momentum", 0.1, lambda value: 1 - value)
-_NORM = Kind(_AFFINE, _compared(_EPSILON))
-_BATCH_NORM = Kind((*_AFFINE, *_STATISTICS), _compared(_EPSILON, _MOMENTUM), ("num_batches_tracked",))
-_KINDS: dict[str, Kind] = {
+_NORM = LayerKind(_AFFINE, _compared(_EPSILON))
+_BATCH_NORM = LayerKind((*_AFFINE, *_STATISTICS), _compared(_EPSILON, _MOMENTUM), ("num_batches_tracked",))
+_KINDS: dict[str, LayerKind] = {
     "Linear": _LINEAR,
     "Dense": _LINEAR,
     "Embed": _EMBED,
-    "Conv": Kind((_KERNEL, _BIAS), _padding),
-    "ConvTranspose": Kind((_KERNEL, _BIAS), _transposed_padding),
+    "Conv": LayerKind((_KERNEL, _BIAS), _padding),
+    "ConvTranspose": LayerKind((_KERNEL, _BIAS), _transposed_padding),
     **dict.fromkeys(("LayerNorm", "GroupNorm", "InstanceNorm"), _NORM),
-    "RMSNorm": Kind((_SCALE,), _compared(Setting("epsilon", "eps", None))),
+    "RMSNorm": LayerKind((_SCALE,), _compared(Setting("epsilon", "eps", None))),
     "BatchNorm": _BATCH_NORM,
 }
 
@@ -310,11 +310,11 @@ TABLES: dict[type, Table] = {
 }
 
 
-def kind_of(layer: object) -> Kind:
+def kind_of(layer: object) -> LayerKind:
     """The table's row for a layer; an empty one for other modules."""
     known = next((kind for kind in type(layer).__mro__ if kind in TABLES), None)
     if known is None:
-        return Kind()
+        return LayerKind()
     kind = _KINDS[known.__name__]
     return kind._replace(differences=lambda layer: itertools.chain(kind.differences(layer), _unlike(known, layer)))
 

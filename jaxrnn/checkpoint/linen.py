@@ -276,7 +276,7 @@ def _order(layer: linen.Module) -> list[str]:
     return own + [conversion.attribute for conversion in kind_of(layer).conversions]
 
 
-class _Layer(NamedTuple):
+class _LinenLayer(NamedTuple):
     """A submodule.
 
     Attributes:
@@ -290,13 +290,15 @@ class _Layer(NamedTuple):
     shapes: dict[TreePath, tuple[int, ...]]
 
 
-def _layers(module: linen.Module, variables: Mapping[str, Any], args: tuple, kwargs: dict) -> dict[TreePath, _Layer]:
+def _layers(
+    module: linen.Module, variables: Mapping[str, Any], args: tuple, kwargs: dict
+) -> dict[TreePath, _LinenLayer]:
     """Every submodule that a call reaches, by path, in the order of the calls."""
-    layers: dict[TreePath, _Layer] = {}
+    layers: dict[TreePath, _LinenLayer] = {}
 
     def note(call: Any, call_args: tuple, call_kwargs: dict, context: Any) -> Any:
         layer = _compat.called_module(context)
-        noted = layers.setdefault(layer.path, _Layer(layer, {}, {}))  # before its submodules
+        noted = layers.setdefault(layer.path, _LinenLayer(layer, {}, {}))  # before its submodules
         for collection, below in layer.variables.items():
             for name, value in below.items():
                 if not isinstance(value, Mapping) and (leaves := jax.tree.leaves(value)):
@@ -336,7 +338,7 @@ def _numbered(name: str, value: Any) -> Iterator[tuple[str, str]]:
             yield f"{name}_{key}{below}", f"{name}.{key}{theirs}"
 
 
-def _renamed(path: TreePath, layers: Mapping[TreePath, _Layer]) -> TreePath:
+def _renamed(path: TreePath, layers: Mapping[TreePath, _LinenLayer]) -> TreePath:
     """A path with torch's names."""
     return tuple(
         layers[path[:depth]].names.get(name, name) if path[:depth] in layers else name

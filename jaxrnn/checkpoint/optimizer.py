@@ -18,7 +18,15 @@ from jaxrnn.checkpoint.matching import Contents, ModuleParameter
 from jaxrnn.checkpoint.named import Names
 from jaxrnn.checkpoint.names import as_in_module
 from jaxrnn.checkpoint.nnx import contents_of, order_in_doubt
-from jaxrnn.checkpoint.torch_optimizers import OTHER_KEY, STATE, STEP, Kind, kind_of_optimizer, number, transformation
+from jaxrnn.checkpoint.torch_optimizers import (
+    OTHER_KEY,
+    STATE,
+    STEP,
+    OptimizerKind,
+    kind_of_optimizer,
+    number,
+    transformation,
+)
 from jaxrnn.spec import level_outside
 
 _ModuleT = TypeVar("_ModuleT", bound=nnx.Module)
@@ -411,7 +419,7 @@ def _check_moments(states: Mapping[Any, Any], indices: Sequence[Any]) -> None:
         raise CheckpointError(f"{cause}\n{_SAVE}")
 
 
-def _check_keys(state: Mapping[str, Any], groups: Sequence[_Group], kinds: Sequence[Kind]) -> None:
+def _check_keys(state: Mapping[str, Any], groups: Sequence[_Group], kinds: Sequence[OptimizerKind]) -> None:
     """Refuse or warn of settings that are not used and may change the steps."""
     found = [("", finding) for finding in STATE.findings(state)]
     for group, kind in zip(groups, kinds, strict=True):

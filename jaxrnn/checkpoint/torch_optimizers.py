@@ -16,7 +16,7 @@ _Group = Mapping[str, Any]
 _Steps = list[optax.GradientTransformation]
 
 
-class Kind(NamedTuple):
+class OptimizerKind(NamedTuple):
     """A row of the table: a kind of optimizer.
 
     Attributes:
@@ -146,7 +146,7 @@ def _betas_and_eps(group: _Group) -> tuple[float, float, float]:
 
 _MOMENTS = {"exp_avg": "mu", "exp_avg_sq": "nu"}
 KINDS = (
-    Kind(
+    OptimizerKind(
         "SGD",
         {"momentum", "dampening", "nesterov"},
         settings=("momentum", "dampening", "nesterov"),
@@ -154,7 +154,7 @@ KINDS = (
         keeps=lambda group: bool(number(group["momentum"])),
         step=_sgd,
     ),
-    Kind(
+    OptimizerKind(
         "Adam, AdamW",
         {"betas", "amsgrad"},
         lacks={"momentum_decay"},
@@ -162,14 +162,14 @@ KINDS = (
         fields=_MOMENTS | {"max_exp_avg_sq": "nu_max"},
         step=_adam,
     ),
-    Kind(
+    OptimizerKind(
         "Adamax",
         {"betas", "eps", "exp_inf"},
         settings=("betas", "eps"),
         fields={"exp_avg": "mu", "exp_inf": "nu"},
         step=_adamax,
     ),
-    Kind(
+    OptimizerKind(
         "RAdam",
         {"betas", "decoupled_weight_decay"},
         lacks={"amsgrad", "momentum_decay"},
@@ -177,7 +177,7 @@ KINDS = (
         fields=_MOMENTS,
         step=_radam,
     ),
-    Kind(
+    OptimizerKind(
         "RMSprop",
         {"alpha", "centered", "momentum"},
         lacks={"lr_in_momentum"},  # of timm's, which adds eps inside the root
@@ -185,44 +185,48 @@ KINDS = (
         fields={"square_avg": "nu", "grad_avg": "mu", "momentum_buffer": "trace"},
         step=_rmsprop,
     ),
-    Kind(
+    OptimizerKind(
         "Adagrad",
         {"lr_decay", "initial_accumulator_value"},
         settings=("eps", "lr_decay", "initial_accumulator_value"),
         fields={"sum": "sum_of_squares"},
         step=_adagrad,
     ),
-    Kind(
+    OptimizerKind(
         "Adadelta",
         {"rho", "eps"},
         settings=("rho", "eps"),
         fields={"square_avg": "e_g", "acc_delta": "e_x"},
         step=_adadelta,
     ),
-    Kind("NAdam", {"momentum_decay"}, unequal="its momentum grows, by momentum_decay", nearest="nadam"),
-    Kind(
+    OptimizerKind("NAdam", {"momentum_decay"}, unequal="its momentum grows, by momentum_decay", nearest="nadam"),
+    OptimizerKind(
         "SparseAdam",
         {"betas", "eps"},
         lacks={"weight_decay", "amsgrad"},
         unequal="it skips the rows that a sparse gradient lacks",
         nearest="adam",
     ),
-    Kind("ASGD", {"lambd", "t0"}, unequal="it decays parameters and rate by lambd, alpha and t0", nearest="sgd"),
-    Kind(
+    OptimizerKind(
+        "ASGD", {"lambd", "t0"}, unequal="it decays parameters and rate by lambd, alpha and t0", nearest="sgd"
+    ),
+    OptimizerKind(
         "Rprop",
         {"etas", "step_sizes"},
         unequal="optax.rprop makes each step one gradient later",
         nearest="rprop",
     ),
-    Kind("LBFGS", {"history_size"}, unequal="it computes the loss several times a step", nearest="lbfgs"),
-    Kind("Adafactor", {"beta2_decay"}, unequal="it caps the learning rate at 1 / sqrt(step)", nearest="adafactor"),
-    Kind("Muon", {"ns_steps"}, unequal="it makes matrices orthogonal in bfloat16", nearest="contrib.muon"),
+    OptimizerKind("LBFGS", {"history_size"}, unequal="it computes the loss several times a step", nearest="lbfgs"),
+    OptimizerKind(
+        "Adafactor", {"beta2_decay"}, unequal="it caps the learning rate at 1 / sqrt(step)", nearest="adafactor"
+    ),
+    OptimizerKind("Muon", {"ns_steps"}, unequal="it makes matrices orthogonal in bfloat16", nearest="contrib.muon"),
 )
 _KNOWN = listed(kind.name for kind in KINDS if not kind.unequal)
 _START_ANEW = "start a new optax optimizer on the loaded parameters"
 
 
-def kind_of_optimizer(group: _Group, state: Set[str]) -> Kind:
+def kind_of_optimizer(group: _Group, state: Set[str]) -> OptimizerKind:
     """The table's row for a group of parameters.
 
     Args:
@@ -248,7 +252,9 @@ def kind_of_optimizer(group: _Group, state: Set[str]) -> Kind:
     return kind
 
 
-def transformation(kind: Kind, group: _Group, learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
+def transformation(
+    kind: OptimizerKind, group: _Group, learning_rate: optax.ScalarOrSchedule
+) -> optax.GradientTransformation:
     """The optax transformation that equals torch's, for a group's settings.
 
     Raises:

@@ -27,9 +27,9 @@ from jaxrnn.checkpoint.formats.keras_config import (
     FLIP_MASKED,
     MASKED,
     TABLES,
-    Cell,
     Config,
     GroupPath,
+    KerasCell,
     said_of,
     shown,
 )
@@ -184,7 +184,7 @@ class _Part(NamedTuple):
 
     group: GroupPath
     arrays: dict[str, np.ndarray]
-    cell: Cell | None
+    cell: KerasCell | None
     levels: int
     title: str | None
 
@@ -224,7 +224,7 @@ class _Part(NamedTuple):
 _Parts = dict[tuple[str, int], _Part]  # by the attribute of a Bidirectional that has it, or "", and by the level
 
 
-class _Module(NamedTuple):
+class _KerasModule(NamedTuple):
     """A recurrent layer: what torch has as a module.
 
     Attributes:
@@ -311,7 +311,7 @@ def _converted(variables: list[_Variable], config: Config | None) -> tuple[Descr
     return Described(tensors, {prefix: settings for prefix, settings in said.items() if settings}), notes.words()
 
 
-def _modules(groups: Mapping[GroupPath, list[_Variable]], config: Config | None) -> list[_Module]:
+def _modules(groups: Mapping[GroupPath, list[_Variable]], config: Config | None) -> list[_KerasModule]:
     """The cells, by the recurrent layer that they are in."""
     arrays = {path: found for path, group in groups.items() if (found := _arrays(group)) is not None}
     titles = {path: groups[path][0].titles[: len(_layers_in(path))] for path in arrays}
@@ -320,19 +320,19 @@ def _modules(groups: Mapping[GroupPath, list[_Variable]], config: Config | None)
     cells = {path: cell if count[id(cell)] == 1 else None for path, cell in cells.items()}  # of one group alone
     unknown = {path: titles[path] for path, cell in cells.items() if cell is None}
     guessed = _guessed(unknown, groups, config is not None)
-    modules: dict[Any, _Module] = {}
+    modules: dict[Any, _KerasModule] = {}
     for path, found in arrays.items():
         cell, numbered = cells[path], path[-1] == "vars"
         place = guessed[path] if cell is None else _place(path, cell)
         key: Any = (numbered, place.where) if cell is None else cell.module
         if key in modules and (place.side, place.level) in modules[key].parts:
             key = path
-        module = modules.setdefault(key, _Module(place.where, titles[path][: len(place.where)], numbered, {}))
+        module = modules.setdefault(key, _KerasModule(place.where, titles[path][: len(place.where)], numbered, {}))
         module.parts[place.side, place.level] = _Part(path, found, cell, place.levels, titles[path][-1])
     return list(modules.values())
 
 
-def _cell_of(group: GroupPath, titles: tuple[str | None, ...], config: Config | None) -> Cell | None:
+def _cell_of(group: GroupPath, titles: tuple[str | None, ...], config: Config | None) -> KerasCell | None:
     """What the configuration says of the cell in a group."""
     if config is None:
         return None
@@ -340,7 +340,7 @@ def _cell_of(group: GroupPath, titles: tuple[str | None, ...], config: Config | 
     return config.by_path(path, titles) if group[-1] == "vars" else config.by_names(path)
 
 
-def _place(group: GroupPath, cell: Cell) -> _Place:
+def _place(group: GroupPath, cell: KerasCell) -> _Place:
     path = _layers_in(group)
     end = len(cell.module)
     if group[-1] != "vars":
@@ -391,7 +391,7 @@ def _guessed(
     return places
 
 
-def _named(modules: list[_Module], notes: "_Notes") -> dict[str, _Parts]:
+def _named(modules: list[_KerasModule], notes: "_Notes") -> dict[str, _Parts]:
     """The modules by their prefixes. Those that would have the same are named by their whole paths."""
     tops = Counter(module.where[0] for module in modules if not module.numbered)
     groups = [next(iter(module.parts.values())).group for module in modules]
@@ -408,7 +408,7 @@ def _named(modules: list[_Module], notes: "_Notes") -> dict[str, _Parts]:
     return named
 
 
-def _names_of(module: _Module, tops: Mapping[str, int]) -> GroupPath:
+def _names_of(module: _KerasModule, tops: Mapping[str, int]) -> GroupPath:
     """The names in a module's prefix. What is in a list of layers goes by the layer's name, an attribute by its own."""
     if not module.numbered:
         return module.where[:1] if tops[module.where[0]] == 1 else module.where

@@ -168,7 +168,7 @@ class Node(NamedTuple):
         return layers if isinstance(layers, list) else None
 
 
-class Cell(NamedTuple):
+class KerasCell(NamedTuple):
     """A recurrent cell in a configuration.
 
     Attributes:
@@ -226,14 +226,14 @@ class Config:
     """
 
     def __init__(self, raw: Any) -> None:
-        self._cells: dict[GroupPath, Cell] = {}
-        self._by_name: dict[tuple[str, str], list[Cell]] = {}  # of the layer of the model that has it, and its own
+        self._cells: dict[GroupPath, KerasCell] = {}
+        self._by_name: dict[tuple[str, str], list[KerasCell]] = {}  # of the layer of the model that has it, and its own
         self._makes: dict[int, str] = {}  # what makes a mask, by a model's list of layers
         self._read: set[int] = set()  # the cells of which weights were found
         self._titles: dict[GroupPath, str] = {}  # of what is in a model, by the group's name
         root = node_of(raw)
         self._root = root.name if root else ""
-        todo: list[tuple[Node | None, GroupPath, Cell]] = [(root, (), Cell())]
+        todo: list[tuple[Node | None, GroupPath, KerasCell]] = [(root, (), KerasCell())]
         while todo:
             node, path, place = todo.pop()
             if node is not None and len(path) <= _DEEPEST:
@@ -241,7 +241,7 @@ class Config:
             if len(self._cells) > _MOST:
                 raise CheckpointError(f"the configuration of the model has over {_MOST} recurrent layers\n{AGAIN}")
 
-    def by_path(self, path: GroupPath, titles: Iterable[str | None]) -> Cell | None:
+    def by_path(self, path: GroupPath, titles: Iterable[str | None]) -> KerasCell | None:
         """The cell whose weights are in a group of a file of Keras 3.
 
         Args:
@@ -260,7 +260,7 @@ class Config:
         self._read.add(id(cell))
         return cell
 
-    def by_names(self, path: GroupPath) -> Cell | None:
+    def by_names(self, path: GroupPath) -> KerasCell | None:
         """The cell whose weights have these names in a file of Keras 2, from the outermost layer's to the cell's."""
         found = list(self._by_name.get((path[0], path[-1]), ()))
         if CELL.fullmatch(path[-1]) and len(path) > 1:
@@ -286,7 +286,7 @@ class Config:
             found[".".join(names) + (f" ({', '.join(said)})" if said else "")] = None
         return list(found)
 
-    def _follows(self, path: GroupPath, cell: Cell) -> bool:
+    def _follows(self, path: GroupPath, cell: KerasCell) -> bool:
         """Whether names follow each other as those of what a cell is in do; some may be left out."""
         if cell.depth == 1 and cell.chain[0].kind in TABLES and len(path) > 1 and path[1] in cell.names[0]:
             path = path[1:]  # the first name is that of the model in which the layer was made
@@ -296,14 +296,16 @@ class Config:
             any(each in some for some in names) or (i == last and CELL.fullmatch(each)) for i, each in enumerate(path)
         )
 
-    def _add(self, path: GroupPath, cell: Cell) -> None:
+    def _add(self, path: GroupPath, cell: KerasCell) -> None:
         self._cells[path] = cell
         # Keras 2 may not name the only cell of a layer.
         alone = cell.levels == 1 and len(cell.chain) > 1 and cell.chain[-2].kind == "RNN"
         for name in {*cell.names[-1], *(cell.names[-2] if alone and len(cell.names) > 1 else ())}:
             self._by_name.setdefault((cell.names[0][0], name), []).append(cell)
 
-    def _inside(self, node: Node, path: GroupPath, place: Cell) -> Iterator[tuple[Node | None, GroupPath, Cell]]:
+    def _inside(
+        self, node: Node, path: GroupPath, place: KerasCell
+    ) -> Iterator[tuple[Node | None, GroupPath, KerasCell]]:
         """What is directly in a layer or model, with its path and place. A cell is noted instead."""
         if node.layers is not None:
             if node.kind.startswith("~"):
@@ -357,8 +359,8 @@ class Config:
         return self._makes[id(node.layers)]
 
     def _in_model(
-        self, layers: list[Any], path: GroupPath, place: Cell
-    ) -> Iterator[tuple[Node | None, GroupPath, Cell]]:
+        self, layers: list[Any], path: GroupPath, place: KerasCell
+    ) -> Iterator[tuple[Node | None, GroupPath, KerasCell]]:
         nodes = [node_of(each) for each in layers]
         groups = _groups(nodes)
         alone = Counter(node.kind for node in nodes if node)

@@ -149,7 +149,7 @@ def read(path: str | os.PathLike[str], what: Reading) -> dict[str, Value]:
     return tensors
 
 
-class _Layer(NamedTuple):
+class _OnnxLayer(NamedTuple):
     """A recurrent node.
 
     Attributes:
@@ -176,7 +176,7 @@ class _Layer(NamedTuple):
     output: tuple[Graph, str]
     starts: tuple[tuple[Graph, str], ...]
 
-    def continues(self, other: "_Layer") -> bool:
+    def continues(self, other: "_OnnxLayer") -> bool:
         """Whether torch has both as layers of one module."""
         one, two = self.weights[0], other.weights[0]
         hidden = two["weight_hh"].shape[1]
@@ -188,7 +188,7 @@ class _Layer(NamedTuple):
         # The layers of a module start at once.
         return same and not any(graph.comes_from(name, other.output) for graph, name in self.starts)
 
-    def repeats(self, other: "_Layer") -> bool:
+    def repeats(self, other: "_OnnxLayer") -> bool:
         """Whether both are calls of one module. Branches may have the same weights, or others of the same names."""
         if (self.kind, self.said, len(self.weights)) != (other.kind, other.said, len(other.weights)):
             return False
@@ -210,7 +210,7 @@ class _Found(NamedTuple):
         words: what there is to say.
     """
 
-    layers: list[_Layer]
+    layers: list[_OnnxLayer]
     left_out: list[str]
     odd: set[str]
     loops: list[str]
@@ -266,7 +266,7 @@ def _unknown_fields(table: Table, message: Any) -> list[str]:
 
 def _put_layers(found: _Found, tensors: Names[Any]) -> dict[str, dict[str, Any]]:
     """Put the weights of all layers under torch's names; return what the file says of modules."""
-    modules: list[list[_Layer]] = []
+    modules: list[list[_OnnxLayer]] = []
     for layer in found.layers:
         stack = next((stack for stack in modules if layer.continues(stack[-1])), None)  # with the same weights, too
         same = next((other for each in modules for other in each if layer.repeats(other)), None)
@@ -400,7 +400,7 @@ def _add_recurrent(graph: Graph, node: Any, name: str, found: _Found) -> None:
     if graph.looped:
         found.words.append(f"{name}{graph.where} runs once for each step of {graph.looped}: call {prefix!r} as often")
     found.layers.append(
-        _Layer(
+        _OnnxLayer(
             name + graph.where, prefix, operator, said, places, weights, homes["sequence_lens"], above, output, starts
         )
     )
