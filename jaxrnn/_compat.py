@@ -1,4 +1,4 @@
-"""All uses of what JAX, Flax and orbax do not promise: one function each, with the reason.
+"""All uses of names that JAX, Flax and orbax do not promise to keep: one function each, with the reason.
 
 These libraries promise what their API references document. JAX promises nothing in `jax.core`, `jax.extend`,
 `jax.interpreters` and `jax.experimental`. When a release breaks something here, mend this file.
@@ -100,7 +100,7 @@ def cudnn_lstm(
 
     It does not tell XLA that cuDNN reads and writes row by row (JAX's issue 19177). Where an array beside the call is
     transposed, XLA would rather lay it out in another order than copy it, and results would be wrong without an error.
-    So the layouts are fixed here; JAX fixes those of the cotangents with them.
+    So the layouts are fixed here, and JAX fixes the cotangents' layouts with them.
 
     Args:
         x: (batch, time, features), float32 like all others.

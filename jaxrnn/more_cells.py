@@ -25,7 +25,7 @@ def _normalised(arrays: Arrays, gain: Any, bias: Any) -> Arrays:
 
 
 def _standardised_jvp(primals: tuple[Arrays], tangents: tuple[Arrays]) -> tuple:
-    """Saves what is returned, and no more."""
+    """Saves its result for the backward pass, and nothing else."""
     normalised, scale = _standardised(*primals)
     (d_arrays,) = tangents
     mean, along = _mean(d_arrays), _mean([a * d for a, d in zip(normalised, d_arrays, strict=True)])

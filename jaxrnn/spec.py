@@ -98,7 +98,7 @@ class _Shapes(abc.ABC, Generic[StateT]):
 
 
 def shown(spec: Any) -> list[str]:
-    """The settings in a repr, like torch's: the sizes, then those that are not the defaults."""
+    """The settings in a repr, like torch's: the sizes, then the settings that are not the defaults."""
     values = {field.name: (getattr(spec, field.name), field.default) for field in dataclasses.fields(spec)}
     others = [f"{n}={value}" for n, (value, default) in values.items() if default not in (dataclasses.MISSING, value)]
     return [str(spec.input_size), str(spec.hidden_size), *others]
@@ -119,7 +119,7 @@ def _shape(role: str, cell: Cell, input_size: int, hidden_size: int, proj_size: 
 
 
 def _roles(cell: Cell, bias: bool | int, proj_size: int = 0) -> tuple[str, ...]:
-    """What one layer in one direction has: torch's weights and biases, then the cell's own parameters."""
+    """The parameters of one layer in one direction: torch's weights and biases, then the cell's own."""
     has = {
         "weight_ih": True,
         "weight_hh": cell.recurrent,

@@ -1,4 +1,4 @@
-"""The engine room: what runs a call of a module or function. Nobody outside jaxrnn imports it.
+"""The engine room: it runs the calls of modules and functions. Import nothing of it outside jaxrnn.
 
 In the order in which to read it:
 
@@ -7,8 +7,9 @@ In the order in which to read it:
 - `blocks`: the scan over blocks of steps. `jaxrnn.engines`: the loop over the steps of a block.
 - `recurrence`: one layer in one direction, and its derivative.
 - `stack`: all layers and directions, with dropout.
-- `calls`: checks, and conversion of what a user gives to what `stack` takes, and back.
-- `platforms`, `rules` and `meshes`: what JAX needs to know. `flax_cell` and `flax_sharding`: what Flax needs to know.
+- `calls`: checks a user's arguments, converts them to time-major rows, and converts the results back.
+- `platforms`: functions that differ by platform. `rules`: derivative rules that are safe under vmap. `meshes`: arrays
+  on meshes with Explicit axes. `flax_cell` and `flax_sharding`: Flax's conventions.
 
 Shapes, here and in `jaxrnn.engines`:
 

@@ -16,7 +16,7 @@ _AGAIN = 128  # the most steps that remat="gates" computes again at a time
 
 
 class Sizes(NamedTuple):
-    """What the size of a block depends on, beside the platform."""
+    """The sizes on which the size of a block depends, beside the platform."""
 
     time: Any
     rows: Any  # B, before jax.vmap multiplies it
@@ -63,7 +63,7 @@ class Loop(NamedTuple):
     def of(cls, engine: Engine, form: Form, where: Where, settings: Settings, sizes: Sizes) -> "Loop":
         size, rows = block_size(form, where, settings, sizes), sizes.rows * where.times
         one = any(isinstance(n, int) and n == 1 for n in (sizes.time, rows))
-        # XLA crashes on some products of mapped arrays that a barrier lays out, and gathers what devices share.
+        # XLA crashes on some products of mapped arrays behind a barrier, and gathers arrays that devices share.
         if where.mapped or where.shared:
             form = form._replace(apart=False)
         return cls(engine, form, settings._replace(stored=one), sizes.keep, size)

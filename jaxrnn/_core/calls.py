@@ -321,7 +321,7 @@ def _states(spec: Spec | CellSpec, argument: str, hx: Any, shapes: tuple[tuple[i
 
 
 def _described(value: Any) -> str:
-    """What was given in place of a state. The class of an array is private to JAX."""
+    """The kind of a value that is no state, in words. (The class of an array is private to JAX.)"""
     if isinstance(value, Sequence):
         return f"a {type(value).__name__} of {len(value)}"
     return f"one array of shape {jnp.shape(value)}" if hasattr(value, "shape") else f"a {type(value).__name__}"
@@ -349,7 +349,7 @@ def _lengths(lengths: Any, shape: tuple[int, ...], steps: int) -> jax.Array | No
         raise TypeError(f"lengths should be integers, got {array.dtype}")
     if array.shape != shape:
         raise RuntimeError(f"lengths should have shape {shape}, one for each row of x, got {array.shape}")
-    # Traced values cannot be read, nor those on the devices of other processes.
+    # Traced values cannot be read, nor values on the devices of other processes.
     if not is_traced(array) and getattr(array, "is_fully_addressable", True):
         values = jax.device_get(array)
         if np.any((values < 0) | (values > steps)):

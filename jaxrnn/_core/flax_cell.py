@@ -1,4 +1,4 @@
-"""Flax's conventions, shared by the modules for both Flax APIs: those of cells, and what Sequential does with a tuple.
+"""Flax's conventions for cells and for Sequential, shared by the modules for both Flax APIs.
 
 The carry is the first argument and the first result, an LSTM's is (c, h), and any number of batch axes is allowed.
 """
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from jaxrnn._compat import called_by_sequential
 
-# What a cell says that Flax's RNN was given as it is, when that asks for `num_feature_axes`.
+# For a cell without FlaxCell in Flax's RNN, which asks for `num_feature_axes`.
 NOT_FLAXS = "Flax's RNN takes a jaxrnn cell as FlaxCell(cell): or use jaxrnn's RNN, LSTM or GRU, which need no wrapper"
 
 
@@ -24,7 +24,7 @@ def check(cell: Any, kind: type) -> None:
 
 
 def refuse_state_of_sequential(module: Any, hx: Any) -> None:
-    """Raise TypeError if hx is the state of another module, because Flax's Sequential unpacked what that returned."""
+    """Raise TypeError if hx is the state of another module, whose (output, state) Flax's Sequential unpacked."""
     if hx is not None and called_by_sequential(module):
         name = type(module).__name__
         raise TypeError(

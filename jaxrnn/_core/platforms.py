@@ -1,6 +1,7 @@
-"""Functions that are computed otherwise on some platforms, and know how they will run.
+"""Functions that have a kernel for some platforms, and that are told how they will run.
 
-`by_platform` is a primitive of JAX, with its rules, so this file uses what JAX does not promise: see `jaxrnn._compat`.
+`by_platform` is a primitive of JAX with its rules. So this file, like `jaxrnn._compat`, uses names that JAX does not
+promise to keep.
 """
 
 import functools
@@ -13,12 +14,12 @@ from jax.interpreters import ad, batching, mlir
 
 
 class Where(NamedTuple):
-    """How a program will run, as far as that is known when a function of it is traced; see `by_platform`.
+    """How a program will run, as far as tracing can tell; see `by_platform`.
 
     Attributes:
         mapped: whether `jax.vmap` maps it.
         times: how often it is mapped with the same weights.
-        shared: whether several devices share its arrays, and XLA says how: not inside `jax.shard_map`.
+        shared: whether XLA shards its arrays over several devices; False inside `jax.shard_map`.
     """
 
     mapped: bool = False
@@ -27,14 +28,15 @@ class Where(NamedTuple):
 
 
 class Kernel(NamedTuple):
-    """What is computed on a platform in place of a function; see `by_platform`.
+    """Computed on a platform in place of a function; see `by_platform`.
 
     Attributes:
         function: computes the same as the function; None for the function itself.
-        transposed: `transposed(where, constants, cotangents)` computes the cotangents of `linear`, a pytree like it,
-            from those of the result, a pytree like it with None where they are zero. None for what JAX makes of
+        transposed: `transposed(where, constants, cotangents)` returns the cotangents of `linear`, a pytree like it. Its
+            argument `cotangents` is a pytree like the result, with None for zeros. None for JAX's transpose of
             `function`.
-        of_jax: whether JAX can map and transpose `function`. If not, its place is taken by the function itself.
+        of_jax: whether JAX can map and transpose `function`. If not, JAX maps and transposes the function that it
+            replaces.
     """
 
     function: Callable[[Where, Any, Any], Any] | None = None
@@ -49,19 +51,19 @@ def by_platform(
     linear: Any = (),
     weights: int = 0,
 ) -> Any:
-    """Compute `function(where, constants, linear)`, or a kernel where the program is lowered for its platform.
+    """Compute `function(where, constants, linear)`, or on a platform that has a kernel, the kernel.
 
-    `jax.lax.platform_dependent` traces and differentiates every platform's function on all of them. JAX's custom
-    derivatives are for forward mode, or for reverse mode alone, and what can be transposed by hand,
-    `jax.custom_derivatives.linear_call`, can be neither mapped nor differentiated again. Here, a kernel is traced where
-    it is lowered, and whatever it cannot do is what JAX makes of `function`.
+    `jax.lax.platform_dependent` would trace and differentiate the functions of all platforms on each of them. A custom
+    derivative of JAX is for forward mode, or for reverse mode alone; and a transpose by hand, as in
+    `jax.custom_derivatives.linear_call`, can be neither mapped nor differentiated again. Here, a kernel is traced only
+    when it is lowered, and JAX maps and differentiates `function` wherever a kernel cannot.
 
-    Functions are told how they will run. So `function` is traced again where that turns out to be another way: when it
-    is mapped, and when it is lowered for several devices.
+    `where` tells functions how they will run, so `function` is traced again when it is mapped, and when it is lowered
+    for several devices.
 
     Args:
         function: a function of two pytrees of arrays, linear in the second.
-        kernels: by platform, as JAX calls it; None for all that are not named.
+        kernels: by JAX's name of the platform; None stands for the platforms without a name here.
         constants, linear: the arguments.
         weights: how many arrays of `constants`, from the first, are weights. Where `jax.vmap` maps one of them, rows
             do not share weights.

@@ -138,7 +138,7 @@ def _layer_jvp(settings: Settings, primals: tuple, tangents: tuple) -> tuple[tup
 
 @with_rule(_layer_jvp, nondiff_argnums=(0,), symbolic_zeros=True)
 def _layer(settings: Settings, *arrays: Any) -> tuple[Steps, Arrays]:
-    """Run a layer: the arguments are those of `Given`."""
+    """Run a layer, given the fields of `Given`."""
     every, last, _ = _on_platform(_forward, settings, False, Given(*arrays))
     return every, last
 

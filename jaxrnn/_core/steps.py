@@ -22,7 +22,7 @@ _SMALL = 2**16  # the largest size of a weight that takes next to no time to tra
 
 
 class Settings(NamedTuple):
-    """What is fixed while a layer runs."""
+    """The settings of a layer in one direction, fixed while it runs."""
 
     cell: Cell
     options: Options = Options()
@@ -76,7 +76,7 @@ class Run(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """One layer in all its directions, before the products with the input: what an engine of whole layers needs."""
+    """One layer in all its directions, before the products with the input: the input of an engine of whole layers."""
 
     cell: Cell
     options: Options
@@ -96,7 +96,7 @@ class Sums(NamedTuple):
 
 
 class Steps(NamedTuple):
-    """What a run returns for every step."""
+    """The results of a run for every step."""
 
     output: jax.Array  # (T, B, P)
     state: Arrays | None = None  # after the step: (T, B, P), then (T, B, H)
@@ -105,7 +105,7 @@ class Steps(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """What the derivative of a run needs: the linear map of each step, or the sums that it is made from."""
+    """Saved for the derivative of a run: the linear map of each step, or the sums to make it from."""
 
     before: Arrays  # the states before each step: (T, B, P), then (T, B, H); with `push` h alone, (T, B, P)
     sums: Sums | None = None
@@ -127,7 +127,7 @@ def product(settings: Settings, a: jax.Array, weight: jax.Array, contract: int =
         precision=settings.options.precision,
         preferred_element_type=accumulator(weight.dtype),
     )
-    # Of all steps: on a TPU, XLA lays some such products out with the units or the batch outermost, and the loop then
+    # On a TPU, XLA lays some products of all steps out with the units or the batch outermost, and the loop then
     # gathers a row of every tile at each step.
     is_of_steps = a.ndim > 2 and settings.options.hidden_axis is None
     return time_major(multiplied) if is_of_steps else multiplied

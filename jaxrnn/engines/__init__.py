@@ -49,34 +49,34 @@ class Engine(Protocol):
         """How its loops are written, by platform; None for all that are not named.
 
         A kernel that wants all steps at once has `Form()`. With any other form a block may be one step: its gates,
-        marks, and what is kept and returned of it, then have no axis of time.
+        marks, results, and saved arrays then have no axis of time.
         """
 
     def run(self, form: Form, run: Run, keep: bool) -> tuple[Steps, Arrays, Kept | None]:
-        """Run all steps. Returns the `Steps`, as `steps.returned` makes them; the last state; and what is kept.
+        """Run all steps. Returns the `Steps`, as `steps.returned` makes them; the last state; and a `Kept`.
 
-        Without `keep` nothing is kept, which is None. With it, keep what the derivative needs; with `remat="gates"` the
-        states alone.
+        Without `keep`, the last result is None. With `remat="gates"`, it has the states alone.
         """
 
     def tangents(self, form: Form, run: Run, kept: Kept, linear: Linear) -> tuple[Steps, Arrays]:
         """The tangent of `run`.
 
         It must be linear in `linear`. JAX transposes it into the backward pass, and maps and differentiates it. An
-        engine with a backward pass of its own solves the recurrence by `jax.lax.custom_linear_solve`, whose
-        `transpose_solve` is that backward pass; or it is for one platform, and has it as `engines.pallas` does.
+        engine with a backward pass of its own solves the recurrence by `jax.lax.custom_linear_solve`, and gives the
+        backward pass as `transpose_solve`; or it is for one platform, and gives a transposed kernel, as
+        `engines.pallas` does.
 
         Args:
-            run: what was run. The gates may be missing: `kept` has what is needed.
-            kept: what `run` kept. If that has neither sums nor `push`, the sums have been added.
-            linear: the tangents. Its `sums` are without what comes through the tangent of the state, and have all gates
-                in one array, (T, B, G * H), or as `jaxrnn._core.layouts` joins them.
+            run: the argument of the method `run`, maybe without its gates.
+            kept: its third result. If that had neither sums nor `push`, the sums have been added.
+            linear: the tangents. Its `sums` leave out the part that comes through the tangent of the state, and have
+                all gates in one array, (T, B, G * H), or as `jaxrnn._core.layouts` joins them.
         """
 
 
 @runtime_checkable
 class LayerEngine(Protocol):
-    """How to run a whole layer. What it returns is differentiated by JAX, or by a rule of the engine's own."""
+    """How to run a whole layer. JAX differentiates it, by the engine's own rule if it has one."""
 
     def refuses_layer(self, layer: Layer) -> str | None:
         """Why this engine cannot run it, as a clause without a full stop; None if it can."""
@@ -92,10 +92,10 @@ ENGINES: dict[str, Engine | LayerEngine] = {
     "scan": Scan(),
     "cudnn": CuDNN(),
     "pallas": Pallas(),
-    # What a TPU would compute by that, on any platform, and slowly.
+    # Computes what a TPU would compute, on any platform, slowly.
     "pallas_interpret": Pallas(platform=None, interpret=True),
 }
-# What "auto" tries, in this order. The last runs everything.
+# The engines of "auto", in the order in which they are tried. The last one runs everything.
 AUTO = ["scan"]
 
 
@@ -103,7 +103,7 @@ def asked(options: Options) -> dict[str, Engine | LayerEngine]:
     """The engines that may run, by name, in the order in which they are tried.
 
     Raises:
-        ValueError: there is no engine of such a name.
+        ValueError: an engine's name is unknown.
     """
     given = options.engine
     names = AUTO if given == "auto" else [given] if isinstance(given, str) else given
@@ -131,7 +131,7 @@ def layer_engine_for(layer: Layer) -> LayerEngine | None:
 
 
 def engine_for(run: Run) -> Engine:
-    """The first engine of loops, of those asked for, that does not refuse.
+    """The first engine of loops in `settings.options.engine` that does not refuse.
 
     Raises:
         ValueError: all of them refuse.

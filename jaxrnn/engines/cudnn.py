@@ -39,7 +39,7 @@ class CuDNN:
         return next((reason for reason, applies in reasons.items() if applies), None)
 
     def has_gpu(self) -> bool:
-        """A method, which tests replace where there is none."""
+        """Whether JAX runs on a GPU. Tests without a GPU replace this method."""
         return jax.default_backend() == "gpu"
 
     def run_layer(self, layer: Layer) -> tuple[jax.Array, Arrays]:

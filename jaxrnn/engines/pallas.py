@@ -171,7 +171,8 @@ class Pallas(Scan):
             d_inputs = tuple(d for name, d in zip(cell.gates, d_gates, strict=True) if name in cell.apart)
             return (d_before, d_reset, d_cell_params), (lay.join(d_sums) if joined else d_sums, d_inputs)
 
-        needed = (None, *kept.before[1:]) if cell.projects else kept.before  # such a step does not read the first state
+        # A step before a projection does not read the first state.
+        needed = (None, *kept.before[1:]) if cell.projects else kept.before
         streams = kept.sums, needed, _numbers(run.marks.reset), d_every
         d_state = tuple(jnp.zeros_like(a) if d is None else d for a, d in zip(run.state, d_last, strict=True))
         zeros = jax.tree.map(
@@ -363,6 +364,6 @@ def _why_not_lowered(cell: Cell, size: int) -> str | None:
 
     try:
         jax.jit(kernels).trace(*arrays).lower(lowering_platforms=("tpu",))
-    except Exception as error:  # whatever Pallas raises for what it does not have
+    except Exception as error:  # Pallas raises many kinds
         return f"a kernel of its step cannot be made ({type(error).__name__}: {str(error).splitlines()[0]})"
     return None

@@ -119,7 +119,7 @@ class Scan:
         return None
 
     def forms(self, run: Run) -> Mapping[str | None, Form]:
-        # What is exchanged at each step takes far longer than launches.
+        # Devices exchange arrays at each step, which takes far longer than launches.
         if run.settings.options.hidden_axis is not None:
             return {None: Form()}
         narrow = run.gates[0].shape[-1] < _LANES
@@ -194,10 +194,10 @@ class Scan:
 
 def _packed(scan: Callable, body: Callable, state: Any, every: tuple) -> tuple[Any, Any]:
     """Scan over the arrays of each argument side by side in one array."""
-    # Each by itself, for what is linear in the tangents must not be mixed with what is not.
+    # Each argument by itself: arrays that are linear in the tangents must not be mixed with others.
     places, packed = zip(*map(_side_by_side, every), strict=True)
 
-    @functools.partial(jax.checkpoint, prevent_cse=False)  # or JAX takes what is known apart before the loop
+    @functools.partial(jax.checkpoint, prevent_cse=False)  # or JAX splits the known arrays before the loop
     def of_packed(state: Any, step: Any) -> tuple[Any, Any]:
         return body(state, tuple(each.apart(part) for each, part in zip(places, step, strict=True)))
 

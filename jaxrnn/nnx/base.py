@@ -30,7 +30,7 @@ Randomness = nnx.Rngs | nnx.RngStream | jax.Array
 
 
 def drawn_key(rngs: Randomness | None, stream: str) -> jax.Array:
-    """A random key from what a user gives as `rngs`."""
+    """A random key from a user's `rngs`."""
     if isinstance(rngs, nnx.Rngs):
         rngs = rngs[stream]
     if isinstance(rngs, nnx.RngStream):
@@ -275,7 +275,7 @@ class OneStep(Module[StateT]):
     spec: CellSpec[StateT]
     weight_ih: nnx.Param[jax.Array]
     weight_hh: nnx.Param[jax.Array]
-    # What torch's cells have in place of biases that are not there.
+    # As in torch's cells, None without biases.
     bias_ih: nnx.Param[jax.Array] | None = None
     bias_hh: nnx.Param[jax.Array] | None = None
 
