@@ -14,7 +14,7 @@ import numpy as np
 from jaxrnn.cells import GRU_CELL, LSTM_CELL, RNN_RELU, RNN_TANH, Cell
 from jaxrnn.spec import CellSpec, Shape, Spec
 
-Arrays = dict[str, np.ndarray]
+NamedArrays = dict[str, np.ndarray]
 
 # A pooled float32 error is judged from this many numbers on: fewer say little about an rms.
 ENOUGH = 10_000
@@ -162,7 +162,7 @@ class Case:
             named |= {f"{name}.hvp": shape for name, shape in sources.items()}
         return named
 
-    def tangents(self) -> tuple[Arrays, Arrays]:
+    def tangents(self) -> tuple[NamedArrays, NamedArrays]:
         """Directions, of the parameters and of the inputs, in which a case is differentiated forward."""
         random = np.random.RandomState(zlib.crc32(f"{self.name} tangents".encode()))
         parameters, inputs, _ = (
@@ -170,7 +170,7 @@ class Case:
         )
         return parameters, inputs
 
-    def arrays(self) -> tuple[Arrays, Arrays, Arrays]:
+    def arrays(self) -> tuple[NamedArrays, NamedArrays, NamedArrays]:
         """The parameters, the inputs and the results' cotangents.
 
         As float64 arrays of numbers that float32 has, or the less exact

@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxrnn.cells import RNN_RELU
 
-from .cases import ENOUGH, KINDS, Arrays, Case, quantity
+from .cases import ENOUGH, KINDS, Case, NamedArrays, quantity
 from .reference import digest, measure, truth_of
 from .sides import Side, precision
 
@@ -54,12 +54,12 @@ class Outcome:
     """
 
     case: Case
-    measured: dict[str, Arrays] = dataclasses.field(default_factory=dict)
-    record: Arrays = dataclasses.field(default_factory=dict)
+    measured: dict[str, NamedArrays] = dataclasses.field(default_factory=dict)
+    record: NamedArrays = dataclasses.field(default_factory=dict)
     problem: str = ""
 
     @property
-    def torch(self) -> Arrays:
+    def torch(self) -> NamedArrays:
         """How far torch's own results in the case's less exact dtype are off; empty if it has none."""
         return self.record if "errors" in self.record else {}
 
@@ -89,7 +89,7 @@ class Outcome:
         return f"{name} in {dtype} is off by {error:.2g}, more than {largest(self.case, dtype):.0e}"
 
 
-def compare(case: Case, record: Arrays, side: Side, dtypes: Sequence[str] = DTYPES) -> Outcome:
+def compare(case: Case, record: NamedArrays, side: Side, dtypes: Sequence[str] = DTYPES) -> Outcome:
     """Run a case on a side, and measure the results against what torch gave.
 
     Args:
@@ -100,7 +100,7 @@ def compare(case: Case, record: Arrays, side: Side, dtypes: Sequence[str] = DTYP
             has matched the digest, it is the truth for the other.
     """
     truth = truth_of(case, record)
-    measured: dict[str, Arrays] = {}
+    measured: dict[str, NamedArrays] = {}
     try:
         if truth is None:
             truth = _run(case, side, "float64")
@@ -115,7 +115,7 @@ def compare(case: Case, record: Arrays, side: Side, dtypes: Sequence[str] = DTYP
     return Outcome(case, measured, record)
 
 
-def _run(case: Case, side: Side, dtype: str) -> Arrays:
+def _run(case: Case, side: Side, dtype: str) -> NamedArrays:
     """A side's results in the order of `case.measured()`, once their names, shapes and dtype are right."""
     results = side(case, dtype)
     expected = case.measured()

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from . import oracle
-from .cases import KINDS, Arrays, Case
+from .cases import KINDS, Case, NamedArrays
 from .compare import LARGEST_ROUNDED, products_are_float32
 from .sides import Side
 
@@ -26,9 +26,9 @@ _CLOSER = 0.05
 class Probe(Case):
     """A case with numbers of its own."""
 
-    given: tuple[Arrays, Arrays, Arrays] = ({}, {}, {})
+    given: tuple[NamedArrays, NamedArrays, NamedArrays] = ({}, {}, {})
 
-    def arrays(self) -> tuple[Arrays, Arrays, Arrays]:
+    def arrays(self) -> tuple[NamedArrays, NamedArrays, NamedArrays]:
         return self.given
 
 
@@ -63,7 +63,7 @@ class Place:
         return f"first off at {where}" + (f"; it looks as if {self.cause}" if self.cause else "; no known mistake")
 
 
-def locate(case: Case, side: Side, dtype: str = "float64", gradients: Arrays | None = None) -> Place:
+def locate(case: Case, side: Side, dtype: str = "float64", gradients: NamedArrays | None = None) -> Place:
     """Find where a side first parts from the equations in a case, and the known mistake that it looks like.
 
     Args:
@@ -91,7 +91,7 @@ def locate(case: Case, side: Side, dtype: str = "float64", gradients: Arrays | N
     return place
 
 
-def _in_gradients(case: Case, ours: Arrays, truth: Arrays, dtype: str) -> Place:
+def _in_gradients(case: Case, ours: NamedArrays, truth: NamedArrays, dtype: str) -> Place:
     """Where derivatives part whose results do not: they go from the last layer to the first, and back in time."""
     off = [name for name, array in truth.items() if _is_off(ours[name], array, dtype)]
     pattern = re.compile(rf"({'|'.join(oracle.ROLES)})(?:_l(\d+)(_reverse)?)?\.grad")
@@ -129,11 +129,11 @@ def _is_off(ours: np.ndarray, wanted: np.ndarray, dtype: str) -> bool:
     return not np.max(np.abs(ours.astype(np.float64) - wanted), initial=0) <= _limit(dtype) * scale
 
 
-def _distance(ours: Arrays, results: dict[str, Any]) -> float:
+def _distance(ours: NamedArrays, results: dict[str, Any]) -> float:
     return max(float(np.max(np.abs(ours[n].astype(np.float64) - results[n]))) for n in results if n != "layers")
 
 
-def _cause(case: Case, ours: Arrays, truth: dict[str, Any], dtype: str) -> str:
+def _cause(case: Case, ours: NamedArrays, truth: dict[str, Any], dtype: str) -> str:
     """The mistake with which the oracle gives what the side gave."""
     without = _distance(ours, truth)
     arrays = case.arrays()[:2]
@@ -148,7 +148,7 @@ def _cause(case: Case, ours: Arrays, truth: dict[str, Any], dtype: str) -> str:
     return ""
 
 
-def _probe(case: Case, arguments: dict[str, Any], parameters: Arrays, inputs: Arrays) -> Probe:
+def _probe(case: Case, arguments: dict[str, Any], parameters: NamedArrays, inputs: NamedArrays) -> Probe:
     fields = {field.name: getattr(case, field.name) for field in dataclasses.fields(Case)}
     probe = Probe(**fields | {"arguments": {**case.arguments, **arguments}})
     cotangents = {name: np.zeros(shape) for name, shape in probe.shapes()[2].items()}
@@ -207,7 +207,7 @@ def _first_step(case: Case, found: np.ndarray, wanted: np.ndarray, dtype: str) -
     return tuple(steps), next(iter(steps.values()))
 
 
-def _gates(case: Case, parameters: Arrays, inputs: Arrays, side: Side, dtype: str) -> tuple[str, ...]:
+def _gates(case: Case, parameters: NamedArrays, inputs: NamedArrays, side: Side, dtype: str) -> tuple[str, ...]:
     """The one or two gates whose rows have to be zero for the side to be right; none if it is right as it is."""
     names = oracle.GATES[KINDS[case.kind].module.removesuffix("Cell")]
     for chosen in [(), *itertools.combinations(names, 1), *itertools.combinations(names, 2)]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from .cases import KINDS, Arrays, Case
+from .cases import KINDS, Case, NamedArrays
 
 ROLES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
 GATES = {"RNN": ("h",), "LSTM": ("i", "f", "g", "o"), "GRU": ("r", "z", "n")}
@@ -67,7 +67,7 @@ def mistakes(case: Case) -> Iterator[Mistake]:
         yield Mistake("the backward direction runs forward", "no reverse")
 
 
-def run(case: Case, arrays: tuple[Arrays, Arrays], mistake: Mistake = NONE) -> dict[str, Any]:
+def run(case: Case, arrays: tuple[NamedArrays, NamedArrays], mistake: Mistake = NONE) -> dict[str, Any]:
     """The results of a case by name, and under "layers" each layer's output, a list.
 
     Args:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from . import training
-from .cases import CASES, KINDS, Arrays, Case
+from .cases import CASES, KINDS, Case, NamedArrays
 from .sides import run_torch
 from .training import RUNS, Run
 
@@ -62,7 +62,7 @@ def over_time(case: Case, result: np.ndarray, truth: np.ndarray) -> np.ndarray:
     return np.sqrt([np.mean(block) for block in blocks]) / (math.sqrt(np.mean(truth**2)) or 1.0)
 
 
-def measure(case: Case, results: Arrays, truth: Arrays, dtype: str) -> Arrays:
+def measure(case: Case, results: NamedArrays, truth: NamedArrays, dtype: str) -> NamedArrays:
     """How far results in a dtype are from the truth, both in the order of `case.measured()`.
 
     Returns:
@@ -85,7 +85,7 @@ def digest(array: np.ndarray) -> np.ndarray:
     return np.array([np.linalg.norm(array), *((2.0 * row - 1.0) @ array.ravel() for row in signs)])
 
 
-def live(case: Case, *, full: bool = True, device: str = "cpu") -> Arrays:
+def live(case: Case, *, full: bool = True, device: str = "cpu") -> NamedArrays:
     """The record of a case, from torch here, on a device of torch's; with the truth, or with its digest only."""
     found = run_torch(case, "float64", device)
     truth = {name: found[name] for name in case.measured()}
@@ -97,7 +97,7 @@ def live(case: Case, *, full: bool = True, device: str = "cpu") -> Arrays:
     return record
 
 
-def truth_of(case: Case, record: Arrays) -> Arrays | None:
+def truth_of(case: Case, record: NamedArrays) -> NamedArrays | None:
     """The float64 results by name, if the record has them in full."""
     if "truth" not in record:
         return None
@@ -137,7 +137,7 @@ class Recorded:
         self._lock = threading.Lock()  # NumPy's archives are not to be read by two threads at a time
         self.versions = sorted({str(file["torch_version"]) for file in self._files.values()})
 
-    def __call__(self, case: Case) -> Arrays:
+    def __call__(self, case: Case) -> NamedArrays:
         file = self._files[case.kind]
         names = [f"{case.name}/{name}" for name in ("truth", "digest", "errors", "ulps", "over_time")]
         with self._lock:
@@ -146,7 +146,7 @@ class Recorded:
             raise KeyError(f"no recorded results of {case.name}: run `python -m parity record`")
         return found
 
-    def training(self, run: Run) -> Arrays:
+    def training(self, run: Run) -> NamedArrays:
         """The record of a training run, see `parity.training`."""
         file = self._files["training"]
         names = ["losses", "masks", *run.shapes()]

@@ -14,9 +14,9 @@ from flax import nnx
 import jaxrnn
 from jaxrnn.options import Options
 
-from .cases import CHUNKS, Arrays, Case
+from .cases import CHUNKS, Case, NamedArrays
 
-Side = Callable[[Case, str], Arrays]
+Side = Callable[[Case, str], NamedArrays]
 
 
 def _state(case: Case, arrays: dict[str, Any], suffix: str) -> Any:
@@ -34,7 +34,7 @@ def _named(case: Case, returned: Any) -> dict[str, Any]:
     return results | {f"{name}_n": array for name, array in zip(case.states, state, strict=True)}
 
 
-def run_torch(case: Case, dtype: str, device: str = "cpu") -> Arrays:
+def run_torch(case: Case, dtype: str, device: str = "cpu") -> NamedArrays:
     """The case with torch.nn, in torch's default way; on a GPU without TF32."""
     import torch
     from torch.nn.utils import rnn
@@ -145,8 +145,8 @@ def _differentiate(call: Callable[..., Any], module: Hashable, feed: Feed) -> Ca
 
 
 def _run_jax(
-    case: Case, dtype: str, build: Callable[[Case, str, Arrays], tuple[Hashable, Any]], call: Callable[..., Any]
-) -> Arrays:
+    case: Case, dtype: str, build: Callable[[Case, str, NamedArrays], tuple[Hashable, Any]], call: Callable[..., Any]
+) -> NamedArrays:
     """What the JAX sides share. `build` gives the static and the differentiable part of a module that `call` calls."""
     parameters, inputs, cotangents, d_parameters, d_inputs = (
         {name: array.astype(jnp.dtype(dtype)) for name, array in arrays.items()}
@@ -155,7 +155,7 @@ def _run_jax(
     lengths = np.array(case.lengths) if case.way == "lengths" else None
     state = _state(case, cotangents, "n")
 
-    def sources(parameters: Any, inputs: Arrays) -> tuple:
+    def sources(parameters: Any, inputs: NamedArrays) -> tuple:
         return parameters, inputs["input"], _state(case, inputs, "0") if case.hx else None
 
     with jax.default_matmul_precision(precision()):
@@ -177,7 +177,7 @@ def _run_jax(
     return {name: np.asarray(array) for name, array in named.items()}
 
 
-def _build_nnx(case: Case, dtype: str, parameters: Arrays, **settings: Any) -> tuple[Hashable, Any]:
+def _build_nnx(case: Case, dtype: str, parameters: NamedArrays, **settings: Any) -> tuple[Hashable, Any]:
     make = functools.partial(getattr(jaxrnn, case.module), **case.constructor, param_dtype=jnp.dtype(dtype), **settings)
     module = nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0)))  # random numbers would compile for each shape
     jaxrnn.load_state_dict(module, parameters)
@@ -189,12 +189,12 @@ def _call_nnx(graphdef: Any, parameters: Any, *arguments: Any, **marks: Any) -> 
     return nnx.merge(graphdef, nnx.State(parameters))(*arguments, **marks)
 
 
-def run_jaxrnn(case: Case, dtype: str) -> Arrays:
+def run_jaxrnn(case: Case, dtype: str) -> NamedArrays:
     """The case with jaxrnn's flax.nnx module, differentiated under jit."""
     return _run_jax(case, dtype, _build_nnx, _call_nnx)
 
 
-def _build_linen(case: Case, dtype: str, parameters: Arrays) -> tuple[Hashable, Any]:
+def _build_linen(case: Case, dtype: str, parameters: NamedArrays) -> tuple[Hashable, Any]:
     return getattr(jaxrnn.linen, case.module)(**case.constructor, param_dtype=jnp.dtype(dtype)), parameters
 
 
@@ -202,7 +202,7 @@ def _call_linen(module: Any, parameters: Any, *arguments: Any, **marks: Any) -> 
     return module.apply({"params": parameters}, *arguments, **marks)
 
 
-def run_linen(case: Case, dtype: str) -> Arrays:
+def run_linen(case: Case, dtype: str) -> NamedArrays:
     """The case with jaxrnn's flax.linen module, differentiated under jit."""
     return _run_jax(case, dtype, _build_linen, _call_linen)
 

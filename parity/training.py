@@ -23,7 +23,7 @@ from jaxrnn.calls import apply
 from jaxrnn.checkpoint import clip_grad_norm, optax_from_torch
 from jaxrnn.spec import Spec
 
-from .cases import LAYERS, Arrays
+from .cases import LAYERS, NamedArrays
 
 STEPS, TIME, BATCH, INPUT, HIDDEN, LAYER_COUNT = 200, 12, 8, 4, 8, 2
 # Rounding, which 200 steps carry on: a wrong setting of an optimizer is off by more than 1e-6.
@@ -74,7 +74,7 @@ class Run:
         network = {f"rnn.{name}": shape for name, shape in self.spec.shapes().items()}
         return network | {"head.weight": (1, self.features), "head.bias": (1,)}
 
-    def numbers(self) -> tuple[Arrays, np.ndarray, np.ndarray]:
+    def numbers(self) -> tuple[NamedArrays, np.ndarray, np.ndarray]:
         """The first parameters, and the inputs and targets of every step: to recall earlier inputs and a product."""
         random = np.random.RandomState(zlib.crc32(self.name.encode()))
         bound = 1 / math.sqrt(HIDDEN)
@@ -99,7 +99,7 @@ RUNS = {
 }
 
 
-def run_torch(run: Run) -> Arrays:
+def run_torch(run: Run) -> NamedArrays:
     """The run in torch: the record."""
     import torch
 
@@ -131,7 +131,7 @@ def run_torch(run: Run) -> Arrays:
     return weights | {"losses": np.array(losses), "masks": np.packbits(np.array(masks))}
 
 
-def run_jaxrnn(run: Run, record: Arrays) -> Arrays:
+def run_jaxrnn(run: Run, record: NamedArrays) -> NamedArrays:
     """The run in JAX, with the masks of a record: its losses, and the parameters after the last step."""
     params, x, y = run.numbers()
     count = STEPS * TIME * BATCH * run.features
@@ -192,7 +192,7 @@ class Trained:
         return ""
 
 
-def compare(run: Run, record: Arrays) -> Trained:
+def compare(run: Run, record: NamedArrays) -> Trained:
     """Train in JAX, and compare with what torch gave."""
     try:
         ours = run_jaxrnn(run, record)
