@@ -17,7 +17,7 @@ from pathlib import Path
 
 import jax
 from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress
+from rich.progress import MofNCompleteColumn, Progress, track
 
 from jaxrnn import engines
 from jaxrnn.__main__ import with_examples
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = f"python -m {__pack
     """Compare, or record.
 
     Args:
-        arguments: those of the process if None.
+        arguments: the command line; that of the process if None.
         prog: the command that was used, for messages and the report.
 
     Returns:
@@ -238,9 +238,8 @@ def _places(outcomes: list[Outcome], side: str) -> dict[str, str]:
 
 def _compile(cases: list[Case], dtypes: Sequence[str], console: Console, out: Path | None) -> int:
     chosen = compile.programs(cases, dtypes)
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("compiling", total=len(chosen))
-        found = compile.compile_all(chosen, lambda: progress.advance(task))
+    pairs = track(compile.compile_all(chosen), "compiling", len(chosen), console=Console(stderr=True), transient=True)
+    found = list(itertools.chain.from_iterable(pairs))
     if out:
         out.write_text(json.dumps([dataclasses.asdict(program) for program in found], indent=1) + "\n")
     return compile.show(found, console)

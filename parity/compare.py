@@ -17,7 +17,7 @@ from .sides import Side, precision
 # is inaccurate: correct results, torch's own too, come as far as 1.3e-6. In 16 bits it is eps, one rounding at worst.
 LARGEST = {"float64": 1e-12, "float32": 4e-6, "bfloat16": 2.0**-7, "float16": 2.0**-10}
 DTYPES = tuple(LARGEST)
-# Above such a limit of its own, a case hides mistakes.
+# A case with a larger limit in float64 hides mistakes.
 JUDGED = 1e-6
 # The same in float32 where products are not. With bfloat16's, the worst there are, it comes to 0.009; of relu to 0.3 in
 # gradients, where a rounding crosses its kink: there only what is grossly wrong can be seen.
@@ -36,21 +36,21 @@ def products_are_float32() -> bool:
 
 def largest(case: Case, dtype: str) -> float:
     """The largest error that counts as right, scaled by max(1, largest of the truth)."""
-    own = {"float64": case.limit, "float32": case.float32_limit}.get(dtype)
+    limit = {"float64": case.limit, "float32": case.float32_limit}.get(dtype)
     if dtype != "float32" or products_are_float32():
-        return LARGEST[dtype] if own is None else own
+        return LARGEST[dtype] if limit is None else limit
     return LARGEST_ACROSS_A_KINK if KINDS[case.kind].cell == RNN_RELU else LARGEST_ROUNDED
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What came of one case.
+    """The errors of one case.
 
     Attributes:
         case: the case.
-        measured: for each dtype how far the results are off, see `reference.measure`; of a digest only the errors.
-        record: what torch gave, see `parity.reference`.
-        problem: what kept the case from being measured, if anything did.
+        measured: the errors in each dtype, see `reference.measure`; against a digest, the key "errors" only.
+        record: the results of torch, see `parity.reference`.
+        problem: the exception that kept the case from being measured, if any.
     """
 
     case: Case
@@ -90,32 +90,32 @@ class Outcome:
 
 
 def compare(case: Case, record: NamedArrays, side: Side, dtypes: Sequence[str] = DTYPES) -> Outcome:
-    """Run a case on a side, and measure the results against what torch gave.
+    """Run a case on a side, and measure the results against torch's.
 
     Args:
         case: the case.
-        record: what torch gave, see `parity.reference`.
+        record: the results of torch, see `parity.reference`.
         side: a value of `parity.sides.SIDES`.
-        dtypes: which of the case's to run. Where only a digest of the truth is known, float64 is always run: once it
-            has matched the digest, it is the truth for the other.
+        dtypes: which of the case's dtypes to run. If only a digest of the truth is known, float64 is always run: once
+            it has matched the digest, it is the truth for the other dtype.
     """
     truth = truth_of(case, record)
     measured: dict[str, NamedArrays] = {}
     try:
         if truth is None:
-            truth = _run(case, side, "float64")
+            truth = _checked_results(case, side, "float64")
             pairs = [(array, digest(array), row) for array, row in zip(truth.values(), record["digest"], strict=True)]
             rows = [(array.size, 0.0, np.max(np.abs(ours - row)) / row[0]) for array, ours, row in pairs]
             measured["float64"] = {"errors": np.array(rows)}
         for dtype in case.dtypes:
             if dtype in dtypes and dtype not in measured:
-                measured[dtype] = measure(case, _run(case, side, dtype), truth, dtype)
+                measured[dtype] = measure(case, _checked_results(case, side, dtype), truth, dtype)
     except Exception as problem:  # a case that breaks is a case that fails; the others go on
         return Outcome(case, problem=f"{type(problem).__name__}: {problem}".splitlines()[0])
     return Outcome(case, measured, record)
 
 
-def _run(case: Case, side: Side, dtype: str) -> NamedArrays:
+def _checked_results(case: Case, side: Side, dtype: str) -> NamedArrays:
     """A side's results in the order of `case.measured()`, once their names, shapes and dtype are right."""
     results = side(case, dtype)
     expected = case.measured()
@@ -170,7 +170,7 @@ class Row:
     def failure(self) -> str:
         """What is wrong with the row as a whole; empty if nothing is."""
         if self.dtype == "float32" and not products_are_float32():
-            return ""  # torch's own error is that of float32 products
+            return ""  # torch's error comes from float32 products
         limit = RATIO_OVERALL if self.kind == EVERYTHING[0] else RATIO
         if self.ratio is None or self.ratio <= limit:
             return ""
@@ -185,7 +185,7 @@ class Histogram:
         kind: a case's `group`.
         dtype: in whose units, and what was run in.
         ours: counts, one for each limit and one for what is above.
-        torch: the same of torch's own results; None in float64, where they are the truth.
+        torch: the counts of torch's results; None in float64, where they are the truth.
     """
 
     kind: str
@@ -214,8 +214,8 @@ EVERYTHING = ("all kinds", "all quantities")
 
 def pool(outcomes: Iterable[Outcome]) -> tuple[list[Row], list[Row]]:
     """A row for each kind and quantity, in the order of the cases, and a row for everything: for each dtype."""
-    groups: dict[tuple[str, str, str], list[tuple[dict[str, np.ndarray], np.ndarray | None]]] = {}
-    overall: dict[tuple[str, str, str], list[tuple[dict[str, np.ndarray], np.ndarray | None]]] = {}
+    groups: dict[tuple[str, str, str], list[tuple[NamedArrays, np.ndarray | None]]] = {}
+    overall: dict[tuple[str, str, str], list[tuple[NamedArrays, np.ndarray | None]]] = {}
     for outcome in outcomes:
         dtype = outcome.case.inexact or "float32"
         for index, name in enumerate(outcome.case.measured()):
@@ -228,7 +228,7 @@ def pool(outcomes: Iterable[Outcome]) -> tuple[list[Row], list[Row]]:
     return rows, everything
 
 
-def _row(kind: str, dtype: str, name: str, entries: list[tuple[dict[str, np.ndarray], np.ndarray | None]]) -> Row:
+def _row(kind: str, dtype: str, name: str, entries: list[tuple[NamedArrays, np.ndarray | None]]) -> Row:
     row = Row(kind, dtype, name)
     double = np.array([ours["float64"] for ours, _ in entries if "float64" in ours])
     pairs = [(ours[dtype], torch) for ours, torch in entries if dtype in ours and torch is not None]

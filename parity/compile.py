@@ -10,22 +10,21 @@ import dataclasses
 import functools
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from jaxrnn._tables import print_table
 
 from . import hlo, sides
 from .cases import Case
 from .compilers import TARGETS, devices
+from .tables import new_table
 
 TARGET = "v5e"
 TOPOLOGY = TARGETS[TARGET][1]["topology_name"]
@@ -72,7 +71,7 @@ def programs(cases: Iterable[Case], dtypes: Sequence[str]) -> list[tuple[Case, s
     return list(chosen.values())
 
 
-def compile_all(chosen: Sequence[tuple[Case, str]], advance: Callable[[], None]) -> list[Program]:
+def compile_all(chosen: Sequence[tuple[Case, str]]) -> Iterator[list[Program]]:
     """Compile the forward and the training program of every case, for one device and for all, in order."""
     described = devices(TARGET)
 
@@ -84,12 +83,10 @@ def compile_all(chosen: Sequence[tuple[Case, str]], advance: Callable[[], None])
             meshes.append(Mesh(np.array(described), "batch"))
             if HIDDEN.fullmatch(case.name) and case.steps is not None and case.arguments["hidden_size"] % 2 == 0:
                 meshes.append(Mesh(np.reshape(described, (-1, 2)), ("batch", "model")))
-        compiled = [_compile(case, dtype, kind, mesh) for mesh in meshes for kind in ("forward", "training")]
-        advance()
-        return compiled
+        return [_compile(case, dtype, kind, mesh) for mesh in meshes for kind in ("forward", "training")]
 
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as executor:
-        return [program for programs in executor.map(compile_each, chosen) for program in programs]
+        yield from executor.map(compile_each, chosen)
 
 
 def _compile(case: Case, dtype: str, kind: str, mesh: Mesh) -> Program:
@@ -117,30 +114,26 @@ def _compile(case: Case, dtype: str, kind: str, mesh: Mesh) -> Program:
             np.shape(array), array.dtype, sharding=NamedSharding(mesh, PartitionSpec(*parts if mesh.size > 1 else ()))
         )
 
-    def described(tree: Any, batch_axis: Callable[[Any], int]) -> Any:
-        return jax.tree.map(lambda array: describe(array, *[None] * batch_axis(array), "batch"), tree)
+    def described(tree: Any, batch_axis: int) -> Any:
+        return jax.tree.map(lambda array: describe(array, *[None] * batch_axis, "batch"), tree)
 
-    def sequence(array: Any) -> int:
-        return 0 if case.steps is None or case.arguments.get("batch_first") else 1
-
-    def a_state(array: Any) -> int:
-        return 0 if case.steps is None else 1
-
+    state_axis = 0 if case.steps is None else 1
+    axis = 0 if case.arguments.get("batch_first") else state_axis
     try:
         with jax.default_matmul_precision(sides.precision()):
             built: Any = sides._build_nnx(case, dtype, parameters, **settings)
             module, parameters = built
             spec = nnx.merge(module, nnx.State(parameters)).spec
             axes = spec.hidden_axes() if settings else dict.fromkeys(parameters, ())
-            states = described(state, a_state)
+            states = described(state, state_axis)
             arguments = (
                 {
                     name: describe(array, *("model" if hidden else None for hidden in axes[name]))
                     for name, array in parameters.items()
                 },
-                (described(inputs["input"], sequence), described(hx, a_state)),
-                described(lengths, lambda array: 0),
-                states if case.steps is None else (described(cotangents["output"], sequence), states),
+                (described(inputs["input"], axis), described(hx, state_axis)),
+                described(lengths, 0),
+                states if case.steps is None else (described(cotangents["output"], axis), states),
             )
             function = jax.jit({"forward": forward, "training": training}[kind])
             with jax.set_mesh(mesh) if settings else contextlib.nullcontext():
@@ -149,29 +142,22 @@ def _compile(case: Case, dtype: str, kind: str, mesh: Mesh) -> Program:
         text, steps = compiled.as_text() or "", case.steps or 1
         loops = hlo.loops(text, steps)
         not_time_major = sum(loop.not_time_major for loop in loops)
-        exchanges = COLLECTIVE.findall(text)
-        wrong = sorted(set(exchanges) - ({"all-reduce"} if kind == "training" else set()))
+        collectives = COLLECTIVE.findall(text)
+        wrong = sorted(set(collectives) - ({"all-reduce"} if kind == "training" else set()))
         problem = f"{kind} should not need {', '.join(wrong)}" if wrong and not settings else ""
-        counts = hlo.a_step(loops, "operations", steps), hlo.cycles(text, loops), not_time_major, len(exchanges)
+        counts = hlo.a_step(loops, "operations", steps), hlo.cycles(text, loops), not_time_major, len(collectives)
         return Program(name, memory.temp_size_in_bytes, *counts, problem)
-    except Exception as problem:  # what does not compile is what is looked for; the others go on
+    except Exception as problem:  # a failure is a result; the others go on
         return Program(name, problem=f"{type(problem).__name__}: {problem}".splitlines()[0])
 
 
 def show(found: Sequence[Program], console: Console) -> int:
     """Print a table of the largest programs and what failed; return the exit code."""
-    table = Table(title=f"compiled ahead of time for {TOPOLOGY}", title_justify="left", box=box.SIMPLE_HEAD)
-    table.add_column("the largest programs")
-    for heading in ("temporary\nmemory", "thousand\ncycles", "operations\na step", "not time-\nmajor", "collectives"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    headings = "temporary\nmemory", "thousand\ncycles", "operations\na step", "not time-\nmajor", "collectives"
+    table = new_table(f"compiled ahead of time for {TOPOLOGY}", ["the largest programs"], headings)
     for program in sorted(found, key=lambda program: -program.cycles)[:10]:
-        counts = (
-            f"{program.cycles / 1e3:,.0f}",
-            f"{program.operations:.1f}",
-            program.not_time_major,
-            program.collectives,
-        )
-        table.add_row(program.name, f"{program.memory:,} bytes", *map(str, counts))
+        cells = f"{program.memory:,} bytes", f"{program.cycles / 1e3:,.0f}", f"{program.operations:.1f}"
+        table.add_row(program.name, *cells, str(program.not_time_major), str(program.collectives))
     print_table(table, console)
     failures = [program for program in found if program.problem]
     for program in failures:

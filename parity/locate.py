@@ -174,7 +174,7 @@ def _alone(case: Case, layer: int, outputs: Sequence[np.ndarray]) -> Probe:
     directions = 1 + case.arguments["bidirectional"]
     x = inputs["input"] if layer == 0 else _laid_out(case, outputs[layer - 1])
     ends = {f"_l{layer}{end}": f"_l0{end}" for end in ("", "_reverse")}
-    own = {
+    parameters = {
         name[: name.index("_l")] + ends[name[name.index("_l") :]]: array
         for name, array in parameters.items()
         if name[name.index("_l") :] in ends
@@ -182,7 +182,7 @@ def _alone(case: Case, layer: int, outputs: Sequence[np.ndarray]) -> Probe:
     states = {
         name: array[layer * directions : (layer + 1) * directions] for name, array in inputs.items() if name != "input"
     }
-    return _probe(case, {"num_layers": 1, "input_size": x.shape[-1]}, own, {"input": x} | states)
+    return _probe(case, {"num_layers": 1, "input_size": x.shape[-1]}, parameters, {"input": x} | states)
 
 
 def _laid_out(case: Case, output: np.ndarray) -> np.ndarray:

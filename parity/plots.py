@@ -1,11 +1,9 @@
 """The pictures of a report, as SVG: how large errors are, how they grow over time, and how training goes."""
 
-import io
 import math
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -13,7 +11,7 @@ from matplotlib.ticker import PercentFormatter
 
 from .compare import Histogram
 from .reference import ULPS
-from .style import COLORS, OURS, STYLE, add_legend, set_style
+from .style import COLORS, OURS, add_legend, set_style
 from .training import Trained
 
 COLUMNS = 3
@@ -37,70 +35,60 @@ def _title(text: str) -> str:
     return textwrap.fill(text, 46, break_on_hyphens=False)
 
 
-def _svg(figure: Figure) -> bytes:
-    picture = io.BytesIO()
-    with matplotlib.rc_context(STYLE):
-        figure.savefig(picture, format="svg", metadata={"Date": None})  # the same report, the same bytes
-    return picture.getvalue()
-
-
-def errors_in_ulp(histograms: Sequence[Histogram], side: str) -> bytes:
+def errors_in_ulp(histograms: Sequence[Histogram], side: str) -> Figure:
     """What share of the numbers is off by how many units in the last place, by kind, ours beside torch's."""
-    with matplotlib.rc_context(STYLE):
-        figure, axes = _grid(len(histograms))
-        positions = np.arange(len(ULPS) + 1)
-        labels = ["½", *(f"{limit:,.0f}" for limit in ULPS[1:]), "more"]
-        for axis, histogram in zip(axes, histograms, strict=True):
-            both = {side: histogram.ours} | ({"torch": histogram.torch} if histogram.torch else {})
-            width = 0.8 / len(both)
-            for index, (name, counts) in enumerate(both.items()):
-                share = np.array(counts) / max(1, sum(counts))
-                offset = positions + (index - (len(both) - 1) / 2) * width
-                axis.bar(offset, share, width, label=name, color=COLORS.get(name, OURS))
-            axis.set_title(_title(f"{histogram.kind}, {sum(histogram.ours):,} numbers"), fontsize=9, loc="left")
-            axis.set_xticks(positions, labels, rotation=90, fontsize=7)
-            axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-        add_legend(figure, axes)
-        return _svg(figure)
+    figure, axes = _grid(len(histograms))
+    positions = np.arange(len(ULPS) + 1)
+    labels = ["½", *(f"{limit:,.0f}" for limit in ULPS[1:]), "more"]
+    for axis, histogram in zip(axes, histograms, strict=True):
+        both = {side: histogram.ours} | ({"torch": histogram.torch} if histogram.torch else {})
+        width = 0.8 / len(both)
+        for index, (name, counts) in enumerate(both.items()):
+            share = np.array(counts) / max(1, sum(counts))
+            offset = positions + (index - (len(both) - 1) / 2) * width
+            axis.bar(offset, share, width, label=name, color=COLORS.get(name, OURS))
+        axis.set_title(_title(f"{histogram.kind}, {sum(histogram.ours):,} numbers"), fontsize=9, loc="left")
+        axis.set_xticks(positions, labels, rotation=90, fontsize=7)
+        axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    add_legend(figure, axes)
+    return figure
 
 
-def error_over_time(drift: Mapping[str, Mapping[str, Sequence[float]]]) -> bytes:
+def error_over_time(drift: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
     """The rms error of the output, block of time by block of time."""
-    with matplotlib.rc_context(STYLE):
-        figure, axes = _grid(len(drift))
-        for axis, (name, lines) in zip(axes, drift.items(), strict=True):
-            for line, values in lines.items():
-                # Zero has no place on a logarithmic axis: there the line has a gap, and a dot shows what stands alone.
-                shown = [value if value > 0 else math.nan for value in values]
-                middle = (np.arange(len(shown)) + 0.5) / len(shown)
-                axis.plot(middle, shown, label=line, color=COLORS.get(line, OURS), marker=".", markersize=3)
-            axis.set_yscale("log")
-            low, high = axis.get_ylim()
-            axis.set_ylim(low / 3, high * 3)  # a decade at least: what does not grow should look so
-            axis.set_xlim(0, 1)
-            axis.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-            axis.set_title(_title(name), fontsize=9, loc="left")
-        add_legend(figure, axes)
-        return _svg(figure)
+    figure, axes = _grid(len(drift))
+    for axis, (name, lines) in zip(axes, drift.items(), strict=True):
+        for line, values in lines.items():
+            # Zero has no place on a logarithmic axis: there the line has a gap, and a dot shows what stands alone.
+            shown = [value if value > 0 else math.nan for value in values]
+            middle = (np.arange(len(shown)) + 0.5) / len(shown)
+            axis.plot(middle, shown, label=line, color=COLORS.get(line, OURS), marker=".", markersize=3)
+        axis.set_yscale("log")
+        low, high = axis.get_ylim()
+        axis.set_ylim(low / 3, high * 3)  # a decade at least: what does not grow should look so
+        axis.set_xlim(0, 1)
+        axis.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        axis.set_title(_title(name), fontsize=9, loc="left")
+    add_legend(figure, axes)
+    return figure
 
 
-def training(runs: Iterable[Trained]) -> bytes:
+def training(runs: Iterable[Trained]) -> Figure:
     """Torch's loss at each step, and how far ours is from it."""
     trained = [run for run in runs if run.curves[0]]
-    with matplotlib.rc_context(STYLE):
-        figure, axes = _grid(len(trained), height=2.4)
-        for axis, run in zip(axes, trained, strict=True):
-            torch, ours = (np.array(curve) for curve in run.curves)
-            axis.plot(torch, color=COLORS["torch"], label="torch's loss")
-            axis.plot(ours, color=OURS, linestyle=(0, (2, 2)), label="our loss")
-            axis.set_title(run.name.removeprefix("training-"), fontsize=9, loc="left")
-            apart = axis.twinx()
-            difference = np.abs(torch - ours)
-            apart.plot(np.where(difference > 0, difference, np.nan), ".", color="#777777", markersize=2)
-            apart.set_yscale("log")
-            apart.set_ylim(1e-18, 1)
-            apart.tick_params(colors="#777777", labelsize=7)
-            apart.spines[["top"]].set_visible(False)
-            axis.plot([], [], ".", color="#777777", label="apart (right axis)")
-        add_legend(figure, axes)
-        return _svg(figure)
+    figure, axes = _grid(len(trained), height=2.4)
+    for axis, run in zip(axes, trained, strict=True):
+        torch, ours = (np.array(curve) for curve in run.curves)
+        axis.plot(torch, color=COLORS["torch"], label="torch's loss")
+        axis.plot(ours, color=OURS, linestyle=(0, (2, 2)), label="our loss")
+        axis.set_title(run.name.removeprefix("training-"), fontsize=9, loc="left")
+        apart = axis.twinx()
+        difference = np.abs(torch - ours)
+        apart.plot(np.where(difference > 0, difference, np.nan), ".", color="#777777", markersize=2)
+        apart.set_yscale("log")
+        apart.set_ylim(1e-18, 1)
+        apart.tick_params(colors="#777777", labelsize=7)
+        apart.spines[["top"]].set_visible(False)
+        axis.plot([], [], ".", color="#777777", label="apart (right axis)")
+    add_legend(figure, axes)
+    return figure

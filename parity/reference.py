@@ -1,4 +1,4 @@
-"""What torch gives for each case: computed here, or recorded in parity/recorded, in one form.
+"""The results of torch for each case, computed here or recorded in parity/recorded.
 
 A record is a dict of arrays, with one row for each of the case's measured arrays, in their order:
 
@@ -111,21 +111,15 @@ def record() -> list[Path]:
     """Record every case's results from torch here, one file for each kind. The same torch gives the same bytes."""
     import torch
 
-    paths = []
-    for kind in KINDS:
-        arrays: dict[str, Any] = {
-            f"{case.name}/{name}": array
-            for case in CASES.values()
-            if case.kind == kind
-            for name, array in live(case, full=case.small).items()
-        }
-        paths.append(RECORDED / f"{kind}.npz")
-        np.savez_compressed(paths[-1], torch_version=np.array(torch.__version__), **arrays)
-    runs: dict[str, Any] = {
-        f"{run.name}/{name}": array for run in RUNS.values() for name, array in training.run_torch(run).items()
+    records = {
+        kind: {case.name: live(case, full=case.small) for case in CASES.values() if case.kind == kind} for kind in KINDS
     }
-    paths.append(RECORDED / "training.npz")
-    np.savez_compressed(paths[-1], torch_version=np.array(torch.__version__), **runs)
+    records["training"] = {run.name: training.run_torch(run) for run in RUNS.values()}
+    paths = []
+    for file, by_name in records.items():
+        arrays: Any = {f"{name}/{key}": array for name, record in by_name.items() for key, array in record.items()}
+        paths.append(RECORDED / f"{file}.npz")
+        np.savez_compressed(paths[-1], torch_version=np.array(torch.__version__), **arrays)
     return paths
 
 

@@ -9,10 +9,8 @@ from typing import Any
 import flax
 import jax
 import numpy as np
-from rich import box
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 import jaxrnn
 from jaxrnn._tables import print_table
@@ -20,6 +18,7 @@ from jaxrnn._tables import print_table
 from .cases import ENOUGH, LONG
 from .compare import Histogram, Outcome, Row, histograms, pool, products_are_float32
 from .sides import precision
+from .tables import new_table
 from .training import STEPS, Trained
 
 # Of a table of rows: by attribute, the heading and the form of a number.
@@ -165,10 +164,8 @@ class Report:
             shown = [name for name in self.columns(overall) if name != "torch_worst"]  # which fit into 80 columns
             dtypes = f"float64 and {dtype}" if "worst" in shown else "float64"
             title = f"{self.side}: errors against torch's float64, in {dtypes}"
-            table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-            table.add_column("quantity", min_width=15)  # which no name of a quantity exceeds
-            for name in shown:
-                table.add_column(COLUMNS[name][0].format(dtype=dtype), justify="right", no_wrap=True)
+            table = new_table(title, ["quantity"], (COLUMNS[name][0].format(dtype=dtype) for name in shown))
+            table.columns[0].min_width = 15  # the longest name of a quantity
             rows = [row for row in (*self.rows, overall) if row.dtype == dtype]
             for kind, group in itertools.groupby(rows, lambda row: row.kind):
                 table.add_section()
@@ -179,10 +176,8 @@ class Report:
             print_table(table, console)
         if self.training:
             title = f"training for {STEPS} steps in float64, in step with torch"
-            table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-            table.add_column("run", no_wrap=True)
-            for heading in ("loss at\nfirst", "torch's\nlast", "our\nlast", "losses\napart", "weights\napart"):
-                table.add_column(heading, justify="right", no_wrap=True)
+            headings = "loss at\nfirst", "torch's\nlast", "our\nlast", "losses\napart", "weights\napart"
+            table = new_table(title, ["run"], headings)
             for run in self.training:
                 means = (f"{mean:.4f}" for mean in (run.first, run.torch, run.ours))
                 style = "red" if run.name in self.failures else ""

@@ -70,7 +70,7 @@ class Run:
         return self.spec.output_size * self.spec.num_directions
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The parameters: the network's, and those of a linear layer on its outputs."""
+        """The shapes of the parameters: of the network, and of a linear layer on its outputs."""
         network = {f"rnn.{name}": shape for name, shape in self.spec.shapes().items()}
         return network | {"head.weight": (1, self.features), "head.bias": (1,)}
 
@@ -162,15 +162,15 @@ def run_jaxrnn(run: Run, record: NamedArrays) -> NamedArrays:
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """What came of a run.
+    """The losses and errors of a run.
 
     Attributes:
-        name: of the run.
-        first, torch, ours: the mean loss of the first and of the last ten steps, torch's and ours.
-        losses: how far the losses are apart at most, relative to max(1, largest).
-        weights: how far the last weights are apart at most, relative to max(1, largest).
+        name: the name of the run.
+        first, torch, ours: the mean loss of the first ten steps, and of the last ten, torch's and ours.
+        losses: the largest difference of the losses, relative to max(1, largest).
+        weights: the largest difference of the last weights, relative to max(1, largest).
         curves: the loss at each step, torch's and ours.
-        problem: what kept the run from being measured, if anything did.
+        problem: the exception that kept the run from being measured, if any.
     """
 
     name: str
@@ -193,7 +193,7 @@ class Trained:
 
 
 def compare(run: Run, record: NamedArrays) -> Trained:
-    """Train in JAX, and compare with what torch gave."""
+    """Train in JAX, and compare with the record."""
     try:
         ours = run_jaxrnn(run, record)
     except Exception as problem:  # a run that breaks is a run that fails; the others go on

@@ -91,4 +91,4 @@ def test_without_libtpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("jax.experimental.topologies.get_topology_desc", refuse)
     with pytest.raises(SystemExit, match=r"the compiler for v5e does not start .*no libtpu"):
-        compile.compile_all([], lambda: None)
+        list(compile.compile_all([]))

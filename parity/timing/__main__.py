@@ -26,15 +26,7 @@ EXTRAS = {"keras": "keras (pip install 'jaxrnn[speed]')", "torch": "torch (pip i
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = f"python -m {__package__}") -> int:
-    """Time the workloads and print a table.
-
-    Args:
-        arguments: the command line; that of the process if None.
-        prog: the command that was used, for messages.
-
-    Returns:
-        The exit code.
-    """
+    """Time the workloads and print a table. Returns the exit code. `prog` is the command that was used."""
     parser = argparse.ArgumentParser(
         prog=prog,
         **with_examples(
@@ -74,9 +66,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = f"python -m {__pack
     )
     parser.add_argument("--compile-only", action="store_true", help="only compile, for a device that is not here")
     parser.add_argument(
-        "--platform",
-        choices=["tpu", "cuda", *TARGETS],
-        help="with --compile-only: all TPUs, all GPUs, or one of them",
+        "--platform", choices=["tpu", "cuda", *TARGETS], help="with --compile-only: all TPUs, all GPUs, or one of them"
     )
     parser.add_argument("--bundles", action="store_true", help="with --compile-only: also count a TPU's instructions")
     options = parser.parse_args(arguments)

@@ -20,15 +20,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from jaxrnn._tables import print_table
 
 from .. import hlo
 from ..compilers import TARGETS, devices
 from ..hlo import Bundles
+from ..tables import new_table
 from .workloads import GRAPHS, Workload, implementations, training
 
 SIDES = ("jaxrnn", "pallas", "flax.nnx")
@@ -163,13 +162,9 @@ def show(found: Sequence[Compiled], workloads: Sequence[Workload], console: Cons
         compiled = list(group)
         on_tpu = TARGETS[target][0] == "tpu"
         title = f"compiled for {target}: " + ("estimates by its compiler" if on_tpu else "launches")
-        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-        table.add_column("workload")
-        table.add_column("program")
         columns = _columns(on_tpu, compiled)
-        for title, sides, _ in columns:
-            for side in sides:
-                table.add_column(f"{title if side == sides[0] else ''}\n{side}", justify="right")
+        headings = (f"{text if side == sides[0] else ''}\n{side}" for text, sides, _ in columns for side in sides)
+        table = new_table(title, ("workload", "program"), headings)
         for (name, program), pair in itertools.groupby(compiled, lambda each: (each.workload, each.program)):
             by_side = {each.side: each for each in pair if not each.problem and not each.refused}
             cells = (

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -61,12 +61,7 @@ SECTIONS = [
 
 
 def write(out: Path, seconds: float, sections: Sequence[Section] = SECTIONS) -> int:
-    """Run the sections and write both files.
-
-    Args:
-        out: the path of the files. Its suffix, if any, is replaced.
-        seconds: the limit of time for all sections.
-        sections: what to run.
+    """Run the sections within so many seconds, and write both files after each. A suffix of `out` is replaced.
 
     Returns:
         The exit code: 1 if parity failed or did not run.
@@ -93,10 +88,8 @@ def _run_section(section: Section, seconds: float) -> dict[str, Any]:
         begin = time.monotonic()
         with printed.open("w") as stream:  # a file keeps what was printed before the limit
             try:
-                run = subprocess.run(
-                    command, stdout=stream, stderr=subprocess.STDOUT, env=variables, timeout=seconds, check=False
-                )
-                code: int | None = run.returncode
+                options: Any = {"stdout": stream, "stderr": subprocess.STDOUT, "env": variables, "timeout": seconds}
+                code: int | None = subprocess.run(command, check=False, **options).returncode
                 result = "done" if code == 0 else f"ended with exit code {code}"
             except subprocess.TimeoutExpired:
                 code, result = None, f"stopped after its {seconds:.0f} seconds: what it had until then"
@@ -173,11 +166,8 @@ def _profiled(implementation: Implementation, inputs: Any, time_steps: int, back
                 jax.block_until_ready(step(*arguments))
             wall = (time.perf_counter() - begin) / STEPS
         events = [] if backend == "cpu" else list(_device_events(folder))
-    memory = jax.devices()[0].memory_stats() or {}
-    figures: dict[str, Any] = {
-        "wall ms": 1e3 * wall,
-        "peak MB so far": memory.get("peak_bytes_in_use", 0) / 1e6 or None,
-    }
+    peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
+    figures: dict[str, Any] = {"wall ms": 1e3 * wall, "peak MB so far": peak / 1e6 or None}
     if backend == "cpu":
         return figures | {"events": "a CPU launches nothing"}
     busy = sum(duration for _, duration in events) / STEPS
@@ -198,15 +188,11 @@ def _device_events(folder: str) -> Iterator[tuple[str, float]]:
 def main(arguments: Sequence[str]) -> int:
     """Print one section's figures, and write them to a file."""
     name, out = arguments
-    sections: dict[str, Callable[[], Any]] = {"environment": environment, "profile": profile}
-    figures = sections[name]()
+    figures: Any = profile() if name == "profile" else environment()
     Path(out).write_text(json.dumps(figures, indent=1, default=str) + "\n")
     for each in figures if isinstance(figures, list) else [figures]:
-        print(
-            ", ".join(
-                f"{key}: {value:.3g}" if isinstance(value, float) else f"{key}: {value}" for key, value in each.items()
-            )
-        )
+        texts = {key: f"{value:.3g}" if isinstance(value, float) else value for key, value in each.items()}
+        print(", ".join(f"{key}: {text}" for key, text in texts.items()))
     return 0
 
 

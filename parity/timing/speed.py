@@ -9,6 +9,7 @@ import itertools
 import random
 import statistics
 import time
+import timeit
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
@@ -16,13 +17,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 import jaxrnn
 from jaxrnn._tables import print_table
 
+from ..tables import new_table
 from .workloads import Torch, Workload, implementations, torch_device, training
 
 SIDES = ("jaxrnn", "sharded", "graphs", "pallas", "cudnn", "flax.nnx", "flax.linen", "keras", "torch")
@@ -88,12 +88,7 @@ def product_rates(sides: Collection[str]) -> dict[str, float]:
     matrix = np.ones((size, size), np.float32)
 
     def rate(call: Callable[[], Any]) -> float:
-        times = []
-        for _ in range(20):
-            start = time.perf_counter()
-            call()
-            times.append(time.perf_counter() - start)
-        return 2 * size**3 / min(times) / 1e9
+        return 2 * size**3 / min(timeit.repeat(call, number=1, repeat=20)) / 1e9
 
     one = jnp.asarray(matrix)
     rates = dict.fromkeys(sides, rate(lambda: jax.block_until_ready(one @ one)))
@@ -227,21 +222,14 @@ class Results:
 
     def ratios(self) -> dict[str, dict[str, dict[str, list[float]]]]:
         """The quartiles of their time over ours, turn by turn, for each workload, program and side."""
-
-        def quartiles(name: str, program: str, side: str) -> list[float]:
-            ours = self._ours(name, program, side).times
-            turns = [their / our for their, our in zip(self.found[name, program, side].times, ours, strict=False)]
-            return statistics.quantiles(turns, n=4) if len(turns) > 1 else 3 * turns
-
-        return {
-            name: {
-                program: {
-                    side: quartiles(name, program, side) for side in self.theirs if (name, program, side) in self.found
-                }
-                for program in reversed(PROGRAMS)
-            }
-            for name in self.names
-        }
+        ratios: dict[str, Any] = {name: {program: {} for program in reversed(PROGRAMS)} for name in self.names}
+        for key in itertools.product(self.names, PROGRAMS, self.theirs):
+            if key in self.found:
+                name, program, side = key
+                both = zip(self.found[key].times, self._ours(*key).times, strict=False)
+                turns = [their / our for their, our in both]
+                ratios[name][program][side] = statistics.quantiles(turns, n=4) if len(turns) > 1 else 3 * turns
+        return ratios
 
     def summary(self) -> list[dict[str, Any]]:
         """The geometric mean of the ratios and the worst, and the largest of memory, for each program and side."""
@@ -261,12 +249,9 @@ class Results:
 
     def show(self, console: Console, rates: dict[str, float]) -> None:
         """Print the table, and the summary below."""
-        table = Table(title="medians in ms, and theirs over ours", title_justify="left", box=box.SIMPLE_HEAD)
-        for heading in ("workload", "program"):
-            table.add_column(heading, no_wrap=True)
         headings = [f"{side}\nms   ratio" if side in THEIRS else f"{side}\nms" for side in self.sides]
-        for heading in (*headings, "memory MB\nours flax's", "compile s\nours flax's", "% of\nGEMM"):
-            table.add_column(heading, justify="right", no_wrap=True)
+        headings += ["memory MB\nours flax's", "compile s\nours flax's", "% of\nGEMM"]
+        table = new_table("medians in ms, and theirs over ours", ("workload", "program"), headings)
         for workload, program in itertools.product(self.names, PROGRAMS):
             cells = []
             sides = {side: self.found.get((workload, program, side)) for side in self.sides}
