@@ -30,7 +30,7 @@ RATIO_OVERALL = 1.25
 
 
 def products_are_float32() -> bool:
-    """Whether products of float32 numbers are of float32 numbers: with JAX's default precision only on a CPU."""
+    """Whether products are computed in full float32; by default only a CPU does."""
     return precision() == "highest" or jax.default_backend() == "cpu"
 
 
@@ -60,12 +60,12 @@ class Outcome:
 
     @property
     def torch(self) -> NamedArrays:
-        """How far torch's own results in the case's less exact dtype are off; empty if it has none."""
+        """The errors of torch's results in the case's less exact dtype; empty if it has none."""
         return self.record if "errors" in self.record else {}
 
     @property
     def errors(self) -> dict[str, np.ndarray]:
-        """For each dtype the errors, a row for each of the case's measured arrays."""
+        """The errors in each dtype, a row for each array in `case.measured()`."""
         return {dtype: arrays["errors"] for dtype, arrays in self.measured.items()}
 
     @property
@@ -78,7 +78,7 @@ class Outcome:
         return None
 
     def failure(self) -> str:
-        """What is wrong with the case: its worst array; empty if nothing is."""
+        """The failure of the case, with its worst array; empty if there is none."""
         if (limit := self.case.limit) is not None and limit > JUDGED:
             cause = f"torch's own results change by up to {limit:.0e} when hidden units are renumbered"
             return f"not to be judged: {cause}. Give inputs of fewer steps"
@@ -130,11 +130,11 @@ def _checked_results(case: Case, side: Side, dtype: str) -> NamedArrays:
 
 @dataclasses.dataclass
 class Row:
-    """One kind and quantity, over all cases that have one less exact dtype: see `reference.errors` for the numbers.
+    """The errors of one kind and quantity over all cases with one less exact dtype, see `reference.errors`.
 
     Attributes:
         kind: a case's `group`, which is its kind, but for long sequences.
-        dtype: the less exact one, float32 too where none was run.
+        dtype: the less exact dtype; float32 if none was run.
         quantity: see `parity.cases.quantity`.
         count: how many numbers were compared.
         float64: the largest float64 error.
@@ -168,7 +168,7 @@ class Row:
         return self.rms / self.torch_rms if self.torch_rms else math.inf if self.rms else 1.0
 
     def failure(self) -> str:
-        """What is wrong with the row as a whole; empty if nothing is."""
+        """The failure of the row as a whole; empty if there is none."""
         if self.dtype == "float32" and not products_are_float32():
             return ""  # torch's error comes from float32 products
         limit = RATIO_OVERALL if self.kind == EVERYTHING[0] else RATIO
@@ -179,12 +179,12 @@ class Row:
 
 @dataclasses.dataclass
 class Histogram:
-    """How many numbers of a group are off by how many units in the last place: see `reference.ULPS` for the limits.
+    """A histogram of the errors of a group in units in the last place, with the limits of `reference.ULPS`.
 
     Attributes:
         kind: a case's `group`.
-        dtype: in whose units, and what was run in.
-        ours: counts, one for each limit and one for what is above.
+        dtype: the dtype that was run, whose units are counted.
+        ours: counts, one for each limit and one above the last limit.
         torch: the counts of torch's results; None in float64, where they are the truth.
     """
 
@@ -195,7 +195,7 @@ class Histogram:
 
 
 def histograms(outcomes: Iterable[Outcome]) -> list[Histogram]:
-    """One for each group of cases and dtype, in their order; cases known by a digest have none in float64."""
+    """A histogram for each group of cases and dtype, but not of digests."""
     counts: dict[tuple[str, str], tuple[np.ndarray, np.ndarray]] = {}
     for outcome in outcomes:
         for dtype, measured in outcome.measured.items():
@@ -213,7 +213,7 @@ EVERYTHING = ("all kinds", "all quantities")
 
 
 def pool(outcomes: Iterable[Outcome]) -> tuple[list[Row], list[Row]]:
-    """A row for each kind and quantity, in the order of the cases, and a row for everything: for each dtype."""
+    """The rows of each kind, dtype and quantity, in the order of the cases, and the rows of each dtype overall."""
     groups: dict[tuple[str, str, str], list[tuple[NamedArrays, np.ndarray | None]]] = {}
     overall: dict[tuple[str, str, str], list[tuple[NamedArrays, np.ndarray | None]]] = {}
     for outcome in outcomes:

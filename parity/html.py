@@ -51,7 +51,7 @@ def write(path: Path, report: Report, command: str, scope: str) -> None:
 
 
 def _limits() -> dict[str, float]:
-    """By dtype the largest scaled error that counts as right."""
+    """The largest scaled error that counts as right, by dtype."""
     return LARGEST if products_are_float32() else LARGEST | {"float32": LARGEST_ROUNDED}
 
 

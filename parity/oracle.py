@@ -1,6 +1,6 @@
-"""The equations once more, step by step in NumPy and float64, and the mistakes that people make with them.
+"""The equations, step by step in NumPy and float64, and the mistakes that people make with them.
 
-It shares no line with jaxrnn: it is what a result that is off is taken apart with.
+The module shares no code with jaxrnn. `locate` compares wrong results with it.
 """
 
 import dataclasses
@@ -18,12 +18,12 @@ GATES = {"RNN": ("h",), "LSTM": ("i", "f", "g", "o"), "GRU": ("r", "z", "n")}
 
 @dataclasses.dataclass(frozen=True)
 class Mistake:
-    """A way to be wrong.
+    """A mistake in the equations.
 
     Attributes:
-        cause: in words, for people.
+        cause: a description for people.
         swapped: two gates whose rows are exchanged.
-        what: a keyword that `_layer` and `run` know.
+        what: a keyword of `_layer` and `run`.
     """
 
     cause: str
@@ -35,7 +35,7 @@ NONE = Mistake("nothing is wrong")
 
 
 def mistakes(case: Case) -> Iterator[Mistake]:
-    """The known ones that a case could show."""
+    """The mistakes that could show in a case."""
     family, cells = KINDS[case.kind].module.removesuffix("Cell"), case.steps is None
     for pair in itertools.combinations(GATES[family], 2):
         yield Mistake(f"the gates {pair[0]} and {pair[1]} are exchanged", swapped=pair)
@@ -73,7 +73,7 @@ def run(case: Case, arrays: tuple[NamedArrays, NamedArrays], mistake: Mistake = 
     Args:
         case: the case.
         arrays: the parameters and the inputs, as `case.arrays()` gives them first.
-        mistake: what to do wrong.
+        mistake: the mistake to make.
     """
     parameters, inputs = arrays
     kind = KINDS[case.kind]

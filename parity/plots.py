@@ -1,4 +1,4 @@
-"""The pictures of a report, as SVG: how large errors are, how they grow over time, and how training goes."""
+"""The pictures of a report: how large errors are, how they grow over time, and how training goes."""
 
 import math
 import textwrap
@@ -31,12 +31,12 @@ def _grid(count: int, height: float = 2.2) -> tuple[Figure, list[Axes]]:
 
 
 def _title(text: str) -> str:
-    """On several lines, if it is wider than its plot."""
+    """Break a title that is wider than its plot into lines."""
     return textwrap.fill(text, 46, break_on_hyphens=False)
 
 
 def errors_in_ulp(histograms: Sequence[Histogram], side: str) -> Figure:
-    """What share of the numbers is off by how many units in the last place, by kind, ours beside torch's."""
+    """Histograms of the errors in units in the last place, by kind, ours beside torch's."""
     figure, axes = _grid(len(histograms))
     positions = np.arange(len(ULPS) + 1)
     labels = ["½", *(f"{limit:,.0f}" for limit in ULPS[1:]), "more"]
@@ -55,7 +55,7 @@ def errors_in_ulp(histograms: Sequence[Histogram], side: str) -> Figure:
 
 
 def error_over_time(drift: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
-    """The rms error of the output, block of time by block of time."""
+    """The rms error of the output in each block of time."""
     figure, axes = _grid(len(drift))
     for axis, (name, lines) in zip(axes, drift.items(), strict=True):
         for line, values in lines.items():
@@ -74,7 +74,7 @@ def error_over_time(drift: Mapping[str, Mapping[str, Sequence[float]]]) -> Figur
 
 
 def training(runs: Iterable[Trained]) -> Figure:
-    """Torch's loss at each step, and how far ours is from it."""
+    """Torch's loss and ours at each step, and the difference."""
     trained = [run for run in runs if run.curves[0]]
     figure, axes = _grid(len(trained), height=2.4)
     for axis, run in zip(axes, trained, strict=True):

@@ -29,7 +29,7 @@ BLOCKS = 64  # of time, at most
 
 
 def errors(result: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """How far a result is from the truth.
+    """The errors of a result.
 
     Returns:
         Three numbers: how many numbers there are; the sum of their squared errors, relative to the rms of the truth,
@@ -44,7 +44,7 @@ def errors(result: np.ndarray, truth: np.ndarray) -> np.ndarray:
 
 
 def ulps(result: np.ndarray, truth: np.ndarray, dtype: str) -> np.ndarray:
-    """How many numbers are off by how many units in the last place that the true number has in a dtype: see `ULPS`."""
+    """A histogram of the errors, in units in the last place of the true number in a dtype, with the limits `ULPS`."""
     format = jnp.finfo(dtype)
     exponent = np.maximum(np.frexp(truth)[1] - 1, format.minexp)
     difference = np.abs(result.astype(np.float64) - truth)
@@ -63,7 +63,7 @@ def over_time(case: Case, result: np.ndarray, truth: np.ndarray) -> np.ndarray:
 
 
 def measure(case: Case, results: NamedArrays, truth: NamedArrays, dtype: str) -> NamedArrays:
-    """How far results in a dtype are from the truth, both in the order of `case.measured()`.
+    """The errors of results in a dtype. Results and truth are in the order of `case.measured()`.
 
     Returns:
         `errors`, a row of three numbers for each array (see `errors`); `ulps`, of all numbers together; and
@@ -86,7 +86,7 @@ def digest(array: np.ndarray) -> np.ndarray:
 
 
 def live(case: Case, *, full: bool = True, device: str = "cpu") -> NamedArrays:
-    """The record of a case, from torch here, on a device of torch's; with the truth, or with its digest only."""
+    """The record of a case from torch here, on one of torch's devices; with a digest of the truth unless `full`."""
     found = run_torch(case, "float64", device)
     truth = {name: found[name] for name in case.measured()}
     record = measure(case, run_torch(case, case.inexact, device), truth, case.inexact) if case.inexact else {}

@@ -1,4 +1,4 @@
-"""Say what a comparison found: a table, a verdict in words, and the same as JSON."""
+"""The report of a comparison: a table, a verdict in words, and the same as JSON."""
 
 import dataclasses
 import itertools
@@ -38,17 +38,17 @@ class Report:
     """The judgement of a run.
 
     Attributes:
-        side: which side was compared with torch.
+        side: the side that was compared with torch.
         rows: one for each kind, quantity and less exact dtype.
         overall: one for everything, for each less exact dtype.
-        failures: what failed, by case or by kind and quantity; empty if all is well.
-        places: where the first failing case of each kind parts from the equations, and what it looks like.
-        cases: how many cases were compared.
-        training: what came of the training runs.
+        failures: the failures by case, or by kind and quantity; empty if all is well.
+        places: the place and the likely cause of the failure, of the first failing case of each kind.
+        cases: the number of cases that were compared.
+        training: the results of the training runs.
         histograms: errors by their size.
-        drift: the error over time of long sequences and of what failed: `{"RNN-long in float32": {"torch": [...]}}`.
+        drift: the error over time of long sequences and of failures: `{"RNN-long in float32": {"torch": [...]}}`.
         environment: versions and the device.
-        limits: of cases with a limit of their own in float64.
+        limits: the limits in float64 of the cases that set one.
     """
 
     side: str
@@ -73,7 +73,7 @@ class Report:
         places: dict[str, str] | None = None,
         ratios: bool = True,
     ) -> "Report":
-        """Judge the outcomes. `torch` says which torch they were compared with, `ratios` whether rms errors count."""
+        """Judge the outcomes. `torch` is the version of torch; rms errors are judged if `ratios` is set."""
         rows, overall = pool(outcomes)
         failures = {outcome.case.name: outcome.failure() for outcome in outcomes}
         if ratios:
@@ -142,7 +142,7 @@ class Report:
 
     @staticmethod
     def columns(overall: Row) -> list[str]:
-        """The columns of the table of a dtype that have a number in them; without the less exact dtype, the first."""
+        """The columns of a table that are not empty: if the less exact dtype was not run, the first two."""
         return [name for name in COLUMNS if name in ("count", "float64") or overall.worst is not None]
 
     @staticmethod
@@ -151,7 +151,7 @@ class Report:
         return "" if value is None else COLUMNS[name][1].format(value)
 
     def json(self) -> dict[str, Any]:
-        """All of it, in JSON's types."""
+        """The report in JSON's types."""
         tables = {
             name: [dataclasses.asdict(row) | {"ratio": row.ratio} for row in rows]
             for name, rows in (("rows", self.rows), ("overall", self.overall))
@@ -192,7 +192,7 @@ class Report:
 
 
 def line(group: str, outcomes: Sequence[Outcome]) -> str:
-    """A group of cases in one line, once they have run."""
+    """One line about a group of cases."""
     count = f"{len(outcomes)} case{'s' * (len(outcomes) > 1)}"
     failed = [outcome for outcome in outcomes if outcome.failure()]
     if failed:
@@ -205,7 +205,7 @@ def line(group: str, outcomes: Sequence[Outcome]) -> str:
 
 
 def _drift(outcome: Outcome, side: str) -> dict[str, dict[str, list[float]]]:
-    """The error over time in the dtype that torch, too, was inexact in; in the one that is off, if one is."""
+    """The error over time in the dtype that is off, if one is, or else in the case's less exact dtype."""
     dtype = outcome.off[0] if outcome.off else outcome.case.inexact or "float64"
     ours = outcome.measured.get(dtype, {})
     if "over_time" not in ours:

@@ -26,7 +26,7 @@ def _state(case: Case, arrays: dict[str, Any], suffix: str) -> Any:
 
 
 def _named(case: Case, returned: Any) -> dict[str, Any]:
-    """By name, what a module returned."""
+    """The results of a module by name."""
     results = {}
     if case.steps is not None:
         results["output"], returned = returned
@@ -35,7 +35,7 @@ def _named(case: Case, returned: Any) -> dict[str, Any]:
 
 
 def run_torch(case: Case, dtype: str, device: str = "cpu") -> NamedArrays:
-    """The case with torch.nn, in torch's default way; on a GPU without TF32."""
+    """The case with torch.nn and torch's defaults, but without TF32 on a GPU."""
     import torch
     from torch.nn.utils import rnn
 
@@ -85,7 +85,7 @@ def run_torch(case: Case, dtype: str, device: str = "cpu") -> NamedArrays:
 
 
 class Feed(NamedTuple):
-    """How a case feeds its sequence to a JAX module: what of it is fixed when the module is traced."""
+    """The static part of how a case feeds its sequence to a JAX module."""
 
     way: str
     lengths: tuple[int, ...] | None
@@ -115,7 +115,7 @@ class Feed(NamedTuple):
 
 
 def precision() -> str:
-    """Of the products in the JAX sides: "highest", unless JAX was told otherwise.
+    """The precision of products in the JAX sides: "highest", unless JAX's default was set.
 
     TF32 and bfloat16 products, which accelerators take by default, are a choice of speed, not what is compared here.
     """
@@ -147,7 +147,7 @@ def _differentiate(call: Callable[..., Any], module: Hashable, feed: Feed) -> Ca
 def _run_jax(
     case: Case, dtype: str, build: Callable[[Case, str, NamedArrays], tuple[Hashable, Any]], call: Callable[..., Any]
 ) -> NamedArrays:
-    """What the JAX sides share. `build` gives the static and the differentiable part of a module that `call` calls."""
+    """Run a JAX side. `build` returns the static and the differentiable part of a module, which `call` calls."""
     parameters, inputs, cotangents, d_parameters, d_inputs = (
         {name: array.astype(jnp.dtype(dtype)) for name, array in arrays.items()}
         for arrays in (*case.arrays(), *case.tangents())
@@ -185,8 +185,8 @@ def _build_nnx(case: Case, dtype: str, parameters: NamedArrays, **settings: Any)
     return graphdef, nnx.to_pure_dict(state)
 
 
-def _call_nnx(graphdef: Any, parameters: Any, *arguments: Any, **marks: Any) -> Any:
-    return nnx.merge(graphdef, nnx.State(parameters))(*arguments, **marks)
+def _call_nnx(graphdef: Any, parameters: Any, *arguments: Any, **kwargs: Any) -> Any:
+    return nnx.merge(graphdef, nnx.State(parameters))(*arguments, **kwargs)
 
 
 def run_jaxrnn(case: Case, dtype: str) -> NamedArrays:
@@ -198,8 +198,8 @@ def _build_linen(case: Case, dtype: str, parameters: NamedArrays) -> tuple[Hasha
     return getattr(jaxrnn.linen, case.module)(**case.constructor, param_dtype=jnp.dtype(dtype)), parameters
 
 
-def _call_linen(module: Any, parameters: Any, *arguments: Any, **marks: Any) -> Any:
-    return module.apply({"params": parameters}, *arguments, **marks)
+def _call_linen(module: Any, parameters: Any, *arguments: Any, **kwargs: Any) -> Any:
+    return module.apply({"params": parameters}, *arguments, **kwargs)
 
 
 def run_linen(case: Case, dtype: str) -> NamedArrays:

@@ -39,7 +39,7 @@ class Run:
     Attributes:
         kind: a key of `parity.cases.LAYERS`.
         optimizer: a class of torch.optim.
-        settings: the optimizer's, as torch's state dict has them.
+        settings: the optimizer's settings, as in torch's state dict.
         clip: the norm that gradients are clipped to, if they are.
         bidirectional: whether the network is.
     """
@@ -100,7 +100,7 @@ RUNS = {
 
 
 def run_torch(run: Run) -> NamedArrays:
-    """The run in torch: the record."""
+    """The record of a run, from torch here."""
     import torch
 
     torch.set_num_threads(1)
@@ -183,7 +183,7 @@ class Trained:
     problem: str = ""
 
     def failure(self) -> str:
-        """What is wrong; empty if nothing is."""
+        """The failure of the run; empty if there is none."""
         if self.problem:
             return self.problem
         for what, error in (("losses", self.losses), ("weights", self.weights)):
