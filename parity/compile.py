@@ -19,12 +19,10 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rich.console import Console
 
-from jaxrnn._tables import print_table
-
 from . import hlo, sides
 from .cases import Case
 from .compilers import TARGETS, devices
-from .tables import new_table
+from .tables import new_table, print_table
 
 TARGET = "v5e"
 TOPOLOGY = TARGETS[TARGET][1]["topology_name"]

@@ -13,12 +13,11 @@ from rich.console import Console
 from rich.markup import escape
 
 import jaxrnn
-from jaxrnn._tables import print_table
 
 from .cases import ENOUGH, LONG
 from .compare import Histogram, Outcome, Row, histograms, pool, products_are_float32
 from .sides import precision
-from .tables import new_table
+from .tables import new_table, print_table
 from .training import STEPS, Trained
 
 # Of a table of rows: by attribute, the heading and the form of a number.

@@ -5,6 +5,10 @@ from collections.abc import Iterable
 from rich import box
 from rich.table import Table
 
+from jaxrnn._tables import print_table
+
+__all__ = ["new_table", "print_table"]
+
 
 def new_table(title: str, words: Iterable[str], numbers: Iterable[str]) -> Table:
     """A table without rows, given the headings of columns of words and, after them, of columns of numbers."""

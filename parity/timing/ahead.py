@@ -22,12 +22,10 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rich.console import Console
 
-from jaxrnn._tables import print_table
-
 from .. import hlo
 from ..compilers import TARGETS, devices
 from ..hlo import Bundles
-from ..tables import new_table
+from ..tables import new_table, print_table
 from .workloads import GRAPHS, Workload, implementations, training
 
 SIDES = ("jaxrnn", "pallas", "flax.nnx")

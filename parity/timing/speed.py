@@ -20,9 +20,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rich.console import Console
 
 import jaxrnn
-from jaxrnn._tables import print_table
 
-from ..tables import new_table
+from ..tables import new_table, print_table
 from .workloads import Torch, Workload, implementations, torch_device, training
 
 SIDES = ("jaxrnn", "sharded", "graphs", "pallas", "cudnn", "flax.nnx", "flax.linen", "keras", "torch")

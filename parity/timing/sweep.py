@@ -5,9 +5,7 @@ from collections.abc import Callable, Sequence
 
 from rich.console import Console
 
-from jaxrnn._tables import print_table
-
-from ..tables import new_table
+from ..tables import new_table, print_table
 from .workloads import Workload
 
 KINDS = ("LSTM", "GRU")
