@@ -37,7 +37,7 @@ LARGE = 256 << 20
 # Commands that are modules of the parity suite, and parse their own arguments.
 SUITE = {
     "parity": ("jaxrnn.parity.__main__", "compare every kind of module with PyTorch: recorded results, or run here"),
-    "speed": ("jaxrnn.parity.speed", "time jaxrnn, Flax, Keras and PyTorch"),
+    "speed": ("jaxrnn.parity.timing.__main__", "time jaxrnn, Flax, Keras and PyTorch"),
 }
 
 

@@ -2,6 +2,6 @@
 
 `jaxrnn parity`, or `python -m parity` from the root of a clone, compares with results recorded from
 torch. The folder `parity` of a clone is installed as `jaxrnn.parity`, so imports within it are relative.
-`cases` is the table, `sides` runs a case with one library, `reference` is what torch gives, recorded or live,
-`compare` measures and judges, `report` prints.
+`cases` is the table, `sides` runs a case with one library, `reference` has torch's results, recorded or live, `compare`
+measures and judges, `report` prints. The package `timing` has the timings.
 """

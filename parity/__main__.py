@@ -17,7 +17,7 @@ from pathlib import Path
 
 import jax
 from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress
+from rich.progress import MofNCompleteColumn, Progress, track
 
 from jaxrnn import engines
 from jaxrnn.__main__ import with_examples
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = f"python -m {__pack
     """Compare, or record.
 
     Args:
-        arguments: those of the process if None.
+        arguments: the command line; that of the process if None.
         prog: the command that was used, for messages and the report.
 
     Returns:
@@ -194,7 +194,7 @@ def _model(options: argparse.Namespace) -> int:
 
 
 def _judge(cases: Sequence[Case], runs: list[training.Run], dtypes: Sequence[str], options: argparse.Namespace) -> int:
-    """Compare, and say what came of it. Ctrl-C ends it, and what was compared by then is said."""
+    """Compare, and report. Ctrl-C ends the comparison, and the report is of the cases by then."""
     count = len(cases) + len(runs)
     if count > MANY:
         words = f"comparing {count} cases, mostly compiling: all {len(CASES) + len(training.RUNS)} take about 6 minutes"
@@ -221,7 +221,7 @@ def _judge(cases: Sequence[Case], runs: list[training.Run], dtypes: Sequence[str
 
 
 def _places(outcomes: list[Outcome], side: str) -> dict[str, str]:
-    """Where the first failing case of each kind is off, for a few kinds: each takes some compiling."""
+    """The places where the first failing case of each kind is off, for a few kinds, as each takes some compiling."""
     places: dict[str, str] = {}
     kinds: set[str] = set()
     for outcome in outcomes:
@@ -238,9 +238,8 @@ def _places(outcomes: list[Outcome], side: str) -> dict[str, str]:
 
 def _compile(cases: list[Case], dtypes: Sequence[str], console: Console, out: Path | None) -> int:
     chosen = compile.programs(cases, dtypes)
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("compiling", total=len(chosen))
-        found = compile.compile_all(chosen, lambda: progress.advance(task))
+    pairs = track(compile.compile_all(chosen), "compiling", len(chosen), console=Console(stderr=True), transient=True)
+    found = list(itertools.chain.from_iterable(pairs))
     if out:
         out.write_text(json.dumps([dataclasses.asdict(program) for program in found], indent=1) + "\n")
     return compile.show(found, console)
@@ -249,9 +248,9 @@ def _compile(cases: list[Case], dtypes: Sequence[str], console: Console, out: Pa
 def _outcomes(
     cases: Sequence[Case], runs: list[training.Run], side: str, dtypes: Sequence[str], live: str | None
 ) -> tuple[list[Outcome], list[training.Trained], str]:
-    """The outcomes of the cases and of the training runs, in their order, and which torch they were compared with.
+    """The outcomes of the cases and of the training runs, in their order, and the version of torch.
 
-    After Ctrl-C, those that there are by then.
+    After Ctrl-C, only the outcomes by then.
     """
     columns = (*Progress.get_default_columns(), MofNCompleteColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:

@@ -14,7 +14,7 @@ import numpy as np
 from jaxrnn.cells import GRU_CELL, LSTM_CELL, RNN_RELU, RNN_TANH, Cell
 from jaxrnn.spec import CellSpec, Shape, Spec
 
-Arrays = dict[str, np.ndarray]
+NamedArrays = dict[str, np.ndarray]
 
 # A pooled float32 error is judged from this many numbers on: fewer say little about an rms.
 ENOUGH = 10_000
@@ -26,7 +26,7 @@ NEAR_ZERO = {"RNN_RELU": {5, 8, 11, 12, 14, 15, 17, 22, 27, 34, 35}, "RNNCell_RE
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """A kind of module: its class, by the same name in torch.nn and in jaxrnn, and the arguments that make the kind."""
+    """A kind of module: its class, which has one name in torch.nn and in jaxrnn, and its constructor's arguments."""
 
     module: str
     cell: Cell
@@ -52,13 +52,6 @@ KINDS = {**LAYERS, **CELLS}
 
 # The lengths of the ragged cases' rows, four rows of up to five steps.
 LENGTHS = {"unsorted": (2, 5, 1, 4), "sorted": (5, 4, 2, 1), "equal": (4, 4, 4, 4), "ones": (1, 1, 5, 1)}
-WAYS = {
-    "whole": "the sequence in one array",
-    "lengths": "rows of different lengths, as lengths=",
-    "packed": "rows of different lengths, as a PackedSequence",
-    "sorted": "the same, packed with enforce_sorted",
-    "chunked": "chunk by chunk, the state carried on",
-}
 CHUNKS = (2, 1, 2)
 LONG = 4096
 MANY = 72  # rows
@@ -71,16 +64,17 @@ class Case:
     Attributes:
         name: stable and readable; it also seeds the numbers.
         kind: a key of `KINDS`.
-        arguments: of the module's constructor, by torch's names, all but a kind's own.
+        arguments: of the module's constructor, by torch's names, without the arguments of the kind.
         steps: time steps, or None for a cell.
         batch: rows, or None for an unbatched input.
         hx: whether an initial state is given.
         small: whether the truth is recorded in full; else it is recorded as a digest, and the case measures accuracy.
         dtypes: what it is run in: float64, and maybe one dtype that is less exact.
-        way: how the sequence is fed, a key of `WAYS`.
+        way: how the sequence is fed: "whole"; with `lengths`, as "lengths", "packed" or "sorted", which is packed with
+            enforce_sorted; or "chunked", chunk by chunk, with the state carried on.
         lengths: of the rows, for the ways that have any.
         second: whether it is differentiated twice, and forward: see `tangents`.
-        limit: the largest float64 error that counts as right; None for that of all cases.
+        limit: the largest float64 error that counts as right; None for the limit of all cases.
         float32_limit: the same in float32.
     """
 
@@ -105,12 +99,12 @@ class Case:
 
     @property
     def group(self) -> str:
-        """What its errors are pooled with: those of its kind, but for long sequences by themselves."""
+        """The name under which errors are pooled: the kind, and for long sequences also the number of steps."""
         return f"{self.kind} T={self.steps}" if (self.steps or 0) >= LONG else self.kind
 
     @property
     def alone(self) -> bool:
-        """Whether it is all that there is of its group."""
+        """Whether it is the only case of its group."""
         return self.group == self.name
 
     @property
@@ -162,7 +156,7 @@ class Case:
             named |= {f"{name}.hvp": shape for name, shape in sources.items()}
         return named
 
-    def tangents(self) -> tuple[Arrays, Arrays]:
+    def tangents(self) -> tuple[NamedArrays, NamedArrays]:
         """Directions, of the parameters and of the inputs, in which a case is differentiated forward."""
         random = np.random.RandomState(zlib.crc32(f"{self.name} tangents".encode()))
         parameters, inputs, _ = (
@@ -170,7 +164,7 @@ class Case:
         )
         return parameters, inputs
 
-    def arrays(self) -> tuple[Arrays, Arrays, Arrays]:
+    def arrays(self) -> tuple[NamedArrays, NamedArrays, NamedArrays]:
         """The parameters, the inputs and the results' cotangents.
 
         As float64 arrays of numbers that float32 has, or the less exact
@@ -193,7 +187,7 @@ class Case:
 
 
 def quantity(name: str) -> str:
-    """What an array is, whatever its layer and direction: `weight_ih.grad` for `weight_ih_l1_reverse.grad`.
+    """The name of an array without its layer and direction: `weight_ih.grad` for `weight_ih_l1_reverse.grad`.
 
     All forward derivatives are one quantity, `jvp`, and all second derivatives another, `hvp`.
     """
@@ -250,7 +244,7 @@ def _ragged() -> Iterator[Case]:
         settings = {"steps": 5, "batch": len(lengths), "hx": hx, "dtypes": ("float64",), "way": way}
         return _case(kind, arguments, pattern=pattern, lengths=lengths, **settings)
 
-    # The patterns change fastest: those of one module share a compilation where lengths are data.
+    # The patterns change fastest: where lengths are data, the patterns of one module share a compilation.
     for kind, layers, bidirectional in itertools.product(LAYERS, (1, 2, 3), (False, True)):
         yield case(kind, layers, bidirectional, "lengths", "unsorted", hx=True)
         if (layers, bidirectional) == (2, True):
@@ -297,8 +291,7 @@ def _half() -> Iterator[Case]:
         arguments: dict[str, Any] = SIZES if relu else {"input_size": 24, "hidden_size": 32}
         if name in LAYERS and not relu:
             arguments = {**arguments, "num_layers": 2, "bidirectional": True}
-            if kind.projects:
-                arguments["proj_size"] = 16
+            arguments |= {"proj_size": 16} if kind.projects else {}
         steps = None if name in CELLS else 3 if relu else 32
         batch, dtypes = 2 if relu else 8, ("float64", dtype)
         yield Case(f"{name}-{dtype}", name, arguments, steps, batch, hx=True, small=False, dtypes=dtypes)
@@ -315,8 +308,7 @@ def _accuracy() -> Iterator[Case]:
     for name, kind in LAYERS.items():
         size = terms // max(len(kind.cell.gates), 2)  # a layer above the first reads two directions
         arguments = {"input_size": size, "hidden_size": size, "num_layers": 3, "bidirectional": True}
-        if kind.projects:
-            arguments["proj_size"] = size // 2
+        arguments |= {"proj_size": size // 2} if kind.projects else {}
         yield from _seeds(Case(f"{name}-accuracy", name, arguments, steps=16, batch=8, hx=True, small=False))
     for name, kind in CELLS.items():
         size = terms // len(kind.cell.gates)
@@ -329,8 +321,7 @@ def _long() -> Iterator[Case]:
     for name, kind in LAYERS.items():
         if kind.cell != RNN_RELU:
             arguments = {"input_size": 8, "hidden_size": 16, "num_layers": 1, "bidirectional": True}
-            if kind.projects:
-                arguments["proj_size"] = 8
+            arguments |= {"proj_size": 8} if kind.projects else {}
             yield Case(f"{name}-long", name, arguments, LONG, batch=2, hx=True, small=False)
 
 

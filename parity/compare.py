@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxrnn.cells import RNN_RELU
 
-from .cases import ENOUGH, KINDS, Arrays, Case, quantity
+from .cases import ENOUGH, KINDS, Case, NamedArrays, quantity
 from .reference import digest, measure, truth_of
 from .sides import Side, precision
 
@@ -17,7 +17,7 @@ from .sides import Side, precision
 # is inaccurate: correct results, torch's own too, come as far as 1.3e-6. In 16 bits it is eps, one rounding at worst.
 LARGEST = {"float64": 1e-12, "float32": 4e-6, "bfloat16": 2.0**-7, "float16": 2.0**-10}
 DTYPES = tuple(LARGEST)
-# Above such a limit of its own, a case hides mistakes.
+# A case with a larger limit in float64 hides mistakes.
 JUDGED = 1e-6
 # The same in float32 where products are not. With bfloat16's, the worst there are, it comes to 0.009; of relu to 0.3 in
 # gradients, where a rounding crosses its kink: there only what is grossly wrong can be seen.
@@ -30,42 +30,42 @@ RATIO_OVERALL = 1.25
 
 
 def products_are_float32() -> bool:
-    """Whether products of float32 numbers are of float32 numbers: with JAX's default precision only on a CPU."""
+    """Whether products are computed in full float32; by default only a CPU does."""
     return precision() == "highest" or jax.default_backend() == "cpu"
 
 
 def largest(case: Case, dtype: str) -> float:
     """The largest error that counts as right, scaled by max(1, largest of the truth)."""
-    own = {"float64": case.limit, "float32": case.float32_limit}.get(dtype)
+    limit = {"float64": case.limit, "float32": case.float32_limit}.get(dtype)
     if dtype != "float32" or products_are_float32():
-        return LARGEST[dtype] if own is None else own
+        return LARGEST[dtype] if limit is None else limit
     return LARGEST_ACROSS_A_KINK if KINDS[case.kind].cell == RNN_RELU else LARGEST_ROUNDED
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What came of one case.
+    """The errors of one case.
 
     Attributes:
         case: the case.
-        measured: for each dtype how far the results are off, see `reference.measure`; of a digest only the errors.
-        record: what torch gave, see `parity.reference`.
-        problem: what kept the case from being measured, if anything did.
+        measured: the errors in each dtype, see `reference.measure`; against a digest, the key "errors" only.
+        record: the results of torch, see `parity.reference`.
+        problem: the exception that kept the case from being measured, if any.
     """
 
     case: Case
-    measured: dict[str, Arrays] = dataclasses.field(default_factory=dict)
-    record: Arrays = dataclasses.field(default_factory=dict)
+    measured: dict[str, NamedArrays] = dataclasses.field(default_factory=dict)
+    record: NamedArrays = dataclasses.field(default_factory=dict)
     problem: str = ""
 
     @property
-    def torch(self) -> Arrays:
-        """How far torch's own results in the case's less exact dtype are off; empty if it has none."""
+    def torch(self) -> NamedArrays:
+        """The errors of torch's results in the case's less exact dtype; empty if it has none."""
         return self.record if "errors" in self.record else {}
 
     @property
     def errors(self) -> dict[str, np.ndarray]:
-        """For each dtype the errors, a row for each of the case's measured arrays."""
+        """The errors in each dtype, a row for each array in `case.measured()`."""
         return {dtype: arrays["errors"] for dtype, arrays in self.measured.items()}
 
     @property
@@ -78,7 +78,7 @@ class Outcome:
         return None
 
     def failure(self) -> str:
-        """What is wrong with the case: its worst array; empty if nothing is."""
+        """The failure of the case, with its worst array; empty if there is none."""
         if (limit := self.case.limit) is not None and limit > JUDGED:
             cause = f"torch's own results change by up to {limit:.0e} when hidden units are renumbered"
             return f"not to be judged: {cause}. Give inputs of fewer steps"
@@ -89,33 +89,33 @@ class Outcome:
         return f"{name} in {dtype} is off by {error:.2g}, more than {largest(self.case, dtype):.0e}"
 
 
-def compare(case: Case, record: Arrays, side: Side, dtypes: Sequence[str] = DTYPES) -> Outcome:
-    """Run a case on a side, and measure the results against what torch gave.
+def compare(case: Case, record: NamedArrays, side: Side, dtypes: Sequence[str] = DTYPES) -> Outcome:
+    """Run a case on a side, and measure the results against torch's.
 
     Args:
         case: the case.
-        record: what torch gave, see `parity.reference`.
+        record: the results of torch, see `parity.reference`.
         side: a value of `parity.sides.SIDES`.
-        dtypes: which of the case's to run. Where only a digest of the truth is known, float64 is always run: once it
-            has matched the digest, it is the truth for the other.
+        dtypes: which of the case's dtypes to run. If only a digest of the truth is known, float64 is always run: once
+            it has matched the digest, it is the truth for the other dtype.
     """
     truth = truth_of(case, record)
-    measured: dict[str, Arrays] = {}
+    measured: dict[str, NamedArrays] = {}
     try:
         if truth is None:
-            truth = _run(case, side, "float64")
+            truth = _checked_results(case, side, "float64")
             pairs = [(array, digest(array), row) for array, row in zip(truth.values(), record["digest"], strict=True)]
             rows = [(array.size, 0.0, np.max(np.abs(ours - row)) / row[0]) for array, ours, row in pairs]
             measured["float64"] = {"errors": np.array(rows)}
         for dtype in case.dtypes:
             if dtype in dtypes and dtype not in measured:
-                measured[dtype] = measure(case, _run(case, side, dtype), truth, dtype)
+                measured[dtype] = measure(case, _checked_results(case, side, dtype), truth, dtype)
     except Exception as problem:  # a case that breaks is a case that fails; the others go on
         return Outcome(case, problem=f"{type(problem).__name__}: {problem}".splitlines()[0])
     return Outcome(case, measured, record)
 
 
-def _run(case: Case, side: Side, dtype: str) -> Arrays:
+def _checked_results(case: Case, side: Side, dtype: str) -> NamedArrays:
     """A side's results in the order of `case.measured()`, once their names, shapes and dtype are right."""
     results = side(case, dtype)
     expected = case.measured()
@@ -130,11 +130,11 @@ def _run(case: Case, side: Side, dtype: str) -> Arrays:
 
 @dataclasses.dataclass
 class Row:
-    """One kind and quantity, over all cases that have one less exact dtype: see `reference.errors` for the numbers.
+    """The errors of one kind and quantity over all cases with one less exact dtype, see `reference.errors`.
 
     Attributes:
         kind: a case's `group`, which is its kind, but for long sequences.
-        dtype: the less exact one, float32 too where none was run.
+        dtype: the less exact dtype; float32 if none was run.
         quantity: see `parity.cases.quantity`.
         count: how many numbers were compared.
         float64: the largest float64 error.
@@ -168,9 +168,9 @@ class Row:
         return self.rms / self.torch_rms if self.torch_rms else math.inf if self.rms else 1.0
 
     def failure(self) -> str:
-        """What is wrong with the row as a whole; empty if nothing is."""
+        """The failure of the row as a whole; empty if there is none."""
         if self.dtype == "float32" and not products_are_float32():
-            return ""  # torch's own error is that of float32 products
+            return ""  # torch's error comes from float32 products
         limit = RATIO_OVERALL if self.kind == EVERYTHING[0] else RATIO
         if self.ratio is None or self.ratio <= limit:
             return ""
@@ -179,13 +179,13 @@ class Row:
 
 @dataclasses.dataclass
 class Histogram:
-    """How many numbers of a group are off by how many units in the last place: see `reference.ULPS` for the limits.
+    """A histogram of the errors of a group in units in the last place, with the limits of `reference.ULPS`.
 
     Attributes:
         kind: a case's `group`.
-        dtype: in whose units, and what was run in.
-        ours: counts, one for each limit and one for what is above.
-        torch: the same of torch's own results; None in float64, where they are the truth.
+        dtype: the dtype that was run, whose units are counted.
+        ours: counts, one for each limit and one above the last limit.
+        torch: the counts of torch's results; None in float64, where they are the truth.
     """
 
     kind: str
@@ -195,7 +195,7 @@ class Histogram:
 
 
 def histograms(outcomes: Iterable[Outcome]) -> list[Histogram]:
-    """One for each group of cases and dtype, in their order; cases known by a digest have none in float64."""
+    """A histogram for each group of cases and dtype, but not of digests."""
     counts: dict[tuple[str, str], tuple[np.ndarray, np.ndarray]] = {}
     for outcome in outcomes:
         for dtype, measured in outcome.measured.items():
@@ -213,9 +213,9 @@ EVERYTHING = ("all kinds", "all quantities")
 
 
 def pool(outcomes: Iterable[Outcome]) -> tuple[list[Row], list[Row]]:
-    """A row for each kind and quantity, in the order of the cases, and a row for everything: for each dtype."""
-    groups: dict[tuple[str, str, str], list[tuple[dict[str, np.ndarray], np.ndarray | None]]] = {}
-    overall: dict[tuple[str, str, str], list[tuple[dict[str, np.ndarray], np.ndarray | None]]] = {}
+    """The rows of each kind, dtype and quantity, in the order of the cases, and the rows of each dtype overall."""
+    groups: dict[tuple[str, str, str], list[tuple[NamedArrays, np.ndarray | None]]] = {}
+    overall: dict[tuple[str, str, str], list[tuple[NamedArrays, np.ndarray | None]]] = {}
     for outcome in outcomes:
         dtype = outcome.case.inexact or "float32"
         for index, name in enumerate(outcome.case.measured()):
@@ -228,7 +228,7 @@ def pool(outcomes: Iterable[Outcome]) -> tuple[list[Row], list[Row]]:
     return rows, everything
 
 
-def _row(kind: str, dtype: str, name: str, entries: list[tuple[dict[str, np.ndarray], np.ndarray | None]]) -> Row:
+def _row(kind: str, dtype: str, name: str, entries: list[tuple[NamedArrays, np.ndarray | None]]) -> Row:
     row = Row(kind, dtype, name)
     double = np.array([ours["float64"] for ours, _ in entries if "float64" in ours])
     pairs = [(ours[dtype], torch) for ours, torch in entries if dtype in ours and torch is not None]

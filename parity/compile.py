@@ -1,7 +1,7 @@
-"""Compile the cases for a TPU where there is none: what fails, what memory and how many operations a program takes.
+"""Compile the cases for a TPU that is not in this machine, and report the failures, the memory and the operations.
 
-`libtpu` compiles ahead of time on a CPU machine, for a described topology: for one of its devices, for all of them
-where they can share the batch, and a sample for all of them with the hidden units sharded as well.
+Each case is compiled for one device, and for all devices of a topology if they can share the batch; a sample also with
+the hidden units sharded.
 """
 
 import concurrent.futures
@@ -10,45 +10,43 @@ import dataclasses
 import functools
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
-from jaxrnn._compat import described_devices
-from jaxrnn._core.tables import print_table
-
-from . import ahead, sides
+from . import hlo, sides
 from .cases import Case
+from .compilers import TARGETS, devices
+from .tables import new_table, print_table
 
-TOPOLOGY = "v5e:2x2"
+TARGET = "v5e"
+TOPOLOGY = TARGETS[TARGET][1]["topology_name"]
 # A TPU has no float64: XLA makes it of two float32, which takes long to compile. A sample shows that it can.
 EXACT = re.compile(r".*-layers1-bidirectional-hx|\w+Cell\w*-hx")
 # Ragged and chunked cases are compared in float64; of those that are compiled in float32 instead, a sample.
 RAGGED = re.compile(r".*-layers2-.*(lengths-unsorted|packed-unsorted|sorted-sorted|chunked)")
-# What is compiled with hidden units sharded, where there is an even number of them.
+# The cases that are compiled with hidden units sharded, if their number is even.
 HIDDEN = re.compile(r".*-bfloat16|.*-layers2-.*lengths-unsorted")
 COLLECTIVE = re.compile(r" (all-reduce|all-gather|all-to-all|reduce-scatter|collective-\w+)(?:-start)?\(")
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """One program that was compiled.
+    """A compiled program.
 
     Attributes:
-        name: the case's name, its dtype, "forward" or "training", and on how many devices.
-        memory: the temporary memory that it takes on a device, in bytes.
-        operations: of all loops over time, for each step.
-        cycles: the TPU's compiler's estimate, with every loop's times its trips.
+        name: the case, its dtype, "forward" or "training", and the number of devices.
+        memory: the temporary memory on a device, in bytes.
+        operations: the operations of all loops over time, for each step.
+        cycles: the estimate of the TPU's compiler, see `hlo.cycles`.
         not_time_major: arrays of all steps in loops that have another axis than time outermost.
-        collectives: how often the devices exchange something.
-        problem: why it does not compile, or what it exchanges that it should not.
+        collectives: the number of collective operations.
+        problem: why it does not compile, or which collectives it should not have.
     """
 
     name: str
@@ -61,7 +59,7 @@ class Program:
 
 
 def programs(cases: Iterable[Case], dtypes: Sequence[str]) -> list[tuple[Case, str]]:
-    """Which cases are compiled in which dtype: one of each shape, but of float64 a sample."""
+    """The cases and dtypes to compile: one of each shape, but a sample of float64."""
     chosen: dict[tuple, tuple[Case, str]] = {}
     for case in cases:
         for dtype in ("float32",) if RAGGED.fullmatch(case.name) else case.dtypes:
@@ -71,33 +69,22 @@ def programs(cases: Iterable[Case], dtypes: Sequence[str]) -> list[tuple[Case, s
     return list(chosen.values())
 
 
-def compile_all(
-    chosen: Sequence[tuple[Case, str]], advance: Callable[[], None], topology: str = TOPOLOGY
-) -> list[Program]:
+def compile_all(chosen: Sequence[tuple[Case, str]]) -> Iterator[list[Program]]:
     """Compile the forward and the training program of every case, for one device and for all, in order."""
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no metadata server to ask
-    try:
-        devices = described_devices("tpu", topology)
-    except Exception as error:  # whatever JAX and XLA raise where there is no libtpu, or none that fits
-        cause = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise SystemExit(
-            f"the compiler for TPUs does not start ({cause})\npip install libtpu, in an environment of its own"
-        ) from error
+    described = devices(TARGET)
 
     def compile_each(entry: tuple[Case, str]) -> list[Program]:
         case, dtype = entry
-        meshes = [Mesh(np.array(devices[:1]), "batch")]
+        meshes = [Mesh(np.array(described[:1]), "batch")]
         packed = case.way in ("packed", "sorted")  # in whose data the rows are interleaved, and cannot be sharded
-        if not packed and case.batch is not None and case.batch % len(devices) == 0:
-            meshes.append(Mesh(np.array(devices), "batch"))
+        if not packed and case.batch is not None and case.batch % len(described) == 0:
+            meshes.append(Mesh(np.array(described), "batch"))
             if HIDDEN.fullmatch(case.name) and case.steps is not None and case.arguments["hidden_size"] % 2 == 0:
-                meshes.append(Mesh(np.reshape(devices, (-1, 2)), ("batch", "model")))
-        compiled = [_compile(case, dtype, kind, mesh) for mesh in meshes for kind in ("forward", "training")]
-        advance()
-        return compiled
+                meshes.append(Mesh(np.reshape(described, (-1, 2)), ("batch", "model")))
+        return [_compile(case, dtype, kind, mesh) for mesh in meshes for kind in ("forward", "training")]
 
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as executor:
-        return [program for programs in executor.map(compile_each, chosen) for program in programs]
+        yield from executor.map(compile_each, chosen)
 
 
 def _compile(case: Case, dtype: str, kind: str, mesh: Mesh) -> Program:
@@ -108,12 +95,12 @@ def _compile(case: Case, dtype: str, kind: str, mesh: Mesh) -> Program:
         {name: array.astype(jax.numpy.dtype(dtype)) for name, array in arrays.items()} for arrays in case.arrays()
     )
     lengths = np.array(case.lengths, np.int32) if case.way == "lengths" else None
-    hx = sides._state(case, inputs, "0") if case.hx else None
-    state = sides._state(case, cotangents, "n")
+    hx = sides.given_state(case, inputs, "0") if case.hx else None
+    state = sides.given_state(case, cotangents, "n")
 
     def forward(parameters: Any, inputs: tuple, lengths: Any, cotangent: Any) -> Any:
         return sides.Feed.of(case)(
-            functools.partial(sides._call_nnx, module, parameters), inputs[0], inputs[1], lengths
+            functools.partial(sides.call_nnx, module, parameters), inputs[0], inputs[1], lengths
         )
 
     def training(parameters: Any, inputs: tuple, lengths: Any, cotangent: Any) -> Any:
@@ -125,62 +112,50 @@ def _compile(case: Case, dtype: str, kind: str, mesh: Mesh) -> Program:
             np.shape(array), array.dtype, sharding=NamedSharding(mesh, PartitionSpec(*parts if mesh.size > 1 else ()))
         )
 
-    def described(tree: Any, batch_axis: Callable[[Any], int]) -> Any:
-        return jax.tree.map(lambda array: describe(array, *[None] * batch_axis(array), "batch"), tree)
+    def described(tree: Any, batch_axis: int) -> Any:
+        return jax.tree.map(lambda array: describe(array, *[None] * batch_axis, "batch"), tree)
 
-    def sequence(array: Any) -> int:
-        return 0 if case.steps is None or case.arguments.get("batch_first") else 1
-
-    def a_state(array: Any) -> int:
-        return 0 if case.steps is None else 1
-
+    state_axis = 0 if case.steps is None else 1
+    axis = 0 if case.arguments.get("batch_first") else state_axis
     try:
         with jax.default_matmul_precision(sides.precision()):
-            built: Any = sides._build_nnx(case, dtype, parameters, **settings)
+            built: Any = sides.build_nnx(case, dtype, parameters, **settings)
             module, parameters = built
             spec = nnx.merge(module, nnx.State(parameters)).spec
             axes = spec.hidden_axes() if settings else dict.fromkeys(parameters, ())
-            states = described(state, a_state)
+            states = described(state, state_axis)
             arguments = (
                 {
                     name: describe(array, *("model" if hidden else None for hidden in axes[name]))
                     for name, array in parameters.items()
                 },
-                (described(inputs["input"], sequence), described(hx, a_state)),
-                described(lengths, lambda array: 0),
-                states if case.steps is None else (described(cotangents["output"], sequence), states),
+                (described(inputs["input"], axis), described(hx, state_axis)),
+                described(lengths, 0),
+                states if case.steps is None else (described(cotangents["output"], axis), states),
             )
             function = jax.jit({"forward": forward, "training": training}[kind])
             with jax.set_mesh(mesh) if settings else contextlib.nullcontext():
                 compiled = function.lower(*arguments).compile()
         memory: Any = compiled.memory_analysis()
         text, steps = compiled.as_text() or "", case.steps or 1
-        loops = ahead.loops(text, steps)
-        operations = sum(loop.operations * loop.trips for loop in loops) / steps
+        loops = hlo.loops(text, steps)
         not_time_major = sum(loop.not_time_major for loop in loops)
-        exchanges = COLLECTIVE.findall(text)
-        wrong = sorted(set(exchanges) - ({"all-reduce"} if kind == "training" else set()))
+        collectives = COLLECTIVE.findall(text)
+        wrong = sorted(set(collectives) - ({"all-reduce"} if kind == "training" else set()))
         problem = f"{kind} should not need {', '.join(wrong)}" if wrong and not settings else ""
-        counts = operations, ahead.cycles(text, loops), not_time_major, len(exchanges)
+        counts = hlo.a_step(loops, "operations", steps), hlo.cycles(text, loops), not_time_major, len(collectives)
         return Program(name, memory.temp_size_in_bytes, *counts, problem)
-    except Exception as problem:  # what does not compile is what is looked for; the others go on
+    except Exception as problem:  # a failure is a result; the others go on
         return Program(name, problem=f"{type(problem).__name__}: {problem}".splitlines()[0])
 
 
 def show(found: Sequence[Program], console: Console) -> int:
     """Print a table of the largest programs and what failed; return the exit code."""
-    table = Table(title=f"compiled ahead of time for {TOPOLOGY}", title_justify="left", box=box.SIMPLE_HEAD)
-    table.add_column("the largest programs")
-    for heading in ("temporary\nmemory", "thousand\ncycles", "operations\na step", "not time-\nmajor", "collectives"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    headings = "temporary\nmemory", "thousand\ncycles", "operations\na step", "not time-\nmajor", "collectives"
+    table = new_table(f"compiled ahead of time for {TOPOLOGY}", ["the largest programs"], headings)
     for program in sorted(found, key=lambda program: -program.cycles)[:10]:
-        counts = (
-            f"{program.cycles / 1e3:,.0f}",
-            f"{program.operations:.1f}",
-            program.not_time_major,
-            program.collectives,
-        )
-        table.add_row(program.name, f"{program.memory:,} bytes", *map(str, counts))
+        cells = f"{program.memory:,} bytes", f"{program.cycles / 1e3:,.0f}", f"{program.operations:.1f}"
+        table.add_row(program.name, *cells, str(program.not_time_major), str(program.collectives))
     print_table(table, console)
     failures = [program for program in found if program.problem]
     for program in failures:

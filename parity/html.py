@@ -1,15 +1,19 @@
 """A report as one HTML file with everything in it: no script, no style sheet and no picture from elsewhere."""
 
 import base64
+import io
 import itertools
 from pathlib import Path
 
 import jinja2
+import matplotlib
+from matplotlib.figure import Figure
 
 from . import plots
 from .cases import ENOUGH
 from .compare import DTYPES, LARGEST, LARGEST_ROUNDED, RATIO, RATIO_OVERALL, products_are_float32
 from .report import COLUMNS, Report
+from .style import STYLE
 from .training import STEPS
 
 TEMPLATE = Path(__file__).with_name("report.html")
@@ -47,12 +51,13 @@ def write(path: Path, report: Report, command: str, scope: str) -> None:
 
 
 def _limits() -> dict[str, float]:
-    """By dtype the largest scaled error that counts as right."""
+    """The largest scaled error that counts as right, by dtype."""
     return LARGEST if products_are_float32() else LARGEST | {"float32": LARGEST_ROUNDED}
 
 
+@matplotlib.rc_context(STYLE)
 def _pictures(report: Report) -> dict[str, str]:
-    """By what they show, as addresses that hold the picture itself."""
+    """The pictures by what they show, as addresses that hold an SVG."""
     found = {}
     for dtype in DTYPES:
         chosen = [histogram for histogram in report.histograms if histogram.dtype == dtype]
@@ -62,4 +67,10 @@ def _pictures(report: Report) -> dict[str, str]:
         found["drift"] = plots.error_over_time(report.drift)
     if any(run.curves[0] for run in report.training):
         found["training"] = plots.training(report.training)
-    return {name: f"data:image/svg+xml;base64,{base64.b64encode(svg).decode()}" for name, svg in found.items()}
+    return {name: _address(figure) for name, figure in found.items()}
+
+
+def _address(figure: Figure) -> str:
+    picture = io.BytesIO()
+    figure.savefig(picture, format="svg", metadata={"Date": None})  # the same report, the same bytes
+    return f"data:image/svg+xml;base64,{base64.b64encode(picture.getvalue()).decode()}"

@@ -1,4 +1,4 @@
-"""Where a result that is off first parts from the equations, and what it looks like.
+"""Find the layer, direction, step and gates at which a wrong result first differs from the equations.
 
 The side is run on parts of the case: the first layers, one layer by itself, one with some of its gates switched off.
 """
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from . import oracle
-from .cases import KINDS, Arrays, Case
+from .cases import KINDS, Case, NamedArrays
 from .compare import LARGEST_ROUNDED, products_are_float32
 from .sides import Side
 
@@ -24,25 +24,25 @@ _CLOSER = 0.05
 
 @dataclasses.dataclass(frozen=True)
 class Probe(Case):
-    """A case with numbers of its own."""
+    """A case whose arrays are given."""
 
-    given: tuple[Arrays, Arrays, Arrays] = ({}, {}, {})
+    given: tuple[NamedArrays, NamedArrays, NamedArrays] = ({}, {}, {})
 
-    def arrays(self) -> tuple[Arrays, Arrays, Arrays]:
+    def arrays(self) -> tuple[NamedArrays, NamedArrays, NamedArrays]:
         return self.given
 
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where two computations part.
+    """The place where two computations first differ.
 
     Attributes:
         layer: the first layer whose outputs are off, from 0; None if they are not, or for a cell.
-        directions: which of its directions are off.
-        step: the first time step at which they are, in the order in which the direction goes.
-        gates: what has to be switched off for the rest to be right; empty if no one or two gates are to blame.
+        directions: the directions of the layer that are off.
+        step: the first time step that is off, in the order of the direction.
+        gates: the one or two gates without which the rest is right; empty if there are none.
         cause: the known mistake that gives the same results; empty if none does.
-        arrays: the results, or the gradients of that layer if no result is, that are off.
+        arrays: the results that are off, or, if none is, the gradients of the layer.
     """
 
     layer: int | None = None
@@ -63,12 +63,12 @@ class Place:
         return f"first off at {where}" + (f"; it looks as if {self.cause}" if self.cause else "; no known mistake")
 
 
-def locate(case: Case, side: Side, dtype: str = "float64", gradients: Arrays | None = None) -> Place:
-    """Find where a side first parts from the equations in a case, and the known mistake that it looks like.
+def locate(case: Case, side: Side, dtype: str = "float64", gradients: NamedArrays | None = None) -> Place:
+    """Find where a side first differs from the equations in a case, and the known mistake that it looks like.
 
     Args:
-        case, side, dtype: what is run.
-        gradients: torch's, by name, if they are known; the equations give the results.
+        case, side, dtype: the case, and the side and dtype to run it with.
+        gradients: torch's gradients by name, if they are known; the equations give only the results.
     """
     parameters, inputs, _ = case.arrays()
     truth = oracle.run(case, (parameters, inputs))
@@ -91,8 +91,8 @@ def locate(case: Case, side: Side, dtype: str = "float64", gradients: Arrays | N
     return place
 
 
-def _in_gradients(case: Case, ours: Arrays, truth: Arrays, dtype: str) -> Place:
-    """Where derivatives part whose results do not: they go from the last layer to the first, and back in time."""
+def _in_gradients(case: Case, ours: NamedArrays, truth: NamedArrays, dtype: str) -> Place:
+    """The place where gradients first differ, if the results do not: in the last layer, as gradients go backward."""
     off = [name for name, array in truth.items() if _is_off(ours[name], array, dtype)]
     pattern = re.compile(rf"({'|'.join(oracle.ROLES)})(?:_l(\d+)(_reverse)?)?\.grad")
     found = [match for match in map(pattern.fullmatch, off) if match]
@@ -129,12 +129,12 @@ def _is_off(ours: np.ndarray, wanted: np.ndarray, dtype: str) -> bool:
     return not np.max(np.abs(ours.astype(np.float64) - wanted), initial=0) <= _limit(dtype) * scale
 
 
-def _distance(ours: Arrays, results: dict[str, Any]) -> float:
+def _distance(ours: NamedArrays, results: dict[str, Any]) -> float:
     return max(float(np.max(np.abs(ours[n].astype(np.float64) - results[n]))) for n in results if n != "layers")
 
 
-def _cause(case: Case, ours: Arrays, truth: dict[str, Any], dtype: str) -> str:
-    """The mistake with which the oracle gives what the side gave."""
+def _cause(case: Case, ours: NamedArrays, truth: dict[str, Any], dtype: str) -> str:
+    """The mistake with which the oracle's results equal the side's; empty if there is none."""
     without = _distance(ours, truth)
     arrays = case.arrays()[:2]
     distances = {mistake.cause: _distance(ours, oracle.run(case, arrays, mistake)) for mistake in oracle.mistakes(case)}
@@ -148,7 +148,7 @@ def _cause(case: Case, ours: Arrays, truth: dict[str, Any], dtype: str) -> str:
     return ""
 
 
-def _probe(case: Case, arguments: dict[str, Any], parameters: Arrays, inputs: Arrays) -> Probe:
+def _probe(case: Case, arguments: dict[str, Any], parameters: NamedArrays, inputs: NamedArrays) -> Probe:
     fields = {field.name: getattr(case, field.name) for field in dataclasses.fields(Case)}
     probe = Probe(**fields | {"arguments": {**case.arguments, **arguments}})
     cotangents = {name: np.zeros(shape) for name, shape in probe.shapes()[2].items()}
@@ -169,12 +169,12 @@ def _first_layers(case: Case, count: int) -> Probe:
 
 
 def _alone(case: Case, layer: int, outputs: Sequence[np.ndarray]) -> Probe:
-    """One layer of the case by itself, on what the equations give it."""
+    """One layer of the case by itself, on the inputs that the equations give it."""
     parameters, inputs, _ = case.arrays()
     directions = 1 + case.arguments["bidirectional"]
     x = inputs["input"] if layer == 0 else _laid_out(case, outputs[layer - 1])
     ends = {f"_l{layer}{end}": f"_l0{end}" for end in ("", "_reverse")}
-    own = {
+    parameters = {
         name[: name.index("_l")] + ends[name[name.index("_l") :]]: array
         for name, array in parameters.items()
         if name[name.index("_l") :] in ends
@@ -182,18 +182,18 @@ def _alone(case: Case, layer: int, outputs: Sequence[np.ndarray]) -> Probe:
     states = {
         name: array[layer * directions : (layer + 1) * directions] for name, array in inputs.items() if name != "input"
     }
-    return _probe(case, {"num_layers": 1, "input_size": x.shape[-1]}, own, {"input": x} | states)
+    return _probe(case, {"num_layers": 1, "input_size": x.shape[-1]}, parameters, {"input": x} | states)
 
 
 def _laid_out(case: Case, output: np.ndarray) -> np.ndarray:
-    """A layer's (time, batch, features) as the case has them."""
+    """A layer's output, (time, batch, features), in the layout of the case."""
     if case.batch is None:
         return output[:, 0]
     return output.swapaxes(0, 1) if case.arguments.get("batch_first") else output
 
 
 def _first_step(case: Case, found: np.ndarray, wanted: np.ndarray, dtype: str) -> tuple[tuple[str, ...], int]:
-    """Which directions are off, and the first step, as a direction counts them, at which one is."""
+    """The directions that are off, and the first step that is, in the order of its direction."""
     time_axis = 1 if case.arguments.get("batch_first") and case.batch is not None else 0
     names = ("forward", "backward")[: 1 + case.arguments["bidirectional"]]
     steps = {}
@@ -207,8 +207,8 @@ def _first_step(case: Case, found: np.ndarray, wanted: np.ndarray, dtype: str) -
     return tuple(steps), next(iter(steps.values()))
 
 
-def _gates(case: Case, parameters: Arrays, inputs: Arrays, side: Side, dtype: str) -> tuple[str, ...]:
-    """The one or two gates whose rows have to be zero for the side to be right; none if it is right as it is."""
+def _gates(case: Case, parameters: NamedArrays, inputs: NamedArrays, side: Side, dtype: str) -> tuple[str, ...]:
+    """The one or two gates whose rows must be zero for the side to be right; none if it is right with all rows."""
     names = oracle.GATES[KINDS[case.kind].module.removesuffix("Cell")]
     for chosen in [(), *itertools.combinations(names, 1), *itertools.combinations(names, 2)]:
         if len(chosen) == len(names) > 1:

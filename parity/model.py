@@ -1,7 +1,7 @@
-"""A user's own checkpoint as cases: every recurrent module in it, with its weights, on random and on given inputs.
+"""A user's checkpoint as cases: every recurrent module, with its weights, on random and on given inputs.
 
 A user's weights may be ill-conditioned: over many steps a rounding error grows. Renumbering hidden units changes only
-the order in which numbers are added up. What it changes in torch's own results is no mistake in ours.
+the order in which numbers are added up. A change of this size in our results is no mistake.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ EPS_RATIO = float(np.finfo(np.float32).eps / np.finfo(np.float64).eps)
 
 @dataclasses.dataclass(frozen=True)
 class Module(Probe):
-    """A module of the user's, whose errors are pooled with nobody else's."""
+    """A module in a user's checkpoint. Its errors are not pooled with those of other modules."""
 
     @property
     def group(self) -> str:
@@ -102,7 +102,7 @@ def _of(rnn: FoundRNN, tensors: dict[str, np.ndarray], given: Mapping[str, np.nd
 
 
 def with_limit(case: Module, device: str) -> Module:
-    """The case, with limits from what renumbering changes in torch's own results, if they are above the usual ones."""
+    """The case with the limits raised to what renumbering changes in torch's results, if that is more."""
     torch = run_torch(case, "float64", device)
     moved = 0.0
     for seed in range(RENUMBERINGS):
@@ -119,7 +119,7 @@ def with_limit(case: Module, device: str) -> Module:
 
 
 class Renumbering:
-    """A case whose hidden units have other numbers: mathematically the same.
+    """A case with the hidden units in another order, which is mathematically the same.
 
     Attributes:
         case: the renumbered case.
@@ -141,13 +141,13 @@ class Renumbering:
         self.case = dataclasses.replace(case, given=(parameters, inputs, results))
 
     def back(self, name: str, array: np.ndarray) -> np.ndarray:
-        """An array of the renumbered case's, with the original numbers."""
+        """An array of the renumbered case in the original order."""
         found = np.empty_like(array)
         found[self._order(name.removesuffix(".grad"), array.shape)] = array
         return found
 
     def _order(self, name: str, shape: tuple[int, ...]) -> tuple[np.ndarray, ...]:
-        """For each axis of an array the old numbers in the new order."""
+        """The index of an array that puts each axis in the new order."""
         if name == "input":
             return np.ix_(*map(np.arange, shape))
         if name == "output":

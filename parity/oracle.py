@@ -1,6 +1,6 @@
-"""The equations once more, step by step in NumPy and float64, and the mistakes that people make with them.
+"""The equations, step by step in NumPy and float64, and the mistakes that people make with them.
 
-It shares no line with jaxrnn: it is what a result that is off is taken apart with.
+The module shares no code with jaxrnn. `locate` compares wrong results with it.
 """
 
 import dataclasses
@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from .cases import KINDS, Arrays, Case
+from .cases import KINDS, Case, NamedArrays
 
 ROLES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
 GATES = {"RNN": ("h",), "LSTM": ("i", "f", "g", "o"), "GRU": ("r", "z", "n")}
@@ -18,12 +18,12 @@ GATES = {"RNN": ("h",), "LSTM": ("i", "f", "g", "o"), "GRU": ("r", "z", "n")}
 
 @dataclasses.dataclass(frozen=True)
 class Mistake:
-    """A way to be wrong.
+    """A mistake in the equations.
 
     Attributes:
-        cause: in words, for people.
+        cause: a description for people.
         swapped: two gates whose rows are exchanged.
-        what: a keyword that `_layer` and `run` know.
+        what: a keyword of `_layer` and `run`.
     """
 
     cause: str
@@ -35,7 +35,7 @@ NONE = Mistake("nothing is wrong")
 
 
 def mistakes(case: Case) -> Iterator[Mistake]:
-    """The known ones that a case could show."""
+    """The mistakes that could show in a case."""
     family, cells = KINDS[case.kind].module.removesuffix("Cell"), case.steps is None
     for pair in itertools.combinations(GATES[family], 2):
         yield Mistake(f"the gates {pair[0]} and {pair[1]} are exchanged", swapped=pair)
@@ -67,13 +67,13 @@ def mistakes(case: Case) -> Iterator[Mistake]:
         yield Mistake("the backward direction runs forward", "no reverse")
 
 
-def run(case: Case, arrays: tuple[Arrays, Arrays], mistake: Mistake = NONE) -> dict[str, Any]:
+def run(case: Case, arrays: tuple[NamedArrays, NamedArrays], mistake: Mistake = NONE) -> dict[str, Any]:
     """The results of a case by name, and under "layers" each layer's output, a list.
 
     Args:
         case: the case.
         arrays: the parameters and the inputs, as `case.arrays()` gives them first.
-        mistake: what to do wrong.
+        mistake: the mistake to make.
     """
     parameters, inputs = arrays
     kind = KINDS[case.kind]

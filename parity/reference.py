@@ -1,4 +1,4 @@
-"""What torch gives for each case: computed here, or recorded in parity/recorded, in one form.
+"""The results of torch for each case, computed here or recorded in parity/recorded.
 
 A record is a dict of arrays, with one row for each of the case's measured arrays, in their order:
 
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from . import training
-from .cases import CASES, KINDS, Arrays, Case
+from .cases import CASES, KINDS, Case, NamedArrays
 from .sides import run_torch
 from .training import RUNS, Run
 
@@ -29,7 +29,7 @@ BLOCKS = 64  # of time, at most
 
 
 def errors(result: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """How far a result is from the truth.
+    """The errors of a result.
 
     Returns:
         Three numbers: how many numbers there are; the sum of their squared errors, relative to the rms of the truth,
@@ -44,7 +44,7 @@ def errors(result: np.ndarray, truth: np.ndarray) -> np.ndarray:
 
 
 def ulps(result: np.ndarray, truth: np.ndarray, dtype: str) -> np.ndarray:
-    """How many numbers are off by how many units in the last place that the true number has in a dtype: see `ULPS`."""
+    """A histogram of the errors, in units in the last place of the true number in a dtype, with the limits `ULPS`."""
     format = jnp.finfo(dtype)
     exponent = np.maximum(np.frexp(truth)[1] - 1, format.minexp)
     difference = np.abs(result.astype(np.float64) - truth)
@@ -62,8 +62,8 @@ def over_time(case: Case, result: np.ndarray, truth: np.ndarray) -> np.ndarray:
     return np.sqrt([np.mean(block) for block in blocks]) / (math.sqrt(np.mean(truth**2)) or 1.0)
 
 
-def measure(case: Case, results: Arrays, truth: Arrays, dtype: str) -> Arrays:
-    """How far results in a dtype are from the truth, both in the order of `case.measured()`.
+def measure(case: Case, results: NamedArrays, truth: NamedArrays, dtype: str) -> NamedArrays:
+    """The errors of results in a dtype. Results and truth are in the order of `case.measured()`.
 
     Returns:
         `errors`, a row of three numbers for each array (see `errors`); `ulps`, of all numbers together; and
@@ -85,8 +85,8 @@ def digest(array: np.ndarray) -> np.ndarray:
     return np.array([np.linalg.norm(array), *((2.0 * row - 1.0) @ array.ravel() for row in signs)])
 
 
-def live(case: Case, *, full: bool = True, device: str = "cpu") -> Arrays:
-    """The record of a case, from torch here, on a device of torch's; with the truth, or with its digest only."""
+def live(case: Case, *, full: bool = True, device: str = "cpu") -> NamedArrays:
+    """The record of a case from torch here, on one of torch's devices; with a digest of the truth unless `full`."""
     found = run_torch(case, "float64", device)
     truth = {name: found[name] for name in case.measured()}
     record = measure(case, run_torch(case, case.inexact, device), truth, case.inexact) if case.inexact else {}
@@ -97,7 +97,7 @@ def live(case: Case, *, full: bool = True, device: str = "cpu") -> Arrays:
     return record
 
 
-def truth_of(case: Case, record: Arrays) -> Arrays | None:
+def truth_of(case: Case, record: NamedArrays) -> NamedArrays | None:
     """The float64 results by name, if the record has them in full."""
     if "truth" not in record:
         return None
@@ -111,21 +111,15 @@ def record() -> list[Path]:
     """Record every case's results from torch here, one file for each kind. The same torch gives the same bytes."""
     import torch
 
-    paths = []
-    for kind in KINDS:
-        arrays: dict[str, Any] = {
-            f"{case.name}/{name}": array
-            for case in CASES.values()
-            if case.kind == kind
-            for name, array in live(case, full=case.small).items()
-        }
-        paths.append(RECORDED / f"{kind}.npz")
-        np.savez_compressed(paths[-1], torch_version=np.array(torch.__version__), **arrays)
-    runs: dict[str, Any] = {
-        f"{run.name}/{name}": array for run in RUNS.values() for name, array in training.run_torch(run).items()
+    records = {
+        kind: {case.name: live(case, full=case.small) for case in CASES.values() if case.kind == kind} for kind in KINDS
     }
-    paths.append(RECORDED / "training.npz")
-    np.savez_compressed(paths[-1], torch_version=np.array(torch.__version__), **runs)
+    records["training"] = {run.name: training.run_torch(run) for run in RUNS.values()}
+    paths = []
+    for file, by_name in records.items():
+        arrays: Any = {f"{name}/{key}": array for name, record in by_name.items() for key, array in record.items()}
+        paths.append(RECORDED / f"{file}.npz")
+        np.savez_compressed(paths[-1], torch_version=np.array(torch.__version__), **arrays)
     return paths
 
 
@@ -137,7 +131,7 @@ class Recorded:
         self._lock = threading.Lock()  # NumPy's archives are not to be read by two threads at a time
         self.versions = sorted({str(file["torch_version"]) for file in self._files.values()})
 
-    def __call__(self, case: Case) -> Arrays:
+    def __call__(self, case: Case) -> NamedArrays:
         file = self._files[case.kind]
         names = [f"{case.name}/{name}" for name in ("truth", "digest", "errors", "ulps", "over_time")]
         with self._lock:
@@ -146,7 +140,7 @@ class Recorded:
             raise KeyError(f"no recorded results of {case.name}: run `python -m parity record`")
         return found
 
-    def training(self, run: Run) -> Arrays:
+    def training(self, run: Run) -> NamedArrays:
         """The record of a training run, see `parity.training`."""
         file = self._files["training"]
         names = ["losses", "masks", *run.shapes()]

@@ -1,4 +1,4 @@
-"""Say what a comparison found: a table, a verdict in words, and the same as JSON."""
+"""The report of a comparison: a table, a verdict in words, and the same as JSON."""
 
 import dataclasses
 import itertools
@@ -9,17 +9,15 @@ from typing import Any
 import flax
 import jax
 import numpy as np
-from rich import box
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 import jaxrnn
-from jaxrnn._core.tables import print_table
 
 from .cases import ENOUGH, LONG
 from .compare import Histogram, Outcome, Row, histograms, pool, products_are_float32
 from .sides import precision
+from .tables import new_table, print_table
 from .training import STEPS, Trained
 
 # Of a table of rows: by attribute, the heading and the form of a number.
@@ -39,17 +37,17 @@ class Report:
     """The judgement of a run.
 
     Attributes:
-        side: which side was compared with torch.
+        side: the side that was compared with torch.
         rows: one for each kind, quantity and less exact dtype.
         overall: one for everything, for each less exact dtype.
-        failures: what failed, by case or by kind and quantity; empty if all is well.
-        places: where the first failing case of each kind parts from the equations, and what it looks like.
-        cases: how many cases were compared.
-        training: what came of the training runs.
+        failures: the failures by case, or by kind and quantity; empty if all is well.
+        places: the place and the likely cause of the failure, of the first failing case of each kind.
+        cases: the number of cases that were compared.
+        training: the results of the training runs.
         histograms: errors by their size.
-        drift: the error over time of long sequences and of what failed: `{"RNN-long in float32": {"torch": [...]}}`.
+        drift: the error over time of long sequences and of failures: `{"RNN-long in float32": {"torch": [...]}}`.
         environment: versions and the device.
-        limits: of cases with a limit of their own in float64.
+        limits: the limits in float64 of the cases that set one.
     """
 
     side: str
@@ -74,7 +72,7 @@ class Report:
         places: dict[str, str] | None = None,
         ratios: bool = True,
     ) -> "Report":
-        """Judge the outcomes. `torch` says which torch they were compared with, `ratios` whether rms errors count."""
+        """Judge the outcomes. `torch` is the version of torch; rms errors are judged if `ratios` is set."""
         rows, overall = pool(outcomes)
         failures = {outcome.case.name: outcome.failure() for outcome in outcomes}
         if ratios:
@@ -143,7 +141,7 @@ class Report:
 
     @staticmethod
     def columns(overall: Row) -> list[str]:
-        """The columns of the table of a dtype that have a number in them; without the less exact dtype, the first."""
+        """The columns of a table that are not empty: if the less exact dtype was not run, the first two."""
         return [name for name in COLUMNS if name in ("count", "float64") or overall.worst is not None]
 
     @staticmethod
@@ -152,7 +150,7 @@ class Report:
         return "" if value is None else COLUMNS[name][1].format(value)
 
     def json(self) -> dict[str, Any]:
-        """All of it, in JSON's types."""
+        """The report in JSON's types."""
         tables = {
             name: [dataclasses.asdict(row) | {"ratio": row.ratio} for row in rows]
             for name, rows in (("rows", self.rows), ("overall", self.overall))
@@ -165,10 +163,8 @@ class Report:
             shown = [name for name in self.columns(overall) if name != "torch_worst"]  # which fit into 80 columns
             dtypes = f"float64 and {dtype}" if "worst" in shown else "float64"
             title = f"{self.side}: errors against torch's float64, in {dtypes}"
-            table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-            table.add_column("quantity", min_width=15)  # which no name of a quantity exceeds
-            for name in shown:
-                table.add_column(COLUMNS[name][0].format(dtype=dtype), justify="right", no_wrap=True)
+            table = new_table(title, ["quantity"], (COLUMNS[name][0].format(dtype=dtype) for name in shown))
+            table.columns[0].min_width = 15  # the longest name of a quantity
             rows = [row for row in (*self.rows, overall) if row.dtype == dtype]
             for kind, group in itertools.groupby(rows, lambda row: row.kind):
                 table.add_section()
@@ -179,10 +175,8 @@ class Report:
             print_table(table, console)
         if self.training:
             title = f"training for {STEPS} steps in float64, in step with torch"
-            table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-            table.add_column("run", no_wrap=True)
-            for heading in ("loss at\nfirst", "torch's\nlast", "our\nlast", "losses\napart", "weights\napart"):
-                table.add_column(heading, justify="right", no_wrap=True)
+            headings = "loss at\nfirst", "torch's\nlast", "our\nlast", "losses\napart", "weights\napart"
+            table = new_table(title, ["run"], headings)
             for run in self.training:
                 means = (f"{mean:.4f}" for mean in (run.first, run.torch, run.ours))
                 style = "red" if run.name in self.failures else ""
@@ -197,7 +191,7 @@ class Report:
 
 
 def line(group: str, outcomes: Sequence[Outcome]) -> str:
-    """A group of cases in one line, once they have run."""
+    """One line about a group of cases."""
     count = f"{len(outcomes)} case{'s' * (len(outcomes) > 1)}"
     failed = [outcome for outcome in outcomes if outcome.failure()]
     if failed:
@@ -210,7 +204,7 @@ def line(group: str, outcomes: Sequence[Outcome]) -> str:
 
 
 def _drift(outcome: Outcome, side: str) -> dict[str, dict[str, list[float]]]:
-    """The error over time in the dtype that torch, too, was inexact in; in the one that is off, if one is."""
+    """The error over time in the dtype that is off, if one is, or else in the case's less exact dtype."""
     dtype = outcome.off[0] if outcome.off else outcome.case.inexact or "float64"
     ours = outcome.measured.get(dtype, {})
     if "over_time" not in ours:

@@ -14,19 +14,19 @@ from flax import nnx
 import jaxrnn
 from jaxrnn._core.options import Options
 
-from .cases import CHUNKS, Arrays, Case
+from .cases import CHUNKS, Case, NamedArrays
 
-Side = Callable[[Case, str], Arrays]
+Side = Callable[[Case, str], NamedArrays]
 
 
-def _state(case: Case, arrays: dict[str, Any], suffix: str) -> Any:
+def given_state(case: Case, arrays: dict[str, Any], suffix: str) -> Any:
     """A state as the modules take and return it: one array, for an LSTM two."""
     state = tuple(arrays[f"{name}_{suffix}"] for name in case.states)
     return state if len(state) > 1 else state[0]
 
 
 def _named(case: Case, returned: Any) -> dict[str, Any]:
-    """By name, what a module returned."""
+    """The results of a module by name."""
     results = {}
     if case.steps is not None:
         results["output"], returned = returned
@@ -34,8 +34,8 @@ def _named(case: Case, returned: Any) -> dict[str, Any]:
     return results | {f"{name}_n": array for name, array in zip(case.states, state, strict=True)}
 
 
-def run_torch(case: Case, dtype: str, device: str = "cpu") -> Arrays:
-    """The case with torch.nn, in torch's default way; on a GPU without TF32."""
+def run_torch(case: Case, dtype: str, device: str = "cpu") -> NamedArrays:
+    """The case with torch.nn and torch's defaults, but without TF32 on a GPU."""
     import torch
     from torch.nn.utils import rnn
 
@@ -53,7 +53,7 @@ def run_torch(case: Case, dtype: str, device: str = "cpu") -> Arrays:
     module.load_state_dict(parameters)
     for tensor in inputs.values():
         tensor.requires_grad_()
-    x, hx = inputs["input"], _state(case, inputs, "0") if case.hx else None
+    x, hx = inputs["input"], given_state(case, inputs, "0") if case.hx else None
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="LSTM with projections is not supported with oneDNN")
         if case.lengths is None:
@@ -85,7 +85,7 @@ def run_torch(case: Case, dtype: str, device: str = "cpu") -> Arrays:
 
 
 class Feed(NamedTuple):
-    """How a case feeds its sequence to a JAX module: what of it is fixed when the module is traced."""
+    """The static part of how a case feeds its sequence to a JAX module."""
 
     way: str
     lengths: tuple[int, ...] | None
@@ -115,7 +115,7 @@ class Feed(NamedTuple):
 
 
 def precision() -> str:
-    """Of the products in the JAX sides: "highest", unless JAX was told otherwise.
+    """The precision of products in the JAX sides: "highest", unless JAX's default was set.
 
     TF32 and bfloat16 products, which accelerators take by default, are a choice of speed, not what is compared here.
     """
@@ -145,18 +145,18 @@ def _differentiate(call: Callable[..., Any], module: Hashable, feed: Feed) -> Ca
 
 
 def _run_jax(
-    case: Case, dtype: str, build: Callable[[Case, str, Arrays], tuple[Hashable, Any]], call: Callable[..., Any]
-) -> Arrays:
-    """What the JAX sides share. `build` gives the static and the differentiable part of a module that `call` calls."""
+    case: Case, dtype: str, build: Callable[[Case, str, NamedArrays], tuple[Hashable, Any]], call: Callable[..., Any]
+) -> NamedArrays:
+    """Run a JAX side. `build` returns the static and the differentiable part of a module, which `call` calls."""
     parameters, inputs, cotangents, d_parameters, d_inputs = (
         {name: array.astype(jnp.dtype(dtype)) for name, array in arrays.items()}
         for arrays in (*case.arrays(), *case.tangents())
     )
     lengths = np.array(case.lengths) if case.way == "lengths" else None
-    state = _state(case, cotangents, "n")
+    state = given_state(case, cotangents, "n")
 
-    def sources(parameters: Any, inputs: Arrays) -> tuple:
-        return parameters, inputs["input"], _state(case, inputs, "0") if case.hx else None
+    def sources(parameters: Any, inputs: NamedArrays) -> tuple:
+        return parameters, inputs["input"], given_state(case, inputs, "0") if case.hx else None
 
     with jax.default_matmul_precision(precision()):
         module, parameters = build(case, dtype, parameters)
@@ -177,7 +177,7 @@ def _run_jax(
     return {name: np.asarray(array) for name, array in named.items()}
 
 
-def _build_nnx(case: Case, dtype: str, parameters: Arrays, **settings: Any) -> tuple[Hashable, Any]:
+def build_nnx(case: Case, dtype: str, parameters: NamedArrays, **settings: Any) -> tuple[Hashable, Any]:
     make = functools.partial(getattr(jaxrnn, case.module), **case.constructor, param_dtype=jnp.dtype(dtype), **settings)
     module = nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0)))  # random numbers would compile for each shape
     jaxrnn.load_state_dict(module, parameters)
@@ -185,26 +185,26 @@ def _build_nnx(case: Case, dtype: str, parameters: Arrays, **settings: Any) -> t
     return graphdef, nnx.to_pure_dict(state)
 
 
-def _call_nnx(graphdef: Any, parameters: Any, *arguments: Any, **marks: Any) -> Any:
-    return nnx.merge(graphdef, nnx.State(parameters))(*arguments, **marks)
+def call_nnx(graphdef: Any, parameters: Any, *arguments: Any, **kwargs: Any) -> Any:
+    return nnx.merge(graphdef, nnx.State(parameters))(*arguments, **kwargs)
 
 
-def run_jaxrnn(case: Case, dtype: str) -> Arrays:
+def run_jaxrnn(case: Case, dtype: str) -> NamedArrays:
     """The case with jaxrnn's flax.nnx module, differentiated under jit."""
-    return _run_jax(case, dtype, _build_nnx, _call_nnx)
+    return _run_jax(case, dtype, build_nnx, call_nnx)
 
 
-def _build_linen(case: Case, dtype: str, parameters: Arrays) -> tuple[Hashable, Any]:
+def build_linen(case: Case, dtype: str, parameters: NamedArrays) -> tuple[Hashable, Any]:
     return getattr(jaxrnn.linen, case.module)(**case.constructor, param_dtype=jnp.dtype(dtype)), parameters
 
 
-def _call_linen(module: Any, parameters: Any, *arguments: Any, **marks: Any) -> Any:
-    return module.apply({"params": parameters}, *arguments, **marks)
+def call_linen(module: Any, parameters: Any, *arguments: Any, **kwargs: Any) -> Any:
+    return module.apply({"params": parameters}, *arguments, **kwargs)
 
 
-def run_linen(case: Case, dtype: str) -> Arrays:
+def run_linen(case: Case, dtype: str) -> NamedArrays:
     """The case with jaxrnn's flax.linen module, differentiated under jit."""
-    return _run_jax(case, dtype, _build_linen, _call_linen)
+    return _run_jax(case, dtype, build_linen, call_linen)
 
 
 SIDES: dict[str, Side] = {"torch": run_torch, "jaxrnn": run_jaxrnn, "linen": run_linen}

@@ -23,7 +23,7 @@ from jaxrnn.checkpoint import clip_grad_norm, optax_from_torch
 from jaxrnn.functions import apply
 from jaxrnn.spec import Spec
 
-from .cases import LAYERS, Arrays
+from .cases import LAYERS, NamedArrays
 
 STEPS, TIME, BATCH, INPUT, HIDDEN, LAYER_COUNT = 200, 12, 8, 4, 8, 2
 # Rounding, which 200 steps carry on: a wrong setting of an optimizer is off by more than 1e-6.
@@ -39,7 +39,7 @@ class Run:
     Attributes:
         kind: a key of `parity.cases.LAYERS`.
         optimizer: a class of torch.optim.
-        settings: the optimizer's, as torch's state dict has them.
+        settings: the optimizer's settings, as in torch's state dict.
         clip: the norm that gradients are clipped to, if they are.
         bidirectional: whether the network is.
     """
@@ -70,11 +70,11 @@ class Run:
         return self.spec.output_size * self.spec.num_directions
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The parameters: the network's, and those of a linear layer on its outputs."""
+        """The shapes of the parameters: of the network, and of a linear layer on its outputs."""
         network = {f"rnn.{name}": shape for name, shape in self.spec.shapes().items()}
         return network | {"head.weight": (1, self.features), "head.bias": (1,)}
 
-    def numbers(self) -> tuple[Arrays, np.ndarray, np.ndarray]:
+    def numbers(self) -> tuple[NamedArrays, np.ndarray, np.ndarray]:
         """The first parameters, and the inputs and targets of every step: to recall earlier inputs and a product."""
         random = np.random.RandomState(zlib.crc32(self.name.encode()))
         bound = 1 / math.sqrt(HIDDEN)
@@ -99,8 +99,8 @@ RUNS = {
 }
 
 
-def run_torch(run: Run) -> Arrays:
-    """The run in torch: the record."""
+def run_torch(run: Run) -> NamedArrays:
+    """The record of a run, from torch here."""
     import torch
 
     torch.set_num_threads(1)
@@ -131,7 +131,7 @@ def run_torch(run: Run) -> Arrays:
     return weights | {"losses": np.array(losses), "masks": np.packbits(np.array(masks))}
 
 
-def run_jaxrnn(run: Run, record: Arrays) -> Arrays:
+def run_jaxrnn(run: Run, record: NamedArrays) -> NamedArrays:
     """The run in JAX, with the masks of a record: its losses, and the parameters after the last step."""
     params, x, y = run.numbers()
     count = STEPS * TIME * BATCH * run.features
@@ -162,15 +162,15 @@ def run_jaxrnn(run: Run, record: Arrays) -> Arrays:
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """What came of a run.
+    """The losses and errors of a run.
 
     Attributes:
-        name: of the run.
-        first, torch, ours: the mean loss of the first and of the last ten steps, torch's and ours.
-        losses: how far the losses are apart at most, relative to max(1, largest).
-        weights: how far the last weights are apart at most, relative to max(1, largest).
+        name: the name of the run.
+        first, torch, ours: the mean loss of the first ten steps, and of the last ten, torch's and ours.
+        losses: the largest difference of the losses, relative to max(1, largest).
+        weights: the largest difference of the last weights, relative to max(1, largest).
         curves: the loss at each step, torch's and ours.
-        problem: what kept the run from being measured, if anything did.
+        problem: the exception that kept the run from being measured, if any.
     """
 
     name: str
@@ -183,7 +183,7 @@ class Trained:
     problem: str = ""
 
     def failure(self) -> str:
-        """What is wrong; empty if nothing is."""
+        """The failure of the run; empty if there is none."""
         if self.problem:
             return self.problem
         for what, error in (("losses", self.losses), ("weights", self.weights)):
@@ -192,8 +192,8 @@ class Trained:
         return ""
 
 
-def compare(run: Run, record: Arrays) -> Trained:
-    """Train in JAX, and compare with what torch gave."""
+def compare(run: Run, record: NamedArrays) -> Trained:
+    """Train in JAX, and compare with the record."""
     try:
         ours = run_jaxrnn(run, record)
     except Exception as problem:  # a run that breaks is a run that fails; the others go on

@@ -24,7 +24,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import jaxrnn
 from jaxrnn import engines
 from jaxrnn.engines.cudnn import CuDNN
-from parity import ahead
+from parity import compilers
 
 F, H, T, N = 3, 5, 6, 4
 LENGTHS = np.array([2, 0, T, 1])
@@ -351,7 +351,7 @@ def test_arrays_beside_the_kernel_are_row_major(traced: None) -> None:
 
 @pytest.mark.skipif(not importlib.util.find_spec("jax_cuda12_plugin"), reason="no compiler for a GPU is here")
 def test_compiled_for_a_gpu_they_are_row_major(traced: None, optimized: None) -> None:
-    spec, sharding = _spec(num_layers=2), jax.sharding.SingleDeviceSharding(ahead._devices("h100")[0])
+    spec, sharding = _spec(num_layers=2), jax.sharding.SingleDeviceSharding(compilers.devices("h100")[0])
     described = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32, sharding=sharding)
     arguments = {name: described(shape) for name, shape in spec.shapes().items()}, described((T, N, F))
 

@@ -47,7 +47,7 @@ def _program(case: Case, module: Any, call: Any) -> tuple[str, list]:
     parameters, inputs, _ = case.arrays()
     lengths = None if case.lengths is None else np.array(case.lengths)
     run = functools.partial(_run, case, call, module, lengths)
-    traced = jax.make_jaxpr(run)(parameters, inputs["input"], sides._state(case, inputs, "0") if case.hx else None)
+    traced = jax.make_jaxpr(run)(parameters, inputs["input"], sides.given_state(case, inputs, "0") if case.hx else None)
     return str(traced), traced.consts
 
 
@@ -57,8 +57,8 @@ def test_linen_runs_what_nnx_runs(kind: str, thorough: bool) -> None:
         settings = {**case.constructor, "param_dtype": jnp.float64}
         make = functools.partial(getattr(jaxrnn, case.module), **settings)
         graph = nnx.graphdef(nnx.eval_shape(lambda make=make: make(rngs=nnx.Rngs(0))))
-        ours, constants = _program(case, getattr(jaxrnn.linen, case.module)(**settings), sides._call_linen)
-        expected, expected_constants = _program(case, graph, sides._call_nnx)
+        ours, constants = _program(case, getattr(jaxrnn.linen, case.module)(**settings), sides.call_linen)
+        expected, expected_constants = _program(case, graph, sides.call_nnx)
         assert ours == expected, case.name
         assert_close(constants, expected_constants, atol=0)
 
@@ -67,10 +67,10 @@ def _results(case: Case, build: Any, call: Any) -> tuple:
     """What a side gives without jit of its own, so that the sides share what jaxrnn.apply compiles."""
     parameters, inputs, cotangents = (jax.tree.map(jnp.asarray, arrays) for arrays in case.arrays())
     module, parameters = build(case, "float64", parameters)
-    x, hx = inputs["input"], sides._state(case, inputs, "0") if case.hx else None
+    x, hx = inputs["input"], sides.given_state(case, inputs, "0") if case.hx else None
     lengths = None if case.lengths is None else np.array(case.lengths)
     returned, pullback = jax.vjp(functools.partial(_run, case, call, module, lengths), parameters, x, hx)
-    state = sides._state(case, cotangents, "n")
+    state = sides.given_state(case, cotangents, "n")
     return returned, pullback(state if case.steps is None else (cotangents["output"], state))
 
 
@@ -78,8 +78,8 @@ def _results(case: Case, build: Any, call: Any) -> tuple:
 @pytest.mark.parametrize("kind", KINDS)
 def test_linen_is_nnx_bit_by_bit(kind: str, thorough: bool) -> None:
     for case in _cases(kind, thorough):
-        nnx_results = _results(case, sides._build_nnx, sides._call_nnx)
-        assert_close(_results(case, sides._build_linen, sides._call_linen), nnx_results, atol=0)
+        nnx_results = _results(case, sides.build_nnx, sides.call_nnx)
+        assert_close(_results(case, sides.build_linen, sides.call_linen), nnx_results, atol=0)
 
 
 def _arguments(function: Any, *kinds: Any) -> list[str]:

@@ -19,7 +19,8 @@ from jaxrnn import checkpoint
 from jaxrnn.__main__ import main
 from jaxrnn.checkpoint import check
 from parity import __main__ as runner
-from parity import speed
+from parity.timing import __main__ as timings
+from parity.timing import speed
 
 LSTM = jaxrnn.Spec(jaxrnn.LSTM_CELL, 10, 20, num_layers=2, bidirectional=True, proj_size=5)
 CELL = jaxrnn.CellSpec(jaxrnn.GRU_CELL, 3, 4, bias=False)
@@ -318,7 +319,7 @@ def suite(monkeypatch: pytest.MonkeyPatch) -> None:
     """The clone's parity suite where an installed package has it."""
     monkeypatch.setitem(sys.modules, "jaxrnn.parity", parity)
     monkeypatch.setitem(sys.modules, "jaxrnn.parity.__main__", runner)
-    monkeypatch.setitem(sys.modules, "jaxrnn.parity.speed", speed)
+    monkeypatch.setitem(sys.modules, "jaxrnn.parity.timing.__main__", timings)
 
 
 def test_without_arguments_the_commands_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
@@ -355,7 +356,7 @@ def test_the_suites_examples_are_understood(
 ) -> None:
     for name in ("_judge", "_model"):
         monkeypatch.setattr(runner, name, lambda *_: 0)
-    monkeypatch.setattr(speed.jax.config, "update", lambda *_: None)  # in other tests' process, too late
+    monkeypatch.setattr(timings.jax.config, "update", lambda *_: None)  # in other tests' process, too late
     monkeypatch.setattr(speed, "product_rates", lambda sides: sys.exit("understood"))
     for command in ("parity", "speed"):
         with pytest.raises(SystemExit):

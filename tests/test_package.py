@@ -103,8 +103,8 @@ def test_parity_runs(run: Run, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("module", "program"),
-    [("jaxrnn", "speed"), ("jaxrnn.parity", ""), ("jaxrnn.parity.speed", "")],
-    ids=["jaxrnn speed", "jaxrnn.parity", "jaxrnn.parity.speed"],
+    [("jaxrnn", "speed"), ("jaxrnn.parity", ""), ("jaxrnn.parity.timing", "")],
+    ids=["jaxrnn speed", "jaxrnn.parity", "jaxrnn.parity.timing"],
 )
 def test_modules_that_are_programs(module: str, program: str, run: Run) -> None:
     done = run("python", "-m", module, *program.split(), "--help")

@@ -22,7 +22,7 @@ from covering import covering
 import jaxrnn
 from parity import __main__ as runner
 from parity import sides
-from parity.cases import CASES, ENOUGH, KINDS, LAYERS, LENGTHS, NEAR, Arrays, Case
+from parity.cases import CASES, ENOUGH, KINDS, LAYERS, LENGTHS, NEAR, Case, NamedArrays
 from parity.compare import Outcome, compare, pool
 from parity.reference import Recorded, errors, live
 
@@ -186,7 +186,7 @@ def test_the_torch_that_recorded_is_named() -> None:
 def test_a_fault_in_any_array_is_seen_and_named(name: str) -> None:
     truth = RECORDED(CASE)
 
-    def faulty(case: Case, dtype: str) -> Arrays:
+    def faulty(case: Case, dtype: str) -> NamedArrays:
         arrays = sides.run_jaxrnn(case, dtype)
         arrays[name] = arrays[name].copy()
         arrays[name].flat[0] += 1e-10
@@ -232,7 +232,7 @@ def test_the_runner(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pyt
     assert json.loads(out.read_text())
     green = capsys.readouterr().out
 
-    def faulty(case: Case, dtype: str) -> Arrays:
+    def faulty(case: Case, dtype: str) -> NamedArrays:
         arrays = sides.run_jaxrnn(case, dtype)
         return {**arrays, "weight_hh.grad": arrays["weight_hh.grad"] * np.asarray(1 + 1e-4, dtype)}
 
@@ -250,7 +250,7 @@ def test_the_runner(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pyt
 def test_the_runner_sees_float32_errors_that_only_many_numbers_show(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def inaccurate(case: Case, dtype: str) -> Arrays:
+    def inaccurate(case: Case, dtype: str) -> NamedArrays:
         arrays = sides.run_jaxrnn(case, dtype)
         if dtype == "float32":
             noise = np.random.RandomState(0).standard_normal(arrays["h_n"].shape)

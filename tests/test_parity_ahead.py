@@ -14,8 +14,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from parity import ahead
-from parity.workloads import WORKLOADS
+from parity import hlo
+from parity.compilers import TARGETS
+from parity.timing import ahead
+from parity.timing.workloads import GRAPHS, WORKLOADS
 
 NAMED = {workload.name: workload for workload in WORKLOADS}
 THUNKS = """000: kCommandBuffer [source       | next=017 (1)]
@@ -125,26 +127,26 @@ ENTRY %main (x: f32[4,8,2,128]) -> f32[2,128] {
 
 
 def test_launches_are_counted() -> None:
-    first, second = ahead._launches(THUNKS)
+    first, second = hlo.launches(THUNKS)
     assert (first.operations, first.copies, first.in_graph) == (3, 1, False)
     assert (second.operations, second.copies, second.in_graph) == (1, 0, True)
 
 
 def test_loops_are_read() -> None:
-    [loop] = ahead.loops(HLO, 8)
-    assert ahead.cycles(HLO, [loop]) == 8 * 317
+    [loop] = hlo.loops(HLO, 8)
+    assert hlo.cycles(HLO, [loop]) == 8 * 317
     assert (loop.trips, loop.operations, loop.copies, loop.cycles, loop.not_time_major) == (8, 2, 1, 317, 1)
     assert loop.hbm_bytes == 4 * (2 * 128 + 128 * 128)  # a step of what is sliced, and all of the weights
 
 
 def test_launches_of_a_loop_within_a_loop() -> None:
-    block, step = ahead._launches(NESTED_THUNKS)
+    block, step = hlo.launches(NESTED_THUNKS)
     assert (block.operations, block.copies, block.in_graph) == (4, 2, False)
     assert (step.operations, step.copies, step.in_graph) == (3, 0, True)
 
 
 def test_a_loop_within_a_loop_is_shared_out() -> None:
-    found = ahead.loops(NESTED_HLO, 32)
+    found = hlo.loops(NESTED_HLO, 32)
     assert [(loop.trips, loop.operations, loop.copies) for loop in found] == [
         (4, 2, 1),
         (32, 2, 0),
@@ -154,12 +156,12 @@ def test_a_loop_within_a_loop_is_shared_out() -> None:
     ]
     block, step, *_ = found
     assert ahead.Compiled("", "", "", "", (block, step)).a_step(32) == 2 + 2 / 8
-    assert ahead.cycles(NESTED_HLO, found) == 50 + 4 * 8 + 32 * 110
+    assert hlo.cycles(NESTED_HLO, found) == 50 + 4 * 8 + 32 * 110
     # A slice of the block's and of the step's arrays.
     assert [loop.hbm_bytes for loop in found[:2]] == [4 * 8 * 2 * 128, 2 * 4 * 2 * 128]
     assert [loop.not_time_major for loop in found] == [1, 0, 0, 0, 0]
-    bundles = {"fusion.1": ahead.Bundles(30), "fusion.3": ahead.Bundles(16, True), "while.1": ahead.Bundles(9)}
-    counted = ahead.Compiled("", "", "", "", tuple(ahead.loops(NESTED_HLO, 32, bundles)))
+    bundles = {"fusion.1": hlo.Bundles(30), "fusion.3": hlo.Bundles(16, True), "while.1": hlo.Bundles(9)}
+    counted = ahead.Compiled("", "", "", "", tuple(hlo.loops(NESTED_HLO, 32, bundles)))
     assert counted.bundles(32) == "32+"
 
 
@@ -174,13 +176,13 @@ def test_blocks_of_steps_are_read_as_compiled(training: bool) -> None:
 
     function = jax.value_and_grad(run) if training else run
     shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((8, 8), (5, 3, 4, 8))]
-    found = ahead.loops(jax.jit(function).lower(*shapes).compile().as_text() or "", 15)
+    found = hlo.loops(jax.jit(function).lower(*shapes).compile().as_text() or "", 15)
     assert [loop.trips for loop in found] == [5, 15] * (1 + training)
     assert min(loop.operations for loop in found) > 0
 
 
 def _compiled(target: str, name: str, side: str = "jaxrnn") -> dict[str, ahead.Compiled]:
-    package = "libtpu" if ahead.TARGETS[target][0] == "tpu" else "jax_plugins"
+    package = "libtpu" if TARGETS[target][0] == "tpu" else "jax_plugins"
     if importlib.util.find_spec(package) is None:
         pytest.skip(f"{package} is not here to compile for {target}")
     found = {each.program: each for each in ahead.compile_for(target, [NAMED[name]], [side])}
@@ -203,7 +205,7 @@ def test_no_step_on_a_tpu_gathers(name: str) -> None:
     assert [loop.not_time_major for loop in found["training"].loops] == [0] * len(found["training"].loops)
 
 
-@pytest.mark.parametrize("target", [name for name, (platform, _) in ahead.TARGETS.items() if platform == "tpu"])
+@pytest.mark.parametrize("target", [name for name, (platform, _) in TARGETS.items() if platform == "tpu"])
 def test_kernels_compile_for_every_tpu(target: str) -> None:
     """On one of them of sizes that are no multiples of tiles: 20 rows of 650 units."""
     name = "PTB LSTM" if target == "v5p" else "small GRU"
@@ -216,7 +218,7 @@ def test_a_kernels_instructions_are_counted(tmp_path: Path) -> None:
     if importlib.util.find_spec("libtpu") is None:
         pytest.skip("libtpu is not here to compile for v5e")
     out = tmp_path / "out.json"
-    command = [sys.executable, "-m", "parity.speed", "--compile-only", "--platform", "v5e", "--filter", "small LSTM"]
+    command = [sys.executable, "-m", "parity.timing", "--compile-only", "--platform", "v5e", "--filter", "small LSTM"]
     subprocess.run([*command, "--bundles", "--json", str(out)], cwd=Path(__file__).parents[1], check=True)
     loops = {(each["side"], each["program"]): each["loops"] for each in json.loads(out.read_text())}
     a_step = {key: sum(loop["bundles"] * loop["trips"] for loop in each) / 100 for key, each in loops.items()}
@@ -227,13 +229,13 @@ def test_a_kernels_instructions_are_counted(tmp_path: Path) -> None:
 def test_the_guide_gives_the_same_options() -> None:
     guide = (Path(__file__).parents[1] / "examples" / "accelerators.md").read_text()
     _, _, rest = guide.partition(">>> graphs = ")
-    assert ast.literal_eval(rest.partition("\n>>> ")[0].replace("\n... ", "\n")) == ahead.GRAPHS
+    assert ast.literal_eval(rest.partition("\n>>> ")[0].replace("\n... ", "\n")) == GRAPHS
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="libtpu is here")
 def test_what_cannot_be_described_is_said() -> None:
     """In a process of its own, which finds no compiler."""
-    command = [sys.executable, "-m", "parity.speed", "--compile-only", "--platform", "v5e", "--filter", "small LSTM"]
+    command = [sys.executable, "-m", "parity.timing", "--compile-only", "--platform", "v5e", "--filter", "small LSTM"]
     run = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1], check=False)
     assert run.returncode == 1
     assert "the compiler for v5e does not start" in run.stderr

@@ -8,8 +8,8 @@ from pathlib import Path
 import jax
 import pytest
 
-from parity import device
-from parity.device import Section
+from parity.timing import device
+from parity.timing.device import Section
 
 
 def _module(folder: Path, name: str, text: str) -> str:
@@ -65,7 +65,7 @@ def test_the_sections_are_commands_that_there_are(tmp_path: Path, capsys: pytest
 
 
 def test_what_cannot_be_profiled_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    def profiled(form: object, *others: object) -> dict[str, str]:
+    def profiled(implementation: object, *others: object) -> dict[str, str]:
         raise RuntimeError("no profiler")
 
     monkeypatch.setattr(device, "_profiled", profiled)

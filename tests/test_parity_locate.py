@@ -16,7 +16,7 @@ from jaxrnn._core import recurrence, steps
 from jaxrnn.cells import sigmoid
 from parity import __main__ as runner
 from parity import oracle, sides
-from parity.cases import CASES, Arrays, Case
+from parity.cases import CASES, Case, NamedArrays
 from parity.compare import LARGEST, compare
 from parity.locate import Place, locate
 from parity.reference import Recorded, truth_of
@@ -75,13 +75,13 @@ def _function(module: Any, name: str, wrap: Callable) -> Plant:
     return plant
 
 
-def _results(change: Callable[[Case, Arrays], None]) -> Plant:
+def _results(change: Callable[[Case, NamedArrays], None]) -> Plant:
     """A change of what jaxrnn returned."""
 
     def plant(patch: pytest.MonkeyPatch) -> bool:
         run = sides.run_jaxrnn
 
-        def changed(case: Case, dtype: str) -> Arrays:
+        def changed(case: Case, dtype: str) -> NamedArrays:
             arrays = {name: array.copy() for name, array in run(case, dtype).items()}
             change(case, arrays)
             return arrays
@@ -157,12 +157,12 @@ def _shorter(apply: Callable) -> Callable:
     return lambda *a, lengths=None, **k: apply(*a, lengths=None if lengths is None else lengths - 1, **k)
 
 
-def _h_n_order(case: Case, arrays: Arrays) -> None:
+def _h_n_order(case: Case, arrays: NamedArrays) -> None:
     if case.arguments["num_layers"] == 2:
         arrays["h_n"] = arrays["h_n"][[0, 2, 1, 3]]
 
 
-def _dropped(case: Case, arrays: Arrays) -> None:
+def _dropped(case: Case, arrays: NamedArrays) -> None:
     keep = np.random.RandomState(0).random_sample(arrays["output"].shape) < 0.5
     arrays["output"] = arrays["output"] * keep * 2
 
@@ -263,7 +263,7 @@ def test_a_planted_fault_is_red_and_located(fault: str, plant: Callable[[Plant],
 
 @pytest.mark.slow
 def test_a_fault_in_a_second_layer_and_one_that_nobody_knows(plant: Callable[[Plant], None]) -> None:
-    def change(case: Case, arrays: Arrays) -> None:
+    def change(case: Case, arrays: NamedArrays) -> None:
         if case.arguments["num_layers"] == 2:
             arrays["output"][3, :, -1] += 0.1  # the backward half
 
@@ -284,11 +284,11 @@ def test_cells(plant: Callable[[Plant], None]) -> None:
 def test_what_is_off_in_gradients_only(monkeypatch: pytest.MonkeyPatch, case: Case) -> None:
     cell = case.steps is None
 
-    def change(case: Case, arrays: Arrays) -> None:
+    def change(case: Case, arrays: NamedArrays) -> None:
         for name in ("weight_hh.grad",) if cell else ("weight_ih_l0.grad", "weight_hh_l1_reverse.grad"):
             arrays[name][4:8] *= 1.01  # the rows of z
 
-    def change_all(case: Case, arrays: Arrays) -> None:
+    def change_all(case: Case, arrays: NamedArrays) -> None:
         arrays["input.grad"] *= 1.01
 
     truth = truth_of(case, RECORDED(case))

@@ -12,7 +12,7 @@ from comparing import assert_close
 import jaxrnn
 from parity import __main__ as runner
 from parity import model, sides
-from parity.cases import Arrays, Case
+from parity.cases import Case, NamedArrays
 
 Specs = dict[str, jaxrnn.Spec | jaxrnn.CellSpec]
 DENOISER = str(Path(__file__).parents[1] / "examples" / "denoiser.safetensors")
@@ -77,7 +77,7 @@ def test_a_fault_in_a_model_is_located(
     jaxrnn.checkpoint.save(path, _tensors(specs, random.standard_normal))
     run = sides.run_jaxrnn
 
-    def faulty(case: Case, dtype: str) -> Arrays:
+    def faulty(case: Case, dtype: str) -> NamedArrays:
         arrays = run(case, dtype)
         if case.kind == "GRU":
             arrays["h_n"] = arrays["h_n"] + 1e-3
@@ -128,7 +128,7 @@ def test_the_limit_is_what_the_model_allows(
     assert 1e-11 < limit < 1e-6
     mistake = 0.0
 
-    def right(case: Case, dtype: str) -> Arrays:
+    def right(case: Case, dtype: str) -> NamedArrays:
         assert isinstance(case, model.Module)
         again = model.Renumbering(case, seed=99)
         found = {name: again.back(name, array) for name, array in sides.run_torch(again.case, dtype).items()}
@@ -151,7 +151,7 @@ def test_the_limit_is_what_the_model_allows(
 def test_a_mistake_in_float32_alone_fails(
     torch: types.ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def wrong(case: Case, dtype: str) -> Arrays:
+    def wrong(case: Case, dtype: str) -> NamedArrays:
         found = sides.run_torch(case, dtype)
         return found | {"h_n": found["h_n"] + np.asarray(1e-4 if dtype == "float32" else 0.0, dtype)}
 

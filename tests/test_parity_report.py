@@ -16,7 +16,7 @@ from comparing import assert_close
 from parity import __main__ as runner
 from parity import compare, sides
 from parity import html as html_of
-from parity.cases import CASES, KINDS, Arrays, Case
+from parity.cases import CASES, KINDS, Case, NamedArrays
 from parity.compare import largest
 from parity.reference import ULPS, Recorded, over_time, truth_of, ulps
 from parity.report import Report
@@ -61,7 +61,7 @@ class Page(html.parser.HTMLParser):
         self.text += data
 
 
-def _recorded(case: Case, dtype: str) -> Arrays:
+def _recorded(case: Case, dtype: str) -> NamedArrays:
     """A side that compiles nothing: torch's own results, with some rounding."""
     truth = truth_of(case, RECORDED(case))
     assert truth is not None
@@ -76,7 +76,7 @@ def _texts(picture: bytes) -> list[str]:
 def test_a_report_is_complete_and_needs_nothing_beside_itself(
     red: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    def side(case: Case, dtype: str) -> Arrays:
+    def side(case: Case, dtype: str) -> NamedArrays:
         arrays = _recorded(case, dtype)
         if red and case.kind == "GRU":
             arrays["output"] = np.flip(arrays["output"])
@@ -218,7 +218,7 @@ def test_the_precision_reaches_the_products(
 ) -> None:
     seen = set()
 
-    def side(case: Case, dtype: str) -> Arrays:
+    def side(case: Case, dtype: str) -> NamedArrays:
         arrays = sides.run_jaxrnn(case, dtype)
         seen.add(sides.precision())
         return arrays
@@ -232,7 +232,7 @@ def test_the_precision_reaches_the_products(
 def test_a_line_for_each_group_while_it_runs(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def side(case: Case, dtype: str) -> Arrays:
+    def side(case: Case, dtype: str) -> NamedArrays:
         arrays = _recorded(case, dtype)
         return {name: array + (case.kind == "LSTM") for name, array in arrays.items()}
 

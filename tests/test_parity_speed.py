@@ -23,9 +23,10 @@ from jax.experimental import rnn as cudnn
 from rich.console import Console
 
 from jaxrnn.engines.cudnn import CuDNN
-from parity import speed, sweep
-from parity.speed import Results, Timed, Turn
-from parity.workloads import WORKLOADS, Torch, Workload, forms, to_keras
+from parity.timing import __main__ as timings
+from parity.timing import speed, sweep
+from parity.timing.speed import Results, Timed, Turn
+from parity.timing.workloads import WORKLOADS, Torch, Workload, implementations, to_keras
 
 TINY = [
     Workload("ragged", "LSTM", 4, 7, 3, 5, bidirectional=True, ragged=True),
@@ -70,16 +71,16 @@ def test_every_workload_is_in_the_table() -> None:
     ]
     assert {workload[1:] for workload in WORKLOADS} == set(wanted)
     assert len({workload.name for workload in WORKLOADS}) == len(WORKLOADS) == len(wanted)
-    quick = [workload for workload in WORKLOADS if workload.operations() < speed.SMALL]
+    quick = [workload for workload in WORKLOADS if workload.operations() < timings.SMALL]
     assert len(WORKLOADS) / 4 < len(quick) < len(WORKLOADS) / 2
 
 
 def test_lengths_are_from_half_of_the_time_to_all_of_it() -> None:
     (workload,) = (workload for workload in WORKLOADS if workload.ragged)
-    x, marks = workload.inputs()
+    x, kwargs = workload.inputs()
     assert x.shape == (400, 32, 160)
     assert x.dtype == np.float32
-    lengths = marks["lengths"]
+    lengths = kwargs["lengths"]
     assert lengths.shape == (32,)
     assert lengths.min() >= 200
     assert lengths.max() <= 400
@@ -87,10 +88,10 @@ def test_lengths_are_from_half_of_the_time_to_all_of_it() -> None:
 
 def test_one_step_in_fifty_is_reset() -> None:
     for workload in (workload for workload in WORKLOADS if workload.reset):
-        reset = workload.marks()["reset"]
+        reset = workload.kwargs()["reset"]
         assert reset.shape == (workload.time, workload.batch)
         assert reset.mean() == pytest.approx(0.02, rel=0.05)
-    assert RESET.marks()["reset"].sum() > 2
+    assert RESET.kwargs()["reset"].sum() > 2
 
 
 def test_operations() -> None:
@@ -99,22 +100,22 @@ def test_operations() -> None:
     both = Workload("", "LSTM", 4, 7, 3, 5, num_layers=2, bidirectional=True, proj_size=2)
     assert both.operations() == 2 * 4 * 7 * 2 * (first + second)
     assert Workload("", "GRU", 4, 7, 3, 5).operations() == 2 * 4 * 7 * 3 * 5 * (3 + 5)
-    lengths = TINY[0].marks()["lengths"]
+    lengths = TINY[0].kwargs()["lengths"]
     whole = TINY[0]._replace(ragged=False).operations()
     assert TINY[0].operations() * 4 * 7 == whole * lengths.sum()  # what is padding is no work
 
 
 def _sides_of_the_truth(workload: Workload, sides: Collection[str]) -> list[str]:
-    """The side of each form, all of which give the exact outputs."""
-    x, marks = workload.inputs()
+    """The side of each implementation, all of which give the exact outputs."""
+    x, kwargs = workload.inputs()
     exact = speed.truth(workload)
     assert exact.dtype == np.float64
     names = []
-    for form in forms(workload, sides):
-        outputs = jax.jit(form.run)(form.parameters, x, marks)
+    for each in implementations(workload, sides):
+        outputs = jax.jit(each.run)(each.parameters, x, kwargs)
         assert outputs.dtype == np.float32
-        assert_close({form.side: outputs}, {form.side: exact}, atol=1e-6, rtol=1e-7)
-        names.append(form.side)
+        assert_close({each.side: outputs}, {each.side: exact}, atol=1e-6, rtol=1e-7)
+        names.append(each.side)
     return names
 
 
@@ -141,15 +142,15 @@ def test_an_engine_that_refuses_leaves_the_others(capsys: pytest.CaptureFixture[
 @pytest.mark.skipif(not importlib.util.find_spec("keras"), reason="Keras is not installed")
 @pytest.mark.parametrize("workload", _few_of([*TINY, *DEEP], TINY[1]))
 def test_keras_computes_the_same(workload: Workload) -> None:
-    x, marks = workload.inputs()
+    x, kwargs = workload.inputs()
     found = {}
-    for form in forms(workload, ["jaxrnn", "keras"]):
+    for each in implementations(workload, ["jaxrnn", "keras"]):
 
-        def loss(x: jax.Array, parameters: Any, run: Callable = form.run) -> tuple[jax.Array, jax.Array]:
-            outputs = run(parameters, x, marks)
+        def loss(x: jax.Array, parameters: Any, run: Callable = each.run) -> tuple[jax.Array, jax.Array]:
+            outputs = run(parameters, x, kwargs)
             return jnp.sum(outputs**2), outputs
 
-        found[form.side] = jax.jit(jax.grad(loss, has_aux=True))(x, form.parameters)
+        found[each.side] = jax.jit(jax.grad(loss, has_aux=True))(x, each.parameters)
     assert found.keys() == ({"jaxrnn"} if workload.proj_size else {"jaxrnn", "keras"})  # it has no projection
     for side, (by_x, outputs) in found.items():
         assert_close({side: outputs}, {side: speed.truth(workload)}, atol=1e-6, rtol=1e-7)
@@ -185,11 +186,11 @@ def test_both_biases_reach_keras() -> None:
 def test_torch_computes_the_same(workload: Workload, torch: types.ModuleType) -> None:
     there = Torch(workload)
     assert_close({"output": there.inference().numpy()}, {"output": speed.truth(workload)}, atol=1e-6)
-    x, marks = workload.inputs()
-    form = next(forms(workload, ["jaxrnn"]))
+    x, kwargs = workload.inputs()
+    each = next(implementations(workload, ["jaxrnn"]))
     loss, (by_parameters, by_x) = jax.jit(
-        jax.value_and_grad(lambda parameters, x: jnp.sum(form.run(parameters, x, marks) ** 2), (0, 1))
-    )(form.parameters, x)
+        jax.value_and_grad(lambda parameters, x: jnp.sum(each.run(parameters, x, kwargs) ** 2), (0, 1))
+    )(each.parameters, x)
     for _ in range(2):  # the second step's gradients are its own
         assert there.training().item() == pytest.approx(float(loss), rel=1e-5)
         assert_close({"x": there.x.grad.numpy()}, {"x": by_x}, atol=1e-5)
@@ -223,7 +224,7 @@ def test_memory_is_ours_over_theirs() -> None:
     assert "memory" not in torch
 
 
-def test_all_take_turns_and_the_slower_form_no_more_than_two(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_take_turns_and_the_slower_implementation_no_more_than_two(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = itertools.accumulate(itertools.repeat(1.0))  # a second for each look at it
     monkeypatch.setattr(speed.time, "perf_counter", lambda: next(clock))
     called: list[str] = []
@@ -276,9 +277,9 @@ def test_a_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     monkeypatch.setattr(sweep, "UNITS", (4, 8))
     monkeypatch.setattr(speed, "measure", measure)
     monkeypatch.setattr(speed, "product_rates", lambda sides: {})
-    monkeypatch.setattr(speed.jax.config, "update", lambda *_: None)  # too late in this process
+    monkeypatch.setattr(jax.config, "update", lambda *_: None)  # too late in this process
     out, picture = tmp_path / "out.json", tmp_path / "out.svg"
-    assert speed.main(["--sweep", "--filter", "gru", "--json", str(out), "--plot", str(picture)]) == 0
+    assert timings.main(["--sweep", "--filter", "gru", "--json", str(out), "--plot", str(picture)]) == 0
     printed = capsys.readouterr().out
     lines = [line.split() for line in printed.splitlines()]
     assert ["GRU", "inference", "2", "4.00", "4.00", "1.50", "1.50"] in lines
@@ -296,12 +297,12 @@ def test_a_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
 @pytest.mark.slow
 def test_the_program_on_two_devices(tmp_path: Path) -> None:
     code = """
-from parity import speed
-from parity.workloads import Workload
+from parity.timing import __main__ as timings
+from parity.timing.workloads import Workload
 ragged = Workload("of three rows", "RNN", 3, 7, 3, 5, bidirectional=True, ragged=True)
-speed.WORKLOADS = [Workload("tiny RNN", "RNN", 4, 7, 3, 5), ragged]
+timings.WORKLOADS = [Workload("tiny RNN", "RNN", 4, 7, 3, 5), ragged]
 options = "--devices 2 --repeats 3 --sides sharded,flax.nnx,cudnn --json out.json --plot out.svg".split()
-raise SystemExit(speed.main(options))
+raise SystemExit(timings.main(options))
 """
     environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-W", "error", "-c", code]
@@ -341,7 +342,7 @@ raise SystemExit(speed.main(options))
 def test_what_is_not_there_is_told(
     options: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(speed.jax.config, "update", lambda *_: None)  # too late in this process
+    monkeypatch.setattr(jax.config, "update", lambda *_: None)  # too late in this process
     with pytest.raises(SystemExit):
-        speed.main(options.split())
+        timings.main(options.split())
     assert message in capsys.readouterr().err

@@ -14,7 +14,7 @@ from comparing import assert_close
 from jaxrnn import checkpoint
 from parity import __main__ as runner
 from parity import training
-from parity.cases import LAYERS, Arrays
+from parity.cases import LAYERS, NamedArrays
 from parity.reference import Recorded
 from parity.training import RUNS, STEPS, Run, compare, run_torch
 
@@ -70,7 +70,7 @@ FAULTS: dict[str, tuple[Run, Any]] = {
 }
 
 
-def _changed(state: dict, params: Arrays, **changes: Any) -> Any:
+def _changed(state: dict, params: NamedArrays, **changes: Any) -> Any:
     group = state["param_groups"][0]
     if "decoupled" in changes:
         changes = {"decoupled_weight_decay": changes["decoupled"]}

@@ -4,7 +4,7 @@
 machine:
 
     python -m parity --json parity.json
-    python -m parity.speed --sides sharded,flax.nnx,torch --json speed.json
+    python -m parity.timing --sides sharded,flax.nnx,torch --json speed.json
     python examples/pictures/draw.py --parity parity.json --speed speed.json
 
 The other two are diagrams. They need `pip install -e ".[report]"`.
@@ -18,15 +18,16 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-from jaxrnn.parity import plots
+from jaxrnn.parity import style
+from jaxrnn.parity.timing import plots
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
 HERE = Path(__file__).parent
-OURS, TORCH, FLAX = plots.OURS, plots.COLORS["torch"], plots.COLORS["flax.nnx"]
+OURS, TORCH, FLAX = style.OURS, style.COLORS["torch"], style.COLORS["flax.nnx"]
 GREY, INK = "#d8dade", "#333333"
-STYLE = plots.STYLE | {"svg.fonttype": "path", "font.size": 10, "font.family": "DejaVu Sans"}  # no font is needed
+STYLE = style.STYLE | {"svg.fonttype": "path", "font.size": 10, "font.family": "DejaVu Sans"}  # no font is needed
 KINDS = {"LSTM": "LSTM", "LSTM_PROJ": "LSTM, projected", "GRU": "GRU"}
 KINDS |= {"RNN_TANH": "RNN, tanh", "RNN_RELU": "RNN, relu", "LSTMCell": "LSTMCell", "GRUCell": "GRUCell"}
 KINDS |= {"RNNCell_TANH": "RNNCell, tanh", "RNNCell_RELU": "RNNCell, relu"}
@@ -51,7 +52,7 @@ def summary_of_parity(report: dict[str, Any]) -> dict[str, Any]:
 
 
 def summary_of_speed(results: dict[str, Any]) -> dict[str, Any]:
-    """Where `parity.speed --json` ran, and the quartiles of their time over ours."""
+    """Where `parity.timing --json` ran, and the quartiles of their time over ours."""
     return {"environment": results["environment"], "ratios": results["ratios"]}
 
 
@@ -180,7 +181,7 @@ def _save(figure: Figure, path: Path) -> None:
 def main(arguments: Iterable[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Draw the pictures of the README and the guides.")
     parser.add_argument("--parity", type=Path, help="take errors anew, from a file of `python -m parity --json`")
-    parser.add_argument("--speed", type=Path, help="take times anew, from a file of `python -m parity.speed --json`")
+    parser.add_argument("--speed", type=Path, help="take times anew, from a file of `python -m parity.timing --json`")
     parser.add_argument("--out", type=Path, default=HERE, help="the folder to write to (default: where this file is)")
     options = parser.parse_args(None if arguments is None else list(arguments))
     for given, summary, name in (

@@ -1,4 +1,4 @@
-"""What `parity.speed` times: networks as people have them, each as jaxrnn, Flax, Keras, cuDNN and torch.nn have it."""
+"""The workloads: networks as people have them, each implemented with jaxrnn, Flax, Keras, cuDNN and torch.nn."""
 
 import functools
 import os
@@ -17,9 +17,14 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 import jaxrnn
 from jaxrnn.checkpoint.dialects import DIALECTS
 
-from .cases import Arrays
+from ..cases import NamedArrays
 
-Marks = dict[str, Any]  # what a call takes beside x, by jaxrnn's names: lengths, or reset
+Kwargs = dict[str, Any]  # the keyword arguments of a call, by jaxrnn's names: lengths, or reset
+# Let XLA make one CUDA graph of a loop that has nothing in it but kernels.
+GRAPHS = {
+    "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,WHILE",
+    "xla_gpu_graph_min_graph_size": "1",
+}
 
 
 class Workload(NamedTuple):
@@ -57,28 +62,28 @@ class Workload(NamedTuple):
         settings |= {"nonlinearity": self.nonlinearity} if self.kind == "RNN" else {}
         return getattr(library, self.kind)(self.input_size, self.hidden_size, self.num_layers, **settings)
 
-    def marks(self) -> Marks:
-        """The rows' lengths, from half of the time to all of it, where they differ, and where states are reset."""
+    def kwargs(self) -> Kwargs:
+        """The lengths of the rows, from half of the time to all of it, if they differ, and the resets, if any."""
         low = (self.time + 1) // 2
         lengths = {"lengths": np.random.RandomState(1).randint(low, self.time + 1, self.batch)} if self.ragged else {}
         reset = {"reset": np.random.RandomState(3).rand(self.time, self.batch) < 0.02} if self.reset else {}
         return lengths | reset
 
-    def inputs(self) -> tuple[np.ndarray, Marks]:
-        """x in float32, and the marks."""
+    def inputs(self) -> tuple[np.ndarray, Kwargs]:
+        """The arguments of a call: x in float32, and the keyword arguments."""
         x = np.random.RandomState(0).randn(self.time, self.batch, self.input_size)
-        return x.astype(np.float32), self.marks()
+        return x.astype(np.float32), self.kwargs()
 
-    def parameters(self) -> Arrays:
-        """By torch's names. The second bias, which not every cell of Flax has, is zero: all sides compute the same."""
+    def parameters(self) -> NamedArrays:
+        """By torch's names. The second bias, which some Flax cells lack, is zero, so all sides compute the same."""
         random, bound = np.random.RandomState(2), 1 / np.sqrt(self.hidden_size)
         bounds = {name: 0.0 if "bias_hh" in name else bound for name in self.spec.shapes()}
         shapes = self.spec.shapes().items()
         return {name: random.uniform(-bounds[name], bounds[name], shape).astype(np.float32) for name, shape in shapes}
 
     def operations(self) -> int:
-        """Of a forward pass: a multiplication and an addition for each weight at each step that is not padding."""
-        lengths = self.marks().get("lengths")
+        """Of a forward pass: a multiplication and an addition for each weight and step, without the padding."""
+        lengths = self.kwargs().get("lengths")
         steps = self.batch * self.time if lengths is None else int(lengths.sum())
         weights = (shape for name, shape in self.spec.shapes().items() if name.startswith("weight"))
         return 2 * steps * sum(rows * columns for rows, columns in weights)
@@ -107,19 +112,31 @@ WORKLOADS = [
 CELLS = {"LSTM": ("LSTMCell", "OptimizedLSTMCell"), "GRU": ("GRUCell",), "RNN": ("SimpleCell",)}  # Flax's
 
 
-class Form(NamedTuple):
-    """One way to write a workload with a JAX library: `run(parameters, x, marks)` gives the outputs."""
+class Implementation(NamedTuple):
+    """A workload implemented with a JAX library: `run(parameters, x, kwargs)` returns the outputs."""
 
     side: str
     name: str
-    run: Callable[[Any, jax.Array, Marks], jax.Array]
+    run: Callable[[Any, jax.Array, Kwargs], jax.Array]
     parameters: Any
 
+    @property
+    def compiler_options(self) -> dict[str, str] | None:
+        return GRAPHS if self.side == "graphs" else None
 
-def forms(workload: Workload, sides: Collection[str]) -> Iterator[Form]:
-    """The forms on the JAX sides. Flax has two for an LSTM, of which the faster counts.
 
-    Only ours has a projection, and Keras has no resets.
+def training(run: Callable[..., jax.Array]) -> Callable[..., Any]:
+    """The function of a training step, given that of a forward pass.
+
+    It returns the sum of squares of the outputs, and its gradients by the parameters and x.
+    """
+    return jax.value_and_grad(lambda *arguments: jnp.sum(run(*arguments) ** 2), (0, 1))
+
+
+def implementations(workload: Workload, sides: Collection[str]) -> Iterator[Implementation]:
+    """The implementations on the JAX sides. Flax has two for an LSTM, of which the faster counts.
+
+    Flax and Keras have no projections, and Keras has no resets.
     """
     parameters = workload.parameters()
     x = jax.ShapeDtypeStruct((workload.time, workload.batch, workload.input_size), jnp.float32)
@@ -131,53 +148,53 @@ def forms(workload: Workload, sides: Collection[str]) -> Iterator[Form]:
         if side in sides:
             build = functools.partial(workload.build, jaxrnn, engine=engine)
             graph, state = nnx.split(nnx.eval_shape(lambda build=build: build(rngs=nnx.Rngs(0))))
-            run = _run_nnx(graph, lambda module, x, marks: module(x, **marks)[0])
-            yield Form(side, name, run, {name: parameters[name] for name in state})
+            run = _run_nnx(graph, lambda module, x, kwargs: module(x, **kwargs)[0])
+            yield Implementation(side, name, run, {name: parameters[name] for name in state})
     for cell in () if workload.proj_size else CELLS[workload.kind]:
         if "flax.nnx" in sides:
             graph, state = nnx.split(nnx.eval_shape(functools.partial(NNXStack, workload, cell)))
             converted = to_flax("flax.nnx", cell, parameters, nnx.to_pure_dict(state))
-            yield Form("flax.nnx", f"nnx.{cell}", _run_nnx(graph, NNXStack.__call__), converted)
+            yield Implementation("flax.nnx", f"nnx.{cell}", _run_nnx(graph, NNXStack.__call__), converted)
         if "flax.linen" in sides:
             stack = linen_stack(workload, cell)
-            template = jax.eval_shape(stack.init, jax.random.key(0), x, workload.marks())["params"]
+            template = jax.eval_shape(stack.init, jax.random.key(0), x, workload.kwargs())["params"]
             converted = to_flax("flax.linen", cell, parameters, template)
-            yield Form("flax.linen", f"linen.{cell}", functools.partial(_run_linen, stack), converted)
+            yield Implementation("flax.linen", f"linen.{cell}", functools.partial(_run_linen, stack), converted)
     if "keras" in sides and not workload.proj_size and not workload.reset:
         model = keras_model(workload)
         run = functools.partial(_run_keras, model)
-        yield Form("keras", f"keras.{workload.kind}", run, to_keras(workload.kind, parameters))
+        yield Implementation("keras", f"keras.{workload.kind}", run, to_keras(workload.kind, parameters))
 
 
 def _run_nnx(graph: Any, call: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda parameters, x, marks: call(nnx.merge(graph, nnx.State(parameters)), x, marks)
+    return lambda parameters, x, kwargs: call(nnx.merge(graph, nnx.State(parameters)), x, kwargs)
 
 
-def _run_linen(module: linen.Module, parameters: Any, x: jax.Array, marks: Marks) -> Any:
-    return module.apply({"params": parameters}, x, marks)
+def _run_linen(module: linen.Module, parameters: Any, x: jax.Array, kwargs: Kwargs) -> Any:
+    return module.apply({"params": parameters}, x, kwargs)
 
 
-def _run_keras(model: Any, parameters: list[jax.Array], x: jax.Array, marks: Marks) -> jax.Array:
+def _run_keras(model: Any, parameters: list[jax.Array], x: jax.Array, kwargs: Kwargs) -> jax.Array:
     """Keras takes the batch first: its time has two transpositions, which are small beside the rest."""
-    mask = _steps(len(x), marks["lengths"]).T if "lengths" in marks else None
+    mask = _steps(len(x), kwargs["lengths"]).T if "lengths" in kwargs else None
     outputs = model.stateless_call(parameters, model.non_trainable_variables, x.swapaxes(0, 1), mask=mask)[0]
-    return _without_padding(outputs.swapaxes(0, 1), marks)
+    return _without_padding(outputs.swapaxes(0, 1), kwargs)
 
 
 def _steps(time: int, lengths: jax.Array) -> jax.Array:
-    """Which steps, (time, batch), are no padding."""
+    """The mask of the steps that are not padding, (time, batch)."""
     return jnp.arange(time, dtype=lengths.dtype)[:, None] < lengths
 
 
-def _without_padding(outputs: jax.Array, marks: Marks) -> jax.Array:
-    """What Flax and Keras leave in the padding is not to count in the loss."""
-    if "lengths" not in marks:
+def _without_padding(outputs: jax.Array, kwargs: Kwargs) -> jax.Array:
+    """Zero the outputs in the padding, which Flax and Keras leave nonzero: they would count in the loss."""
+    if "lengths" not in kwargs:
         return outputs
-    return jnp.where(_steps(len(outputs), marks["lengths"])[..., None], outputs, 0)
+    return jnp.where(_steps(len(outputs), kwargs["lengths"])[..., None], outputs, 0)
 
 
 def _step(cell: Any, carry: Any, inputs: tuple[jax.Array, jax.Array | None]) -> tuple[Any, jax.Array]:
-    """A step of one of Flax's cells, with resets as JAX's RL code has them."""
+    """A step of a Flax cell, with resets as in RL code for JAX."""
     x, reset = inputs
     if reset is not None:
         carry = jax.tree.map(lambda a: jnp.where(reset[:, None], 0, a), carry)
@@ -185,7 +202,7 @@ def _step(cell: Any, carry: Any, inputs: tuple[jax.Array, jax.Array | None]) -> 
 
 
 class NNXStack(nnx.Module):
-    """Flax's cells, scanned: compiled it is what nnx.RNN is, and less than nnx.Bidirectional, which flips the time."""
+    """Flax's cells in a scan. Compiled it is what nnx.RNN is, and less than nnx.Bidirectional, which flips time."""
 
     def __init__(self, workload: Workload, cell: str) -> None:
         settings = {"activation_fn": jax.nn.relu} if workload.nonlinearity == "relu" else {}
@@ -194,8 +211,8 @@ class NNXStack(nnx.Module):
         self.forward = nnx.List(build(size, rngs=nnx.Rngs(0)) for size in workload.sizes)
         self.backward = nnx.List(build(size, rngs=nnx.Rngs(0)) for size in workload.sizes * workload.bidirectional)
 
-    def __call__(self, x: jax.Array, marks: Marks) -> jax.Array:
-        lengths = marks.get("lengths")
+    def __call__(self, x: jax.Array, kwargs: Kwargs) -> jax.Array:
+        lengths = kwargs.get("lengths")
 
         def flip(x: jax.Array) -> jax.Array:
             return x if lengths is None else flip_sequences(x, lengths, num_batch_dims=1, time_major=True)
@@ -203,27 +220,27 @@ class NNXStack(nnx.Module):
         zeros = jnp.zeros((x.shape[1], self.workload.hidden_size), x.dtype)
         carry = (zeros, zeros) if self.workload.kind == "LSTM" else zeros
         for layer, cell in enumerate(self.forward):
-            outputs = [jax.lax.scan(functools.partial(_step, cell), carry, (x, marks.get("reset")))[1]]
+            outputs = [jax.lax.scan(functools.partial(_step, cell), carry, (x, kwargs.get("reset")))[1]]
             if self.workload.bidirectional:
                 outputs += [flip(jax.lax.scan(self.backward[layer], carry, flip(x), reverse=lengths is None)[1])]
             x = jnp.concatenate(outputs, axis=-1)
-        return _without_padding(x, marks)
+        return _without_padding(x, kwargs)
 
 
 class LinenStack(linen.Module):
-    """Flax's layers one after the other."""
+    """A stack of Linen layers."""
 
     layers: tuple[Any, ...]
 
-    def __call__(self, x: jax.Array, marks: Marks) -> jax.Array:
-        options = marks if "reset" in marks else {"seq_lengths": marks.get("lengths")}
+    def __call__(self, x: jax.Array, kwargs: Kwargs) -> jax.Array:
+        options = kwargs if "reset" in kwargs else {"seq_lengths": kwargs.get("lengths")}
         for layer in self.layers:
             x = layer(x, **options)
-        return _without_padding(x, marks)
+        return _without_padding(x, kwargs)
 
 
 class LinenScan(linen.Module):
-    """A cell with resets in Linen's scan: the ScannedRNN of JAX's RL code."""
+    """A cell with resets in Linen's scan: the ScannedRNN of RL code for JAX."""
 
     cell: Any
 
@@ -233,7 +250,7 @@ class LinenScan(linen.Module):
 
 
 def linen_stack(workload: Workload, cell: str) -> LinenStack:
-    """Linen's own RNN and Bidirectional around its cells, or its scan."""
+    """Linen's cells in its RNN and Bidirectional, or in its scan."""
     settings = {"activation_fn": jax.nn.relu} if workload.nonlinearity == "relu" else {}
 
     def layer() -> Any:
@@ -246,14 +263,14 @@ def linen_stack(workload: Workload, cell: str) -> LinenStack:
     return LinenStack(tuple(layers))
 
 
-def _written(library: str, name: str, parameters: Arrays, suffix: str) -> Arrays:
-    """One layer's parameters in one direction, as a library's class has them."""
+def _written(library: str, name: str, parameters: NamedArrays, suffix: str) -> NamedArrays:
+    """The parameters of a layer in one direction, by a library's names."""
     roles = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
     return DIALECTS[library, name].write({role: parameters[f"{role}_{suffix}"] for role in roles})
 
 
-def to_flax(library: str, cell: str, parameters: Arrays, template: Any) -> Any:
-    """A stack's parameters for Flax, from torch's, in the places that `template` has."""
+def to_flax(library: str, cell: str, parameters: NamedArrays, template: Any) -> Any:
+    """Flax's parameters of a stack, from torch's, in the structure of `template`."""
     written = functools.cache(lambda suffix: _written(library, cell, parameters, suffix))
     converted = {}
     for path in flatten_dict(template):
@@ -265,7 +282,7 @@ def to_flax(library: str, cell: str, parameters: Arrays, template: Any) -> Any:
 
 
 def keras_model(workload: Workload) -> Any:
-    """Keras's layers one after the other, on its JAX backend; their own parameters are not used."""
+    """A stack of Keras layers, on its JAX backend. The parameters in the layers are not used."""
     os.environ["KERAS_BACKEND"] = "jax"  # read once, at the import
     import keras
 
@@ -279,22 +296,22 @@ def keras_model(workload: Workload) -> Any:
     return model
 
 
-def to_keras(kind: str, parameters: Arrays) -> list[np.ndarray]:
-    """Keras's parameters, from torch's, layer after layer."""
+def to_keras(kind: str, parameters: NamedArrays) -> list[np.ndarray]:
+    """Keras's parameters of a stack, from torch's."""
     name = "SimpleRNN" if kind == "RNN" else kind
     suffixes = [each.removeprefix("weight_ih_") for each in parameters if each.startswith("weight_ih_")]
     return [array for suffix in suffixes for array in _written("keras", name, parameters, suffix).values()]
 
 
 def torch_device() -> str:
-    """Where torch runs: where JAX does."""
+    """The device on which torch runs: the GPU, if JAX runs on it."""
     import torch
 
     return "cuda" if torch.cuda.is_available() and jax.default_backend() == "gpu" else "cpu"
 
 
 class Torch:
-    """A workload with torch.nn, on the device that JAX has; the final states that it returns are dropped."""
+    """A workload with torch.nn, on the device of JAX. The final states that it returns are dropped."""
 
     def __init__(self, workload: Workload) -> None:
         import torch
@@ -302,9 +319,9 @@ class Torch:
         warnings.filterwarnings("ignore", message="LSTM with projections is not supported with oneDNN")
         self.torch, self.workload = torch, workload
         self.device = torch_device()
-        x, marks = workload.inputs()
+        x, kwargs = workload.inputs()
         self.x = torch.tensor(x, device=self.device, requires_grad=True)
-        self.lengths = torch.tensor(marks["lengths"]) if "lengths" in marks else None
+        self.lengths = torch.tensor(kwargs["lengths"]) if "lengths" in kwargs else None
         self.module = workload.build(torch.nn, device=self.device)
         self.module.load_state_dict({name: torch.tensor(array) for name, array in workload.parameters().items()})
 
@@ -323,7 +340,7 @@ class Torch:
         return outputs
 
     def training(self) -> Any:
-        """A step, which leaves the gradients in `module` and `x`."""
+        """A training step, which leaves the gradients in `module` and `x`."""
         self.module.zero_grad(set_to_none=True)
         self.x.grad = None
         loss = self._outputs().square().sum()

@@ -1,14 +1,11 @@
-"""Layers over numbers of rows and of hidden units: what `jaxrnn speed --sweep` times, and how it shows it."""
+"""`jaxrnn speed --sweep`: layers over the number of rows and of hidden units."""
 
 import itertools
 from collections.abc import Callable, Sequence
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
-from jaxrnn._core.tables import print_table
-
+from ..tables import new_table, print_table
 from .workloads import Workload
 
 KINDS = ("LSTM", "GRU")
@@ -34,7 +31,7 @@ def workloads() -> list[Workload]:
 
 
 def curves(found: Sequence[Workload], programs: Sequence[str], ratio: Callable[[str, str], float | None]) -> Curves:
-    """Sort ratios, which are given by a workload's name and the program."""
+    """The curves of a ratio, which is a function of a workload's name and the program."""
     sorted_: Curves = {}
     for workload, program in itertools.product(found, programs):
         if (value := ratio(workload.name, program)) is not None:
@@ -46,13 +43,10 @@ def curves(found: Sequence[Workload], programs: Sequence[str], ratio: Callable[[
 def show(time: Curves, memory: Curves, side: str, console: Console) -> None:
     """Print the ratios: a line for each number of rows, a column for each of units."""
     title = f"time: {side}'s over ours; memory: ours over its"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     units = sorted({units for by_units in time.values() for units in by_units})
-    for heading in ("", "program"):
-        table.add_column(heading, no_wrap=True)
-    firsts = [f"time\n{units[0]} units", *units[1:], f"memory\n{units[0]} units", *units[1:]]
-    for heading in ("rows", *map(str, firsts)):
-        table.add_column(heading, justify="right", no_wrap=True)
+    more = [str(each) for each in units[1:]]
+    headings = [f"time\n{units[0]} units", *more, f"memory\n{units[0]} units", *more]
+    table = new_table(title, ("", "program"), ("rows", *headings))
     for (kind, program), by_units in time.items():
         table.add_section()
         for rows in sorted({rows for by_rows in by_units.values() for rows in by_rows}):
