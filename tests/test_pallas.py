@@ -14,7 +14,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 import jaxrnn
 from jaxrnn import engines
-from jaxrnn.engines.pallas import Pallas, _Kept
+from jaxrnn.engines.pallas import Pallas, _Resident
 
 T, N, F, H = 7, 3, 5, 6  # no multiple of a block of steps, or of a tile
 LENGTHS = {"lengths": np.array([T, 2, 0])}
@@ -191,7 +191,7 @@ class Scanned(Pallas):
 
     def _scan(self, body: Any, run: Any, carry: Any, every: Any, results: Any, *, reverse: bool) -> tuple[Any, Any]:
         def step(carry: Any, this: Any) -> Any:
-            return body(_Kept.of(run), this[0], carry, this[1])
+            return body(_Resident.of(run), this[0], carry, this[1])
 
         return jax.lax.scan(step, carry, (jnp.arange(len(run.gates[0])), every), reverse=reverse)
 

@@ -14,6 +14,7 @@ from comparing import assert_close
 import jaxrnn
 from jaxrnn._core import recurrence, steps
 from jaxrnn.cells import sigmoid
+from jaxrnn.nnx import base, cells, layers
 from parity import __main__ as runner
 from parity import oracle, sides
 from parity.cases import CASES, Case, NamedArrays
@@ -59,7 +60,8 @@ def _cell(cell: jaxrnn.Cell, step: Callable) -> Plant:
     """Another step for a cell, which the modules look up by name: another cell has other programs."""
 
     def plant(patch: pytest.MonkeyPatch) -> bool:
-        patch.setattr(jaxrnn.nnx, f"{cell.name}_CELL", dataclasses.replace(cell, step=step))
+        for module in (layers, cells):
+            patch.setattr(module, f"{cell.name}_CELL", dataclasses.replace(cell, step=step))
         return False
 
     return plant
@@ -225,7 +227,7 @@ FAULTS: dict[str, tuple[Plant, Case, dict[str, Any], str]] = {
         "TF32",
     ),
     "off-by-one length": (
-        _function(jaxrnn.nnx, "call", _shorter),
+        _function(base, "call", _shorter),
         RAGGED,
         {"layer": 0, "gates": ()},
         "lengths are one too short",
