@@ -159,6 +159,8 @@ OWN = {
 def described(own: Mapping[str, str], name: str, parameters: Iterable[str], width: int) -> str:
     """The section `Args:`."""
     kept = OWN.get(name, ())
+    if unknown := [each for each in parameters if each not in own and each not in ARGUMENTS]:
+        raise SystemExit(f"{name}: say in .ci/docs.py, under ARGUMENTS, or in the docstring what {unknown} mean")
     texts = {each: own[each] if each in kept or each not in ARGUMENTS else ARGUMENTS[each] for each in parameters}
     return f"Args:\n{_entries(texts, width)}"
 

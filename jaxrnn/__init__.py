@@ -11,9 +11,12 @@ What people use, in the order in which to read it:
 
 The engine room is `_core`: what runs a call.
 
-To add a cell, write it in `more_cells`; a format of files, see `checkpoint/files`; an engine, `engines`. To add an
-option, add a field to `Options`, the keyword to the modules (`nnx/layers`, `linen/base`) and functions, its sentence to
-`.ci/docs.py`, and use it where it acts.
+To add a cell, write it in `more_cells`; an engine, see `engines`; a format of files, `checkpoint/formats`; another
+library's layout of weights, `checkpoint/dialects`. To add an option:
+
+- a field of `Options` in `_core/options`, and its sentence in `.ci/docs.py`;
+- a keyword in `functions`, `nnx/layers` and `linen/base`, and an attribute in `nnx/base`;
+- its use: around a call in `_core/calls`, around layers in `_core/stack`, within a loop in `engines`.
 """
 
 from jaxrnn import checkpoint, linen

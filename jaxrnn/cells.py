@@ -17,7 +17,7 @@ from jaxrnn._core.rules import pointwise
 Arrays = tuple[jax.Array, ...]
 Pair = tuple[jax.Array, jax.Array]  # an LSTM's state
 Nonlinearity = Literal["tanh", "relu"]
-# What users get as the state of a cell: a jax.Array, or for several states a tuple. Any where a cell does not say it.
+# The type of a cell's state: a jax.Array, or for several states a tuple; Any for a cell without an annotation.
 if TYPE_CHECKING:
     from typing_extensions import TypeVar
 

@@ -1,7 +1,9 @@
 """Cells that torch.nn does not have, for `jaxrnn.Recurrent` and `jaxrnn.apply`.
 
 Each has a step, `gate_values` and a `Cell`, and is exported in `jaxrnn/__init__.py`. Some have parameters of their own,
-mix hidden units, or do without recurrent weights.
+mix hidden units, or do without recurrent weights. A step wraps chains of nonlinear operations in
+`jaxrnn._core.rules.pointwise`, to save memory. A checkpoint does not name its cells: `find_rnns` knows a cell by the
+names of its own parameters, and takes one without them for torch's cell with as many gates.
 """
 
 import functools
@@ -98,9 +100,9 @@ def _min_gru(gates: Arrays, hidden: Arrays, state: Arrays) -> Arrays:
 _GATES = ("i", "f", "g", "o")
 _ONES, _ZEROS = initializers.ones, initializers.zeros
 
-# Ba et al. 2016 (arXiv:1607.06450), as in PyTorch's benchmarks/fastrnns/custom_lstms.py: the input's and the recurrent
-# part of the gates are normalised separately, each over all gates, and c, which is carried normalised. There without
-# biases: bias=False.
+# Ba et al. 2016 (arXiv:1607.06450), as in PyTorch's benchmarks/fastrnns/custom_lstms.py: the input's part and the
+# recurrent part of the gates are normalised separately, each over all gates. c is normalised, and carried so. PyTorch's
+# benchmark has no biases: use bias=False to compare.
 LAYER_NORM_LSTM_CELL: Cell[Pair] = Cell(
     "LayerNormLSTM",
     gates=_GATES,

@@ -99,9 +99,7 @@ def _compile(case: Case, dtype: str, kind: str, mesh: Mesh) -> Program:
     state = sides.given_state(case, cotangents, "n")
 
     def forward(parameters: Any, inputs: tuple, lengths: Any, cotangent: Any) -> Any:
-        return sides.Feed.of(case)(
-            functools.partial(sides.call_nnx, module, parameters), inputs[0], inputs[1], lengths
-        )
+        return sides.Feed.of(case)(functools.partial(sides.call_nnx, module, parameters), inputs[0], inputs[1], lengths)
 
     def training(parameters: Any, inputs: tuple, lengths: Any, cotangent: Any) -> Any:
         returned, pullback = jax.vjp(lambda p, i: forward(p, i, lengths, None), parameters, inputs)

@@ -19,7 +19,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 import jaxrnn
 from jaxrnn.__main__ import main
 from jaxrnn.checkpoint import CheckpointError, load, save
-from jaxrnn.checkpoint.dialects import DIALECTS, Weights, from_flat, to_flat
+from jaxrnn.checkpoint.dialects import DIALECTS, Dialect, Weights, from_flat, to_flat
 
 F, H, T, N = 3, 4, 5, 2
 CELLS = {"LSTM": jaxrnn.LSTM_CELL, "GRU": jaxrnn.GRU_CELL, "RNN": jaxrnn.RNN_TANH}
@@ -340,3 +340,10 @@ def test_flat_weights_that_do_not_fit() -> None:
 def test_every_library_is_in_the_table() -> None:
     assert {library for library, _ in DIALECTS} == RUN.keys()
     assert importlib.import_module("jaxrnn.checkpoint").dialects.DIALECTS is DIALECTS
+
+
+@pytest.mark.parametrize("dialect", DIALECTS.values(), ids=lambda dialect: dialect.title)
+def test_a_dialect_knows_arrays_that_fit(dialect: Dialect) -> None:
+    arrays = dialect.write(_weights(dialect.kind) | (NO_N if dialect.kind == "GRU" else {}))
+    assert dialect.fits(arrays)
+    assert not dialect.fits({name: a[:, :-1] if a.ndim == 2 else a for name, a in arrays.items()})

@@ -1,5 +1,6 @@
 """Every example in a docstring, the README or a guide runs and shows what it says; every link and command is right."""
 
+import dataclasses
 import doctest
 import importlib
 import importlib.util
@@ -22,6 +23,7 @@ import pytest
 
 import jaxrnn
 from jaxrnn.__main__ import SUITE, main
+from jaxrnn._core.options import Options
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
@@ -252,6 +254,14 @@ def test_help_describes_every_argument(api: Any) -> None:
         arguments = set(inspect.signature(described).parameters) - {"self", "parent"}
         texts = re.findall(r"^ {4}(\w[\w, ]*): \S", inspect.getdoc(described).partition("Args:\n")[2], re.M)
         assert arguments - {name for text in texts for name in text.split(", ")} == set(), described
+
+
+def test_every_option_is_a_keyword_everywhere() -> None:
+    layers = [getattr(api, name) for api in (jaxrnn, jaxrnn.linen) for name in ("RNN", "LSTM", "GRU", "Recurrent")]
+    options = {field.name: field.default for field in dataclasses.fields(Options)}
+    for taker in (*layers, jaxrnn.apply, jaxrnn.trajectory):
+        keywords = inspect.signature(taker).parameters
+        assert {name: keywords[name].default for name in options if name in keywords} == options, taker
 
 
 def test_help_of_a_layer_stands_alone() -> None:

@@ -83,8 +83,8 @@ class Loop(NamedTuple):
         Args:
             parts: arrays with an axis of steps in front, T long. A block gets its own steps of them.
             firsts: arrays with an axis of blocks in front. A block gets its own element of them.
-            again: whether to recompute in each block whatever does not depend on tangents. Otherwise JAX computes that
-                for all blocks beforehand, and stores it.
+            again: whether each block recomputes what does not depend on tangents, rather than JAX storing it for all
+                blocks.
         """
         time, reverse = jax.tree.leaves(parts)[0].shape[0], self.settings.reverse
         if not self.single and (not isinstance(time, int) or self.size >= time):
@@ -113,6 +113,6 @@ class Loop(NamedTuple):
             found.append(results)
         if len(found) == 1:
             return carry, found[0]
-        # Structures have linear maps in them, each its own, though all are alike.
+        # Leaf by leaf: each piece has its own linear map in its tree structure, so structures are never equal.
         leaves = map(jnp.concatenate, zip(*map(jax.tree.leaves, found[:: -1 if reverse else 1]), strict=True))
         return carry, jax.tree.unflatten(jax.tree.structure(found[0]), leaves)

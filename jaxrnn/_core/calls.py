@@ -126,7 +126,7 @@ class _CallArrays(NamedTuple):
         return self._replace(params=params, x=x)
 
 
-_BATCH_AXES = (None, 1, 1, 1, 0, 1, 1)  # of each field of `_CallArrays`, once time-major
+_BATCH_AXES = (None, 1, 1, 1, 0, 1, 1)  # of each field of `_CallArrays`, after `time_major`
 
 
 def _checked(
@@ -210,7 +210,7 @@ def _run_layers(
     if lengths is not None:
         times = jnp.arange(x.shape[0], dtype=jnp.int32)
         ended = (times[:, None] >= lengths.astype(jnp.int32)[None])[..., None]
-        # NaN where no step is made would reach the gradients through products.
+        # A NaN in the padding would reach gradients through products, as NaN * 0.
         x = jnp.where(ended, jnp.zeros_like(x), x)
         marks = steps.Marks(ended, None if marks.reset is None else marks.reset & ~ended)
         if given.state is not None:

@@ -19,7 +19,7 @@ EngineNames = str | tuple[str, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """How a call computes. None of it changes the results by more than rounding.
+    """How a call computes. Options change its results by rounding at most.
 
     Its fields are keywords of modules and functions: `jaxrnn.LSTM` says what each means.
 

@@ -28,7 +28,7 @@ class Settings(NamedTuple):
     options: Options = Options()
     reverse: bool = False
     every: bool = False  # whether the states and sums of every step are returned, beside the outputs
-    stored: bool = False  # whether weight_hh is left as it is stored: transposing it does not pay for one step or row
+    stored: bool = False  # whether weight_hh is not transposed: for one step or row that costs more than it saves
 
     @property
     def contract(self) -> int:
@@ -160,7 +160,7 @@ def _of_few_rows(settings: Settings, a: jax.Array, weight: jax.Array) -> jax.Arr
 
 
 def plus(a: jax.Array, bias: jax.Array) -> jax.Array:
-    """Ranks may have to be equal: see `jax.numpy_rank_promotion`."""
+    """Add a bias. With `jax_numpy_rank_promotion="raise"`, ranks must be equal."""
     return a + jnp.expand_dims(bias, tuple(range(a.ndim - bias.ndim)))
 
 

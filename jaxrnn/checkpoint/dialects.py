@@ -1,4 +1,4 @@
-"""How other libraries store the weights of one layer in one direction, and what torch's are in their terms: one table.
+"""A table of how other libraries store the weights of one layer in one direction; conversion to torch's, and back.
 
 Each library lays the same numbers out in its own way: the order of the gates, transposed or not, and one bias or two.
 """
@@ -27,12 +27,12 @@ class Entry(NamedTuple):
 
     Attributes:
         name: what it is called there, dotted.
-        sources: "i" for what is multiplied with the input, "h" with the state, "ih" for both: weights one after the
-            other along the features, biases stacked.
-        gates: the gates that it holds, in its order.
+        sources: "i" for weights of the input, "h" for weights of the state, "ih" for both in one array: weights joined
+            along the features, biases stacked.
+        gates: the gates in it, in their order.
         bias: whether it holds biases.
         transposed: whether weights have the features first.
-        flat: whether the biases of two sources are one after the other in one axis, and not stacked.
+        flat: whether the biases of two sources are joined end to end, and not stacked.
     """
 
     name: str
@@ -135,12 +135,15 @@ class Dialect:
         """Whether arrays have the names of this class, and the state's weights as many gates."""
         if {entry.name for entry in self.entries} != arrays.keys():
             return False
-        state = next(entry for entry in self.entries if entry.sources == "h" and not entry.bias)
+        state = next(entry for entry in self.entries if "h" in entry.sources and not entry.bias)
         shape = tuple(arrays[state.name].shape)[:: -1 if state.transposed else 1]
-        return len(shape) == 2 and bool(shape[0] == len(state.gates) * shape[1])
+        if len(shape) != 2:
+            return False
+        hidden, rest = divmod(shape[0], len(state.gates))
+        return rest == 0 and bool(shape[1] == hidden if state.sources == "h" else shape[1] >= hidden)
 
     def with_biases(self, arrays: Mapping[str, Any]) -> "Dialect":
-        """The same with other biases: of each layer that has a kernel, its bias if it is among the arrays."""
+        """The same dialect with a bias for each kernel whose bias is among the arrays, and with no other bias."""
         entries = []
         for kernel in self.entries:
             bias = kernel.name.replace("kernel", "bias")

@@ -42,7 +42,7 @@ def modules_of(tensors: Any) -> frozenset[str]:
 
 
 class Names(dict[str, _ValueT]):
-    """A dict in which no name is taken twice. All that gets a new name goes through one.
+    """A dict that refuses a second value for a name. Use it wherever tensors are renamed.
 
     Args:
         remedy: the line of the message that says what to do.

@@ -1,13 +1,13 @@
 """Engines run layers: `Scan`, and a file for each kernel.
 
 To add one, write a file with a class, and add it to `ENGINES`; and to `AUTO` if `engine="auto"` should use it. No other
-file has to change. There are two kinds:
+file has to change. The shortest engine is a subclass of `Scan`: examples/own_cell.md has one. There are two kinds:
 
 - one that runs loops over time has the methods of `Engine`. It sees a `Run`, a block of steps of one layer in one
   direction. Blocks, products with the input, and derivatives with respect to the weights are made outside;
 - one that runs whole layers, such as a library's kernel, has the methods of `LayerEngine`. It sees a
-  `Layer`, one layer in all its directions, and computes all of its outputs. It is tried if no engine of the first kind
-  comes before it.
+  `Layer`, one layer in all its directions, and computes all of its outputs. It is tried only if it comes
+  before every engine of the first kind in `engine=`.
 
 `Run` and `Layer` are in `jaxrnn._core.steps`. Shapes are in the letters of `jaxrnn._core`.
 
@@ -41,12 +41,12 @@ class Engine(Protocol):
     def refuses(self, run: Run) -> str | None:
         """Why this engine cannot run it, as a clause without a full stop; None if it can.
 
-        The reason may be the cell (`run.settings.cell`), shapes (`run.gates[0].shape`), or the dtype (`run.dtype`). The
-        gates are those of all steps, without their values.
+        The reason may be the cell (`run.settings.cell`), the shapes of all steps (`run.gates[0].shape`), or the dtype
+        (`run.dtype`). The gates have shapes and dtypes, but no values.
         """
 
     def forms(self, run: Run) -> Mapping[str | None, Form]:
-        """How its loops are written, by platform; None for all that are not named.
+        """How its loops are written: a Form by platform. The key None stands for all other platforms.
 
         A kernel that wants all steps at once has `Form()`. With any other form a block may be one step: its gates,
         marks, results, and saved arrays then have no axis of time.
@@ -68,9 +68,9 @@ class Engine(Protocol):
 
         Args:
             run: the argument of the method `run`, maybe without its gates.
-            kept: its third result. If that had neither sums nor `push`, the sums have been added.
-            linear: the tangents. Its `sums` leave out the part that comes through the tangent of the state, and have
-                all gates in one array, (T, B, G * H), or as `jaxrnn._core.layouts` joins them.
+            kept: its third result. If that had neither sums nor `push`, the sums have been recomputed.
+            linear: the tangents. Its `sums` leave out the part from the state before, and have all gates in one array,
+                (T, B, G * H), or as `jaxrnn._core.layouts` joins them.
         """
 
 

@@ -20,11 +20,12 @@ class Form(NamedTuple):
 
     Attributes:
         inference: how many bytes the input's part of the gates may take in a block of steps, without a derivative.
-            None for one block of all steps. Steps that take less than three times as much are one block, too.
+            None for one block of all steps. A sequence of less than three such blocks is not split.
         training: the same, with a derivative.
         rows: with fewer rows, all steps are one block.
-        many: with a derivative, the least number of rows for which each step is a block; None if there is none.
-        apart: whether the cotangents of the gates are computed before they are joined. One fusion of both is slow.
+        many: with a derivative, each step is a block of its own from so many rows on; None: never.
+        apart: whether the cotangents of the gates are computed before they are joined, because XLA's fusion of both is
+            slow.
         unroll: how many steps an iteration of the loop has, unless the options say.
         joined: whether the loop stacks the sums of all gates as one array, which is one update a step.
         packed: whether the arrays that a loop reads at each step lie side by side in one.
@@ -113,7 +114,7 @@ _LARGER = 1.5  # how much larger than the sums a linear map may be, to be kept i
 class Scan:
     """Two loops of `jax.lax.scan`: forward, and for the tangents, which JAX transposes into the backward pass."""
 
-    keeps_sums: bool | None = None  # whether it keeps sums, not linear maps; None for sums if maps are much larger
+    keeps_sums: bool | None = None  # True: keep sums. False: keep linear maps. None: sums only if maps are much larger
 
     def refuses(self, run: Run) -> str | None:
         return None
@@ -175,7 +176,7 @@ class Scan:
                 d_sums = d_sums + product(d_before[0], *transposed)
             d_sums = lay.split(d_sums)
             if form.apart:
-                # Each by itself, because one may be known where the other is linear.
+                # In one barrier, known arrays and arrays that are linear in the tangents would mix.
                 d_sums, d_inputs = lax.optimization_barrier(d_sums), lax.optimization_barrier(d_inputs)
             d_after = tuple(push(*steps.arguments(cell, d_inputs, d_sums), d_before, *linear.others))
             if weight_hr is not None:
@@ -197,7 +198,7 @@ def _packed(scan: Callable, body: Callable, state: Any, every: tuple) -> tuple[A
     # Each argument by itself: arrays that are linear in the tangents must not be mixed with others.
     places, packed = zip(*map(_side_by_side, every), strict=True)
 
-    @functools.partial(jax.checkpoint, prevent_cse=False)  # or JAX splits the known arrays before the loop
+    @functools.partial(jax.checkpoint, prevent_cse=False)  # or JAX would split the known arrays before the loop
     def of_packed(state: Any, step: Any) -> tuple[Any, Any]:
         return body(state, tuple(each.apart(part) for each, part in zip(places, step, strict=True)))
 

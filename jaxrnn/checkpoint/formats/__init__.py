@@ -1,4 +1,11 @@
-"""A file for each format of checkpoints. To add one, write a module like `Format`, and list it below."""
+"""A file for each format of checkpoints.
+
+To add one, write a module with the functions of `FileFormat`, and list it in `FILES`. They are tried in order: put a
+format that is a kind of zip before `torch_zip`, which claims every other zip.
+
+A reader refuses damage (`errors.AGAIN` is the remedy), tensors that would take more memory than `bombs.Budget` allows,
+two tensors of one name (`named.Names`), and a key if its files have none (`Reading.check_no_key`).
+"""
 
 import os
 from collections.abc import Callable, Mapping
@@ -12,7 +19,7 @@ Writer = Callable[[IO[bytes], Mapping[str, Value], Callable[[int], None]], str]
 
 
 class Format(Protocol):
-    """What every format has: a way to read it. Errors do not name the path; `files.opened` puts it first.
+    """The functions of every format. Their errors leave the path out: `files.opened` puts it first.
 
     A format that holds more than tensors also has `read_tree(path, key)`. One that can be written has `SUFFIXES` and
     `write(file, tensors, wrote)`, which calls `wrote` with the number of bytes written since its last call, and returns
