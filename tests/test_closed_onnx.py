@@ -36,14 +36,14 @@ def _attribute(kind: str, name: str) -> tuple[Any, Any]:
     return next((each, each.attributes[name]) for each in reversed(_schemas(kind)) if name in each.attributes)
 
 
-@pytest.mark.parametrize("kind", reader._OPERATORS)
+@pytest.mark.parametrize("kind", reader.OPERATORS)
 def test_the_tables_have_all_of_onnxs_operators(kind: str) -> None:
-    table = reader._OPERATORS[kind]
+    table = reader.OPERATORS[kind]
     for schema in _schemas(kind):
         names = [*schema.attributes, *(each.name for each in (*schema.inputs, *schema.outputs))]
         assert [name for name in names if name not in table] == [], f"{kind} of version {schema.since_version}"
-        assert [each.name for each in schema.inputs] == [name for name in reader._INPUTS if name in table]
-        assert [each.name for each in schema.outputs] == [name for name in reader._OUTPUTS if name in table]
+        assert [each.name for each in schema.inputs] == [name for name in reader.INPUTS if name in table]
+        assert [each.name for each in schema.outputs] == [name for name in reader.OUTPUTS if name in table]
     assert table["since_version"].plain == tuple(schema.since_version for schema in _schemas(kind))
 
 
@@ -52,7 +52,7 @@ def test_all_recurrent_operators_are_known_as_such() -> None:
     runtime = pytest.importorskip("onnxruntime.capi.onnxruntime_pybind11_state")
     names |= {each.name for each in runtime.get_all_operator_schema()}
     assert {name for name in names if reader._RECURRENT.search(name)} == {
-        *reader._OPERATORS, "AttnLSTM", "DynamicQuantizeLSTM", "GRUUnit",
+        *reader.OPERATORS, "AttnLSTM", "DynamicQuantizeLSTM", "GRUUnit",
     }  # fmt: skip
     assert {"Loop", "Scan", "If"} == {
         each.name for each in onnx.defs.get_all_schemas() if each.domain == "" and "GRAPH" in str(_types(each))
@@ -64,10 +64,10 @@ def _types(schema: Any) -> list[Any]:
 
 
 MESSAGES = {
-    "ModelProto": reader._MODEL,
-    "GraphProto": reader._GRAPH,
-    "NodeProto": reader._NODE,
-    "FunctionProto": reader._FUNCTION,
+    "ModelProto": reader.MODEL,
+    "GraphProto": reader.GRAPH,
+    "NodeProto": reader.NODE,
+    "FunctionProto": reader.FUNCTION,
 }
 
 
@@ -122,7 +122,7 @@ class Case:
         arrays = {n: normal(self.directions, *s, seed=len(s)).astype("f4") for n, s in shapes.items()} | self.arrays
         attributes = {"hidden_size": hidden, "linear_before_reset": 1 if self.kind == "GRU" else None} | self.attributes
         attributes = {name: value for name, value in attributes.items() if name not in without and value is not None}
-        known = [name for name in reader._INPUTS if name in reader._OPERATORS[self.kind]]
+        known = [name for name in reader.INPUTS if name in reader.OPERATORS[self.kind]]
         inputs = {"X": "X", "W": "W", "R": "R", "B": "B"} | self.inputs
         node = helper.make_node(self.kind, [inputs.get(each, "") for each in known], self.outputs, "one", **attributes)
         outer = ([B, T] if self.attributes.get("layout") else [T, B]) if self.static else [None, None]
@@ -269,8 +269,8 @@ def _cases(kind: str, name: str) -> list[Case]:
         return list(_of_an_attribute(kind, name))
     if name == "since_version":
         return [Case(kind, opset=each.since_version, silent=True) for each in _schemas(kind)]
-    if name in reader._OUTPUTS:
-        every = [each for each in reader._OUTPUTS if each in reader._OPERATORS[kind]]
+    if name in reader.OUTPUTS:
+        every = [each for each in reader.OUTPUTS if each in reader.OPERATORS[kind]]
         return [Case(kind, outputs=tuple("" if each == name else each for each in every), silent=True)]
     if name == "sequence_lens":
         return list(_of_lengths(kind))
@@ -338,7 +338,7 @@ def _check(case: Case, row: str, tmp_path: Path) -> str:
     return "warned" if words else "used"
 
 
-ROWS = [(kind, name) for kind, table in reader._OPERATORS.items() for name in table]
+ROWS = [(kind, name) for kind, table in reader.OPERATORS.items() for name in table]
 _QUICK = {("LSTM", name) for name in ("sequence_lens", "initial_h", "clip", "input_forget", "layout", "activations")}
 
 
@@ -349,7 +349,7 @@ def test_each_setting_is_used_or_neutral_or_named(kind: str, name: str, tmp_path
     cases = _cases(kind, name)
     assert cases, f"no other value for {name} of {kind}"
     became = [_check(case, name, tmp_path) for case in cases]
-    use = reader._OPERATORS[kind][name].use
+    use = reader.OPERATORS[kind][name].use
     if use == "refused" and name not in ("layout",):
         assert "left out" in became
     if use == "warned" and name != "since_version":

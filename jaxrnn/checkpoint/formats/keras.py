@@ -1,25 +1,15 @@
 """Files of Keras: .keras, .weights.h5 and the older .h5, with the weights of recurrent layers as torch's."""
 
-import importlib
-import io
-import itertools
 import json
-import math
 import os
-import warnings
-import zipfile
-import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 
-from jaxrnn.checkpoint.arrays import NO_NUMBERS, dtype_of
 from jaxrnn.checkpoint.dialects import DIALECTS
-from jaxrnn.checkpoint.errors import AGAIN, CheckpointError, as_text, check_unicode, listed
-from jaxrnn.checkpoint.formats.bombs import Budget, largest
+from jaxrnn.checkpoint.errors import AGAIN, CheckpointError, check_unicode, listed
 from jaxrnn.checkpoint.formats.keras_config import (
     CELL,
     CONTAINERS,
@@ -33,28 +23,20 @@ from jaxrnn.checkpoint.formats.keras_config import (
     said_of,
     shown,
 )
+from jaxrnn.checkpoint.formats.keras_variables import Variable, contents, sniff
 from jaxrnn.checkpoint.formats.reading import Reading, warn
 from jaxrnn.checkpoint.named import Described, Names
 from jaxrnn.checkpoint.stored import Value
 from jaxrnn.checkpoint.tables import Finding
 
-_HDF5 = b"\x89HDF\r\n\x1a\n"
-_CONFIG, _WEIGHTS = "config.json", "model.weights.h5"  # in a .keras file
-_FIRST_ENTRIES = (b"metadata.json", _CONFIG.encode(), _WEIGHTS.encode())
-_DEEPEST, _MOST = 64, 50_000  # groups in groups, and in all
-_SAVE = "save the model again, in one file: model.save(path)"
-_NOWHERE = (1 << 64) - 1  # the address of what is not stored
-_OPTIMIZER = ("optimizer", "optimizer_weights")
+__all__ = ["read", "sniff"]
+
 _RENAME = "rename one of them, and save the model again"
 _ARRAYS = ("kernel", "recurrent_kernel", "bias")  # in Keras 3 numbered
 _KINDS = {4: "LSTM", 3: "GRU", 1: "SimpleRNN"}  # by gates
 _SIDES = ("forward_layer", "backward_layer")  # a Bidirectional's attributes
 _OTHER = {"forward": "backward", "backward": "forward"}
 _STACK = ("cell", "cells")  # the attributes under which an RNN has stacked cells
-
-
-def sniff(head: bytes) -> bool:
-    return head.startswith(_HDF5) or (head.startswith(b"PK\x03\x04") and head[30:].startswith(_FIRST_ENTRIES))
 
 
 def read(path: str | os.PathLike[str], what: Reading) -> dict[str, Value]:
@@ -67,26 +49,7 @@ def read(path: str | os.PathLike[str], what: Reading) -> dict[str, Value]:
         UserWarning: layers that compute what torch has not, and are left out; settings to give to the module.
     """
     what.check_no_key("a file of Keras")
-    try:
-        # In Python alone: what is damaged raises, where HDF5's own library may crash, or never return.
-        pyfive = importlib.import_module("pyfive")
-    except ImportError as error:
-        cause = "a file of Keras (HDF5), and reading it needs the package pyfive"
-        raise CheckpointError(f'{cause}\npip install "jaxrnn[keras]"') from error
-    with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        zipped = file.read(8) != _HDF5
-        config, weights = _unzipped(file, size) if zipped else (None, file)
-        try:
-            with warnings.catch_warnings(), pyfive.File(weights) as opened:
-                warnings.simplefilter("ignore")  # of what is no array
-                config = config if zipped else opened.attrs.get("model_config")
-                variables = list(_variables(pyfive, opened, (), (), Budget(size), itertools.count()))
-        except CheckpointError:
-            raise
-        except Exception as error:  # pyfive checks little itself: Python's errors are its checks
-            cause = f"a damaged HDF5 file: {type(error).__name__} {error}".partition("\n")[0]
-            raise CheckpointError(f"{cause}\n{AGAIN}") from error
+    config, variables = contents(path)
     try:
         tensors, words = _converted(variables, _config(config))
     except RecursionError as error:
@@ -96,68 +59,6 @@ def read(path: str | os.PathLike[str], what: Reading) -> dict[str, Value]:
     for name in tensors:
         check_unicode(name)
     return tensors
-
-
-def _unzipped(file: IO[bytes], size: int) -> tuple[bytes, IO[bytes]]:
-    """The configuration and the weights in a .keras file."""
-    try:
-        with zipfile.ZipFile(file) as archive:
-            names = archive.namelist()
-            if missing := [name for name in (_CONFIG, _WEIGHTS) if name not in names]:
-                raise CheckpointError(f"a .keras file in which {listed(missing)} is missing\n{AGAIN}")
-            if (inflated := sum(archive.getinfo(name).file_size for name in (_CONFIG, _WEIGHTS))) > largest(size):
-                cause = f"a zip bomb: its entries inflate to {inflated} bytes, from a file of {size}"
-                raise CheckpointError(f"{cause}\nget the file from a source that you trust")
-            return archive.read(_CONFIG), io.BytesIO(archive.read(_WEIGHTS))
-    except CheckpointError:
-        raise
-    except (zipfile.BadZipFile, RuntimeError, EOFError, ValueError, OSError, zlib.error) as error:
-        raise CheckpointError(f"a truncated or damaged zip file: {error}\n{AGAIN}") from error
-
-
-class _Variable(NamedTuple):
-    """A variable.
-
-    Attributes:
-        path: of groups, and its name in the last.
-        titles: for each group the name of the layer that it holds, where Keras noted one.
-        array: its value.
-    """
-
-    path: GroupPath
-    titles: tuple[str | None, ...]
-    array: np.ndarray
-
-
-def _variables(
-    pyfive: Any, group: Any, path: GroupPath, titles: tuple[str | None, ...], budget: Budget, count: Iterator[int]
-) -> Iterator[_Variable]:
-    """Every array of numbers in a group and below it."""
-    for name in group:
-        if not path and name in _OPTIMIZER:
-            continue
-        if len(path) > _DEEPEST or next(count) > _MOST:
-            raise CheckpointError(f"a damaged HDF5 file: its groups contain each other, or are far too many\n{AGAIN}")
-        item, below = group.get(name), (*path, name)
-        if isinstance(item, pyfive.Group):
-            variables = item.get("vars")
-            noted = variables.attrs.get("name") if isinstance(variables, pyfive.Group) else None
-            title = as_text(noted) if isinstance(noted, str | bytes) and noted else None
-            yield from _variables(pyfive, item, below, (*titles, title), budget, count)
-        elif isinstance(item, pyfive.Dataset) and isinstance(item.dtype, np.dtype):
-            # Keras writes no other type of which numpy knows the size alone; its older files do not name this one.
-            bfloat16 = item.dtype == "V2" and item.attrs.get("dtype", "bfloat16") in ("bfloat16", b"bfloat16")
-            if not bfloat16 and dtype_of(np.empty(0, item.dtype)) == NO_NUMBERS:
-                continue
-            if item.chunks is not None:  # Keras writes none, and a few bytes of them may become many
-                cause = f"{'/'.join(below)} is stored in chunks or compressed, as Keras never does"
-                raise CheckpointError(f"{cause}\n{_SAVE}")
-            budget.spend(math.prod(item.shape) * item.dtype.itemsize)
-            if math.prod(item.shape) and getattr(item.id, "data_offset", 0) == _NOWHERE:
-                raise CheckpointError(f"the numbers of {'/'.join(below)} are in another file\n{_SAVE}")
-            array = np.array(item[()]) if math.prod(item.shape) else np.empty(item.shape, item.dtype)
-            array = array.view(jnp.bfloat16) if bfloat16 else array.astype(array.dtype.newbyteorder("="))
-            yield _Variable(below, titles, array)
 
 
 def _config(config: Any) -> Config | None:
@@ -249,7 +150,7 @@ class _Place(NamedTuple):
     levels: int = 1
 
 
-def _arrays(group: list[_Variable]) -> dict[str, np.ndarray] | None:
+def _arrays(group: list[Variable]) -> dict[str, np.ndarray] | None:
     """Keras's arrays by name, if these variables, all of one group, are those of a recurrent cell."""
     path = group[0].path[:-1]
     numbered = path[-1:] == ("vars",)
@@ -265,7 +166,7 @@ def _arrays(group: list[_Variable]) -> dict[str, np.ndarray] | None:
     return arrays
 
 
-def _convolves(group: list[_Variable]) -> bool:
+def _convolves(group: list[Variable]) -> bool:
     """Whether these variables, all of one group, are those of a cell like a ConvLSTM's."""
     path, shapes = _layers_in(group[0].path[:-1]), [each.array.shape for each in group[:2]]
     return bool(path) and CELL.fullmatch(path[-1]) is not None and all(len(shape) > 2 for shape in shapes)
@@ -278,9 +179,9 @@ def _layers_in(group: GroupPath) -> GroupPath:
     return group[1:] if group[0] == "model_weights" and len(group) > 1 else group
 
 
-def _converted(variables: list[_Variable], config: Config | None) -> tuple[Described, list[str]]:
+def _converted(variables: list[Variable], config: Config | None) -> tuple[Described, list[str]]:
     """The weights, and what there is to say of them."""
-    groups: dict[GroupPath, list[_Variable]] = {}
+    groups: dict[GroupPath, list[Variable]] = {}
     for each in variables:
         groups.setdefault(each.path[:-1], []).append(each)
     modules = _modules(groups, config)
@@ -311,7 +212,7 @@ def _converted(variables: list[_Variable], config: Config | None) -> tuple[Descr
     return Described(tensors, {prefix: settings for prefix, settings in said.items() if settings}), notes.words()
 
 
-def _modules(groups: Mapping[GroupPath, list[_Variable]], config: Config | None) -> list[_KerasModule]:
+def _modules(groups: Mapping[GroupPath, list[Variable]], config: Config | None) -> list[_KerasModule]:
     """The cells, by the recurrent layer that they are in."""
     arrays = {path: found for path, group in groups.items() if (found := _arrays(group)) is not None}
     titles = {path: groups[path][0].titles[: len(_layers_in(path))] for path in arrays}

@@ -1,8 +1,8 @@
-"""Files of ONNX: the LSTM, GRU and RNN nodes in them, with torch's names, and such nodes for weights of ours."""
+"""Files of ONNX: the weights of their LSTM, GRU and RNN nodes, with torch's names."""
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,97 +12,14 @@ from jaxrnn.checkpoint.dialects import DIALECTS
 from jaxrnn.checkpoint.errors import AGAIN, CheckpointError, as_text, check_unicode, listed
 from jaxrnn.checkpoint.formats.bombs import Budget
 from jaxrnn.checkpoint.formats.onnx_graph import BUILTIN, LOOPS, File, Graph, library, value_of
+from jaxrnn.checkpoint.formats.onnx_tables import FUNCTION, GRAPH, INPUTS, MODEL, NODE, OPERATORS, OUTPUTS
 from jaxrnn.checkpoint.formats.reading import Reading, warn
 from jaxrnn.checkpoint.named import Described, Names
 from jaxrnn.checkpoint.stored import Value, equal
-from jaxrnn.checkpoint.tables import UNKNOWN, USED, Finding, Row, Table, neutral, refused, warned
-from jaxrnn.spec import Spec
+from jaxrnn.checkpoint.tables import Finding, Table
 
 _PEEPHOLES = ("weight_ci", "weight_co", "weight_cf")  # in ONNX's order
-_OPSET = 14  # the first that has all that is written
 
-_INPUTS = ("X", "W", "R", "B", "sequence_lens", "initial_h", "initial_c", "P")
-_OUTPUTS = ("Y", "Y_h", "Y_c")
-_AS_HX = warned(None, remedy="give it to each call as hx")
-_NO_PARAMETERS = neutral("Sigmoid, Tanh and Relu take none, and nodes with other activations are left out")
-
-
-def _operator(kind: str, versions: Sequence[int], activations: Sequence[tuple[str, ...]], **more: Row) -> Table:
-    """What becomes of a node's attributes, inputs and outputs. Left out is a node with one that is refused."""
-    rows = {
-        **dict.fromkeys(("X", "W", "R", "B", "hidden_size", "Y"), USED),
-        "sequence_lens": warned(None, remedy="give them to each call as lengths"),
-        "initial_h": _AS_HX,
-        "Y_h": neutral("an output"),
-        "direction": refused("forward", "bidirectional", remedy=""),
-        "activations": refused(*activations, remedy=""),
-        "activation_alpha": _NO_PARAMETERS,
-        "activation_beta": _NO_PARAMETERS,
-        "clip": refused(float("inf"), float(np.finfo("f4").max), remedy=""),
-        "layout": refused(0, 1, remedy=""),  # 1: said as batch_first
-        "output_sequence": neutral("whether Y is an output"),
-        "since_version": warned(*versions, remedy=UNKNOWN),
-    }
-    return Table(f"ONNX's {kind}", rows | more)
-
-
-# Activations are for one direction, in lower case; first those that a node has if it names none.
-_OPERATORS = {
-    "LSTM": _operator(
-        "LSTM", (1, 7, 14, 22), [("sigmoid", "tanh", "tanh")],
-        initial_c=_AS_HX, P=USED, Y_c=neutral("an output"), input_forget=refused(0, remedy=""),
-    ),
-    "GRU": _operator(
-        "GRU", (1, 3, 7, 14, 22), [("sigmoid", "tanh")],
-        linear_before_reset=refused(1, remedy="where torch's GRU has 1"),
-    ),
-    "RNN": _operator("RNN", (1, 7, 14, 22), [("tanh",), ("relu",)]),
-}  # fmt: skip
-_NAME, _TEXT = neutral("a name"), neutral("text for people")
-_DEVICES = neutral("on which devices it runs")
-_MODEL = Table(
-    "ONNX's ModelProto",
-    {
-        **dict.fromkeys(("graph", "functions", "opset_import"), USED),
-        **dict.fromkeys(("producer_name", "producer_version", "domain", "model_version"), _NAME),
-        "ir_version": neutral("the version of the file's format"),
-        "doc_string": _TEXT,
-        "metadata_props": _TEXT,
-        "training_info": neutral("how to train it, which no runtime uses to run it"),
-        "configuration": _DEVICES,
-    },
-)
-_GRAPH = Table(
-    "ONNX's GraphProto",
-    {
-        **dict.fromkeys(("node", "initializer", "sparse_initializer", "input", "value_info"), USED),
-        "name": _NAME,
-        "doc_string": _TEXT,
-        "metadata_props": _TEXT,
-        "output": neutral("which values are returned"),
-        "quantization_annotation": neutral("which values are scales of others; nodes do the computing"),
-    },
-)
-_NODE = Table(
-    "ONNX's NodeProto",
-    {
-        **dict.fromkeys(("input", "output", "name", "op_type", "domain", "overload", "attribute"), USED),
-        "metadata_props": USED,
-        "doc_string": _TEXT,
-        "device_configurations": _DEVICES,
-    },
-)
-_FUNCTION = Table(
-    "ONNX's FunctionProto",
-    {
-        **dict.fromkeys(("name", "domain", "overload", "input", "node", "opset_import", "value_info"), USED),
-        "attribute_proto": USED,
-        "attribute": neutral("names of attributes, to which its nodes refer"),
-        "output": neutral("which values are returned"),
-        "doc_string": _TEXT,
-        "metadata_props": _TEXT,
-    },
-)
 _VERBS = {"initial_h": "starts from", "initial_c": "starts its c from", "sequence_lens": "stops each row after"}
 _RECURRENT = re.compile("LSTM|GRU|RNN", re.I)  # operators of others, such as AttnLSTM of onnxruntime
 _LAYERS_NAME = re.compile(r"(?P<prefix>.*\.|)(?P<role>(weight|bias)_[ih]h)_(?P<place>l\d+(_reverse)?)", re.S | re.ASCII)
@@ -135,7 +52,7 @@ def read(path: str | os.PathLike[str], what: Reading) -> dict[str, Value]:
     if not model.graph.node and not model.graph.initializer and not model.graph.sparse_initializer:
         raise CheckpointError(f"an ONNX file without a graph\n{AGAIN}")
     shared = File.of(model, os.path.dirname(os.fspath(path)), Budget(size))
-    words = _unknown_fields(_MODEL, model)
+    words = _unknown_fields(MODEL, model)
     try:
         tensors = _tensors(Graph(model.graph, shared, model.opset_import), words)
     except RecursionError as error:
@@ -224,7 +141,7 @@ def _tensors(graph: Graph, words: list[str]) -> Described:
     graphs = [graph]
     while graphs:
         each = graphs.pop()
-        words += _unknown_fields(_FUNCTION if hasattr(each.proto, "opset_import") else _GRAPH, each.proto)
+        words += _unknown_fields(FUNCTION if hasattr(each.proto, "opset_import") else GRAPH, each.proto)
         inner: list[Graph] = []
         for index, node in enumerate(each.nodes):
             name = as_text(node.name or f"{as_text(node.op_type)}_{index}")
@@ -351,7 +268,7 @@ def _add(graph: Graph, node: Any, name: str, found: _Found) -> None:
     operator, builtin = as_text(node.op_type), node.domain in BUILTIN
     if graph.function(node) is not None:
         return
-    if operator in _OPERATORS and builtin:
+    if operator in OPERATORS and builtin:
         _add_recurrent(graph, node, name, found)
     elif _RECURRENT.search(operator):
         full = operator if builtin else f"{as_text(node.domain)}.{operator}"
@@ -365,11 +282,11 @@ def _add(graph: Graph, node: Any, name: str, found: _Found) -> None:
 def _add_recurrent(graph: Graph, node: Any, name: str, found: _Found) -> None:
     operator, prefix = node.op_type, graph.path + _prefix(node, name)
     given = [each if graph.home(each)[1] else "" for each in map(as_text, node.input)]
-    known = [each for each in _INPUTS if each in _OPERATORS[operator]]
-    inputs = dict.fromkeys(_INPUTS, "") | dict(zip(known, given, strict=False))
+    known = [each for each in INPUTS if each in OPERATORS[operator]]
+    inputs = dict.fromkeys(INPUTS, "") | dict(zip(known, given, strict=False))
     attributes = {key: value_of(each) for key, each in graph.attributes_of(node).items()}
     arrays = {each: graph.constant(inputs[each]) for each in ("W", "R", "B", "P") if inputs[each] or each in "WR"}
-    findings = list(_OPERATORS[operator].findings(_settings(graph, node, attributes, inputs)))
+    findings = list(OPERATORS[operator].findings(_settings(graph, node, attributes, inputs)))
     reasons = [_reason(finding) for finding in findings if finding.refused]
     if (hidden := attributes.get("hidden_size")) is not None and _hidden(arrays["R"]) not in (None, hidden):
         reasons.append(f"hidden_size={hidden}, where its weights have {_hidden(arrays['R'])}")
@@ -380,7 +297,7 @@ def _add_recurrent(graph: Graph, node: Any, name: str, found: _Found) -> None:
     if reasons:
         found.left_out.append(f"{name}{graph.where} ({', '.join(reasons)})")
         return
-    found.words.extend(_unknown_fields(_NODE, node))
+    found.words.extend(_unknown_fields(NODE, node))
     found.words.extend(f"{name}{graph.where} {_sentence(finding)}" for finding in findings)
     both = attributes.get("direction") == "bidirectional"
     try:
@@ -391,7 +308,7 @@ def _add_recurrent(graph: Graph, node: Any, name: str, found: _Found) -> None:
     graph.file.used.update(homes[each][1] for each in arrays if homes[each][0].outer is None)
     said: dict[str, Any] = {"batch_first": True} if attributes.get("layout") else {}
     if operator == "RNN":
-        said["nonlinearity"] = _activations(_OPERATORS[operator], attributes)[0]
+        said["nonlinearity"] = _activations(OPERATORS[operator], attributes)[0]
     features = weights[0]["weight_ih"].shape[1]
     above = None if attributes.get("layout") else _below(graph, inputs["X"], len(weights), features)
     output = graph, as_text(node.output[0]) if node.output else ""
@@ -408,10 +325,10 @@ def _add_recurrent(graph: Graph, node: Any, name: str, found: _Found) -> None:
 
 def _settings(graph: Graph, node: Any, attributes: Mapping[str, Any], inputs: Mapping[str, str]) -> dict[str, Any]:
     """What of a node the table of its operator is about, in the terms of the table."""
-    table = _OPERATORS[node.op_type]
+    table = OPERATORS[node.op_type]
     activations = _activations(table, attributes)
     batch_first = bool(attributes.get("layout"))
-    others = {*_INPUTS, *_OUTPUTS, "since_version"}  # names in the table that no attribute has
+    others = {*INPUTS, *OUTPUTS, "since_version"}  # names in the table that no attribute has
     settings = {
         **{f"attribute {name}" if name in others else name: value for name, value in attributes.items()},
         "since_version": _version(node.op_type, graph),
@@ -423,7 +340,7 @@ def _settings(graph: Graph, node: Any, attributes: Mapping[str, Any], inputs: Ma
         settings["initial_c"] = _start(graph, inputs["initial_c"], batch_first)
     for name in {"linear_before_reset", "input_forget"} & table.keys():
         settings[name] = int(bool(attributes.get(name)))  # all but 0 is 1
-    for what, names, known in (("input", node.input, _INPUTS), ("output", node.output, _OUTPUTS)):
+    for what, names, known in (("input", node.input, INPUTS), ("output", node.output, OUTPUTS)):
         places = range(sum(each in table for each in known), len(names))
         settings |= {f"{what} {place}": as_text(names[place]) for place in places if names[place]}
     return settings
@@ -556,87 +473,3 @@ def _below(graph: Graph, name: str, directions: int, features: int) -> tuple[Gra
         else:
             break
     return None
-
-
-def graph_of(spec: Spec, params: Mapping[str, Any], lengths: bool, hx: bool) -> bytes:
-    """The file of a model that runs layers as `jaxrnn.apply` does, without dropout."""
-    onnx, helper = library(), library("onnx.helper")
-    kind = spec.cell.name.partition("_")[0]
-    dialect, directions, hidden = DIALECTS["onnx", kind], 1 + spec.bidirectional, spec.hidden_size
-    arrays = {name: np.asarray(value) for name, value in params.items()}
-    dtype = helper.np_dtype_to_tensor_dtype(arrays["weight_ih_l0"].dtype)
-    nodes: list[Any] = []
-    weights: dict[str, np.ndarray] = {}
-
-    def node(op: str, inputs: Sequence[str], outputs: Sequence[str], name: str = "", **attributes: Any) -> str:
-        nodes.append(helper.make_node(op, inputs, outputs, name=name or f"/{op}_{len(nodes)}", **attributes))
-        return outputs[0]
-
-    def constant(name: str, value: list[int]) -> str:  # unlike the weights, which are initializers
-        return node("Constant", [], [name], value=onnx.numpy_helper.from_array(np.array(value), name))
-
-    x = node("Transpose", ["x"], ["x_time_first"], perm=[1, 0, 2]) if spec.batch_first else "x"
-    joined = constant("joined", [0, 0, directions * hidden])
-    states = [f"{name}_0" for name in spec.cell.states] if hx else []
-    firsts: list[list[str]] = []
-    for state in states:  # one for each layer
-        firsts.append([f"{state}_l{layer}" for layer in range(spec.num_layers)])
-        sizes = constant(f"{state}_sizes", [directions] * spec.num_layers)
-        node("Split", [state, sizes], firsts[-1], axis=0)
-    settings: dict[str, Any] = {
-        "hidden_size": hidden,
-        "direction": "bidirectional" if spec.bidirectional else "forward",
-    }
-    if kind == "GRU":
-        settings["linear_before_reset"] = 1
-    if kind == "RNN":
-        settings["activations"] = ["Relu" if spec.cell.name.endswith("RELU") else "Tanh"] * directions
-    finals: list[list[str]] = [[] for _ in spec.cell.states]
-    for layer in range(spec.num_layers):
-        written = [
-            dialect.write({role: arrays[name] for role, name in spec.names(layer, direction).items()})
-            for direction in range(directions)
-        ]
-        if not spec.bias:
-            written = [{name: array for name, array in each.items() if name != "B"} for each in written]
-        made = {f"{name}_l{layer}": np.stack([each[name] for each in written]) for name in written[0]}
-        weights |= made
-        inputs = [x, *made, *[""] * (3 - len(made)), "lengths" if lengths else "", *[each[layer] for each in firsts]]
-        ends = [f"{state}_n_l{layer}" for state in spec.cell.states]
-        node(kind, inputs, [f"y_l{layer}", *ends], f"/{kind}_{layer}" if layer else f"/{kind}", **settings)
-        for final, end in zip(finals, ends, strict=True):
-            final.append(end)
-        apart = node("Transpose", [f"y_l{layer}"], [f"y_transposed_l{layer}"], perm=[0, 2, 1, 3])
-        x = node("Reshape", [apart, joined], [f"output_l{layer}"])
-    node("Transpose", [x], ["output"], perm=[1, 0, 2]) if spec.batch_first else node("Identity", [x], ["output"])
-    if keep := lengths and hx:  # onnxruntime returns zeros for rows of length 0
-        zero, last = constant("zero", [0]), constant("last_axis", [1])
-        counts = node("Cast", ["lengths"], ["lengths_int64"], to=onnx.TensorProto.INT64)
-        empty = node("Unsqueeze", [node("Equal", [counts, zero], ["empty"]), last], ["empty_rows"])
-    for state, final in zip(spec.cell.states, finals, strict=True):
-        node("Concat", final, [f"{state}_of_layers" if keep else f"{state}_n"], axis=0)
-        if keep:
-            node("Where", [empty, f"{state}_0", f"{state}_of_layers"], [f"{state}_n"])
-    outer = ["batch", "time"] if spec.batch_first else ["time", "batch"]
-    state_shape = [spec.num_layers * directions, "batch", hidden]
-    described = {
-        "x": (dtype, [*outer, spec.input_size]),
-        "lengths": (onnx.TensorProto.INT32, ["batch"]),
-        "output": (dtype, [*outer, directions * hidden]),
-    }
-    described |= {name: (dtype, state_shape) for state in spec.cell.states for name in (f"{state}_0", f"{state}_n")}
-
-    def values(names: Sequence[str]) -> list[Any]:
-        return [helper.make_tensor_value_info(name, *described[name]) for name in names]
-
-    graph = helper.make_graph(
-        nodes,
-        f"jaxrnn {kind}",
-        values(["x", *states, *(["lengths"] if lengths else [])]),
-        values(["output", *(f"{state}_n" for state in spec.cell.states)]),
-        [onnx.numpy_helper.from_array(array, name) for name, array in weights.items()],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", _OPSET)], producer_name="jaxrnn")
-    model.ir_version = 8  # what runtimes of 2021 and later read
-    onnx.checker.check_model(model)
-    return bytes(model.SerializeToString())

@@ -1,0 +1,119 @@
+"""The variables in a file of Keras, and its configuration: .keras, .weights.h5 and the older .h5."""
+
+import importlib
+import io
+import itertools
+import math
+import os
+import warnings
+import zipfile
+import zlib
+from collections.abc import Iterator
+from typing import IO, Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxrnn.checkpoint.arrays import NO_NUMBERS, dtype_of
+from jaxrnn.checkpoint.errors import AGAIN, CheckpointError, as_text, listed
+from jaxrnn.checkpoint.formats.bombs import Budget, largest
+from jaxrnn.checkpoint.formats.keras_config import GroupPath
+
+_HDF5 = b"\x89HDF\r\n\x1a\n"
+_CONFIG, _WEIGHTS = "config.json", "model.weights.h5"  # in a .keras file
+_FIRST_ENTRIES = (b"metadata.json", _CONFIG.encode(), _WEIGHTS.encode())
+_DEEPEST, _MOST = 64, 50_000  # groups in groups, and in all
+_SAVE = "save the model again, in one file: model.save(path)"
+_NOWHERE = (1 << 64) - 1  # the address of a dataset that is not stored
+_OPTIMIZER = ("optimizer", "optimizer_weights")
+
+
+def sniff(head: bytes) -> bool:
+    return head.startswith(_HDF5) or (head.startswith(b"PK\x03\x04") and head[30:].startswith(_FIRST_ENTRIES))
+
+
+def contents(path: str | os.PathLike[str]) -> tuple[Any, list["Variable"]]:
+    """The configuration of the model, as text, None if the file has none; and all variables."""
+    try:
+        # In Python alone: what is damaged raises, where HDF5's own library may crash, or never return.
+        pyfive = importlib.import_module("pyfive")
+    except ImportError as error:
+        cause = "a file of Keras (HDF5), and reading it needs the package pyfive"
+        raise CheckpointError(f'{cause}\npip install "jaxrnn[keras]"') from error
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        zipped = file.read(8) != _HDF5
+        config, weights = _unzipped(file, size) if zipped else (None, file)
+        try:
+            with warnings.catch_warnings(), pyfive.File(weights) as opened:
+                warnings.simplefilter("ignore")  # of what is no array
+                config = config if zipped else opened.attrs.get("model_config")
+                variables = list(_variables(pyfive, opened, (), (), Budget(size), itertools.count()))
+        except CheckpointError:
+            raise
+        except Exception as error:  # pyfive checks little itself: Python's errors are its checks
+            cause = f"a damaged HDF5 file: {type(error).__name__} {error}".partition("\n")[0]
+            raise CheckpointError(f"{cause}\n{AGAIN}") from error
+    return config, variables
+
+
+def _unzipped(file: IO[bytes], size: int) -> tuple[bytes, IO[bytes]]:
+    """The configuration and the weights in a .keras file."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            names = archive.namelist()
+            if missing := [name for name in (_CONFIG, _WEIGHTS) if name not in names]:
+                raise CheckpointError(f"a .keras file in which {listed(missing)} is missing\n{AGAIN}")
+            if (inflated := sum(archive.getinfo(name).file_size for name in (_CONFIG, _WEIGHTS))) > largest(size):
+                cause = f"a zip bomb: its entries inflate to {inflated} bytes, from a file of {size}"
+                raise CheckpointError(f"{cause}\nget the file from a source that you trust")
+            return archive.read(_CONFIG), io.BytesIO(archive.read(_WEIGHTS))
+    except CheckpointError:
+        raise
+    except (zipfile.BadZipFile, RuntimeError, EOFError, ValueError, OSError, zlib.error) as error:
+        raise CheckpointError(f"a truncated or damaged zip file: {error}\n{AGAIN}") from error
+
+
+class Variable(NamedTuple):
+    """A variable.
+
+    Attributes:
+        path: the names of the groups around it, then its own.
+        titles: for each group the name of the layer in it, if Keras noted one.
+        array: its value.
+    """
+
+    path: GroupPath
+    titles: tuple[str | None, ...]
+    array: np.ndarray
+
+
+def _variables(
+    pyfive: Any, group: Any, path: GroupPath, titles: tuple[str | None, ...], budget: Budget, count: Iterator[int]
+) -> Iterator[Variable]:
+    """Every array of numbers in a group and below it."""
+    for name in group:
+        if not path and name in _OPTIMIZER:
+            continue
+        if len(path) > _DEEPEST or next(count) > _MOST:
+            raise CheckpointError(f"a damaged HDF5 file: its groups contain each other, or are far too many\n{AGAIN}")
+        item, below = group.get(name), (*path, name)
+        if isinstance(item, pyfive.Group):
+            variables = item.get("vars")
+            noted = variables.attrs.get("name") if isinstance(variables, pyfive.Group) else None
+            title = as_text(noted) if isinstance(noted, str | bytes) and noted else None
+            yield from _variables(pyfive, item, below, (*titles, title), budget, count)
+        elif isinstance(item, pyfive.Dataset) and isinstance(item.dtype, np.dtype):
+            # Keras writes no other type of which numpy knows the size alone; its older files do not name this one.
+            bfloat16 = item.dtype == "V2" and item.attrs.get("dtype", "bfloat16") in ("bfloat16", b"bfloat16")
+            if not bfloat16 and dtype_of(np.empty(0, item.dtype)) == NO_NUMBERS:
+                continue
+            if item.chunks is not None:  # Keras writes none, and a few bytes of them may become many
+                cause = f"{'/'.join(below)} is stored in chunks or compressed, as Keras never does"
+                raise CheckpointError(f"{cause}\n{_SAVE}")
+            budget.spend(math.prod(item.shape) * item.dtype.itemsize)
+            if math.prod(item.shape) and getattr(item.id, "data_offset", 0) == _NOWHERE:
+                raise CheckpointError(f"the numbers of {'/'.join(below)} are in another file\n{_SAVE}")
+            array = np.array(item[()]) if math.prod(item.shape) else np.empty(item.shape, item.dtype)
+            array = array.view(jnp.bfloat16) if bfloat16 else array.astype(array.dtype.newbyteorder("="))
+            yield Variable(below, titles, array)
