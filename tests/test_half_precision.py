@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 from typing import Any
 
 import jax
@@ -34,8 +35,7 @@ def _differentiate(spec: jaxrnn.Spec, dtype: str, params: Any, x: Any, cotangent
     return results, pullback(arguments[2])
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kind", SPECS)
+@pytest.mark.parametrize(("kind", "dtype"), [*itertools.product(SPECS, ["bfloat16"]), ("GRU", "float16")])
 def test_within_one_rounding_of_float64(kind: str, dtype: str) -> None:
     """Results and gradients, each scaled by max(1, its largest), are off by less than eps, 200 steps on."""
     spec, half = SPECS[kind], jnp.dtype(dtype)
@@ -93,14 +93,13 @@ def test_each_state_keeps_its_own_dtype(dtypes: tuple[str, str]) -> None:
     spec, cell = SPECS["LSTM"], jaxrnn.CellSpec(jaxrnn.LSTM_CELL, 32, 64)
     state = tuple(np.ones(shape, dtype) for shape, dtype in zip(spec.state_shapes(4), dtypes, strict=True))
     x = normal(4, 4, 32).astype(np.float32)
-    _, found = jaxrnn.apply(spec, _params(spec), x, state, dtype=jnp.bfloat16)
-    assert tuple(a.dtype for a in found) == dtypes
     packed = jaxrnn.pack_padded_sequence(x, [4, 3, 2, 1])
-    _, found = jaxrnn.apply(spec, _params(spec), packed, state, dtype=jnp.bfloat16)
-    assert tuple(a.dtype for a in found) == dtypes
-    state = tuple(np.ones(shape, dtype) for shape, dtype in zip(cell.state_shapes(4), dtypes, strict=True))
-    found = jaxrnn.apply_cell(cell, _params(cell), x[0], state, dtype=jnp.bfloat16)
+    for given in (x, packed):
+        found = jax.eval_shape(lambda given=given: jaxrnn.apply(spec, _params(spec), given, state, dtype="bfloat16")[1])
+        assert tuple(a.dtype for a in found) == dtypes
+    first = tuple(np.ones(shape, dtype) for shape, dtype in zip(cell.state_shapes(4), dtypes, strict=True))
+    found = jax.eval_shape(lambda: jaxrnn.apply_cell(cell, _params(cell), x[0], first, dtype="bfloat16"))
     assert tuple(a.dtype for a in found) == dtypes
     reset = {"reset": np.ones((4, 4), bool), "reset_state": np.ones((1, 4, 64))}
-    _, h_n = jaxrnn.apply(ONE, _params(ONE), x, dtype=jnp.bfloat16, **reset)
+    h_n = jax.eval_shape(lambda: jaxrnn.apply(ONE, _params(ONE), x, dtype="bfloat16", **reset)[1])
     assert h_n.dtype == jnp.bfloat16  # whatever it is put back to

@@ -103,9 +103,9 @@ KINDS = [(RNN_TANH, 0), (RNN_RELU, 0), (LSTM_CELL, 0), (LSTM_CELL, 2), (GRU_CELL
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "num_layers", "bidirectional"), [*itertools.product(KINDS, (1, 2, 3), (False, True))])
-def test_each_row_as_if_alone_for_every_kind(kind: tuple, num_layers: int, bidirectional: bool) -> None:
-    cell, proj_size = kind
+@pytest.mark.parametrize(("kind", "bidirectional"), [*itertools.product(KINDS, (False, True))])
+def test_each_row_as_if_alone_for_every_kind(kind: tuple, bidirectional: bool) -> None:
+    (cell, proj_size), num_layers = kind, 1 + KINDS.index(kind) % 3
     ragged = Ragged(jaxrnn.Spec(cell, F, H, num_layers, bidirectional=bidirectional, proj_size=proj_size))
     assert_close(ragged.differentiate(7.0), ragged.alone())
 

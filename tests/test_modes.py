@@ -1,5 +1,6 @@
 """JAX's global modes: what a user may have switched on for a whole program changes no result and raises no error."""
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -71,20 +72,21 @@ PROGRAMS: dict[str, Callable[[], tuple[Callable, Any]]] = {
     "FlaxCell": lambda: _module(lambda: nnx.RNN(jaxrnn.FlaxCell(jaxrnn.GRUCell(F, H, rngs=nnx.Rngs(0)))), X),
     "linen.FlaxCell": lambda: _linen(linen.RNN(jaxrnn.linen.FlaxCell(jaxrnn.linen.LSTMCell(F, H))), X),
 }
-MODES: dict[str, Callable[[], Any]] = {
-    "rank promotion": lambda: jax.numpy_rank_promotion("raise"),
-    "debug nans": lambda: jax.debug_nans(True),
-    "debug infs": lambda: jax.debug_infs(True),
-    "disable jit": jax.disable_jit,
-    "enable checks": lambda: jax.enable_checks(True),
-    "float64 off": lambda: jax.enable_x64(False),
-    "transfer guard": lambda: jax.transfer_guard("disallow"),  # of what is compiled; also eagerly, below
-    "checking leaks": jax.checking_leaks,
-    "key reuse": lambda: jax.debug_key_reuse(True),
-    "matmul precision": lambda: jax.default_matmul_precision("highest"),
+TOGETHER: list[Callable[[], Any]] = [
+    lambda: jax.numpy_rank_promotion("raise"),
+    lambda: jax.debug_nans(True),
+    lambda: jax.debug_infs(True),
+    lambda: jax.transfer_guard("disallow"),  # of what is compiled; also eagerly, below
+    lambda: jax.debug_key_reuse(True),
+    lambda: jax.default_matmul_precision("highest"),
+]
+MODES: dict[str, list[Callable[[], Any]]] = {
+    "those that may be on together": TOGETHER,  # each would compile a program of its own
+    "enable checks": [lambda: jax.enable_checks(True)],
+    "checking leaks": [jax.checking_leaks],
+    "disable jit": [jax.disable_jit],
+    "float64 off": [lambda: jax.enable_x64(False)],
 }
-
-
 SLOW = ("LSTM", "nnx.RNN", "linen.LSTM", "linen.FlaxCell")
 
 
@@ -96,13 +98,15 @@ def test_under_every_mode(name: str) -> None:
         return sum(jnp.sum(jnp.sin(a)) for a in jax.tree.leaves(outputs(params)))
 
     run, params = jax.jit(jax.value_and_grad(loss)), jax.device_put(params)
-    found = {mode: _within(make, run, params) for mode, make in MODES.items()}
+    found = {mode: _within(settings, run, params) for mode, settings in MODES.items()}
     assert_close(found, dict.fromkeys(MODES, run(params)), atol=1e-5)
     if "FlaxCell" not in name:  # for Flax's wrappers make their first carries by themselves
         with jax.transfer_guard("disallow"):
             jax.block_until_ready(outputs(params))
 
 
-def _within(make: Callable[[], Any], run: Callable, params: Any) -> Any:
-    with make():
+def _within(settings: list[Callable[[], Any]], run: Callable, params: Any) -> Any:
+    with contextlib.ExitStack() as stack:
+        for setting in settings:
+            stack.enter_context(setting())
         return run(params)

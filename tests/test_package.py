@@ -101,6 +101,7 @@ def test_parity_runs(run: Run, tmp_path: Path) -> None:
     assert "jaxrnn parity --filter GRUCell-hx" in (tmp_path / "out.html").read_text()
 
 
+@pytest.mark.parametrize("installed", ["wheel"], indirect=True)
 @pytest.mark.parametrize(
     ("module", "program"),
     [("jaxrnn", "speed"), ("jaxrnn.parity", ""), ("jaxrnn.parity.timing", "")],
@@ -119,6 +120,7 @@ def test_recording_wants_a_clone(run: Run) -> None:
     assert "run `python -m parity record` in its root" in done.stderr
 
 
+@pytest.mark.parametrize("installed", ["wheel"], indirect=True)
 def test_checkpoints_are_inspected(run: Run) -> None:
     done = run("jaxrnn", "inspect", CHECKPOINT)
     assert done.returncode == 0, done.stderr

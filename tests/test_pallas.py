@@ -44,13 +44,19 @@ def _arguments(cell: jaxrnn.Cell, **settings: Any) -> tuple[jaxrnn.Spec, Any]:
     return spec, (parameters(spec), normal(T, N, F), hx if len(hx) > 1 else hx[0])
 
 
-def _loss(spec: jaxrnn.Spec, engine: str, **options: Any) -> Any:
-    def loss(*arguments: Any) -> jax.Array:
+def _results(spec: jaxrnn.Spec, engine: str, **options: Any) -> Any:
+    """A loss, and what it is of."""
+
+    def results(*arguments: Any) -> tuple[jax.Array, Any]:
         params, x, hx = arguments
         found = jaxrnn.apply(spec, params, x, hx, engine=engine, precision="highest", **options)
-        return sum(jnp.sum(jnp.sin(a)) for a in jax.tree.leaves(found))
+        return sum(jnp.sum(jnp.sin(a)) for a in jax.tree.leaves(found)), found
 
-    return loss
+    return results
+
+
+def _loss(spec: jaxrnn.Spec, engine: str, **options: Any) -> Any:
+    return lambda *arguments: _results(spec, engine, **options)(*arguments)[0]
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -61,9 +67,7 @@ def test_kernels_are_as_exact_as_the_scan(name: str) -> None:
 
     def results(engine: str, dtype: Any) -> dict[str, Any]:
         given, others = (arguments, options) if dtype == np.float64 else _single((arguments, options))
-        params, x, hx = given
-        returned = jaxrnn.apply(spec, params, x, hx, engine=engine, precision="highest", **others)
-        gradients = jax.jit(jax.grad(_loss(spec, engine, **others), (0, 1, 2)))(*given)
+        gradients, returned = jax.jit(jax.grad(_results(spec, engine, **others), (0, 1, 2), has_aux=True))(*given)
         return {"values": named(spec, returned), "gradients": gradients}
 
     truth = results("scan", np.float64)

@@ -60,7 +60,7 @@ def mesh(devices, shape):
 
 alone, weights = train(mesh(jax.local_devices()[:1], (1, 1)), None)
 assert np.ptp(alone) > 0.01, alone
-for shape in ((8, 1), (1, 8), (2, 4)):
+for shape in ((1, 8), (2, 4)):
     losses, sharded = train(mesh(jax.devices(), shape), "model")
     np.testing.assert_allclose(losses, alone, rtol=0, atol=1e-10)
     for name, array in sharded.items():

@@ -274,18 +274,11 @@ POINTWISE: dict[str, Callable] = {
 }
 CHANGES = NOT_POINTWISE | POINTWISE
 MARKS = ("none", "lengths", "reset", "remat")
-# Each change with one kind of marks, and the first with all: the rest are slow.
-QUICK_STEPS = {(name, MARKS[k % 4]) for k, name in enumerate(CHANGES)} | {("normalised", marks) for marks in MARKS}
+# Each change with one kind of marks, and the first with all.
+STEPS = [*((name, MARKS[k % 4]) for k, name in enumerate(CHANGES)), *(("normalised", marks) for marks in MARKS[1:])]
 
 
-@pytest.mark.parametrize(
-    ("name", "marks"),
-    [
-        pytest.param(name, marks, marks=() if (name, marks) in QUICK_STEPS else pytest.mark.slow)
-        for name in CHANGES
-        for marks in MARKS
-    ],
-)
+@pytest.mark.parametrize(("name", "marks"), STEPS)
 def test_a_step_of_any_kind(name: str, marks: str) -> None:
     """Values, gradients and, without marks, forward over reverse are autodiff's."""
     change = CHANGES[name]

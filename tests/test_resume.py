@@ -151,7 +151,7 @@ def test_kills_leave_no_trace(tmp_path: Path, thorough: bool) -> None:
     alone = tmp_path / "alone"
     expected = finish(start(alone, fill_cache=True)), *results(alone)
     assert len(expected[1].splitlines()) == STEPS
-    kills, lanes = (25, 4) if thorough else (5, 1)
+    kills, lanes = (25, 4) if thorough else (3, 1)
     with ThreadPoolExecutor(lanes) as pool:
         counts = list(pool.map(lambda seed: killed_and_resumed(tmp_path, seed, kills, expected), range(lanes)))
     total = {name: sum(count[name] for count in counts) for name in counts[0]}
