@@ -145,11 +145,9 @@ def _layer_step(module: nnx.Module, x: jax.Array, *state: jax.Array) -> tuple[ja
 
 STREAMS: dict[str, tuple[Callable, dict[str, Any], Callable]] = {
     "LSTMCell": (jaxrnn.LSTMCell, {}, _cell_step),
-    "GRUCell": (jaxrnn.GRUCell, {}, _cell_step),
     "RNNCell": (jaxrnn.RNNCell, {"nonlinearity": "relu"}, _cell_step),
     "LSTM": (jaxrnn.LSTM, {"num_layers": 2, "proj_size": 2}, _layer_step),
     "GRU": (jaxrnn.GRU, {"num_layers": 2}, _layer_step),
-    "RNN": (jaxrnn.RNN, {"num_layers": 2}, _layer_step),
 }
 
 
@@ -164,8 +162,7 @@ def _first_state(module: nnx.Module, seed: int, batch: int) -> list[jax.Array]:
     ("name", "params_are"),
     [
         ("LSTMCell", "arguments"),
-        pytest.param("GRU", "arguments", marks=pytest.mark.slow),
-        *(pytest.param(name, "constants", marks=pytest.mark.slow) for name in STREAMS),
+        *(pytest.param(name, "constants", marks=pytest.mark.slow) for name in STREAMS if name != "LSTMCell"),
     ],
 )
 def test_a_step_of_a_stream(tmp_path: Path, name: str, params_are: str) -> None:
@@ -211,14 +208,11 @@ def _ragged(time: int, batch: int, batch_first: bool = False) -> tuple[jax.Array
 BOTH = "time, batch"
 # The module and its settings, which sizes are symbols, and the (time, batch) of each call.
 RAGGED: dict[str, tuple[Callable, dict[str, Any], str, list[tuple[int, int]]]] = {
-    "LSTM, batch": (jaxrnn.LSTM, {"num_layers": 2}, "7, batch", [(7, 2), (7, 5)]),
-    "LSTM, time": (jaxrnn.LSTM, {}, "time, 3", [(3, 3), (9, 3)]),
-    "LSTM, both": (jaxrnn.LSTM, {"proj_size": 2, "batch_first": True}, BOTH, [(3, 2), (9, 5)]),
+    "LSTM, batch": (jaxrnn.LSTM, {"proj_size": 2, "remat": "gates"}, "7, batch", [(7, 2), (7, 5)]),
+    "LSTM, time": (jaxrnn.LSTM, {"batch_first": True}, "time, 3", [(9, 3)]),
     "GRU, both": (jaxrnn.GRU, {}, BOTH, [(9, 5)]),
-    "RNN, both": (jaxrnn.RNN, {"batch_first": True}, BOTH, [(9, 5)]),
-    "gates computed again": (jaxrnn.LSTM, {"remat": "gates"}, "7, batch", [(7, 4)]),
-    "steps made again": (jaxrnn.GRU, {"remat": 3}, "7, batch", [(7, 4)]),
-    "steps made again, both": (jaxrnn.GRU, {"remat": 3}, BOTH, [(7, 4)]),
+    "GRU, batch, steps made again": (jaxrnn.GRU, {"remat": 3}, "7, batch", [(7, 4)]),
+    "RNN, both, steps made again": (jaxrnn.RNN, {"num_layers": 2, "remat": 3}, BOTH, [(7, 4)]),
 }
 
 

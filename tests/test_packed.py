@@ -114,8 +114,8 @@ def _sequences(torch: types.ModuleType, draw: Any, kind: str) -> None:
         ("JAX", 2),
         ("both", 2),
         pytest.param("NumPy", 20, marks=pytest.mark.slow),
-        pytest.param("JAX", 10, marks=pytest.mark.slow),
-        pytest.param("both", 10, marks=pytest.mark.slow),
+        pytest.param("JAX", 5, marks=pytest.mark.slow),
+        pytest.param("both", 5, marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.parametrize("check", [_pack_and_pad, _sequences])
