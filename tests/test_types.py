@@ -47,27 +47,33 @@ print(jaxrnn.load_state_dict(lstm, {}, strict=False).missing)
 """
 
 
-def _mypy(path: Path) -> set[int]:
-    """The lines of a file in which mypy finds errors."""
+Lines = dict[str, set[int]]  # in which a checker finds errors, by the file's name
+
+
+def _mypy(*paths: Path) -> Lines:
     pytest.importorskip("mypy", reason="mypy is not installed")
     options = ["--strict", "--config-file=", "--follow-imports=silent", "--show-absolute-path"]
-    command = [sys.executable, "-m", "mypy", *options, str(path)]
+    command = [sys.executable, "-m", "mypy", *options, *map(str, paths)]
     ran = subprocess.run(command, env={**os.environ, "MYPYPATH": str(ROOT)}, cwd=ROOT, capture_output=True, text=True)
     print(ran.stdout, ran.stderr)
     # mypy's cache keeps errors with the folder of the run before.
-    found = {int(line) for line in re.findall(rf"^\S*/{re.escape(path.name)}:(\d+): error: ", ran.stdout, re.M)}
-    assert ran.returncode == bool(found)
+    found: Lines = {path.name: set() for path in paths}
+    for name, line in re.findall(r"^\S*/(\w+\.py):(\d+): error: ", ran.stdout, re.M):
+        found[name].add(int(line))
+    assert ran.returncode == any(found.values())
     return found
 
 
-def _pyright(path: Path) -> set[int]:
-    """The lines of a file in which pyright finds errors."""
-    settings = {"typeCheckingMode": "strict", "include": [path.name], "extraPaths": [str(ROOT)]}
-    project = path.with_name("pyrightconfig.json")
+def _pyright(*paths: Path) -> Lines:
+    found: Lines = {path.name: set() for path in paths}
+    settings = {"typeCheckingMode": "strict", "include": [*found], "extraPaths": [str(ROOT)]}
+    project = paths[0].with_name("pyrightconfig.json")
     project.write_text(json.dumps(settings))
     answer = _run_pyright("--project", str(project))
-    assert answer["summary"]["filesAnalyzed"] == 1
-    return {error["range"]["start"]["line"] + 1 for error in answer["generalDiagnostics"]}
+    assert answer["summary"]["filesAnalyzed"] == len(paths)
+    for error in answer["generalDiagnostics"]:
+        found[Path(error["file"]).name].add(error["range"]["start"]["line"] + 1)
+    return found
 
 
 def _run_pyright(*options: str) -> Any:
@@ -86,20 +92,13 @@ CHECKERS = {"mypy": _mypy, "pyright": _pyright}
 
 @pytest.mark.slow
 @pytest.mark.parametrize("checker", CHECKERS)
-def test_the_public_api_is_typed(checker: str, tmp_path: Path) -> None:
+def test_the_public_api_is_typed_and_mistakes_are_found(checker: str, tmp_path: Path) -> None:
     pytest.importorskip("torch", reason="PyTorch is not installed")
-    path = tmp_path / SCRIPT.name
-    path.write_text(SCRIPT.read_text())
-    assert CHECKERS[checker](path) == set()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("checker", CHECKERS)
-def test_mistakes_are_found(checker: str, tmp_path: Path) -> None:
-    path = tmp_path / "mistakes.py"
-    path.write_text(RIGHT + MISTAKES)
+    paths = tmp_path / SCRIPT.name, tmp_path / "mistakes.py"
+    for path, text in zip(paths, (SCRIPT.read_text(), RIGHT + MISTAKES), strict=True):
+        path.write_text(text)
     first, last = (text.count("\n") for text in (RIGHT, RIGHT + MISTAKES))
-    assert CHECKERS[checker](path) == set(range(first + 2, last + 1))
+    assert CHECKERS[checker](*paths) == {SCRIPT.name: set(), "mistakes.py": set(range(first + 2, last + 1))}
 
 
 @pytest.mark.slow
