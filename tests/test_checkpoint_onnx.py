@@ -1,9 +1,8 @@
 """ONNX both ways: nodes become torch's weights, and our modules become models that compute what they compute."""
 
 import contextlib
-import functools
+import itertools
 import os
-import random
 import warnings
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import numpy as np
 import pytest
 from arrays import named, normal, parameters
 from comparing import assert_close
+from covering import covering
 from flax import nnx
 from making import filled, filled_variables
 from memory import memory_to_refuse
@@ -209,38 +209,30 @@ def test_mutated_files_are_read_or_refused(tmp_path: Path) -> None:
     assert 30 < refused_of_mutated(tmp_path / "model.onnx", data, 300, (1, 2, 9)) < 300
 
 
-@functools.cache
-def _specs(count: int) -> list[tuple[str, jaxrnn.Spec, bool, bool]]:
-    numbers = random.Random(0)
-    made = []
-    for index in range(count):
-        kind = ("LSTM", "GRU", "RNN", "RNN relu")[index % 4]
-        cell = jaxrnn.RNN_RELU if kind == "RNN relu" else CELLS[kind]
-        sizes = [numbers.randint(1, 8), numbers.randint(1, 8), numbers.randint(1, 3)]
-        flags = [numbers.random() < 0.5 for _ in range(5)]
-        spec = jaxrnn.Spec(cell, *sizes, bias=flags[0], batch_first=flags[1], bidirectional=flags[2])
-        made.append((kind.partition(" ")[0], spec, flags[3], flags[4]))
-    return made
+NAMES = ("kind", "sizes", "layers", "bias", "batch_first", "bidirectional", "lengths", "hx")
+CHOICES = [["LSTM", "GRU", "RNN", "RNN relu"], [(F, H), (3, 1)], [1, 3], *([[True, False]] * 5)]
+ROWS = covering((dict(zip(NAMES, row, strict=True)) for row in itertools.product(*CHOICES)), lambda row: row)
 
 
-@pytest.mark.parametrize("index", [0, 1, 2, 3, *(pytest.param(i, marks=pytest.mark.slow) for i in range(4, 40))])
-def test_onnxruntime_computes_what_we_do(index: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("row", [*ROWS[:2], *(pytest.param(row, marks=pytest.mark.slow) for row in ROWS[2:])], ids=str)
+def test_onnxruntime_computes_what_we_do(row: dict[str, Any], tmp_path: Path) -> None:
     runtime = pytest.importorskip("onnxruntime")
-    kind, spec, lengths, hx = _specs(40)[index]
+    kind, relu = row["kind"].partition(" ")[0], row["kind"] == "RNN relu"
+    flags = {name: row[name] for name in ("bias", "batch_first", "bidirectional")}
+    spec = jaxrnn.Spec(jaxrnn.RNN_RELU if relu else CELLS[kind], *row["sizes"], row["layers"], **flags)
     module = filled(lambda: _module(kind, spec))
     path = tmp_path / "model.onnx"
-    to_onnx(module, path, lengths=lengths, hx=hx)
+    to_onnx(module, path, lengths=row["lengths"], hx=row["hx"])
     session, steps, rows = runtime.InferenceSession(path), 5, 3
     x = normal(*((rows, steps) if spec.batch_first else (steps, rows)), spec.input_size).astype("f4")
     state_shape = spec.num_layers * (1 + spec.bidirectional), rows, spec.hidden_size
     states = {f"{state}_0": normal(*state_shape, seed=i).astype("f4") for i, state in enumerate(spec.cell.states)}
-    given = {"lengths": np.array([5, 0, 2], np.int32)} if lengths else {}
-    theirs = session.run(None, {"x": x} | given | (states if hx else {}))
+    given = {"lengths": np.array([5, 0, 2], np.int32)} if row["lengths"] else {}
+    theirs = session.run(None, {"x": x} | given | (states if row["hx"] else {}))
     names = [output.name for output in session.get_outputs()]
     first = tuple(states.values()) if len(states) > 1 else states["h_0"]
-    ours = named(spec, module(jnp.asarray(x), first if hx else None, **given))
+    ours = named(spec, module(jnp.asarray(x), first if row["hx"] else None, **given))
     assert_close(ours, dict(zip(names, theirs, strict=True)), atol=1e-6, rtol=1e-6)
-    relu = spec.cell is jaxrnn.RNN_RELU
     with pytest.warns(UserWarning, match="nonlinearity='relu'") if relu else contextlib.nullcontext():
         assert_close(load(path), jaxrnn.state_dict(module), atol=0)
 
