@@ -6,9 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
+import jaxrnn
 from jaxrnn.checkpoint import CheckpointError, load
+
+# Compiled once for a spec and shapes, which many files share.
+apply = jax.jit(jaxrnn.apply, static_argnums=0, static_argnames="dtype")
 
 
 def loaded(path: Path, data: bytes | None = None) -> tuple[Any, list[str]]:

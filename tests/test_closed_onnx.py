@@ -6,20 +6,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from arrays import normal
 from comparing import assert_close
 from onnx_models import GATES, B, F, H, T, everything, onnx, op, read
-from reading import refused_of_mutated, weights
+from reading import apply, refused_of_mutated, weights
 
-import jaxrnn
 from jaxrnn.checkpoint import CheckpointError, find_rnns
 from jaxrnn.checkpoint.formats import onnx as reader
-
-_apply = jax.jit(jaxrnn.apply, static_argnums=0)
 
 
 def _schemas(kind: str) -> list[Any]:
@@ -319,7 +315,7 @@ def _check(case: Case, row: str, tmp_path: Path) -> str:
     assert not (case.silent and words), words
     [found] = find_rnns(tensors)
     given = _follow(case, words, tensors, len(found.spec.cell.states))
-    output, last = _apply(found.spec, weights(tensors, found), jnp.asarray(case.x), **given)
+    output, last = apply(found.spec, weights(tensors, found), jnp.asarray(case.x), **given)
     theirs = case.run()
     both = case.directions * case.hidden
     if "Y" in theirs:

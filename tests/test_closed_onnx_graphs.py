@@ -4,7 +4,6 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -29,12 +28,11 @@ from onnx_models import (
     run,
     values,
 )  # fmt: skip
-from reading import weights
+from reading import apply, weights
 
 import jaxrnn
 from jaxrnn.checkpoint import CheckpointError, find_rnns
 
-_apply = jax.jit(jaxrnn.apply, static_argnums=0)
 GRU_X = values("X", sizes=[None, None, H])  # the input of a model whose layers have as many features as units
 
 
@@ -82,7 +80,7 @@ def test_branches_with_the_same_names_keep_both(tmp_path: Path) -> None:
     ]
     x = normal(T, B, F).astype("f4")
     for found, first, taken in zip(find_rnns(tensors), ("first", "first.1"), (False, True), strict=True):
-        ours = _apply(found.spec, weights(tensors, found), jnp.asarray(x), hx=jnp.asarray(tensors[first]))[0]
+        ours = apply(found.spec, weights(tensors, found), jnp.asarray(x), hx=jnp.asarray(tensors[first]))[0]
         assert_close(ours, run(model, X=x, C=np.array(taken))[:, 0], atol=1e-6, rtol=1e-6)
     node = onnx.helper.make_node("If", ["C"], ["Y"], "if", then_branch=inner[0], else_branch=inner[0])
     tensors, words = read(model_of(graph_of([node], {}, [*values("X"), condition])), tmp_path)
@@ -147,7 +145,7 @@ def test_functions_are_looked_into(tmp_path: Path) -> None:
     x = normal(T, B, F).astype("f4")
     ours: Any = jnp.asarray(x)
     for each in found:
-        ours = _apply(each.spec, weights(tensors, each), ours)[0]
+        ours = apply(each.spec, weights(tensors, each), ours)[0]
     assert_close(ours, run(model, X=x), atol=1e-6, rtol=1e-6)
 
 
@@ -317,7 +315,7 @@ def test_a_learned_first_state_of_torch(kind: str, torch: Any, tmp_path: Path) -
     [found] = find_rnns(tensors)
     h = jnp.broadcast_to(jnp.asarray(tensors["first"]), (4, B, H))
     hx = (h, 0 * h) if kind == "LSTM" else h
-    ours = _apply(found.spec, weights(tensors, found), jnp.asarray(x.numpy()), hx=hx)[0]
+    ours = apply(found.spec, weights(tensors, found), jnp.asarray(x.numpy()), hx=hx)[0]
     assert_close(ours, model(x).detach().numpy(), atol=1e-6, rtol=1e-6)
 
 
@@ -363,7 +361,7 @@ def test_layers_may_have_the_same_weights(names: str, tmp_path: Path) -> None:
     [found] = find_rnns(tensors)
     assert (words, found.prefix, found.num_layers) == ([], "gru.", len(names))
     x = normal(T, B, H).astype("f4")
-    assert_close(_apply(found.spec, weights(tensors, found), jnp.asarray(x))[0], run(model, X=x), atol=1e-6)
+    assert_close(apply(found.spec, weights(tensors, found), jnp.asarray(x))[0], run(model, X=x), atol=1e-6)
 
 
 @pytest.mark.parametrize("path", ["/gru_1/GRU", "again"])
@@ -404,7 +402,7 @@ def test_a_node_that_starts_from_anothers_end_is_no_layer_of_one_module(between:
     x = normal(T, B, H).astype("f4")
     ours, end = jnp.asarray(x), None
     for each in (one, two):
-        ours, end = _apply(each.spec, weights(tensors, each), ours, end if end is None or not between else -end)
+        ours, end = apply(each.spec, weights(tensors, each), ours, end if end is None or not between else -end)
     assert_close(ours, run(model, X=x)[:, 0], atol=1e-6)
 
 
@@ -430,8 +428,8 @@ def test_a_node_in_a_loop_is_named(loop: str, tmp_path: Path) -> None:
     x = normal(T, B, H).astype("f4")
     feeds = {"S": np.zeros((2, 1), "f4")} if loop == "Scan" else {}
     [found] = find_rnns(tensors)
-    once = _apply(found.spec, weights(tensors, found), jnp.asarray(x))[0]
-    twice = _apply(found.spec, weights(tensors, found), once)[0]
+    once = apply(found.spec, weights(tensors, found), jnp.asarray(x))[0]
+    twice = apply(found.spec, weights(tensors, found), once)[0]
     assert_close(twice, run(model, X=x, **feeds), atol=1e-6)
 
 
