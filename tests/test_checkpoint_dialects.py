@@ -21,6 +21,8 @@ from jaxrnn.__main__ import main
 from jaxrnn.checkpoint import CheckpointError, load, save
 from jaxrnn.checkpoint.dialects import DIALECTS, Weights, from_flat, to_flat
 
+pytest_plugins = "compiling"
+pytestmark = pytest.mark.usefixtures("compiled_once")
 F, H, T, N = 3, 4, 5, 2
 CELLS = {"LSTM": jaxrnn.LSTM_CELL, "GRU": jaxrnn.GRU_CELL, "RNN": jaxrnn.RNN_TANH}
 X = normal(N, T, F)

@@ -20,6 +20,8 @@ import jaxrnn
 from jaxrnn.checkpoint import CheckpointError
 from jaxrnn.checkpoint.named import Described
 
+pytest_plugins = "compiling"
+pytestmark = pytest.mark.usefixtures("compiled_once")
 KINDS: list[tuple[str, dict[str, Any]]] = [
     ("RNN", {"num_layers": 2, "nonlinearity": "relu", "batch_first": True}),
     ("LSTM", {"num_layers": 11, "bidirectional": True}),

@@ -24,6 +24,8 @@ import jaxrnn
 from jaxrnn.checkpoint import CheckpointError, find_rnns, load, to_onnx
 from jaxrnn.checkpoint.dialects import DIALECTS
 
+pytest_plugins = "compiling"
+pytestmark = pytest.mark.usefixtures("compiled_once")
 CELLS = {"LSTM": jaxrnn.LSTM_CELL, "GRU": jaxrnn.GRU_CELL, "RNN": jaxrnn.RNN_TANH}
 
 

@@ -19,6 +19,8 @@ import jaxrnn
 from jaxrnn import checkpoint
 from jaxrnn.checkpoint import CheckpointError
 
+pytest_plugins = "compiling"
+pytestmark = pytest.mark.usefixtures("compiled_once")
 OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
     "sgd": ("SGD", {"lr": 0.1}),
     "momentum": ("SGD", {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}),

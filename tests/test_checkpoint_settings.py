@@ -16,6 +16,8 @@ from making import filled, filled_variables
 
 import jaxrnn
 
+pytest_plugins = "compiling"
+pytestmark = pytest.mark.usefixtures("compiled_once")
 F = jnp.float64
 RNGS = nnx.Rngs(0)
 REMEDY = re.compile(r"write (\w+)=(.+?) in Flax(?:, or (\w+)=(\S+) in torch)?")

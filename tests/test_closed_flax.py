@@ -22,6 +22,8 @@ from jaxrnn.checkpoint import CheckpointError, find_rnns
 from jaxrnn.checkpoint.dialects import DIALECTS
 from jaxrnn.checkpoint.flax_cells import TABLES, with_torchs_names
 
+pytest_plugins = "compiling"
+pytestmark = pytest.mark.usefixtures("compiled_once")
 F, H, T, N = 5, 4, 2, 3
 LENGTHS = jnp.array([1, 2, 2])
 FLAX = {"flax.linen": linen, "flax.nnx": nnx}

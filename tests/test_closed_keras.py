@@ -23,6 +23,7 @@ from jaxrnn.checkpoint import find_rnns
 from jaxrnn.checkpoint.formats.keras_config import CALL, MASKS, TABLES, UNMASKING
 from jaxrnn.checkpoint.tables import Table
 
+pytest_plugins = "compiling"
 pytestmark = MARKS
 ALL = {**TABLES, **MASKS}
 

@@ -16,6 +16,7 @@ from reading import loaded
 
 from jaxrnn.checkpoint import find_rnns
 
+pytest_plugins = "compiling"
 pytestmark = MARKS
 
 

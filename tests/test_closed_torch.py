@@ -21,7 +21,8 @@ from jaxrnn.checkpoint.formats.nested import METADATA
 from jaxrnn.checkpoint.formats.safetensors import METADATA as SAFETENSORS
 from jaxrnn.checkpoint.torch_modules import ATTRIBUTES, CLASSES, GLOBALS, METHODS, PARAMETERS
 
-pytestmark = pytest.mark.torch
+pytest_plugins = "compiling"
+pytestmark = [pytest.mark.torch, pytest.mark.usefixtures("compiled_once")]
 X = np.random.RandomState(0).randn(5, 2, 3)
 
 
