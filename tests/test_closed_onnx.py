@@ -211,13 +211,7 @@ def _of_lengths(kind: str) -> Iterator[Case]:
     # The number of rows, and a step less, are not the number of steps.
     nodes = [*shape, *rows, op("Cast", ["rows"], "few", to=6), op("Expand", ["few", "rows"], "lens")]
     yield Case(kind, nodes=nodes, arrays=numbers, **made)
-    nodes = [
-        *shape,
-        *time,
-        *rows,
-        op("Sub", ["steps", "less"], "fewer"),
-        op("Expand", ["fewer", "rows"], "lens"),
-    ]
+    nodes = [*shape, *time, *rows, op("Sub", ["steps", "less"], "fewer"), op("Expand", ["fewer", "rows"], "lens")]
     yield Case(kind, nodes=nodes, arrays={**numbers, "less": np.array([1], np.int32)}, **made)
 
 
@@ -253,11 +247,7 @@ def _of_a_weight(kind: str, name: str) -> Iterator[Case]:
     constant = op("Constant", [], "made", value=onnx.numpy_helper.from_array(array))
     yield Case(kind, inputs={name: "made"}, nodes=[constant], silent=True)
     flat = op("Constant", [], "flat", value_floats=array.reshape(-1).tolist())
-    nodes = [
-        flat,
-        op("Constant", [], "shape", value_ints=list(shape)),
-        op("Reshape", ["flat", "shape"], "made"),
-    ]
+    nodes = [flat, op("Constant", [], "shape", value_ints=list(shape)), op("Reshape", ["flat", "shape"], "made")]
     yield Case(kind, inputs={name: "made"}, nodes=nodes, silent=True)
     yield Case(kind, inputs={name: "made"}, arrays={"raw": array}, nodes=[op("Tanh", ["raw"], "made")])
 
