@@ -20,7 +20,7 @@ h5py = pytest.importorskip("h5py", reason="h5py, which writes files, is not inst
 # Imported by tests alone, for it takes seconds, and every worker of pytest-xdist collects all files.
 MARKS = [
     pytest.mark.slow,
-    pytest.mark.usefixtures("compiled_once"),
+    pytest.mark.usefixtures("compiled_once", "as_keras_computes"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),
     pytest.mark.skipif(importlib.util.find_spec("keras") is None, reason="Keras is not installed"),
 ]

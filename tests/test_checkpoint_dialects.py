@@ -21,7 +21,7 @@ from jaxrnn.__main__ import main
 from jaxrnn.checkpoint import CheckpointError, load, save
 from jaxrnn.checkpoint.dialects import DIALECTS, Weights, from_flat, to_flat
 
-pytest_plugins = "compiling"
+pytest_plugins = "shared_fixtures"
 pytestmark = pytest.mark.usefixtures("compiled_once")
 F, H, T, N = 3, 4, 5, 2
 CELLS = {"LSTM": jaxrnn.LSTM_CELL, "GRU": jaxrnn.GRU_CELL, "RNN": jaxrnn.RNN_TANH}
@@ -168,9 +168,7 @@ def test_there_and_back(library: str, name: str) -> None:
 def test_what_does_not_fit_is_refused() -> None:
     keras = DIALECTS["keras", "LSTM"]
     arrays = keras.write(_weights("LSTM"))
-    with pytest.raises(
-        CheckpointError, match=r"LSTM should have recurrent_kernel, which is not there\nthe arrays given: kernel, bias"
-    ):
+    with pytest.raises(CheckpointError, match=r"LSTM should have recurrent_kernel, .*\nthe arrays given: kernel, bias"):
         keras.read({name: a for name, a in arrays.items() if name != "recurrent_kernel"})
     with pytest.raises(CheckpointError, match=r"LSTM is \(3, 15\), which does not fit hidden_size=4"):
         keras.read(arrays | {"kernel": arrays["kernel"][:, :15]})

@@ -20,7 +20,7 @@ import jaxrnn
 from jaxrnn.checkpoint import CheckpointError
 from jaxrnn.checkpoint.named import Described
 
-pytest_plugins = "compiling"
+pytest_plugins = "shared_fixtures"
 pytestmark = pytest.mark.usefixtures("compiled_once")
 KINDS: list[tuple[str, dict[str, Any]]] = [
     ("RNN", {"num_layers": 2, "nonlinearity": "relu", "batch_first": True}),

@@ -3,7 +3,7 @@
 import dataclasses
 import inspect
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -33,14 +33,8 @@ import jaxrnn
 from jaxrnn.checkpoint import CheckpointError
 from jaxrnn.checkpoint.flax_cells import TABLES
 
-pytest_plugins = "compiling"
-pytestmark = pytest.mark.usefixtures("compiled_once")
-
-
-@pytest.fixture(autouse=True)
-def _the_promotion_that_flax_needs() -> Iterator[None]:
-    with jax.numpy_dtype_promotion("standard"):
-        yield
+pytest_plugins = "shared_fixtures"
+pytestmark = pytest.mark.usefixtures("compiled_once", "standard_promotion")
 
 
 def _hard(x: Any) -> Any:

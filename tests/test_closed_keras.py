@@ -23,7 +23,7 @@ from jaxrnn.checkpoint import find_rnns
 from jaxrnn.checkpoint.formats.keras_config import CALL, MASKS, TABLES, UNMASKING
 from jaxrnn.checkpoint.tables import Table
 
-pytest_plugins = "compiling"
+pytest_plugins = "shared_fixtures"
 pytestmark = MARKS
 ALL = {**TABLES, **MASKS}
 
@@ -53,13 +53,6 @@ OTHERS: dict[str, Any] = {
     "output_shape": (T, F), "arguments": {"scale": 1.0},
     **dict.fromkeys([f"{each}_constraint" for each in ("kernel", "recurrent", "bias", "embeddings")], "non_neg"),
 }  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def standard() -> Iterator[None]:
-    """Keras relies on promotion, and its GRU without biases on float32."""
-    with jax.numpy_dtype_promotion("standard"), jax.enable_x64(False):
-        yield
 
 
 def _built(title: str, settings: dict[str, Any]) -> list[Any]:

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -16,15 +15,8 @@ from reading import loaded
 
 from jaxrnn.checkpoint import find_rnns
 
-pytest_plugins = "compiling"
+pytest_plugins = "shared_fixtures"
 pytestmark = MARKS
-
-
-@pytest.fixture(autouse=True)
-def standard() -> Iterator[None]:
-    """Keras relies on promotion, and its GRU without biases on float32."""
-    with jax.numpy_dtype_promotion("standard"), jax.enable_x64(False):
-        yield
 
 
 def _recurrent(model: Any, *suffixes: str, path: Path) -> Iterator[tuple[str, dict[str, Any], list[str]]]:

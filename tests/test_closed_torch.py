@@ -16,7 +16,7 @@ import jaxrnn
 from jaxrnn.checkpoint import CheckpointError
 from jaxrnn.checkpoint.torch_modules import ATTRIBUTES, CLASSES, GLOBALS, METHODS, PARAMETERS
 
-pytest_plugins = "compiling"
+pytest_plugins = "shared_fixtures"
 pytestmark = [pytest.mark.torch, pytest.mark.usefixtures("compiled_once")]
 X = np.random.RandomState(0).randn(5, 2, 3)
 

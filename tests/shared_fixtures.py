@@ -1,4 +1,4 @@
-"""A fixture for files in which many tests compile the same programs."""
+"""Fixtures that files of tests ask for by name, with `pytest_plugins` and `usefixtures`."""
 
 from collections.abc import Iterator
 
@@ -24,3 +24,17 @@ def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         compilation_cache.reset_cache()
         if new is values:
             yield
+
+
+@pytest.fixture
+def standard_promotion() -> Iterator[None]:
+    """Flax's cells and norms and optax's steps mix dtypes."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@pytest.fixture
+def as_keras_computes() -> Iterator[None]:
+    """Keras relies on promotion, and its GRU without biases on float32."""
+    with jax.numpy_dtype_promotion("standard"), jax.enable_x64(False):
+        yield
