@@ -187,11 +187,15 @@ def test_other_recurrences_are_named(tmp_path: Path) -> None:
         onnx.helper.make_node("GRUUnit", ["X"], ["C"], "unit"),
         onnx.helper.make_node("LSTM", ["X"], ["D"], "theirs", domain="my.own"),
     ]
-    node = recurrent("GRU", "one", "X", "E")
-    tensors, words = read(model_of(graph_of([*others, node], node_weights("GRU", "one"))), tmp_path)
+    settings = {"clip": 3.0}, {"input_forget": 1, "direction": "reverse"}, {"activations": ["Affine", "Tanh", "Tanh"]}
+    others += [recurrent("LSTM", "lstm", y=f"E{i}", name=f"lstm{i}", **some) for i, some in enumerate(settings)]
+    others.append(recurrent("GRU", "gru", y="F", linear_before_reset=0))
+    node, arrays = recurrent("GRU", "one", "X", "G"), node_weights("LSTM", "lstm") | node_weights("GRU", "gru")
+    tensors, words = read(model_of(graph_of([*others, node], arrays | node_weights("GRU", "one"))), tmp_path)
     assert words == [
         "left out nodes that torch does not have: quantized (com.microsoft.DynamicQuantizeLSTM), unit (GRUUnit), "
-        "theirs (my.own.LSTM)"
+        "theirs (my.own.LSTM), lstm0 (clip=3), lstm1 (direction=reverse, input_forget=1), "
+        "lstm2 (activations=['Affine', 'Tanh', 'Tanh']), gru (linear_before_reset=0, where torch's GRU has 1)"
     ]
     assert [each.prefix for each in find_rnns(tensors)] == ["one."]
     body = graph_of([op("Tanh", ["s"], "t")], {}, values("s"), ("t",))
