@@ -36,12 +36,15 @@ def load_keras() -> Any:
     return keras
 
 
+_QUICKLY = dict.fromkeys(("kernel_initializer", "recurrent_initializer"), "zeros")  # random ones are compiled
+
+
 def rnn_cell(kind: str, units: int = H, **settings: Any) -> Any:
-    return getattr(load_keras().layers, f"{kind}Cell")(units, **settings)
+    return getattr(load_keras().layers, f"{kind}Cell")(units, **_QUICKLY | settings)
 
 
 def rnn_layer(kind: str, units: int = H, **settings: Any) -> Any:
-    return getattr(load_keras().layers, kind)(units, **{"return_sequences": True, **settings})
+    return getattr(load_keras().layers, kind)(units, **_QUICKLY | {"return_sequences": True} | settings)
 
 
 def set_numbers(layer: Any) -> None:
