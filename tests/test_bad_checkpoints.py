@@ -317,10 +317,7 @@ def test_what_torch_saves_and_is_no_state_dict(torch: types.ModuleType, zipped: 
         "tensor": (torch.ones(3), "no recurrent weights: it is one tensor, not a dict"),
         "list": ([torch.ones(3)], "no recurrent weights: it is of type list, not a dict"),
         "optimizer": (torch.optim.Adam(lstm.parameters()).state_dict(), "no recurrent weights"),
-        "nested": (
-            {"net": lstm.state_dict(), "epoch": 3},
-            "under net\nsay which dict to read: key='net'",
-        ),
+        "nested": ({"net": lstm.state_dict(), "epoch": 3}, "under net\nsay which dict to read: key='net'"),
         "namespace": ({**lstm.state_dict(), "args": argparse.Namespace(a=1)}, "argparse.Namespace"),
         "pathlib": ({**lstm.state_dict(), "path": pathlib.Path("a")}, "pathlib"),
         "numpy": ({**lstm.state_dict(), "loss": np.float64(1)}, "scalar"),

@@ -21,6 +21,8 @@ from jaxrnn.__main__ import main
 from jaxrnn.checkpoint import CheckpointError, load, save
 from jaxrnn.checkpoint.dialects import DIALECTS, Dialect, Weights, from_flat, to_flat
 
+pytest_plugins = "shared_fixtures"
+pytestmark = pytest.mark.usefixtures("compiled_once")
 F, H, T, N = 3, 4, 5, 2
 CELLS = {"LSTM": jaxrnn.LSTM_CELL, "GRU": jaxrnn.GRU_CELL, "RNN": jaxrnn.RNN_TANH}
 X = normal(N, T, F)
@@ -166,9 +168,7 @@ def test_there_and_back(library: str, name: str) -> None:
 def test_what_does_not_fit_is_refused() -> None:
     keras = DIALECTS["keras", "LSTM"]
     arrays = keras.write(_weights("LSTM"))
-    with pytest.raises(
-        CheckpointError, match=r"LSTM should have recurrent_kernel, which is not there\nthe arrays given: kernel, bias"
-    ):
+    with pytest.raises(CheckpointError, match=r"LSTM should have recurrent_kernel, .*\nthe arrays given: kernel, bias"):
         keras.read({name: a for name, a in arrays.items() if name != "recurrent_kernel"})
     with pytest.raises(CheckpointError, match=r"LSTM is \(3, 15\), which does not fit hidden_size=4"):
         keras.read(arrays | {"kernel": arrays["kernel"][:, :15]})
@@ -190,16 +190,6 @@ NNX = {
 }
 
 
-@pytest.mark.parametrize("name", NNX)
-def test_an_nnx_module_as_ours(name: str) -> None:
-    theirs = NNX[name](nnx.Rngs(0))
-    params = nnx.state(theirs, nnx.Param)
-    nnx.update(theirs, jax.tree.map(lambda a: jnp.asarray(normal(*a.shape), jnp.float32), params))
-    ours, x = jaxrnn.from_flax(theirs), jnp.asarray(X, jnp.float32)
-    assert_close(ours(x)[0], theirs(x), atol=1e-5)
-    assert ours.batch_first == ("time-major" not in name)
-
-
 LINEN = {
     "LSTM": lambda: linen.RNN(linen.LSTMCell(H)),
     "GRU, time-major": lambda: linen.RNN(linen.GRUCell(H), time_major=True),
@@ -208,12 +198,25 @@ LINEN = {
 }
 
 
+def _linen_variables(theirs: Any, x: Any) -> Any:
+    shapes = jax.eval_shape(theirs.init, jax.random.key(0), x)
+    return jax.tree.map(lambda a: jnp.asarray(normal(*a.shape), jnp.float32), shapes)
+
+
+@pytest.mark.parametrize("name", NNX)
+def test_an_nnx_module_as_ours(name: str) -> None:
+    theirs, x = NNX[name](nnx.Rngs(0)), jnp.asarray(X, jnp.float32)
+    params = nnx.state(theirs, nnx.Param)
+    nnx.update(theirs, jax.tree.map(lambda a: jnp.asarray(normal(*a.shape), jnp.float32), params))
+    ours = jaxrnn.from_flax(theirs)
+    assert_close(ours(x)[0], theirs(x), atol=1e-5)
+    assert ours.batch_first == ("time-major" not in name)
+
+
 @pytest.mark.parametrize("name", LINEN)
 def test_a_linen_module_as_ours(name: str) -> None:
     theirs, x = LINEN[name](), jnp.asarray(X, jnp.float32)
-    shapes = jax.eval_shape(theirs.init, jax.random.key(0), x)
-    variables = jax.tree.map(lambda a: jnp.asarray(normal(*a.shape), jnp.float32), shapes)
-    ours, converted = jaxrnn.from_flax(theirs, variables)
+    ours, converted = jaxrnn.from_flax(theirs, variables := _linen_variables(theirs, x))
     assert_close(ours.apply(converted, x)[0], theirs.apply(variables, x), atol=1e-5)
 
 
@@ -221,8 +224,7 @@ def test_a_linen_module_as_ours(name: str) -> None:
 def test_weights_alone_as_ours() -> None:
     x = jnp.asarray(X, jnp.float32)
     theirs = LINEN["both ways"]()
-    shapes = jax.eval_shape(theirs.init, jax.random.key(0), x)
-    variables = jax.tree.map(lambda a: jnp.asarray(normal(*a.shape), jnp.float32), shapes)
+    variables = _linen_variables(theirs, x)
     for weights in (variables, variables["params"], flatten_dict(variables["params"], sep=".")):
         ours, converted = jaxrnn.from_flax(weights)
         assert ours.bidirectional

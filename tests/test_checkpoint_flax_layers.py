@@ -1,7 +1,6 @@
 """Whole models: Flax layers filled from torch's state dict compute what torch's do, and give the state dict back."""
 
 import types
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -15,6 +14,8 @@ from making import filled, filled_variables
 import jaxrnn
 from jaxrnn.checkpoint import CheckpointError
 
+pytest_plugins = "shared_fixtures"
+pytestmark = pytest.mark.usefixtures("compiled_once", "standard_promotion")
 F = jnp.float64
 
 
@@ -121,12 +122,6 @@ def _theirs(torch: types.ModuleType) -> Any:
                 numbers = random.uniform(0.2, 1, tuple(value.shape)) * (1 if "var" in name else random.choice([-1, 1]))
                 value.copy_(torch.tensor(numbers.astype(np.float32)))  # Flax keeps running statistics in float32
     return model.eval()
-
-
-@pytest.fixture(autouse=True)
-def _flaxs_norms_mix_dtypes() -> Iterator[None]:
-    with jax.numpy_dtype_promotion("standard"):
-        yield
 
 
 @pytest.mark.torch

@@ -146,9 +146,7 @@ def test_parts_that_do_not_fit(tensors: dict) -> None:
     assert [found.prefix for found in checkpoint.find_rnns(gru | tensors)] == ["enc."]
     del gru["enc.weight_hh_l0"]
     parts = {name.replace("weight", "enc.weight_hh_l0"): value for name, value in tensors.items()}
-    with pytest.raises(
-        CheckpointError, match=r"the parts of enc\.weight_hh_l0 do not fit together: enc\.weight_hh_l0_"
-    ):
+    with pytest.raises(CheckpointError, match=r"the parts of enc\.weight_hh_l0 do not fit together: enc\."):
         checkpoint.find_rnns(gru | parts)
 
 
@@ -211,12 +209,10 @@ def test_what_is_where_is_told() -> None:
         match=r"tensors should be a dict of arrays, but it has dicts under model\ngive .* tensors\['model'\]",
     ):
         jaxrnn.load_state_dict(gru, nested, strict=False)
-    with pytest.raises(
-        TypeError, match=r"tensors should be a dict from name to array, got str\n.*read a file with jaxrnn"
-    ):
+    with pytest.raises(TypeError, match=r"tensors should be a dict from name to array, got str\n.*read a file"):
         jaxrnn.load_state_dict(gru, "model.pt")
     with pytest.raises(
-        TypeError, match=r"module should be an nnx.Module, got Linen's GRU: use jaxrnn.checkpoint.linen instead"
+        TypeError, match=r"module should be an nnx.Module, got Linen's GRU: use jaxrnn.checkpoint.linen"
     ):
         jaxrnn.load_state_dict(jaxrnn.linen.GRU(3, 4), tensors, "dec.")
     with pytest.raises(TypeError, match=r"module should be an nnx.Module, got Linen's GRU"):

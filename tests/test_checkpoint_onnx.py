@@ -1,9 +1,8 @@
 """ONNX both ways: nodes become torch's weights, and our modules become models that compute what they compute."""
 
 import contextlib
-import functools
+import itertools
 import os
-import random
 import warnings
 from pathlib import Path
 from typing import Any
@@ -14,44 +13,30 @@ import numpy as np
 import pytest
 from arrays import named, normal, parameters
 from comparing import assert_close
+from covering import covering
 from flax import nnx
 from making import filled, filled_variables
 from memory import memory_to_refuse
+from onnx_models import F, H, graph_of, model_of, node_weights, onnx, recurrent
+from reading import loaded, refused_of_mutated
 
 import jaxrnn
 from jaxrnn.checkpoint import CheckpointError, find_rnns, load, to_onnx
 from jaxrnn.checkpoint.dialects import DIALECTS
 
-onnx = pytest.importorskip("onnx", reason="onnx is not installed")
+pytest_plugins = "shared_fixtures"
+pytestmark = pytest.mark.usefixtures("compiled_once")
 CELLS = {"LSTM": jaxrnn.LSTM_CELL, "GRU": jaxrnn.GRU_CELL, "RNN": jaxrnn.RNN_TANH}
-GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
-F, H = 2, 3
-
-
-def _node(kind: str, name: str, x: str = "X", y: str = "Y", inputs: tuple[str, ...] = (), **attributes: Any) -> Any:
-    if kind == "GRU":
-        attributes = {"linear_before_reset": 1} | attributes
-    names = [x, *(f"{name}.{each}" for each in "WRB"), *inputs]
-    return onnx.helper.make_node(kind, names, [y, f"{y}_h"], name=name, hidden_size=H, **attributes)
-
-
-def _weights(kind: str, name: str, features: int = F, directions: int = 1) -> dict[str, np.ndarray]:
-    rows = GATES[kind] * H
-    shapes = {"W": (directions, rows, features), "R": (directions, rows, H), "B": (directions, 2 * rows)}
-    return {f"{name}.{key}": normal(*shape, seed=len(key + name)).astype("f4") for key, shape in shapes.items()}
-
-
-def _model(nodes: list[Any], arrays: dict[str, np.ndarray], opset: int = 14) -> Any:
-    described = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in ("X", "Y")]
-    tensors = [onnx.numpy_helper.from_array(array, name) for name, array in arrays.items()]
-    graph = onnx.helper.make_graph(nodes, "test", described[:1], described[1:], tensors)
-    return onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", opset)])
 
 
 def _saved(tmp_path: Path, nodes: list[Any], arrays: dict[str, np.ndarray]) -> Path:
     path = tmp_path / "model.onnx"
     path.write_bytes(_model(nodes, arrays).SerializeToString())
     return path
+
+
+def _model(nodes: list[Any], arrays: dict[str, np.ndarray]) -> Any:
+    return model_of(graph_of(nodes, arrays))
 
 
 @pytest.mark.torch
@@ -84,7 +69,7 @@ def _exported(prefix: str) -> list[Any]:
     """Two layers as torch's other exporter writes them: the path is in the metadata, the shapes are numbers."""
     nodes = []
     for name, x in (("a", "X"), ("b", "Z")):
-        node = _node("GRU", name, x, f"Y_{name}", direction="bidirectional")
+        node = recurrent("GRU", name, x, f"Y_{name}", direction="bidirectional")
         node.metadata_props.add(key="namespace", value=f": Model/{prefix}: torch.nn.GRU/gru: aten.gru.input")
         shape = onnx.numpy_helper.from_array(np.array([5, 2, 2 * H]), f"shape_{name}")
         nodes += [
@@ -97,7 +82,7 @@ def _exported(prefix: str) -> list[Any]:
 
 
 def test_layers_of_one_module_are_one_again(tmp_path: Path) -> None:
-    arrays = _weights("GRU", "a", directions=2) | _weights("GRU", "b", 2 * H, directions=2)
+    arrays = node_weights("GRU", "a", directions=2) | node_weights("GRU", "b", 2 * H, directions=2)
     [found] = find_rnns(load(_saved(tmp_path, _exported("encoder"), arrays)))
     assert (found.prefix, found.num_layers, found.bidirectional) == ("encoder.", 2, True)
     # Whatever else happens between two layers, they are two modules.
@@ -108,49 +93,25 @@ def test_layers_of_one_module_are_one_again(tmp_path: Path) -> None:
     assert [(rnn.prefix, rnn.num_layers) for rnn in found] == [("encoder.", 1), ("encoder.1.", 1)]
 
 
-@pytest.mark.parametrize(
-    ("kind", "attributes", "reason"),
-    [
-        ("LSTM", {"clip": 3.0}, "clip=3"),
-        ("LSTM", {"input_forget": 1}, "input_forget=1"),
-        ("LSTM", {"direction": "reverse"}, "direction=reverse"),
-        ("GRU", {"linear_before_reset": 0}, "linear_before_reset=0, where torch's GRU has 1"),
-        ("GRU", {"activations": ["HardSigmoid", "Tanh"]}, r"activations=\['HardSigmoid', 'Tanh'\]"),
-        ("RNN", {"activations": ["Affine"]}, r"activations=\['Affine'\]"),
-    ],
-)
-def test_what_torch_has_not_is_named_and_left_out(
-    kind: str, attributes: dict[str, Any], reason: str, tmp_path: Path
-) -> None:
-    nodes = [_node(kind, "odd", **attributes), _node("LSTM", "plain", y="Y2")]
-    path = _saved(tmp_path, nodes, _weights(kind, "odd") | _weights("LSTM", "plain"))
-    with pytest.warns(UserWarning, match=rf"left out.*: odd \({reason}\)$") as caught:
-        found = find_rnns(load(path))
-    assert caught[0].filename == __file__
-    assert [rnn.prefix for rnn in found] == ["plain."]
-
-
 def test_what_no_weights_hold_is_said(tmp_path: Path) -> None:
-    arrays = _weights("RNN", "one") | {"first": np.ones((1, 2, H), "f4")}
-    path = _saved(tmp_path, [_node("RNN", "one", inputs=("", "first"), activations=["Relu"])], arrays)
-    with pytest.warns(UserWarning, match="one") as caught:
-        load(path)
-    words = [str(warning.message).partition(": ")[2] for warning in caught]
-    assert words == [
+    arrays = node_weights("RNN", "one") | {"first": np.ones((1, 2, H), "f4")}
+    path = _saved(tmp_path, [recurrent("RNN", "one", more=("", "first"), activations=["Relu"])], arrays)
+    assert loaded(path)[1] == [
         "one starts from the state first, which is not zero: give it to each call as hx",
         "one. has relu, which weights do not say: make the module with nonlinearity='relu'",
     ]
-    weights = onnx.helper.make_node("Tanh", ["X"], ["one.W"])
-    path = _saved(tmp_path, [weights, _node("RNN", "one")], {n: a for n, a in arrays.items() if n != "one.W"})
-    with pytest.warns(UserWarning, match=r"one \(its weights are computed by the graph\)"):
+    weights = onnx.helper.make_node("Tanh", ["X"], ["oneW"])
+    path = _saved(tmp_path, [weights, recurrent("RNN", "one")], {n: a for n, a in arrays.items() if n != "oneW"})
+    with pytest.warns(UserWarning, match=r"one \(its weights are computed by the graph\)") as caught:
         load(path)
+    assert caught[0].filename == __file__
 
 
 def test_peepholes_are_ours(tmp_path: Path) -> None:
     from onnx.reference import ReferenceEvaluator
 
-    arrays = _weights("LSTM", "one") | {"one.P": normal(1, 3 * H).astype("f4")}
-    node = _node("LSTM", "one", inputs=("", "", "", "one.P"))
+    arrays = node_weights("LSTM", "one") | {"oneP": normal(1, 3 * H).astype("f4")}
+    node = recurrent("LSTM", "one", more=("", "", "", "oneP"))
     path = _saved(tmp_path, [node], arrays)
     [found] = find_rnns(tensors := load(path))
     assert found.class_name == "Recurrent"
@@ -164,11 +125,11 @@ def test_peepholes_are_ours(tmp_path: Path) -> None:
 
 def test_nodes_in_a_branch_and_weights_beside_the_file(tmp_path: Path) -> None:
     described = onnx.helper.make_tensor_value_info("Y", onnx.TensorProto.FLOAT, None)
-    arrays = _weights("LSTM", "one")
-    tensors = [onnx.numpy_helper.from_array(arrays["one.W"], "one.W")]
-    inner = onnx.helper.make_graph([_node("LSTM", "one")], "inner", [], [described], tensors)
+    arrays = node_weights("LSTM", "one")
+    tensors = [onnx.numpy_helper.from_array(arrays["oneW"], "oneW")]
+    inner = onnx.helper.make_graph([recurrent("LSTM", "one")], "inner", [], [described], tensors)
     node = onnx.helper.make_node("If", ["C"], ["Y"], then_branch=inner, else_branch=inner)
-    model = _model([node], {name: a for name, a in arrays.items() if name != "one.W"})
+    model = _model([node], {name: a for name, a in arrays.items() if name != "oneW"})
     onnx.save(model, tmp_path / "model.onnx", save_as_external_data=True, location="beside.bin", size_threshold=0)
     assert os.path.exists(tmp_path / "beside.bin")
     [found] = find_rnns(load(tmp_path / "model.onnx"))
@@ -178,7 +139,7 @@ def test_nodes_in_a_branch_and_weights_beside_the_file(tmp_path: Path) -> None:
         sum(a.size for a in arrays.values()),
     )
     os.remove(tmp_path / "beside.bin")
-    with pytest.raises(CheckpointError, match=r"one.W cannot be read.*beside.bin"):
+    with pytest.raises(CheckpointError, match=r"oneW cannot be read.*beside.bin"):
         load(tmp_path / "model.onnx")
     tensor = onnx.load(tmp_path / "model.onnx", load_external_data=False).graph.initializer[0]
     assert tensor.external_data[0].value == "beside.bin"
@@ -200,14 +161,14 @@ HOSTILE = {
     "no graph": lambda data: onnx.ModelProto(ir_version=8, producer_name="nobody").SerializeToString(),
     "a bomb": lambda data: _model(_concatenated(12), {"c0": np.ones((1, 9, 9)), "R": np.ones(1)}).SerializeToString(),
     "a chain": lambda data: _model(_concatenated(2000), {"c0": np.ones(1), "R": np.ones(1)}).SerializeToString(),
-    "another shape": lambda data: _model([_node("LSTM", "one")], _weights("GRU", "one")).SerializeToString(),
+    "another shape": lambda data: _model([recurrent("LSTM", "one")], node_weights("GRU", "one")).SerializeToString(),
     "names that are no text": lambda data: data.replace(b"one", b"o\xff\xfe"),
 }
 
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_damaged_and_hostile_files_are_refused(name: str, tmp_path: Path) -> None:
-    data = _model([_node("LSTM", "one")], _weights("LSTM", "one")).SerializeToString()
+    data = _model([recurrent("LSTM", "one")], node_weights("LSTM", "one")).SerializeToString()
     (tmp_path / "model.onnx").write_bytes(HOSTILE[name](data))
     if name == "names that are no text":
         assert "o\\xff\\xfe.weight_ih_l0" in load(tmp_path / "model.onnx")
@@ -224,55 +185,35 @@ def test_bombs_take_no_memory(tmp_path: Path) -> None:
 
 
 def test_mutated_files_are_read_or_refused(tmp_path: Path) -> None:
-    random_numbers, path = random.Random(0), tmp_path / "model.onnx"
-    data = _model(_exported("one"), _weights("GRU", "a", directions=2) | _weights("GRU", "b", 6, 2)).SerializeToString()
-    refused = 0
-    for _ in range(300):
-        changed = bytearray(data)
-        for _ in range(random_numbers.choice([1, 2, 9])):
-            changed[random_numbers.randrange(2, len(data))] = random_numbers.randrange(256)
-        path.write_bytes(changed)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            try:
-                load(path)
-            except CheckpointError:
-                refused += 1
-    assert 30 < refused < 300
+    arrays = node_weights("GRU", "a", directions=2) | node_weights("GRU", "b", 2 * H, directions=2)
+    data = _model(_exported("one"), arrays).SerializeToString()
+    assert 30 < refused_of_mutated(tmp_path / "model.onnx", data, 300, (1, 2, 9)) < 300
 
 
-@functools.cache
-def _specs(count: int) -> list[tuple[str, jaxrnn.Spec, bool, bool]]:
-    numbers = random.Random(0)
-    made = []
-    for index in range(count):
-        kind = ("LSTM", "GRU", "RNN", "RNN relu")[index % 4]
-        cell = jaxrnn.RNN_RELU if kind == "RNN relu" else CELLS[kind]
-        sizes = [numbers.randint(1, 8), numbers.randint(1, 8), numbers.randint(1, 3)]
-        flags = [numbers.random() < 0.5 for _ in range(5)]
-        spec = jaxrnn.Spec(cell, *sizes, bias=flags[0], batch_first=flags[1], bidirectional=flags[2])
-        made.append((kind.partition(" ")[0], spec, flags[3], flags[4]))
-    return made
+NAMES = ("kind", "sizes", "layers", "bias", "batch_first", "bidirectional", "lengths", "hx")
+CHOICES = [["LSTM", "GRU", "RNN", "RNN relu"], [(F, H), (3, 1)], [1, 3], *([[True, False]] * 5)]
+ROWS = covering((dict(zip(NAMES, row, strict=True)) for row in itertools.product(*CHOICES)), lambda row: row)
 
 
-@pytest.mark.parametrize("index", [0, 1, 2, 3, *(pytest.param(i, marks=pytest.mark.slow) for i in range(4, 40))])
-def test_onnxruntime_computes_what_we_do(index: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("row", [*ROWS[:2], *(pytest.param(row, marks=pytest.mark.slow) for row in ROWS[2:])], ids=str)
+def test_onnxruntime_computes_what_we_do(row: dict[str, Any], tmp_path: Path) -> None:
     runtime = pytest.importorskip("onnxruntime")
-    kind, spec, lengths, hx = _specs(40)[index]
+    kind, relu = row["kind"].partition(" ")[0], row["kind"] == "RNN relu"
+    flags = {name: row[name] for name in ("bias", "batch_first", "bidirectional")}
+    spec = jaxrnn.Spec(jaxrnn.RNN_RELU if relu else CELLS[kind], *row["sizes"], row["layers"], **flags)
     module = filled(lambda: _module(kind, spec))
     path = tmp_path / "model.onnx"
-    to_onnx(module, path, lengths=lengths, hx=hx)
+    to_onnx(module, path, lengths=row["lengths"], hx=row["hx"])
     session, steps, rows = runtime.InferenceSession(path), 5, 3
     x = normal(*((rows, steps) if spec.batch_first else (steps, rows)), spec.input_size).astype("f4")
     state_shape = spec.num_layers * (1 + spec.bidirectional), rows, spec.hidden_size
     states = {f"{state}_0": normal(*state_shape, seed=i).astype("f4") for i, state in enumerate(spec.cell.states)}
-    given = {"lengths": np.array([5, 0, 2], np.int32)} if lengths else {}
-    theirs = session.run(None, {"x": x} | given | (states if hx else {}))
+    given = {"lengths": np.array([5, 0, 2], np.int32)} if row["lengths"] else {}
+    theirs = session.run(None, {"x": x} | given | (states if row["hx"] else {}))
     names = [output.name for output in session.get_outputs()]
     first = tuple(states.values()) if len(states) > 1 else states["h_0"]
-    ours = named(spec, module(jnp.asarray(x), first if hx else None, **given))
+    ours = named(spec, module(jnp.asarray(x), first if row["hx"] else None, **given))
     assert_close(ours, dict(zip(names, theirs, strict=True)), atol=1e-6, rtol=1e-6)
-    relu = spec.cell is jaxrnn.RNN_RELU
     with pytest.warns(UserWarning, match="nonlinearity='relu'") if relu else contextlib.nullcontext():
         assert_close(load(path), jaxrnn.state_dict(module), atol=0)
 
@@ -297,9 +238,7 @@ def test_linen_and_what_onnx_has_not(tmp_path: Path) -> None:
             to_onnx(other, path)
     with pytest.raises(CheckpointError, match=r"model.onnx: ONNX has no LSTM with proj_size\n"):
         to_onnx(filled(lambda: jaxrnn.LSTM(F, H, proj_size=2, rngs=nnx.Rngs(0))), path)
-    with pytest.raises(
-        CheckpointError, match=r"has no GRU of bfloat16\nmake the module with param_dtype one of float32"
-    ):
+    with pytest.raises(CheckpointError, match=r"has no GRU of bfloat16\nmake .* with param_dtype one of float32"):
         to_onnx(filled(lambda: jaxrnn.GRU(F, H, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))), path)
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == ["model.onnx"]

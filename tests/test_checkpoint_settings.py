@@ -3,7 +3,7 @@
 import re
 import types
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,15 +16,11 @@ from making import filled, filled_variables
 
 import jaxrnn
 
+pytest_plugins = "shared_fixtures"
+pytestmark = pytest.mark.usefixtures("compiled_once", "standard_promotion")
 F = jnp.float64
 RNGS = nnx.Rngs(0)
 REMEDY = re.compile(r"write (\w+)=(.+?) in Flax(?:, or (\w+)=(\S+) in torch)?")
-
-
-@pytest.fixture(autouse=True)
-def _flaxs_norms_mix_dtypes() -> Iterator[None]:
-    with jax.numpy_dtype_promotion("standard"):
-        yield
 
 
 def _warned(function: Callable[..., Any], *arguments: Any, **settings: Any) -> list[str]:

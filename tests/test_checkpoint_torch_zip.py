@@ -211,10 +211,7 @@ def test_a_whole_tree(zipped, torch, tmp_path):
     shared = torch.arange(4.0)
     value = {
         "model": OrderedDict(weight=shared, view=shared[1:3]),
-        "optimizer": {
-            "state": {0: {"step": torch.tensor(3.0), "twice": shared}},
-            "groups": [{"betas": (0.9, 1)}],
-        },
+        "optimizer": {"state": {0: {"step": torch.tensor(3.0), "twice": shared}}, "groups": [{"betas": (0.9, 1)}]},
         "name": "best",
         "none": None,
         "dtype": torch.bfloat16,

@@ -21,6 +21,8 @@ from making import filled, filled_variables
 import jaxrnn
 from jaxrnn.checkpoint.flax_layers import TABLES
 
+pytest_plugins = "shared_fixtures"
+pytestmark = pytest.mark.usefixtures("compiled_once")
 F = jnp.float64
 N, T, C = 2, 6, 4
 Settings = dict[str, Any]

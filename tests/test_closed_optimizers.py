@@ -3,23 +3,24 @@
 import copy
 import types
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from comparing import assert_close
 from flax import nnx
+from torch_steps import SHAPES, gradient_of, torchs_step
 
 import jaxrnn
 from jaxrnn import checkpoint
 from jaxrnn.checkpoint import CheckpointError
 from jaxrnn.checkpoint.torch_optimizers import KINDS, STATE
 
-pytestmark = pytest.mark.torch
+pytest_plugins = "shared_fixtures"
+pytestmark = [pytest.mark.torch, pytest.mark.usefixtures("compiled_once", "standard_promotion")]
 _QUICK = ("SGD", "Adam")
 ROWS = [
     pytest.param(name, key, marks=[] if name in _QUICK else pytest.mark.slow)
@@ -36,13 +37,6 @@ STATES = [
     for key in (*kind.fields, "step")
 ]
 TABLES = {name: kind.table for kind in KINDS for name in kind.name.split(", ")}
-SHAPES = {"w": (2, 3), "b": (3,), "v": (3,)}
-
-
-@pytest.fixture(autouse=True)
-def _optax_mixes_dtypes() -> Iterator[None]:
-    with jax.numpy_dtype_promotion("standard"):
-        yield
 
 
 def _tensors(torch: types.ModuleType) -> dict[str, Any]:
@@ -50,22 +44,12 @@ def _tensors(torch: types.ModuleType) -> dict[str, Any]:
     return {name: torch.tensor(random.randn(*shape)) for name, shape in SHAPES.items()}
 
 
-def _gradient(value: Any, count: int) -> np.ndarray:
-    return np.cos(np.asarray(value) * 3 + count) / count
-
-
-def _step(torch: types.ModuleType, optimizer: Any, tensors: dict[str, Any], count: int) -> None:
-    for tensor in tensors.values():
-        tensor.grad = torch.tensor(_gradient(tensor, count))
-    optimizer.step()
-
-
 def _made(torch: types.ModuleType, name: str, groups: Any = None, **settings: Any) -> tuple[Any, dict[str, Any]]:
     """An optimizer after three steps, and its parameters, in float64."""
     tensors = _tensors(torch)
     optimizer = getattr(torch.optim, name)(groups(tensors) if groups else list(tensors.values()), **settings)
     for count in (1, 2, 3):
-        _step(torch, optimizer, tensors, count)
+        torchs_step(torch, optimizer, tensors, count)
     return optimizer, tensors
 
 
@@ -74,7 +58,7 @@ def _two_steps(state: Any, tensors: dict[str, Any], **settings: Any) -> dict[str
     params = {name: jnp.asarray(tensor.numpy()) for name, tensor in tensors.items()}
     optimizer, ours = checkpoint.optax_from_torch(state, params, **settings)
     for count in (4, 5):
-        gradient = {name: jnp.asarray(_gradient(value, count)) for name, value in params.items()}
+        gradient = {name: jnp.asarray(gradient_of(value, count)) for name, value in params.items()}
         updates, ours = optimizer.update(gradient, ours, params)
         params = optax.apply_updates(params, updates)
     return {name: np.asarray(value) for name, value in params.items()}
@@ -83,7 +67,7 @@ def _two_steps(state: Any, tensors: dict[str, Any], **settings: Any) -> dict[str
 def _theirs(torch: types.ModuleType, optimizer: Any, tensors: dict[str, Any]) -> dict[str, np.ndarray]:
     """Where two more steps of torch's lead."""
     for count in (4, 5):
-        _step(torch, optimizer, tensors, count)
+        torchs_step(torch, optimizer, tensors, count)
     return {name: tensor.numpy() for name, tensor in tensors.items()}
 
 
@@ -269,7 +253,7 @@ def _nnx_steps(state: Any, tensors: dict[str, Any], **settings: Any) -> dict[str
     ours = _loaded(tensors)
     optimizer = checkpoint.optimizer_from_torch(state, ours, **settings)
     for count in (4, 5):
-        gradient = nnx.state(_loaded({n: _Numbers(_gradient(v, count)) for n, v in jaxrnn.state_dict(ours).items()}))
+        gradient = nnx.state(_loaded({n: _Numbers(gradient_of(v, count)) for n, v in jaxrnn.state_dict(ours).items()}))
         optimizer.update(ours, gradient)
     return jaxrnn.state_dict(ours)
 
@@ -315,14 +299,10 @@ def test_names_that_contradict_torchs(torch: types.ModuleType) -> None:
     checkpoint.optax_from_torch(state, params, ["first", "b", "w"])  # another name for one
     with pytest.raises(CheckpointError, match="names and torch's param_names say different places for b\n"):
         checkpoint.optax_from_torch(state, params, ["b", "first", "w"])
-    with pytest.raises(
-        CheckpointError, match=r"torch's param_names have v, which the module does not have.*\ngive names="
-    ):
+    with pytest.raises(CheckpointError, match=r"torch's param_names have v, which the module does not.*\ngive names="):
         checkpoint.optax_from_torch(state, params)
     others = {f"x{count}": array for count, array in enumerate(params.values())}
-    with pytest.warns(
-        UserWarning, match=r"names in torch's param_groups are not the module's: v, b, w\. They are taken"
-    ):
+    with pytest.warns(UserWarning, match=r"names in torch's param_groups are not the module's: v, b, w\. They"):
         checkpoint.optax_from_torch(state, others)
     checkpoint.optax_from_torch(state, others, list(others))  # as the warning says
     with pytest.raises(CheckpointError, match="has 3 parameters, and there are 1 names: w"):
@@ -466,7 +446,7 @@ def test_numbers_of_moments_that_do_not_fit(torch: types.ModuleType, number: flo
         checkpoint.optax_from_torch(state, {name: value.astype(jnp.float32) for name, value in params.items()})
 
 
-def test_adamax_before_its_first_step(torch: types.ModuleType) -> None:
+def test_adamax_before_its_firsttorchs_step(torch: types.ModuleType) -> None:
     state = torch.optim.Adamax([torch.ones(2)]).state_dict()
     with pytest.raises(CheckpointError, match=r"may be Adamax before its first step.*\nstart a new .*optax.adamax"):
         checkpoint.optax_from_torch(state, {"w": np.ones(2)})

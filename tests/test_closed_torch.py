@@ -5,23 +5,19 @@ import re
 import types
 import warnings
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import safetensors.numpy
 from comparing import assert_close
 from flax import nnx
 
 import jaxrnn
-from jaxrnn import checkpoint
 from jaxrnn.checkpoint import CheckpointError
-from jaxrnn.checkpoint.formats.nested import METADATA
-from jaxrnn.checkpoint.formats.safetensors import METADATA as SAFETENSORS
 from jaxrnn.checkpoint.torch_modules import ATTRIBUTES, CLASSES, GLOBALS, METHODS, PARAMETERS
 
-pytestmark = pytest.mark.torch
+pytest_plugins = "shared_fixtures"
+pytestmark = [pytest.mark.torch, pytest.mark.usefixtures("compiled_once")]
 X = np.random.RandomState(0).randn(5, 2, 3)
 
 
@@ -530,49 +526,3 @@ def test_a_subclass_that_computes_the_same(torch: types.ModuleType) -> None:
     module.compile(backend="eager")
     module.flatten_parameters = lambda: None  # as wrappers for weight drop have it
     assert_close(_ours(module), _run(torch, module))
-
-
-# What files say beside tensors.
-
-
-def test_what_torchs_modules_write_into_metadata_is_in_the_table(torch: types.ModuleType) -> None:
-    import torch.ao.nn.qat
-    import torch.ao.nn.quantized.dynamic
-
-    left, versions = [torch.nn.Module], set()
-    while left:
-        kind = left.pop()
-        versions.add(kind._version)
-        left += [each for each in kind.__subclasses__() if each.__module__.startswith("torch.")]
-    assert not list(METADATA.findings({"version": max(versions)}))
-    assert {*versions} <= {*METADATA["version"].plain}
-    model = torch.nn.ModuleList([torch.nn.utils.spectral_norm(torch.nn.Linear(2, 2)), torch.nn.BatchNorm1d(2)])
-    assert {key for each in model.state_dict()._metadata.values() for key in each} == METADATA.keys()
-
-
-@pytest.mark.parametrize("name", [*METADATA, "new"])
-@pytest.mark.parametrize("legacy", [False, True])
-def test_metadata_of_torch_with_another_value(torch: types.ModuleType, name: str, legacy: bool, tmp_path: Path) -> None:
-    model = torch.nn.ModuleDict({"a": torch.nn.Linear(2, 2), "b": torch.nn.BatchNorm1d(2)})
-    tensors = model.state_dict()
-    tensors._metadata["a"][name] = tensors._metadata["b"][name] = 7
-    torch.save({"model": tensors}, tmp_path / "a.pt", _use_new_zipfile_serialization=not legacy)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        found = checkpoint.load(tmp_path / "a.pt")
-    assert_close(found, {key: value.numpy() for key, value in tensors.items()}, atol=0)
-    texts = [str(warning.message).partition("\n")[0] for warning in caught]
-    known = name in METADATA and METADATA[name].use == "neutral"
-    assert texts == ([] if known else [f"{tmp_path}/a.pt: the state dict of a, b has {name}=7"])
-
-
-@pytest.mark.parametrize("value", ["pt", "np", "numpy", None, "mlx", "flax", "tf"])
-def test_formats_of_safetensors(value: str | None, tmp_path: Path) -> None:
-    assert SAFETENSORS["format"].plain == ("pt", "np", "numpy")
-    metadata = {"note": "x"} | ({} if value is None else {"format": value})
-    safetensors.numpy.save_file({"w": np.ones(2)}, tmp_path / "a.safetensors", metadata)
-    if value in ("pt", "np", "numpy", None):
-        checkpoint.load(tmp_path / "a.safetensors")
-    else:
-        with pytest.warns(UserWarning, match=f"a.safetensors: it says format='{value}'\nlayouts may not be torch's"):
-            checkpoint.load(tmp_path / "a.safetensors")
