@@ -15,8 +15,12 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_num_cpu_devices", 8)  # for meshes, in the tests' own process
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m` chooses
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what is marked `thorough`, unless --thorough asks for it."""
+    """Mark tests of PyTorch, and leave out tests marked `thorough`, unless --thorough asks for them."""
+    for item in items:
+        if item.get_closest_marker("torch") or "torch" in getattr(item, "fixturenames", ()):
+            item.add_marker("libraries")
     if not config.getoption("--thorough"):
         chosen = [item for item in items if not item.get_closest_marker("thorough")]
         config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("thorough")])

@@ -19,6 +19,7 @@ pytest.importorskip("pyfive", reason="pyfive is not installed")
 h5py = pytest.importorskip("h5py", reason="h5py, which writes files, is not installed")
 # Imported by tests alone, for it takes seconds, and every worker of pytest-xdist collects all files.
 MARKS = [
+    pytest.mark.libraries,
     pytest.mark.slow,
     pytest.mark.usefixtures("compiled_once", "as_keras_computes"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),

@@ -126,6 +126,7 @@ RUN = {
 }
 
 
+@pytest.mark.libraries
 @pytest.mark.parametrize(("library", "name"), DIALECTS)
 @pytest.mark.filterwarnings("ignore")
 def test_a_library_computes_what_we_do_from_the_same_weights(library: str, name: str) -> None:

@@ -23,6 +23,7 @@ from jaxrnn.checkpoint.formats.keras_config import CALL
 
 pytest.importorskip("pyfive", reason="pyfive is not installed")
 h5py = pytest.importorskip("h5py", reason="h5py, which writes files, is not installed")
+pytestmark = pytest.mark.libraries
 F, H = 2, 3
 GATES = {"LSTM": 4, "GRU": 3, "SimpleRNN": 1}
 UNKNOWN = "jaxrnn does not know what it does: compare the outputs with the original's"

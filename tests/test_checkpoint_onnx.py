@@ -25,7 +25,7 @@ from jaxrnn.checkpoint import CheckpointError, find_rnns, load, to_onnx
 from jaxrnn.checkpoint.dialects import DIALECTS
 
 pytest_plugins = "shared_fixtures"
-pytestmark = pytest.mark.usefixtures("compiled_once")
+pytestmark = [pytest.mark.libraries, pytest.mark.usefixtures("compiled_once")]
 CELLS = {"LSTM": jaxrnn.LSTM_CELL, "GRU": jaxrnn.GRU_CELL, "RNN": jaxrnn.RNN_TANH}
 
 

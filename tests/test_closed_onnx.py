@@ -17,6 +17,8 @@ from reading import apply, refused_of_mutated, weights
 from jaxrnn.checkpoint import CheckpointError, find_rnns
 from jaxrnn.checkpoint.formats import onnx as reader
 
+pytestmark = pytest.mark.libraries
+
 
 def _schemas(kind: str) -> list[Any]:
     every = onnx.defs.get_all_schemas_with_history()

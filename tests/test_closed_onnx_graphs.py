@@ -33,6 +33,8 @@ from reading import apply, weights
 import jaxrnn
 from jaxrnn.checkpoint import CheckpointError, find_rnns
 
+pytestmark = pytest.mark.libraries
+
 GRU_X = values("X", sizes=[None, None, H])  # the input of a model whose layers have as many features as units
 
 

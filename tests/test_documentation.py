@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+import types
 import typing
 from collections.abc import Callable
 from pathlib import Path
@@ -214,8 +215,7 @@ def _members(module: Any, base: type) -> set[str]:
     return {name for name in set(dir(module)) - set(dir(base)) if not name.startswith("_")}
 
 
-def test_every_argument_of_torch_is_in_the_tables() -> None:
-    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+def test_every_argument_of_torch_is_in_the_tables(torch: types.ModuleType) -> None:
     nn, rnn = torch.nn, torch.nn.utils.rnn
     layers = [nn.RNN(1, 1), nn.LSTM(1, 2, proj_size=1), nn.GRU(1, 1)]
     cells = [nn.RNNCell(1, 1), nn.LSTMCell(1, 1), nn.GRUCell(1, 1)]

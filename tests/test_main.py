@@ -294,10 +294,9 @@ def test_a_progress_bar_on_a_terminal(model: Path, tmp_path: Path, monkeypatch: 
     assert [file.getvalue() for file in shown] == ["", ""]
 
 
-def test_diff_of_a_nested_file_and_of_large_integers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("torch", reason="PyTorch is not installed")
-    import torch
-
+def test_diff_of_a_nested_file_and_of_large_integers(
+    torch: types.ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     numbers = torch.tensor([2**53, 7])
     torch.save({"net": {"count": numbers, "on": torch.tensor([True, False])}}, tmp_path / "a.pt")
     assert main(["convert", str(tmp_path / "a.pt"), str(tmp_path / "b.orbax"), "--key", "net"]) == 0
@@ -371,8 +370,9 @@ def test_the_suites_examples_are_understood(
                     main(line.split()[1:])
 
 
-def test_what_was_taken_of_a_nested_file_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+def test_what_was_taken_of_a_nested_file_is_told(
+    torch: types.ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     tensors = {name: torch.tensor(value) for name, value in parameters(CELL).items()}
     path, out = tmp_path / "a.pt", tmp_path / "b.pt"
     torch.save({"model": tensors, "optimizer": {"lr": 0.1}, "epoch": 3}, path)

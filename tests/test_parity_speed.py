@@ -140,6 +140,7 @@ def test_an_engine_that_refuses_leaves_the_others(capsys: pytest.CaptureFixture[
     assert f"pallas does not run {workload.name}: engine='pallas' cannot run this" in capsys.readouterr().out
 
 
+@pytest.mark.libraries
 @pytest.mark.skipif(not importlib.util.find_spec("keras"), reason="Keras is not installed")
 @pytest.mark.parametrize("workload", _few_of(FEW, TINY[1]))
 def test_keras_computes_the_same(workload: Workload) -> None:

@@ -17,6 +17,7 @@ import pytest
 import jaxrnn
 from jaxrnn._core.weights import LayerParameters
 
+pytestmark = pytest.mark.libraries  # the type checkers
 ROOT = Path(__file__).parents[1]
 SCRIPT = Path(__file__).with_name("public_api.py")
 RIGHT = """
