@@ -207,6 +207,11 @@ def _of_lengths(kind: str) -> Iterator[Case]:
     yield Case(kind, arrays={"lens": np.array([T, T], np.int32)}, static=True, silent=True, **made)
     yield Case(kind, arrays={"lens": np.array([T, 2], np.int32)}, static=True, **made)
     yield Case(kind, feeds={"lens": np.array([2, 4], np.int32)}, silent=True, **made)
+    shaped, known = (
+        {"X": "shaped", **made["inputs"]},
+        {"lens": np.array([T, T], np.int32), "sizes": np.array([T, B, F])},
+    )
+    yield Case(kind, nodes=[op("Reshape", ["X", "sizes"], "shaped")], inputs=shaped, arrays=known, silent=True)
     for operator in ("Expand", "Tile"):  # as tf2onnx and others write that all rows are whole
         nodes = [*shape, *time, *rows, op(operator, ["steps", "rows"], "lens")]
         yield Case(kind, nodes=nodes, arrays=numbers, silent=True, **made)
