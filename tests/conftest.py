@@ -1,6 +1,7 @@
 """What every test runs under: float64 at hand, no implicit dtype promotion, PyTorch only where a test asks for it."""
 
 import gc
+import importlib.util
 import os
 import types
 from collections.abc import Callable, Iterator
@@ -31,7 +32,9 @@ def pytest_configure(config: pytest.Config) -> None:
     # Most of the time goes to compiling, and this halves it; tests that read compiled programs ask for `optimized`.
     if not config.getoption("--optimized"):
         jax.config.update("jax_disable_most_optimizations", True)
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"
+        # Later releases of XLA do not know the flag, and stop the process: JAX's own, and a TPU's compiler.
+        if jax.__version_info__ < (0, 11) and importlib.util.find_spec("libtpu") is None:
+            os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"
     gc.set_threshold(100_000, 50, 100)  # what JAX traces and keeps would be searched again and again
     for name, examples in (("quick", 100), ("thorough", 2500)):  # no deadline, for what is new compiles
         hypothesis.settings.register_profile(name, max_examples=examples, deadline=None)
