@@ -265,7 +265,7 @@ def test_no_more_steps_than_the_longest_row_and_one_trace_for_its_patterns(caplo
         for packed in packs:
             gru(packed)
     compiled = [record.message for record in caplog.records if record.message.startswith("Compiling")]
-    assert sum(message.startswith("Compiling jit(_run)") for message in compiled) == 1, compiled
+    assert sum(message.startswith("Compiling jit(_run_layers)") for message in compiled) == 1, compiled
 
 
 def test_dropout_masks_and_resets_are_laid_out_as_the_data() -> None:
