@@ -3,6 +3,8 @@
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 export work
+# Tests keep programs there for the next gate; JAX finds them by the program, versions and flags.
+export PYTEST_ADDOPTS="-o cache_dir=${XDG_CACHE_HOME:-$HOME/.cache}/jaxrnn"
 export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_PROGRESS_BAR=off
 
 # Print the path of the first of these versions of Python that runs.

@@ -3,6 +3,7 @@
 import gc
 import importlib.util
 import os
+import time
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,6 +11,8 @@ from pathlib import Path
 import hypothesis
 import jax
 import pytest
+
+WORTH_KEEPING = 0.3  # seconds that a program takes to compile; to keep them all would take longer than it saves
 
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -36,14 +39,28 @@ def pytest_configure(config: pytest.Config) -> None:
         if jax.__version_info__ < (0, 11) and importlib.util.find_spec("libtpu") is None:
             os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"
     gc.set_threshold(100_000, 50, 100)  # what JAX traces and keeps would be searched again and again
+    _keep_programs(config)
     for name, examples in (("quick", 100), ("thorough", 2500)):  # no deadline, for what is new compiles
         hypothesis.settings.register_profile(name, max_examples=examples, deadline=None)
     hypothesis.settings.load_profile("thorough" if config.getoption("--thorough") else "quick")
 
 
+def _keep_programs(config: pytest.Config) -> None:
+    """For the next run, those that take long to compile; JAX finds them by the program, versions and flags."""
+    if not hasattr(config, "cache"):  # -p no:cacheprovider
+        return
+    folder = config.cache.mkdir("jax")
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", WORTH_KEEPING)
+    if not hasattr(config, "workerinput"):
+        for path in folder.glob("*"):
+            if path.stat().st_mtime < time.time() - 7 * 24 * 3600:
+                path.unlink(missing_ok=True)
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--thorough", action="store_true", help="whole tables and more random inputs: minutes longer")
-    parser.addoption("--optimized", action="store_true", help="compile every program as users do: a third longer")
+    parser.addoption("--optimized", action="store_true", help="compile every program as users do: twice as long")
 
 
 @pytest.fixture(autouse=True)
@@ -58,8 +75,10 @@ def optimized() -> Iterator[None]:
     """Compile as users do, for tests that read kernels, memory or collectives in the compiled program."""
     before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", False)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1e9)  # what is kept tells less of itself
     yield
     jax.config.update("jax_disable_most_optimizations", before)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", WORTH_KEEPING)
 
 
 @pytest.fixture
