@@ -80,8 +80,11 @@ OTHERS: Settings = {
     "dot_general": _doubled,
     "preferred_element_type": jnp.float32,
 }
-# Where other changes to the cell make the value of a Linear.
+# Flax draws recurrent weights by a QR decomposition, which JAX 0.12 does not have in bfloat16.
+HALF = {"param_dtype": jnp.bfloat16, "recurrent_kernel_init": jax.nn.initializers.normal()}
+# Where it takes other changes to the cell, such as for the value of a Linear.
 ELSEWHERE = {
+    **{(name, "param_dtype"): (name, HALF) for name in ("LSTMCell", "OptimizedLSTMCell", "GRUCell", "SimpleCell")},
     ("Linear", "in_features"): ("OptimizedLSTMCell", {"hidden_features": 6}),
     ("Linear", "out_features"): ("OptimizedLSTMCell", {"hidden_features": 6}),
     ("Linear", "kernel"): ("OptimizedLSTMCell", {"kernel_init": jax.nn.initializers.ones}),
