@@ -349,6 +349,7 @@ def test_arrays_beside_the_kernel_are_row_major(traced: None) -> None:
     assert found == {"rnn_fwd": (True, True), "rnn_bwd": (True, True)}
 
 
+@pytest.mark.compilers
 @pytest.mark.skipif(not importlib.util.find_spec("jax_cuda12_plugin"), reason="no compiler for a GPU is here")
 def test_compiled_for_a_gpu_they_are_row_major(traced: None, optimized: None) -> None:
     spec, sharding = _spec(num_layers=2), jax.sharding.SingleDeviceSharding(compilers.devices("h100")[0])

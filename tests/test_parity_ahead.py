@@ -190,6 +190,7 @@ def _compiled(target: str, name: str, side: str = "jaxrnn") -> dict[str, ahead.C
     return found
 
 
+@pytest.mark.compilers
 @pytest.mark.parametrize(("name", "most"), [("small LSTM", 7), ("small GRU", 6)])
 def test_a_step_on_a_gpu_takes_few_launches_in_one_graph(name: str, most: int) -> None:
     found = _compiled("h100", name)
@@ -198,6 +199,7 @@ def test_a_step_on_a_gpu_takes_few_launches_in_one_graph(name: str, most: int) -
     assert len(found["training"].loops) == 2
 
 
+@pytest.mark.compilers
 @pytest.mark.parametrize("name", ["small LSTM", "small GRU", "char-LM GRU", "PTB LSTM", "RL GRU"])
 def test_no_step_on_a_tpu_gathers(name: str) -> None:
     found = _compiled("v5e", name)
@@ -205,6 +207,7 @@ def test_no_step_on_a_tpu_gathers(name: str) -> None:
     assert [loop.not_time_major for loop in found["training"].loops] == [0] * len(found["training"].loops)
 
 
+@pytest.mark.compilers
 @pytest.mark.parametrize("target", [name for name, (platform, _) in TARGETS.items() if platform == "tpu"])
 def test_kernels_compile_for_every_tpu(target: str) -> None:
     """On one of them of sizes that are no multiples of tiles: 20 rows of 650 units."""
@@ -213,6 +216,7 @@ def test_kernels_compile_for_every_tpu(target: str) -> None:
     assert counts == {"forward": NAMED[name].num_layers, "training": 2 * NAMED[name].num_layers}
 
 
+@pytest.mark.compilers
 def test_a_kernels_instructions_are_counted(tmp_path: Path) -> None:
     """In a process of its own: the compiler must be told before it is loaded."""
     if importlib.util.find_spec("libtpu") is None:
