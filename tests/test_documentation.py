@@ -41,15 +41,24 @@ def _run(test: doctest.DocTest) -> doctest.TestResults:
         return doctest.DocTestRunner().run(test)
 
 
-def _missing(text: str) -> list[str]:
+def _libraries(text: str) -> list[str]:
     """Packages that examples import, and that need not be installed."""
     lines = re.findall(r"^ *>>> import (.+)", text, re.M)
     imported = [name.split(" as ")[0] for line in lines for name in line.split(", ")]
-    libraries = ("torch", "onnx", "equinox", "haiku")
-    return [name for name in libraries if name in imported and importlib.util.find_spec(name) is None]
+    return [name for name in ("torch", "onnx", "equinox", "haiku") if name in imported]
 
 
-@pytest.mark.parametrize("module", MODULES)
+def _missing(text: str) -> list[str]:
+    return [name for name in _libraries(text) if importlib.util.find_spec(name) is None]
+
+
+def _marked(name: str, path: str | Path, *marks: pytest.MarkDecorator) -> Any:
+    """A parameter, for the tests of libraries if the examples in a file import one."""
+    needs = bool(_libraries((ROOT / path).read_text()))
+    return pytest.param(name, marks=[*marks, *[pytest.mark.libraries] * needs])
+
+
+@pytest.mark.parametrize("module", [_marked(name, str(importlib.util.find_spec(name).origin)) for name in MODULES])
 def test_docstring_examples(module: str) -> None:
     skipped = []
     for test in _examples(module):
@@ -77,7 +86,9 @@ def _blocks(path: str, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", (ROOT / path).read_text(), re.M | re.S)
 
 
-@pytest.mark.parametrize("path", [GUIDES[0], *(pytest.param(path, marks=pytest.mark.slow) for path in GUIDES[1:])])
+@pytest.mark.parametrize(
+    "path", [_marked(GUIDES[0], GUIDES[0]), *(_marked(path, path, pytest.mark.slow) for path in GUIDES[1:])]
+)
 def test_every_block_of_python_runs(path: str, clone: Path) -> None:
     text = (ROOT / path).read_text()
     blocks = _blocks(path, "python")
