@@ -25,9 +25,8 @@ from jaxrnn.checkpoint import CheckpointError, FoundRNN, find_rnns, fold, save
 from jaxrnn.checkpoint.check import LIMIT, check, installed_torch
 from jaxrnn.checkpoint.errors import about, listed, printable
 from jaxrnn.checkpoint.files import Tensors, opened
-from jaxrnn.checkpoint.flax_cells import with_torchs_names
 from jaxrnn.checkpoint.formats.reading import Reading
-from jaxrnn.checkpoint.named import Described, said_of
+from jaxrnn.checkpoint.named import described_as
 from jaxrnn.checkpoint.names import under
 from jaxrnn.checkpoint.stored import Value, equal, not_finite, read
 
@@ -228,14 +227,8 @@ def _found(path: str, tensors: Tensors) -> list[FoundRNN]:
     return found
 
 
-def _as_torchs(path: str, tensors: Tensors) -> Tensors:
-    """The tensors with torch's names for the weights of Flax's cells."""
-    with about(path), _printed_warnings(f"{path}: "):
-        return with_torchs_names(tensors)
-
-
 def _inspect(arguments: argparse.Namespace) -> int:
-    found = _found(arguments.file, _as_torchs(arguments.file, _load(arguments.file, arguments.key, arguments)))
+    found = _found(arguments.file, _load(arguments.file, arguments.key, arguments))
     if arguments.json:
         names = ["prefix", "input_size", "hidden_size", "num_layers", "bidirectional", "bias", "proj_size"]
         names += ["num_parameters", "assumed", "beside"]
@@ -305,16 +298,15 @@ def _convert(arguments: argparse.Namespace) -> int:
         raise CheckpointError(f"{arguments.out}: it exists already\ngive another name, or --force to replace it")
     tensors = _load(arguments.file, arguments.key, arguments)
     if arguments.only_rnn:
-        tensors = _as_torchs(arguments.file, tensors)
         keys = [rnn.prefix + name for rnn in _found(arguments.file, tensors) for name in rnn.spec.shapes()]
-        tensors = Described({key: tensors[key] for key in keys}, said_of(tensors))
+        tensors = described_as({key: tensors[key] for key in keys}, tensors)
     chosen = _chosen(arguments.file, tensors, arguments.prefix)
     if not chosen:
         raise CheckpointError(f"{arguments.file}: it has no tensors\ngive another file, or --key")
     found: list[FoundRNN] = []
     with contextlib.suppress(CheckpointError), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # any tensors can be converted
-        found = find_rnns(with_torchs_names(chosen))
+        found = find_rnns(chosen)
     with about(arguments.file):
         for rename in arguments.rename:
             chosen = _renamed(chosen, rename)
@@ -404,7 +396,7 @@ def _difference(one: Value | None, other: Value | None) -> str:
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    tensors = _as_torchs(arguments.file, _load(arguments.file, arguments.key, arguments))
+    tensors = _load(arguments.file, arguments.key, arguments)
     found = _found(arguments.file, tensors)
     torch = installed_torch()
     checked = [check(rnn, tensors, torch) for rnn in found]

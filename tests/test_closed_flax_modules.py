@@ -18,7 +18,7 @@ from making import filled, filled_variables
 import jaxrnn
 from jaxrnn.checkpoint import CheckpointError, find_rnns
 from jaxrnn.checkpoint.dialects import DIALECTS
-from jaxrnn.checkpoint.flax_cells import with_torchs_names
+from jaxrnn.checkpoint.flax_names import with_torchs_names
 
 pytest_plugins = "shared_fixtures"
 pytestmark = pytest.mark.usefixtures("compiled_once", "standard_promotion")
@@ -220,7 +220,8 @@ def test_two_cells_under_one_name() -> None:
 def test_what_stands_beside_a_cell_is_named() -> None:
     theirs = Theirs("flax.nnx", make_rnn("flax.nnx", "GRUCell", {}))
     beside = {"norm": {"scale": np.ones(4)}, "count": np.array(3)}
-    with pytest.warns(UserWarning, match=r"beside the cell cell\. there are count, norm\.scale, .*\n.* part of"):
+    said = r"beside the weights of flax\.nnx\.GRUCell there are norm\.scale, count, .*\n.* part of"
+    with pytest.warns(UserWarning, match=said):
         ours = jaxrnn.from_flax({**nnx.to_pure_dict(theirs.weights), **beside})
     assert_same(theirs, ours)
 

@@ -1,5 +1,6 @@
 """Read checkpoint files: tell the format by the first bytes, and let `formats` read it."""
 
+import functools
 import itertools
 import os
 import stat
@@ -9,9 +10,10 @@ from typing import Any
 from numpy.typing import NDArray
 
 from jaxrnn.checkpoint.errors import AGAIN, CheckpointError, about, is_text, listed
+from jaxrnn.checkpoint.flax_names import with_torchs_names
 from jaxrnn.checkpoint.formats import FILES, Format, index, orbax
-from jaxrnn.checkpoint.formats.reading import Reading
-from jaxrnn.checkpoint.named import Described, modules_of, said_of
+from jaxrnn.checkpoint.formats.reading import Reading, warn
+from jaxrnn.checkpoint.named import described_as
 from jaxrnn.checkpoint.stored import Value, read
 
 FilePath = str | os.PathLike[str]
@@ -77,11 +79,17 @@ def load(
     {'scale': array([1., 2.])}
     """
     tensors = opened(path, Reading(key, only_tensors, dequantize))
-    return Described({name: read(value) for name, value in tensors.items()}, said_of(tensors), modules_of(tensors))
+    return described_as({name: read(value) for name, value in tensors.items()}, tensors)
 
 
 def opened(path: FilePath, what: Reading = _ALL) -> Tensors:
     """As `load`, but tensors whose bytes can be used directly are not read: they are `Stored`."""
+    with about(path):
+        return with_torchs_names(stored_in(path, what), note=what.note, warn=functools.partial(warn, path))
+
+
+def stored_in(path: FilePath, what: Reading = _ALL) -> Tensors:
+    """As `opened`, with the names of the file."""
     with about(path):
         check_path(path)
         if (several := index.index_of(path)) is not None:

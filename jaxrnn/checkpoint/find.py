@@ -17,7 +17,8 @@ from jaxrnn import more_cells
 from jaxrnn.cells import GRU_CELL, LSTM_CELL, RNN_RELU, RNN_TANH, ROLES, Cell
 from jaxrnn.checkpoint.arrays import dtype_of
 from jaxrnn.checkpoint.errors import CheckpointError
-from jaxrnn.checkpoint.named import said_of
+from jaxrnn.checkpoint.flax_names import with_torchs_names
+from jaxrnn.checkpoint.named import origins_of, said_of
 from jaxrnn.checkpoint.names import fold, misfits
 from jaxrnn.spec import CellSpec, Shape, Spec, level_outside
 
@@ -65,8 +66,9 @@ class FoundRNN:
         """The arguments with which to build it. `assumed` says which of the others matter."""
         arguments: dict[str, Any] = {} if self.in_torch else {"cell": self.spec.cell}
         arguments |= {"input_size": self.input_size, "hidden_size": self.hidden_size, "bias": self.bias}
-        if not self.is_cell:
+        if isinstance(self.spec, Spec):
             arguments |= {"num_layers": self.num_layers, "bidirectional": self.bidirectional}
+            arguments |= {"batch_first": True} if self.spec.batch_first else {}
         return arguments | ({"proj_size": self.proj_size} if self.proj_size else {}) | dict(self.said)
 
     @property
@@ -137,7 +139,8 @@ def find_rnns(tensors: Mapping[str, Any], cells: Sequence[Cell] = ()) -> list[Fo
 
     Args:
         tensors: from name to array of numpy, jax or torch, such as from `jaxrnn.checkpoint.load` or `state_dict()`.
-            Weights in parts are folded: see `jaxrnn.checkpoint.fold`. What `load` read of settings is used.
+            Weights in parts are folded: see `jaxrnn.checkpoint.fold`. What `load` read of settings is used. Cells of
+            Flax and Haiku are found under their own names, too, joined by any separator.
         cells: your own cells to look for, beside jaxrnn's. Each must have parameters of its own: layers of a cell
             without are taken for torch's of the same shapes.
 
@@ -165,8 +168,8 @@ def find_rnns(tensors: Mapping[str, Any], cells: Sequence[Cell] = ()) -> list[Fo
         raise ValueError(f"cells should have params of their own, whose names tell them from torch's, got {unknowable}")
     cells = (*cells, *_MORE_CELLS)
     roles = {*ROLES, *(name for cell in cells for name in cell.own)}
-    tensors = fold(tensors)
-    said = said_of(tensors)
+    tensors = with_torchs_names(fold(tensors))
+    said, origins = said_of(tensors), origins_of(tensors)
     groups: dict[tuple[str, bool], dict[str, Any]] = {}
     keys = [key for key in tensors if isinstance(key, str)]
     for key in keys:
@@ -194,9 +197,9 @@ def find_rnns(tensors: Mapping[str, Any], cells: Sequence[Cell] = ()) -> list[Fo
             names = [key.removeprefix(prefix) for key in others]
             beside = tuple(name for name in names if _LIKE_OURS.fullmatch(name) and name not in group)
             settings = said.get(prefix, {})
-            found.append(
-                FoundRNN(prefix, _with(spec, settings), dtype_of(next(iter(group.values()))), beside, settings)
-            )
+            usual = origins[prefix].usual if prefix in origins else {}
+            full = _with(spec, {**usual, **settings})
+            found.append(FoundRNN(prefix, full, dtype_of(next(iter(group.values()))), beside, settings))
         problems += wrong
     for target, text in misfits(tensors).items():
         prefix, dot, leaf = target.rpartition(".")

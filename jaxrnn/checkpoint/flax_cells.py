@@ -1,7 +1,6 @@
 """Flax's recurrent modules, and their weights, as ours."""
 
 import dataclasses
-import re
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, overload
@@ -18,7 +17,8 @@ from jaxrnn.checkpoint.dialects import DIALECTS, Dialect, Weights
 from jaxrnn.checkpoint.errors import CheckpointError, listed
 from jaxrnn.checkpoint.find import find_rnns
 from jaxrnn.checkpoint.flax_layers import default_of
-from jaxrnn.checkpoint.named import Described, Names, said_of
+from jaxrnn.checkpoint.flax_names import RANDOM_STATE, with_torchs_names
+from jaxrnn.checkpoint.named import Described, Names, origins_of
 from jaxrnn.checkpoint.tables import USED, Row, Table, neutral, refused, warned
 from jaxrnn.spec import level_outside
 
@@ -53,7 +53,6 @@ _PRODUCT = (
 )
 _PRECISION = "call ours under jax.default_matmul_precision with the same precision"
 _ONE_PART = "give the part of the weights that belongs to one module"
-_BOTH_FORWARD = "if both run forward, give the weights of each alone"
 _TIED = {
     "flax.nnx": "ours train apart: to tie them, ours.weight_ih_l0_reverse = ours.weight_ih_l0, and so on",
     "flax.linen": (
@@ -408,98 +407,32 @@ def _built(library: str, name: str, settings: dict[str, Any], params: Mapping[st
 
 def _from_weights(weights: Mapping[str, Any], rngs: nnx.Rngs | None) -> Any:
     """As `from_flax`, of the weights of one module."""
-    tree = nnx.to_pure_dict(weights) if isinstance(weights, nnx.State) else linen.unbox(_pure(weights))
-    named = Names[Any](_ONE_PART)
-    for path, array in flatten_dict(tree).items():
-        named.put(".".join(map(str, path)), array, "/".join(map(str, path)))
-    flat = {name: np.asarray(array) for name, array in named.items() if jnp.issubdtype(array.dtype, jnp.floating)}
-    cells, params = flax_cells(flat), with_torchs_names(flat)
-    found = find_rnns(params)
-    if len(found) != 1 or not cells:
-        there = f"the cells {listed(cells)}" if cells else f"no cell; the names are {listed(flat)}"
+    others: list[str] = []
+    if isinstance(weights, Described):  # which a file held
+        params: Mapping[str, Any] = weights
+    else:
+        tree = nnx.to_pure_dict(weights) if isinstance(weights, nnx.State) else linen.unbox(_pure(weights))
+        named = Names[Any](_ONE_PART)
+        for path, array in flatten_dict(tree).items():
+            named.put(".".join(map(str, path)), array, "/".join(map(str, path)))
+        others = [name for name, a in named.items() if not jnp.issubdtype(a.dtype, jnp.floating)]
+        params = with_torchs_names({name: np.asarray(array) for name, array in named.items() if name not in others})
+    found, origins = find_rnns(params), origins_of(params)
+    if len(found) != 1 or found[0].prefix not in origins:
+        there = f"the cells {listed(map(repr, origins))}" if origins else f"no cell; the names are {listed(params)}"
         cause = f"the weights should be those of one recurrent module of Flax, and hold {there}"
         raise CheckpointError(f"{cause}\n{_ONE_PART}")
-    of_cells = {prefix + name for prefix, (_, _, arrays) in cells.items() for name in arrays}
-    if beside := [name for name in named if name not in of_cells and not _RANDOM_STATE.search(name)]:
-        cause = f"beside the cell {next(iter(cells))} there are {listed(beside)}, which are not converted"
-        _warn(f"{cause}\nif the module computes with it, do the same around ours; {_ONE_PART}")
     [rnn] = found
-    settings = rnn.arguments | {"batch_first": True, "param_dtype": rnn.dtype}
-    arrays = {name: params[rnn.prefix + name] for name in rnn.spec.shapes()}
-    library = "flax.linen" if any(library == "flax.linen" for library, _, _ in cells.values()) else "flax.nnx"
-    return _built(library, rnn.class_name, settings, arrays, rngs)
+    names = {name: rnn.prefix + name for name in rnn.spec.shapes()}
+    others = [name for name in others if not RANDOM_STATE.search(name)]
+    if beside := [name for name in params if name not in names.values()] + others:
+        cause = f"beside the weights of {origins[rnn.prefix].title} there are {listed(beside)}, which are not converted"
+        _warn(f"{cause}\nif the module computes with it, do the same around ours; {_ONE_PART}")
+    arrays = {name: params[key] for name, key in names.items()}
+    library = "flax.linen" if origins[rnn.prefix].title.startswith("flax.linen.") else "flax.nnx"
+    return _built(library, rnn.class_name, rnn.arguments | {"param_dtype": rnn.dtype}, arrays, rngs)
 
 
 def _pure(weights: Mapping[str, Any]) -> dict[str, Any]:
     """Weights without the states in them, as in `dict(nnx.state(module))`."""
     return {name: nnx.to_pure_dict(each) if isinstance(each, nnx.State) else each for name, each in weights.items()}
-
-
-def flax_cells(tensors: Mapping[str, Any]) -> dict[str, tuple[str, Dialect, dict[str, Any]]]:
-    """The cells of Flax in a flat dict, by prefix: Flax's module, the dialect, and the arrays by name."""
-    groups: dict[str, dict[str, Any]] = {}
-    for key, value in tensors.items():
-        prefix, _, leaf = key.rpartition(".")
-        above, _, layer = prefix.rpartition(".")
-        groups.setdefault(f"{above}." * bool(above), {})[f"{layer}.{leaf}"] = value
-    found = {}
-    for prefix, arrays in groups.items():
-        for (library, _), dialect in DIALECTS.items():
-            if library in _LIBRARIES and dialect.fits(arrays):
-                found[prefix] = library, dialect, arrays
-                break
-    return found
-
-
-def with_torchs_names(tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """A flat dict in which the weights of Flax's cells have torch's names and layouts, each as a layer.
-
-    The two of a Bidirectional are one layer, if they are alike. Its prefix, and that of an RNN, is without the names
-    inside it.
-
-    Raises:
-        CheckpointError: two weights get the same name.
-
-    Warns:
-        UserWarning: two cells are taken for those of a Bidirectional.
-    """
-    cells = flax_cells(tensors)
-    gone = {prefix + name for prefix, (_, _, arrays) in cells.items() for name in arrays}
-    names = Names[Any](_ONE_PART)
-    for name, value in tensors.items():
-        if name not in gone:
-            names.put(name, value, name)
-    places = _places(cells)
-    for prefix, (_, dialect, arrays) in cells.items():
-        short, suffix = places[prefix]
-        for role, array in dialect.read(arrays).items():
-            names.put(f"{short}{role}{suffix}", array, f"a weight of {prefix.removesuffix('.') or 'the cell'}")
-    return Described(names, said_of(tensors))
-
-
-def _places(cells: Mapping[str, tuple[str, Dialect, dict[str, Any]]]) -> dict[str, tuple[str, str]]:
-    """For each cell the prefix and the suffix of its weights' names as a layer's."""
-    alike = {
-        prefix: (dialect.title, {name: np.shape(array) for name, array in arrays.items()})
-        for prefix, (_, dialect, arrays) in cells.items()
-    }
-    places = {}
-    for prefix in cells:
-        short, suffix = _IN_RNN.sub("", prefix), "_l0"
-        if match := _IN_BIDIRECTIONAL.fullmatch(prefix):
-            above = match["above"]
-            if alike.get(f"{above}forward_rnn.cell.") == alike.get(f"{above}backward_rnn.cell."):
-                short = above
-                if match["way"] == "backward":
-                    suffix = "_l0_reverse"
-                    cause = f"{above}forward_rnn and {above}backward_rnn are read as a Bidirectional"
-                    _warn(f"{cause}, whose second runs backward, because their names are its\n{_BOTH_FORWARD}")
-        places[prefix] = short.removeprefix("params."), suffix
-    return places
-
-
-# What RNN and Bidirectional add to names.
-_IN_RNN = re.compile(r"(?<![^.])cell\.$")
-_IN_BIDIRECTIONAL = re.compile(r"(?P<above>|.*\.)(?P<way>forward|backward)_rnn\.cell\.", re.S)
-# The state of an nnx.RNN's random numbers.
-_RANDOM_STATE = re.compile(r"(?<![^.])rngs\.(key|count)$")

@@ -13,6 +13,7 @@ from jaxrnn.cells import RNN_RELU, RNN_TANH
 from jaxrnn.checkpoint.arrays import NO_NUMBERS, dtype_of, to_numpy
 from jaxrnn.checkpoint.errors import CheckpointError, listed
 from jaxrnn.checkpoint.flax_layers import Conversion, kind_of
+from jaxrnn.checkpoint.flax_names import with_torchs_names
 from jaxrnn.checkpoint.named import said_of
 from jaxrnn.checkpoint.names import as_named, fold, identity, misfits, under, unwrapped
 from jaxrnn.spec import CellSpec, Spec
@@ -48,9 +49,10 @@ class ModuleParameter(NamedTuple):
         there = np.broadcast_to(np.zeros(()), jnp.shape(self.value))
         return self.conversion.to_torch(there, self.layer).shape
 
-    def to_torch(self, name: str) -> np.ndarray:
-        """A copy in torch's layout."""
-        return np.array(self.conversion.to_torch(to_numpy(name, self.value), self.layer), order="C")
+    def to_torch(self, name: str, value: Any = None) -> np.ndarray:
+        """A copy in torch's layout: of its array, or of another in Flax's layout."""
+        value = self.value if value is None else value
+        return np.array(self.conversion.to_torch(to_numpy(name, value), self.layer), order="C")
 
 
 class Contents(NamedTuple):
@@ -149,9 +151,9 @@ def fit(owner: str, contents: Contents, tensors: Mapping[str, Any], prefix: str,
     if not isinstance(tensors, Mapping):
         got = f"{type(tensors).__name__}\nread a file with jaxrnn.checkpoint.load(path)"
         raise TypeError(f"tensors should be a dict from name to array, got {got}")
-    folded = fold(tensors)
+    folded = with_torchs_names(fold(tensors), keep={prefix + name for name in params})
     chosen = under(folded, prefix)
-    values = as_named(params, chosen)
+    values = _with_flaxs(params, as_named(params, chosen))
     given = [name for name in params if name in values]
     # Some formats keep one name of a tied weight.
     first: dict[int, str] = {}
@@ -205,6 +207,22 @@ def fit(owner: str, contents: Contents, tensors: Mapping[str, Any], prefix: str,
         warnings.append(f"{owner}: {_too_large(large, values, arrays)}")
     warnings += contents.differences(owner, arrays)
     return Fit(arrays, missing, unexpected, [*warnings, *_contradicted(owner, params, said_of(chosen))])
+
+
+def _with_flaxs(params: Mapping[str, ModuleParameter], values: dict[str, Any]) -> dict[str, Any]:
+    """Values by torch's names and in its layouts, if some have Flax's names for its own layers, and its layouts."""
+    renamed: dict[str, tuple[str, ModuleParameter]] = {}
+    for name, param in params.items():
+        own = name.removesuffix(param.conversion.name) + param.conversion.attribute
+        fits = name not in values and own in values and own not in params
+        if fits and jnp.ndim(param.value) == np.ndim(values[own]):
+            renamed[own] = name, param
+    found = {}
+    for key, value in values.items():
+        if key in renamed:
+            key, value = renamed[key][0], renamed[key][1].to_torch(key, value)
+        found[key] = value
+    return found
 
 
 def _too_large(large: Mapping[str, float], values: Mapping[str, Any], arrays: Mapping[str, jax.Array]) -> str:

@@ -1,11 +1,31 @@
 """Tensors by name: no two under one name, and what a file says of the modules that they belong to."""
 
-from collections.abc import Iterable, Mapping
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+from numpy.typing import NDArray
 
 from jaxrnn.checkpoint.errors import CheckpointError
 
 _ValueT = TypeVar("_ValueT")
+
+
+class Origin(NamedTuple):
+    """What a recurrent module is in the library that wrote the file.
+
+    Attributes:
+        title: the class there, such as "flax.linen.GRUCell".
+        usual: the arguments of our constructor that fit the usual settings there, if the file does not say them.
+        run: compute with the original, of an input of shape (time, batch, features) and the first states, each of shape
+            (layers * directions, batch, features), as torch's; returns the output and the last states, in these shapes.
+            It raises ImportError where the library is not installed. None if there is no such function.
+        exact: whether it computes in float64.
+    """
+
+    title: str
+    usual: Mapping[str, Any]
+    run: Callable[[NDArray[Any], Sequence[NDArray[Any]]], Sequence[NDArray[Any]]] | None = None
+    exact: bool = True
 
 
 class Described(dict[str, Any]):
@@ -16,6 +36,7 @@ class Described(dict[str, Any]):
             file says and weights do not: nonlinearity, batch_first, dropout.
         modules: the paths of torch's modules, as its state dicts say them: also of those without tensors. By default
             those that `tensors` has.
+        origins: by the prefix of a recurrent module, what it is in another library.
     """
 
     def __init__(
@@ -23,15 +44,38 @@ class Described(dict[str, Any]):
         tensors: Mapping[str, Any] | Iterable[tuple[str, Any]] = (),
         said: Mapping[str, Mapping[str, Any]] = {},
         modules: Iterable[str] | None = None,
+        origins: Mapping[str, Origin] = {},
     ) -> None:
         super().__init__(tensors)
         self.said: dict[str, dict[str, Any]] = {prefix: dict(settings) for prefix, settings in said.items()}
         self.modules: frozenset[str] = frozenset(modules_of(tensors) if modules is None else modules)
+        self.origins: dict[str, Origin] = dict(origins)
+
+
+def described_as(
+    tensors: Mapping[str, Any], before: Mapping[str, Any], rename: Callable[[str], str | None] = lambda prefix: prefix
+) -> Described:
+    """Tensors with what is known of those that they come from.
+
+    Args:
+        tensors: the new ones.
+        before: those that they come from.
+        rename: the new prefix of a module, from its prefix before; None if it is no longer there. Prefixes end in dots.
+    """
+    said = {new: each for prefix, each in said_of(before).items() if (new := rename(prefix)) is not None}
+    origins = {new: each for prefix, each in origins_of(before).items() if (new := rename(prefix)) is not None}
+    modules = [new[:-1] for path in modules_of(before) if (new := rename(f"{path}." * bool(path))) is not None]
+    return Described(tensors, said, modules, origins)
 
 
 def said_of(tensors: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """What the file of these tensors says of modules; nothing if they come from elsewhere."""
     return tensors.said if isinstance(tensors, Described) else {}
+
+
+def origins_of(tensors: Mapping[str, Any]) -> dict[str, Origin]:
+    """What modules are in another library; nothing if the tensors are torch's, or come from elsewhere."""
+    return tensors.origins if isinstance(tensors, Described) else {}
 
 
 def modules_of(tensors: Any) -> frozenset[str]:

@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxrnn.checkpoint.arrays import NO_NUMBERS, dtype_of, to_numpy
 from jaxrnn.checkpoint.errors import CheckpointError, listed
-from jaxrnn.checkpoint.named import Described, Names, modules_of, said_of
+from jaxrnn.checkpoint.named import Names, described_as, modules_of
 
 _LEAVE_OUT = "leave one of them out"
 # What torch.compile, FSDP and activation checkpointing put into names.
@@ -75,8 +75,7 @@ def fold(tensors: Mapping[str, Any], raw: bool = False) -> dict[str, Any]:
                 plain.put(target, value, f"{key} with its other parts")
         elif name not in gone:
             plain.put(name, tensors[key], key)
-    said = {_WRAPPED.sub("", prefix): settings for prefix, settings in said_of(tensors).items()}
-    return Described(plain, said, modules)
+    return described_as(plain, tensors, lambda prefix: _WRAPPED.sub("", prefix))
 
 
 def _fold_of(
@@ -202,9 +201,7 @@ def under(tensors: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     found = {key.removeprefix(prefix): tensors[key] for key in keys if key.startswith(prefix)}
     if found and all(name.startswith(".") for name in found):
         raise CheckpointError(f"the prefix {prefix!r} should end in a dot\ngive {prefix + '.'!r}")
-    said = {path.removeprefix(prefix): each for path, each in said_of(tensors).items() if path.startswith(prefix)}
-    modules = [path.removeprefix(prefix) for path in modules_of(tensors) if path.startswith(prefix)]
-    return Described(found, said, modules)
+    return described_as(found, tensors, lambda path: path.removeprefix(prefix) if path.startswith(prefix) else None)
 
 
 def as_in_module(named: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str) -> dict[str, Any]:

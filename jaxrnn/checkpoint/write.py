@@ -17,7 +17,7 @@ import numpy as np
 from jaxrnn._compat import is_orbax_tree
 from jaxrnn.checkpoint.arrays import NO_NUMBERS, dtype_of, to_numpy
 from jaxrnn.checkpoint.errors import CheckpointError, about, listed
-from jaxrnn.checkpoint.files import FilePath, Tensors, check_path, opened
+from jaxrnn.checkpoint.files import FilePath, Tensors, check_path, stored_in
 from jaxrnn.checkpoint.formats import WRITERS, Writer
 from jaxrnn.checkpoint.formats.orbax import NEW
 from jaxrnn.checkpoint.stored import THREADS, Stored, equal
@@ -190,7 +190,7 @@ def _lock(file: IO[bytes]) -> None:
 
 def _compare(path: str, arrays: Tensors, pool: ThreadPoolExecutor, progress: Wrote) -> None:
     """Read a file, and compare it with the tensors."""
-    found = opened(path)
+    found = stored_in(path)
 
     def same(name: str) -> bool:
         return name in found and name in arrays and equal(found[name], arrays[name])

@@ -1,0 +1,270 @@
+"""Names in files of Flax and Haiku: find the parameters, and give the weights of recurrent cells torch's names."""
+
+import dataclasses
+import importlib
+import re
+import warnings
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from flax import linen, nnx
+from flax.traverse_util import unflatten_dict
+from numpy.typing import NDArray
+
+from jaxrnn.checkpoint.arrays import to_numpy
+from jaxrnn.checkpoint.dialects import DIALECTS, Dialect
+from jaxrnn.checkpoint.errors import listed
+from jaxrnn.checkpoint.named import Names, Origin, described_as
+from jaxrnn.spec import level_outside
+
+_ONE_PART = "give the part of the weights that belongs to one module"
+_BOTH_FORWARD = "if both run forward, give the weights of each alone"
+_LIBRARIES = {"flax.linen": linen, "flax.nnx": nnx}
+# What RNN and Bidirectional add to names.
+_IN_RNN = re.compile(r"(?<![^.])cell\.$")
+_IN_BIDIRECTIONAL = re.compile(r"(?P<above>|.*\.)(?P<way>forward|backward)_rnn\.cell\.", re.S)
+# The state of an nnx.RNN's random numbers.
+RANDOM_STATE = re.compile(r"(?<![^.])rngs\.(key|count)$")
+# Haiku's default names of cells whose arrays have the names of any other layers.
+_IN_HAIKU = {"LSTM": re.compile(r"(?:.*\.)?[^.]*lstm[^.]*\."), "VanillaRNN": re.compile(r"(?:.*\.)?[^.]*rnn[^.]*\.")}
+# What joins names, before that of an array in Flax or Haiku.
+_SEPARATED = re.compile(r"(?:.*\w)??(?P<separator>\W+|__)(kernel|w)", re.S)
+_COLLECTIONS = ("params", "batch_stats")  # variables of Linen that are weights or statistics
+_OPTIMIZERS = ("opt_state", "optimizer_state", "optimizer")
+# Cells that torch does not have, by the names of their arrays, with what to do.
+_OWN_CELL = "write a jaxrnn.Cell for it: its weights keep their names"
+_LEFT_OUT = {
+    frozenset({"if.kernel", "hf.kernel", "in.kernel", "hn.kernel"}): ("flax.linen.MGUCell", _OWN_CELL),
+    frozenset({"w_i", "w_h"}): ("haiku.GRU", "run it with haiku: it multiplies r by the state before W_h, torch after"),
+}
+
+
+class _Found(NamedTuple):
+    """A cell in a flat dict.
+
+    Attributes:
+        library: "flax.linen", "flax.nnx" or "haiku".
+        name: the class there.
+        dialect: how it stores its weights.
+        arrays: its arrays, by name.
+    """
+
+    library: str
+    name: str
+    dialect: Dialect
+    arrays: dict[str, Any]
+
+
+def chosen(paths: Mapping[tuple[str, ...], Any]) -> tuple[Names[Any], list[str]]:
+    """The parameters among the leaves of nested dicts, by names joined by dots, and what was left out.
+
+    Where a dict has "params", as Linen's variables and a TrainState have, its parameters and batch statistics are
+    taken, without these names. What else is in it is left out, and so are optimizers.
+    """
+    holders = {
+        path[:depth] for path in paths for depth, name in enumerate(path[:-1]) if name == _COLLECTIONS[0]
+    }  # of "params"
+    names, left_out = Names[Any]("rename one of them before saving"), dict[str, None]()
+    optimizers: dict[tuple[str, ...], Any] = {}
+    for path, value in paths.items():
+        kept: list[str] = []
+        for depth, name in enumerate(path):
+            inner = depth < len(path) - 1
+            if path[:depth] in holders:
+                if not inner or name not in _COLLECTIONS:
+                    left_out[".".join(path[: depth + 1])] = None
+                    break
+            elif inner and name in _OPTIMIZERS:
+                optimizers[path] = value
+                break
+            else:
+                kept.append(name)
+        else:
+            names.put(".".join(kept), value, "/".join(path))
+    if not names:  # of an optimizer alone
+        for path, value in optimizers.items():
+            names.put(".".join(path), value, "/".join(path))
+    else:
+        left_out |= dict.fromkeys(".".join(path[:1]) for path in optimizers)
+    return names, list(left_out)
+
+
+def with_torchs_names(
+    tensors: Mapping[str, Any],
+    keep: Collection[str] = (),
+    note: Callable[[str], None] = lambda text: None,
+    warn: Callable[[str, str], None] | None = None,
+) -> dict[str, Any]:
+    """A flat dict in which the weights of the cells of Flax and Haiku have torch's names and layouts, each as a layer.
+
+    The two of a Bidirectional are one layer, if they are alike. Its prefix, and that of an RNN, is without the names
+    inside it. If there is a cell, other names are those of parameters, joined by dots: see `chosen`.
+
+    Args:
+        tensors: by name, joined by dots, or by whatever flax.traverse_util.flatten_dict was given.
+        keep: names of weights that stay.
+        note: is told what was left out.
+        warn: is told of what is in doubt, with what to do.
+
+    Raises:
+        CheckpointError: two weights get the same name.
+
+    Warns:
+        UserWarning: without `warn`, what it would be told: two cells are taken for those of a Bidirectional, or cells
+            are left out because torch has nothing like them.
+    """
+    warn = warn or (lambda text, remedy: warnings.warn(f"{text}\n{remedy}", stacklevel=level_outside()))
+    tensors, groups = _joined_by_dots(tensors, note)
+    cells = _cells(groups)
+    cells = {prefix: cell for prefix, cell in cells.items() if not any(prefix + name in keep for name in cell.arrays)}
+    for prefix, arrays in groups.items():
+        for names, (title, remedy) in _LEFT_OUT.items():
+            if arrays.keys() >= names:
+                warn(f"left out {prefix.removesuffix('.') or 'a cell'} ({title}), which torch does not have", remedy)
+    if not cells:
+        return tensors
+    places = _places(cells, warn)
+    gone = {prefix + name for prefix, cell in cells.items() for name in cell.arrays}
+    around = {_IN_RNN.sub("", prefix) for prefix in cells}
+    new = Names[Any](_ONE_PART)
+    for name, value in tensors.items():
+        random = RANDOM_STATE.search(name)
+        if name not in gone and not (random and name[: random.start()] in around):
+            new.put(name, value, name)
+    found = described_as(new, tensors)
+    alone: dict[str, list[_Found]] = {}
+    for prefix, cell in cells.items():
+        short, suffix = places[prefix]
+        for role, array in cell.dialect.read(cell.arrays).items():
+            new.put(f"{short}{role}{suffix}", array, f"a weight of {prefix.removesuffix('.') or 'the cell'}")
+        alone.setdefault(short, []).insert(0 if suffix == "_l0" else 1, cell)
+        if cell.library == "haiku" and cell.name == "VanillaRNN":
+            found.said[short] = {"nonlinearity": "relu"}
+    found.update(new)
+    for prefix, both in alone.items():
+        # Flax's layers put the batch first; its scan, and haiku's dynamic_unroll, time.
+        batch_first = both[0].library != "haiku" and "Scan" not in prefix
+        found.origins[prefix] = Origin(both[0].dialect.title, {"batch_first": batch_first}, _runner(both))
+    return found
+
+
+def _groups(tensors: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The arrays that a cell could have, by prefix and by name in the cell: of its layers, and its own."""
+    groups: dict[str, dict[str, Any]] = {}
+    for key, value in tensors.items():
+        if not isinstance(key, str):
+            continue
+        prefix, dot, leaf = key.rpartition(".")
+        above, _, layer = prefix.rpartition(".")
+        groups.setdefault(f"{above}." * bool(above), {})[f"{layer}.{leaf}"] = value
+        if leaf in ("w_i", "w_h"):
+            groups.setdefault(prefix + dot, {})[leaf] = value
+    return groups
+
+
+def _cells(groups: Mapping[str, dict[str, Any]]) -> dict[str, _Found]:
+    found = {}
+    for prefix, arrays in groups.items():
+        for (library, name), dialect in DIALECTS.items():
+            if library == "haiku" and not _IN_HAIKU[name].fullmatch(prefix):
+                continue
+            if library == "haiku":
+                dialect = _with_biases(dialect, arrays)
+            if (library in _LIBRARIES or library == "haiku") and dialect.fits(arrays):
+                found[prefix] = _Found(library, name, dialect, arrays)
+                break
+    return found
+
+
+def _with_biases(dialect: Dialect, arrays: Mapping[str, Any]) -> Dialect:
+    """The same dialect without the last bias, if that is not there: of haiku.VanillaRNN(double_bias=False)."""
+    last = dialect.entries[-1]
+    one = last.bias and last.name not in arrays and sum(entry.bias for entry in dialect.entries) > 1
+    return dataclasses.replace(dialect, entries=dialect.entries[:-1]) if one else dialect
+
+
+def _joined_by_dots(
+    tensors: Mapping[str, Any], note: Callable[[str], None]
+) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """The parameters, by names joined by dots, if there are cells among them; else all as they are. And `_groups`."""
+    names = [name for name in tensors if isinstance(name, str)]
+    separators = {match["separator"] for name in names if (match := _SEPARATED.fullmatch(name))}
+    for separator in dict.fromkeys([".", "/", *sorted(separators)]):
+        dotted = {name.replace(separator, "."): tensors[name] for name in names}
+        if len(dotted) == len(names) and _cells(_groups(dotted)):
+            params, left_out = chosen({tuple(name.split(".")): value for name, value in dotted.items()})
+            if left_out:
+                note(f"took the parameters, and left out {listed(left_out)}")
+            return described_as(params, tensors), _groups(params)
+    return tensors if isinstance(tensors, dict) else dict(tensors), _groups(tensors)
+
+
+def _places(cells: Mapping[str, _Found], warn: Callable[[str, str], None]) -> dict[str, tuple[str, str]]:
+    """For each cell the prefix and the suffix of its weights' names as a layer's."""
+    alike = {
+        prefix: (cell.dialect.title, {name: np.shape(array) for name, array in cell.arrays.items()})
+        for prefix, cell in cells.items()
+    }
+    places = {}
+    for prefix in cells:
+        short, suffix = _IN_RNN.sub("", prefix), "_l0"
+        if match := _IN_BIDIRECTIONAL.fullmatch(prefix):
+            above = match["above"]
+            if alike.get(f"{above}forward_rnn.cell.") == alike.get(f"{above}backward_rnn.cell."):
+                short = above
+                if match["way"] == "backward":
+                    suffix = "_l0_reverse"
+                    cause = f"{above}forward_rnn and {above}backward_rnn are read as a Bidirectional"
+                    warn(f"{cause}, whose second runs backward, because their names are its", _BOTH_FORWARD)
+        places[prefix] = short, suffix
+    return places
+
+
+def _runner(cells: Sequence[_Found]) -> Callable[[NDArray[Any], Sequence[NDArray[Any]]], Sequence[NDArray[Any]]]:
+    """Compute with the original: see `Origin.run`. The second cell runs backward."""
+
+    def run(x: NDArray[Any], states: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
+        outputs, lasts = [], []
+        for cell, back, *start in zip(cells, (False, True), *states, strict=False):
+            x_there = x[::-1] if back else x
+            steps, last = (_run_haiku if cell.library == "haiku" else _run_flax)(cell, x_there, start)
+            outputs.append(steps[::-1] if back else steps)
+            lasts.append(last)
+        return [np.concatenate(outputs, -1), *(np.stack(each) for each in zip(*lasts, strict=True))]
+
+    return run
+
+
+def _run_flax(cell: _Found, x: Any, start: list[Any]) -> tuple[Any, list[Any]]:
+    arrays = {name: jnp.asarray(to_numpy(name, array), x.dtype) for name, array in cell.arrays.items()}
+    features, carry = start[0].shape[-1], tuple(map(jnp.asarray, reversed(start)))  # Flax's LSTM has c first
+    initial = carry if len(carry) > 1 else carry[0]
+    if cell.library == "flax.linen":
+        made = getattr(linen, cell.name)(features, dtype=x.dtype, param_dtype=x.dtype)
+        layer = linen.RNN(made, time_major=True, return_carry=True)
+        variables = {"params": {"cell": unflatten_dict(arrays, sep=".")}}
+        last, output = layer.apply(variables, x, initial_carry=initial)
+    else:
+        made = getattr(nnx, cell.name)(x.shape[-1], features, dtype=x.dtype, param_dtype=x.dtype, rngs=nnx.Rngs(0))
+        nnx.update(made, nnx.State(unflatten_dict(arrays, sep=".")))
+        last, output = nnx.RNN(made, time_major=True, return_carry=True, rngs=nnx.Rngs(0))(x, initial_carry=initial)
+    return np.asarray(output), [np.asarray(each) for each in (reversed(last) if len(carry) > 1 else [last])]
+
+
+def _run_haiku(cell: _Found, x: Any, start: list[Any]) -> tuple[Any, list[Any]]:
+    haiku = importlib.import_module("haiku")
+    params: dict[str, dict[str, Any]] = {}
+    for name, array in cell.arrays.items():
+        layer, leaf = name.split(".")
+        params.setdefault(f"cell/{layer}", {})[leaf] = to_numpy(name, array).astype(x.dtype)
+
+    def unrolled(x: Any, *state: Any) -> Any:
+        more = {"double_bias": len(params["cell/linear_1"]) > 1} if cell.name == "VanillaRNN" else {}
+        core = getattr(haiku, cell.name)(start[0].shape[-1], name="cell", **more)
+        first = haiku.LSTMState(*state) if cell.name == "LSTM" else state[0]
+        return haiku.dynamic_unroll(core, x, first)
+
+    output, last = haiku.transform(unrolled).apply(params, None, x, *start)
+    return np.asarray(output), [np.asarray(each) for each in (last if cell.name == "LSTM" else [last])]
