@@ -1,21 +1,17 @@
-"""Read the pickle in a file of torch.save, by a machine that only builds data; and write one.
-
-Python's unpickler calls what a file names. This one cannot: a global is only a name, and for the known names below
-this file builds the data that torch would build. Any other name is refused, or what it would make is left out.
-"""
+"""The pickle in a file of torch.save: what its globals stand for, as data; and how to write one."""
 
 import itertools
 import math
 import pickletools
-import struct
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrnn.checkpoint.errors import AGAIN, CheckpointError
+from jaxrnn.checkpoint.errors import CheckpointError
+from jaxrnn.checkpoint.formats.pickle_machine import DAMAGE, Global, Refused, Vocabulary, build, checked_key
 from jaxrnn.checkpoint.stored import Value
 
 STATE_DICT = "save only the tensors: torch.save(model.state_dict(), path)"
@@ -64,31 +60,17 @@ _DATA_CALLS: dict[str, Callable[..., Any]] = {
     ),
     "torch.device": lambda kind, index=None: _text(kind) + ("" if index is None else f":{_number(index)}"),
     "_codecs.encode": lambda text, encoding: _text(text).encode(_CODECS[encoding]),
-    **dict.fromkeys(("__builtin__.set", "builtins.set"), lambda items=(): {_key(item) for item in items}),
+    **dict.fromkeys(("__builtin__.set", "builtins.set"), lambda items=(): {checked_key(item) for item in items}),
     **dict.fromkeys(("__builtin__.complex", "builtins.complex"), lambda a, b: complex(_number(a), _number(b))),
     **dict.fromkeys(("__builtin__.bytearray", "builtins.bytearray"), lambda *text: _bytes(*text)),
 }
 _CALLS = _TENSOR_CALLS | _OTHER_CALLS.keys() | _DATA_CALLS.keys()
 _TENSOR_TYPES = ("torch.Tensor", "torch.nn.parameter.Parameter", "torch.nn.parameter.Buffer")
 _SCHEMES = ("torch.per_tensor_affine", "torch.per_channel_affine", "torch.per_channel_affine_float_qparams")
-_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
-_ARGUMENTS = {
-    "INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT", "UNICODE", "SHORT_BINUNICODE",
-    "BINUNICODE", "BINUNICODE8", "STRING", "BINSTRING", "SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8",
-}  # fmt: skip
-_OBJECTS = {"NEWOBJ", "NEWOBJ_EX", "OBJ", "INST"}
+# The dtypes of storages.
+_STORED = _STORAGES | _QUANTIZED_STORAGES | dict.fromkeys(_BYTES, jnp.dtype(np.uint8))
+_KNOWN = frozenset((*_CALLS, *_STORED, *_TENSOR_TYPES, *_SCHEMES, *_NAMED, *_QUANTIZED, _NO_NUMPY))
 _MOST_AXES = 64  # of NumPy and of torch
-# A damaged or hostile pickle can raise these here and in pickletools; the last where warnings are errors.
-_DAMAGE = (
-    ValueError, TypeError, IndexError, KeyError, AttributeError, OverflowError, EOFError, struct.error,
-    DeprecationWarning,
-)  # fmt: skip
-
-
-class Global(NamedTuple):
-    """A global that is on the list: only its name."""
-
-    name: str
 
 
 class Other(NamedTuple):
@@ -114,12 +96,6 @@ class Packed:
         if type(contents) is not tuple or type(name) is not str:
             raise ValueError("a quantized module in an unknown form")
         return contents
-
-
-class LeftOut(NamedTuple):
-    """An object of a class or function that is not on the list, by its name; nothing of it is built."""
-
-    name: str
 
 
 class Storage(NamedTuple):
@@ -164,10 +140,6 @@ def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(math.prod(max(n, 1) for n in shape[axis + 1 :]) for axis in range(len(shape)))
 
 
-class _Refused(Exception):
-    """The pickle does something that is not allowed; the argument is the cause."""
-
-
 def is_known(dtype: np.dtype) -> bool:
     """Whether torch has the dtype."""
     return dtype in _NAMED.values()
@@ -183,19 +155,55 @@ def unpickle(data: bytes, left_out: set[str] | None = None, packed: bool = False
         CheckpointError: it names a global that is not on the list, does what torch.save never does, or is damaged.
     """
     try:
-        return _Machine(left_out, packed).run(pickletools.genops(data))
-    except _Refused as refusal:
+        return build(data, TorchSave(packed), left_out)
+    except Refused as refusal:
         if is_object(pickletools.genops(data)):
             cause, remedy = f"a whole module, not a state_dict: {refusal}", "save model.state_dict() instead"
         else:
             cause, remedy = f"it holds more than tensors, and its code is not run: {refusal}", _WITHOUT
-            if "torch.ScriptObject" in str(refusal):
+            if _PACKED in str(refusal):
                 cause = f"a quantized model, whose weights are packed by torch's own code: {refusal}"
                 remedy = "read its rounded weights: dequantize=True, or --dequantize on the command line"
         raise CheckpointError(f"{cause}\n{remedy}") from refusal
-    except _DAMAGE as damage:
-        cause = str(damage).partition("\n")[0][:100]
-        raise CheckpointError(f"truncated or damaged: its pickle cannot be read ({cause})\n{AGAIN}") from damage
+
+
+class TorchSave(Vocabulary):
+    """The globals in files of torch.save.
+
+    Args:
+        packed: whether the weights of quantized modules become `Packed`, rather than be refused.
+    """
+
+    def __init__(self, packed: bool = False) -> None:
+        self.packed = packed
+
+    def knows(self, name: str) -> bool:
+        return name in _KNOWN or self.makes(name)
+
+    def call(self, name: str, arguments: tuple[Any, ...]) -> Any:
+        return _call(name, arguments)
+
+    def makes(self, name: str) -> bool:
+        return self.packed and name == _PACKED
+
+    def new(self, name: str, arguments: tuple[Any, ...]) -> Any:
+        if arguments:
+            raise ValueError("a quantized module is made of something")
+        return Packed()
+
+    def build(self, value: Any, state: Any) -> None:
+        if type(value) is Packed:
+            value.state = state
+        elif type(value) is OrderedDict:  # torch stores the versions of a state dict's modules
+            vars(value)["_metadata"] = state.get("_metadata") if type(state) is dict else None
+        elif type(value) is not dict:
+            raise ValueError("it sets attributes, as torch.save does not")
+
+    def stored(self, identity: Any) -> Storage:
+        kind, storage, key, _location, size = identity
+        if kind != "storage" or type(storage) is not Global or type(key) is not str or type(size) is not int:
+            raise ValueError("a storage in an unknown form")
+        return Storage(key, _STORED[storage.name], size)
 
 
 def is_object(operations: Iterable[Any]) -> bool:
@@ -203,223 +211,15 @@ def is_object(operations: Iterable[Any]) -> bool:
     named = ((opcode.name, argument) for opcode, argument, _ in operations if opcode.name not in ("PROTO", "FRAME"))
     try:
         begin = list(itertools.islice(named, 2))  # the rest may be damaged
-    except _DAMAGE:
+    except DAMAGE:
         return False
     if begin and begin[0][0] == "GLOBAL":
         return begin[0][1] != "collections OrderedDict"
     return len(begin) == 2 and begin[0][0] == "MARK" and begin[1][1] == "module"  # as torch before 1.6 wrote it
 
 
-class _Machine:
-    """The pickle machine: stack, marks and memo."""
-
-    def __init__(self, left_out: set[str] | None, packed: bool) -> None:
-        self.left_out = left_out
-        self.packed = packed
-        self.stack: list[Any] = []
-        self.marked: list[list[Any]] = []
-        self.memo: dict[int, Any] = {}
-
-    def run(self, operations: Iterator) -> Any:
-        for opcode, argument, _ in operations:
-            if opcode.name == "STOP":
-                return self.stack.pop()
-            if opcode.name in _ARGUMENTS:
-                self.stack.append(argument)
-            elif opcode.name in _CONSTANTS:
-                self.stack.append(_CONSTANTS[opcode.name])
-            elif opcode.name in _OBJECTS and self.left_out is None and not (self.packed and opcode.name == "NEWOBJ"):
-                raise _Refused(f"its pickle has the operation {opcode.name}")
-            elif method := getattr(self, f"_{opcode.name.lower()}", None):
-                method(argument)
-            elif opcode.name not in ("PROTO", "FRAME"):
-                raise _Refused(f"its pickle has the operation {opcode.name}")
-        raise EOFError("it ends too early")
-
-    def _items(self) -> list[Any]:
-        """Pop everything above the last mark."""
-        items, self.stack = self.stack, self.marked.pop()
-        return items
-
-    def _mark(self, _: None) -> None:
-        self.marked.append(self.stack)
-        self.stack = []
-
-    def _pop(self, _: None) -> None:
-        self.stack.pop()
-
-    def _binput(self, index: int) -> None:
-        self.memo[index] = self.stack[-1]
-
-    def _memoize(self, _: None) -> None:
-        self.memo[len(self.memo)] = self.stack[-1]
-
-    def _binget(self, index: int) -> None:
-        self.stack.append(self.memo[index])
-
-    _put = _long_binput = _binput
-    _get = _long_binget = _binget
-
-    def _empty_tuple(self, _: None) -> None:
-        self.stack.append(())
-
-    def _empty_list(self, _: None) -> None:
-        self.stack.append([])
-
-    def _empty_dict(self, _: None) -> None:
-        self.stack.append({})
-
-    def _tuple(self, _: None) -> None:
-        items = self._items()
-        self.stack.append(tuple(items))
-
-    def _tuple1(self, _: None) -> None:
-        self.stack[-1:] = [tuple(self.stack[-1:])]
-
-    def _tuple2(self, _: None) -> None:
-        self.stack[-2:] = [(self.stack[-2], self.stack[-1])]
-
-    def _tuple3(self, _: None) -> None:
-        self.stack[-3:] = [(self.stack[-3], self.stack[-2], self.stack[-1])]
-
-    def _list(self, _: None) -> None:
-        items = self._items()
-        self.stack.append(items)
-
-    def _append(self, _: None) -> None:
-        self._extend([self.stack.pop()])
-
-    def _appends(self, _: None) -> None:
-        self._extend(self._items())
-
-    def _extend(self, items: list[Any]) -> None:
-        if type(self.stack[-1]) is LeftOut:
-            return
-        if type(self.stack[-1]) is not list:
-            raise ValueError("it appends to something that is not a list")
-        self.stack[-1].extend(items)
-
-    def _dict(self, _: None) -> None:
-        items = self._items()
-        self.stack.append({})
-        self._set(items)
-
-    def _setitem(self, _: None) -> None:
-        value = self.stack.pop()
-        self._set([self.stack.pop(), value])
-
-    def _setitems(self, _: None) -> None:
-        self._set(self._items())
-
-    def _set(self, items: list[Any]) -> None:
-        target = self.stack[-1]
-        if type(target) is LeftOut:
-            return
-        if type(target) not in (dict, OrderedDict):
-            raise ValueError("it sets an item of something that is not a dict")
-        for key, value in zip(items[::2], items[1::2], strict=True):
-            if self.left_out is not None and type(key) in (LeftOut, Global):
-                continue
-            target[_key(key)] = value
-
-    def _empty_set(self, _: None) -> None:
-        self.stack.append(set())
-
-    def _additems(self, _: None) -> None:
-        items = self._items()
-        if type(self.stack[-1]) is not set:
-            raise ValueError("it adds to something that is not a set")
-        self.stack[-1].update(map(_key, items))
-
-    def _frozenset(self, _: None) -> None:
-        items = self._items()
-        self.stack.append({_key(item) for item in items})
-
-    def _newobj(self, _: None) -> None:
-        if self.packed and self.stack[-2:] == [Global(_PACKED), ()]:
-            self.stack[-2:] = [Packed()]
-        elif self.left_out is None:
-            raise _Refused("its pickle has the operation NEWOBJ")
-        else:
-            self._reduce(None)
-
-    def _newobj_ex(self, _: None) -> None:
-        self.stack.pop()
-        self._reduce(None)
-
-    def _obj(self, _: None) -> None:
-        kind, *_arguments = self._items()
-        self.stack.append(_left_out(kind))
-
-    def _inst(self, name: str) -> None:
-        self._items()
-        self._push_global(name.replace(" ", "."))
-        self.stack.append(_left_out(self.stack.pop()))
-
-    def _global(self, name: str) -> None:
-        self._push_global(name.replace(" ", "."))
-
-    def _stack_global(self, _: None) -> None:
-        name, module = self.stack.pop(), self.stack.pop()
-        if type(name) is not str or type(module) is not str:
-            raise ValueError("the name of a function is not text")
-        self._push_global(f"{module}.{name}")
-
-    def _push_global(self, name: str) -> None:
-        known = (
-            _CALLS,
-            _STORAGES,
-            _QUANTIZED_STORAGES,
-            _BYTES,
-            _TENSOR_TYPES,
-            _SCHEMES,
-            _NAMED,
-            _QUANTIZED,
-            (_NO_NUMPY,),
-        )
-        if any(name in names for names in known) or (self.packed and name == _PACKED):
-            self.stack.append(Global(name))
-        elif self.left_out is not None:
-            self.left_out.add(name[:200])
-            self.stack.append(LeftOut(name[:200]))
-        else:
-            raise _Refused(f"it names {name[:200]}")
-
-    def _binpersid(self, _: None) -> None:
-        kind, storage, key, _location, size = self.stack.pop()
-        if kind != "storage" or type(storage) is not Global or type(key) is not str or type(size) is not int:
-            raise ValueError("a storage in an unknown form")
-        dtypes = _STORAGES | _QUANTIZED_STORAGES | dict.fromkeys(_BYTES, jnp.dtype(np.uint8))
-        dtype = dtypes[storage.name]
-        self.stack.append(Storage(key, dtype, size))
-
-    def _reduce(self, _: None) -> None:
-        arguments, function = self.stack.pop(), self.stack.pop()
-        self.stack.append(function if type(function) is LeftOut else _call(function, arguments))
-
-    def _build(self, _: None) -> None:
-        state = self.stack.pop()
-        if type(self.stack[-1]) is LeftOut:
-            return
-        if type(self.stack[-1]) is Packed:
-            self.stack[-1].state = state
-        elif type(self.stack[-1]) is OrderedDict:  # torch stores the versions of a state dict's modules
-            vars(self.stack[-1])["_metadata"] = state.get("_metadata") if type(state) is dict else None
-        elif type(self.stack[-1]) is not dict:
-            raise ValueError("it sets attributes, as torch.save does not")
-
-
-def _key(key: Any) -> Any:
-    """A key of a dict, or a member of a set. Only these: hashing nested tuples or large numbers can take forever."""
-    parts = key if type(key) is tuple and len(key) <= _MOST_AXES else (key,)
-    for part in parts:
-        if type(part) not in (str, bytes, bool, float, type(None)) and not (type(part) is int and abs(part) < 2**60):
-            raise _Refused(f"a dict or a set in it has a key of type {type(part).__name__}")
-    return key
-
-
 def _pairs(items: Any) -> list[tuple[Any, Any]]:
-    return [(_key(key), value) for key, value in items]
+    return [(checked_key(key), value) for key, value in items]
 
 
 def _text(value: Any) -> str:
@@ -439,17 +239,10 @@ def _bytes(text: Any = b"", encoding: Any = "latin1") -> bytes:
     return text if type(text) is bytes else _text(text).encode(_CODECS[encoding])
 
 
-def _left_out(kind: Any) -> LeftOut:
-    if type(kind) is not LeftOut:
-        raise _Refused("it makes objects in a way that torch.save does not")
-    return kind
-
-
-def _call(function: Any, arguments: Any) -> Any:
+def _call(name: str, arguments: tuple[Any, ...]) -> Any:
     """The data that torch would make of a call."""
-    if type(function) is not Global or function.name not in _CALLS or type(arguments) is not tuple:
+    if name not in _CALLS:
         raise ValueError("it calls something that is not a function")
-    name = function.name
     if name in _DATA_CALLS:
         return _DATA_CALLS[name](*arguments)
     if name == "torch._tensor._rebuild_from_type_v2":
@@ -457,9 +250,9 @@ def _call(function: Any, arguments: Any) -> Any:
         if type(kind) is not Global or kind.name not in _TENSOR_TYPES:
             raise ValueError("a tensor of an unknown type")
         # Without recursion: a file decides how deep this goes.
-        if type(function) is not Global or function.name == name:
+        if type(function) is not Global or function.name == name or type(arguments) is not tuple:
             raise ValueError("a tensor made by something that is not a function")
-        return _call(function, arguments)
+        return _call(function.name, arguments)
     if name.startswith("torch._utils._rebuild_parameter"):
         if type(arguments[0]) not in (StoredTensor, Other):
             raise ValueError("a parameter made of something that is not a tensor")

@@ -17,16 +17,8 @@ from jaxrnn.checkpoint.errors import AGAIN, CheckpointError, listed
 from jaxrnn.checkpoint.formats import quantized
 from jaxrnn.checkpoint.formats.bombs import largest
 from jaxrnn.checkpoint.formats.nested import check_expanded, choose, mapped, under_key
-from jaxrnn.checkpoint.formats.pickles import (
-    STATE_DICT,
-    Global,
-    LeftOut,
-    Other,
-    StoredTensor,
-    is_known,
-    pickle_tensors,
-    unpickle,
-)
+from jaxrnn.checkpoint.formats.pickle_machine import Global, LeftOut
+from jaxrnn.checkpoint.formats.pickles import STATE_DICT, Other, StoredTensor, is_known, pickle_tensors, unpickle
 from jaxrnn.checkpoint.formats.reading import Reading, warn
 from jaxrnn.checkpoint.named import Described, modules_of
 from jaxrnn.checkpoint.stored import Source, Stored, Value, pieces
