@@ -26,7 +26,7 @@ from jaxrnn.checkpoint.check import LIMIT, check, installed_torch
 from jaxrnn.checkpoint.errors import about, listed, printable
 from jaxrnn.checkpoint.files import Tensors, opened
 from jaxrnn.checkpoint.formats.reading import Reading
-from jaxrnn.checkpoint.named import described_as
+from jaxrnn.checkpoint.named import described_as, origins_of
 from jaxrnn.checkpoint.names import under
 from jaxrnn.checkpoint.stored import Value, equal, not_finite, read
 
@@ -134,7 +134,7 @@ def _main(argv: Sequence[str], prog: str) -> int:
     )
     command.add_argument("--other-prefix", default="", help="the same for B")
     command.add_argument("--other-key", metavar="KEY", help="the same as --key, for B")
-    words = "run the recurrent modules in a checkpoint, and compare with PyTorch if it is installed"
+    words = "run the recurrent modules in a checkpoint, and compare with the original library or PyTorch"
     command = add("check", words, f"check {denoiser}", f"check {denoiser} --json")
     command.set_defaults(run=_check)
     command.add_argument("file", metavar="FILE", help=file)
@@ -266,7 +266,9 @@ def _print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     rows = [(printable(prefix) or '""', *row) for prefix, *row in rows]
     table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False, show_edge=False)
     for name in columns:
-        table.add_column(name, justify="left" if name in ("prefix", "kind", "dtype", "verdict") else "right")
+        table.add_column(
+            name, justify="left" if name in ("prefix", "kind", "dtype", "verdict", "compared with") else "right"
+        )
     for row in rows:
         table.add_row(*row)
     print_table(table, Console(markup=False, emoji=False, highlight=False))  # a prefix may look like markup
@@ -409,6 +411,8 @@ def _check(arguments: argparse.Namespace) -> int:
                 "finite": result.finite,
                 "equal": None if result.difference is None else result.equal,
                 "difference": result.difference if np.isfinite(result.difference or 0) else None,
+                "original": result.original or None,
+                "limit": result.limit,
             }
             for rnn, result in zip(found, checked, strict=True)
         ]
@@ -422,19 +426,25 @@ def _check(arguments: argparse.Namespace) -> int:
             rnn.prefix,
             _kind(rnn),
             "yes" if result.finite else "no",
-            *([] if torch is None else [_shown(result.difference)]),
+            _shown(result.difference),
             verdict,
+            result.original or "-",
         )
         for rnn, result, verdict in zip(found, checked, verdicts, strict=True)
     ]
-    difference = [] if torch is None else [f"from torch {torch.__version__}"]
-    _print_table(("prefix", "kind", "finite", *difference, "verdict"), table)
+    _print_table(("prefix", "kind", "finite", "difference", "verdict", "compared with"), table)
     _print_settings(found)
-    count = f"{len(found)} recurrent module{'s' * (len(found) > 1)}"
-    if torch is None:
-        _print(f"\n{count} built and run. PyTorch is not installed: nothing to compare with.")
-    else:
-        _print(f"\n{count} built and run in float64, the largest difference relative to the largest number.")
+    count = f"{len(found)} recurrent module{'s' * (len(found) > 1)} built and run in float64"
+    _print(f"\n{count}. A difference is relative to the largest number.")
+    for rnn, result in zip(found, checked, strict=True):
+        origin = origins_of(tensors).get(rnn.prefix)
+        if origin is not None and result.original != origin.title:
+            instead = f"{result.original} of the same weights" if result.original else "nothing"
+            _print(f"{rnn.prefix or 'It'} is {origin.title}'s, which does not run here: compared with {instead}.")
+    if torch is None and not all(result.original for result in checked):
+        _print("PyTorch is not installed: nothing to compare with.")
+    elif torch is not None and any(result.original.startswith("torch.") for result in checked):
+        _print(f"PyTorch is {torch.__version__}.")
     return 0 if equal else 1
 
 

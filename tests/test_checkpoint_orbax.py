@@ -78,7 +78,8 @@ def test_what_flax_users_write(tmp_path: Path) -> None:
         tensors = checkpoint.load(tmp_path / path, key="params")
         assert tensors.keys() == variables["params"].keys()
     np.testing.assert_array_equal(tensors["weight_hh_l0"], variables["params"]["weight_hh_l0"])
-    assert checkpoint.load(tmp_path / "run")["step"] == 3
+    assert checkpoint.load(tmp_path / "run").keys() == tensors.keys()
+    assert checkpoint.load_tree(tmp_path / "run", "step") == 3
     with pytest.raises(CheckpointError, match="it has no key 'nobody'\nits keys: params"):
         checkpoint.load(tmp_path / "run", key="nobody")
     with ocp.CheckpointManager(tmp_path / "run") as manager:

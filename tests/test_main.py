@@ -209,7 +209,8 @@ def test_check(model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pyt
         patch.setitem(sys.modules, "torch", None)
         assert main(["check", str(model)]) == 0
     lines = capsys.readouterr().out
-    assert "2 recurrent modules built and run. PyTorch is not installed" in lines
+    assert "2 recurrent modules built and run in float64." in lines
+    assert "PyTorch is not installed: nothing to compare with." in lines
     assert "not compared" in lines
     assert "batch_first=False" in lines
     different = check.Checked(True, 1e-3)
@@ -228,8 +229,9 @@ def test_check_against_torch(torch: types.ModuleType, model: Path, capsys: pytes
     assert max(map(len, lines.splitlines())) <= 80
     rows = {line.split()[0]: line.split()[1:] for line in lines.splitlines() if line.strip()}
     assert rows["encoder."][0::3] == ["LSTM", "equal"]
+    assert rows["encoder."][4] == "torch.nn.LSTM"
     assert float(rows["cell."][2]) < 1e-14
-    assert f"from torch {torch.__version__}" in lines
+    assert f"PyTorch is {torch.__version__}." in lines
 
 
 def test_orbax_there_and_back(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -27,7 +27,6 @@ _NOT_CHECKPOINTS = {
     b"version https://git-lfs": ("a Git LFS pointer, not the file itself", "run git lfs pull"),
     b"\x93NUMPY": ("a NumPy .npy file", _SAVE),
     b"\x1f\x8b": ("compressed by gzip", "decompress it first"),
-    b"\x80": ("a pickle that torch.save did not write", _SAVE),
 }
 
 
@@ -84,8 +83,9 @@ def load(
 
 def opened(path: FilePath, what: Reading = _ALL) -> Tensors:
     """As `load`, but tensors whose bytes can be used directly are not read: they are `Stored`."""
+    tensors = stored_in(path, what)
     with about(path):
-        return with_torchs_names(stored_in(path, what), note=what.note, warn=functools.partial(warn, path))
+        return with_torchs_names(tensors, note=what.note, warn=functools.partial(warn, path))
 
 
 def stored_in(path: FilePath, what: Reading = _ALL) -> Tensors:
@@ -98,10 +98,10 @@ def stored_in(path: FilePath, what: Reading = _ALL) -> Tensors:
 
 
 def load_tree(path: FilePath, key: str | None = None) -> Any:
-    """Read all of a torch.save file, such as an optimizer's state beside a model's, without torch.
+    """Read all of a nested file, such as an optimizer's state beside a model's, without torch.
 
     Args:
-        path: the file, as for `load`.
+        path: a file of torch.save, msgpack or pickle, or the directory of an orbax checkpoint, as for `load`.
         key: the key of nested dicts and lists to return, dotted if it is deeper; all if None. What else the file holds
             does not matter.
 
@@ -110,7 +110,7 @@ def load_tree(path: FilePath, key: str | None = None) -> Any:
         and names for dtypes.
 
     Raises:
-        CheckpointError: as `load`, or the file is not one of torch.save.
+        CheckpointError: as `load`, or the file has another format.
 
     >>> import os, tempfile
     >>> import numpy as np
@@ -124,9 +124,7 @@ def load_tree(path: FilePath, key: str | None = None) -> Any:
 
     with about(path):
         if (read_tree := getattr(_format(path), "read_tree", None)) is None:
-            raise CheckpointError(
-                "not a file of torch.save: other formats hold tensors only\nread it with jaxrnn.checkpoint.load"
-            )
+            raise CheckpointError("its format holds tensors only, in no dicts\nread it with jaxrnn.checkpoint.load")
         return read_tree(path, key)
 
 
@@ -178,4 +176,4 @@ def _format(path: FilePath) -> Format:
         raise CheckpointError(f"{'an HTML page' if web else 'a text file'}, not a checkpoint\n{remedy}")
     if len(head) < 9:
         raise CheckpointError(f"truncated: it has only {len(head)} bytes\n{AGAIN}")
-    raise CheckpointError(f"not a file of safetensors, torch.save, ONNX or Keras\n{_SAVE}")
+    raise CheckpointError(f"not a file of safetensors, torch.save, ONNX, Keras, msgpack or pickle\n{_SAVE}")

@@ -18,9 +18,9 @@ import numpy as np
 from jaxrnn._compat import is_orbax_tree
 from jaxrnn.checkpoint import stored
 from jaxrnn.checkpoint.errors import AGAIN, CheckpointError, check_unicode, listed
+from jaxrnn.checkpoint.formats import trees
 from jaxrnn.checkpoint.formats.bombs import largest
 from jaxrnn.checkpoint.formats.reading import Reading
-from jaxrnn.checkpoint.named import Names
 from jaxrnn.checkpoint.stored import Value
 
 SUFFIXES = (".orbax",)
@@ -28,16 +28,27 @@ NEW = ".new"  # what the directory's name has more than the file's
 
 
 def read(path: str | os.PathLike[str], what: Reading) -> dict[str, Value]:
+    params = trees.params_in(_tree(path), what, lambda leaf: True)
+    return {name: np.array(value, order="C") for name, value in params.items()}
+
+
+def read_tree(path: str | os.PathLike[str], key: str | None) -> Any:
+    """What is under a key of a checkpoint, or all of it."""
+    return trees.resolved(trees.under(_tree(path), key), np.asarray)
+
+
+def _tree(path: str | os.PathLike[str]) -> Any:
     import orbax.checkpoint as ocp
 
     path = _tree_in(os.path.abspath(path))
     try:
         with _quiet(), ocp.PyTreeCheckpointer() as checkpointer:
             metadata = checkpointer.metadata(path).item_metadata.tree
-            _check(_by_name(metadata), path)
+            _check(trees.leaves(metadata), path)
             # As NumPy arrays: JAX would cut them to 32 bits and move them to a device.
             arguments = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), metadata)
-            arrays = _named(checkpointer.restore(path, restore_args=arguments))
+            restored = checkpointer.restore(path, restore_args=arguments)
+            return {name: _without_values(value) for name, value in restored.items()}
     except CheckpointError:
         raise
     except Exception as error:  # on damage, orbax, tensorstore and JSON raise almost anything
@@ -45,32 +56,24 @@ def read(path: str | os.PathLike[str], what: Reading) -> dict[str, Value]:
         raise CheckpointError(
             f"a damaged orbax checkpoint, or one that this orbax cannot read ({cause})\n{AGAIN}"
         ) from error
-    start = "" if what.key is None else f"{what.key}."
-    chosen: dict[str, Value] = {}
-    for name, value in arrays.items():
-        if name.startswith(start):
-            chosen[name.removeprefix(start)] = np.ascontiguousarray(value).reshape(np.shape(value))
-    if arrays and not chosen:
-        raise CheckpointError(f"it has no key {what.key!r}\nits keys: {listed(arrays)}")
-    return chosen
 
 
 def _tree_in(path: str) -> str:
     """The directory of the tree: this one, or the only one in it, as when orbax's CheckpointManager saved one step."""
-    trees = [
+    found = [
         folder
         for below in ("", "*", "*/*")
         for folder in sorted(glob.glob(os.path.join(glob.escape(path), below)))
         if is_orbax_tree(folder)
     ]
-    if not trees:
+    if not found:
         raise CheckpointError(
             "a directory without an orbax checkpoint\ngive the path of a file, or of a directory that orbax wrote"
         )
-    if len(trees) > 1 and not os.path.samefile(trees[0], path):
-        names = listed(os.path.relpath(tree, path) for tree in trees)
+    if len(found) > 1 and not os.path.samefile(found[0], path):
+        names = listed(os.path.relpath(tree, path) for tree in found)
         raise CheckpointError(f"a directory with several checkpoints\ngive the path of one of them: {names}")
-    return trees[0]
+    return found[0]
 
 
 @contextlib.contextmanager
@@ -84,14 +87,8 @@ def _quiet() -> Iterator[None]:
         logger.removeFilter(silent)
 
 
-def _named(tree: Any) -> dict[str, Any]:
-    """Remove the name that nnx.State gives the value of a variable."""
-    if isinstance(tree, Mapping):
-        tree = {name: _without_values(value) for name, value in tree.items()}
-    return _by_name(tree)
-
-
 def _without_values(tree: Any) -> Any:
+    """Remove the name that nnx.State gives the value of a variable."""
     if isinstance(tree, Mapping):
         below = {name: _without_values(value) for name, value in tree.items()}
         is_variable = below.keys() == {"value"} and not isinstance(below["value"], Mapping | list | tuple)
@@ -101,35 +98,13 @@ def _without_values(tree: Any) -> Any:
     return tree
 
 
-def _by_name(tree: Any) -> Names[Any]:
-    """The leaves of nested dicts and lists, by their keys joined by dots."""
-    names = Names[Any]("rename one of them before saving")
-    for path, leaf in _leaves(tree):
-        names.put(".".join(path), leaf, "/".join(path))
-    return names
-
-
-def _leaves(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """The leaves of nested dicts and lists, by their keys."""
-    items: Iterable[tuple[Any, Any]]
-    if isinstance(tree, Mapping):
-        items = tree.items()
-    elif isinstance(tree, list | tuple):
-        items = enumerate(tree)
-    else:
-        yield path, tree
-        return
-    for name, value in items:
-        yield from _leaves(value, (*path, str(name)))
-
-
-def _check(described: Mapping[str, Any], path: str) -> None:
+def _check(described: Iterable[tuple[tuple[str, ...], Any]], path: str) -> None:
     """Refuse leaves that are not arrays, and arrays far larger than their files."""
     size = 0
-    for name, leaf in described.items():
+    for place, leaf in described:
         if getattr(leaf, "shape", None) is None or leaf.dtype is None:
             what = type(leaf).__name__.removesuffix("Metadata").lower()
-            raise CheckpointError(f"{name} is of type {what}, not an array\nsave only the arrays")
+            raise CheckpointError(f"{'.'.join(place)} is of type {what}, not an array\nsave only the arrays")
         size += math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize
     files = (os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names)
     stored = sum(map(os.path.getsize, files))

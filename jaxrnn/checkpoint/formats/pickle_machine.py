@@ -74,8 +74,8 @@ class Vocabulary:
         raise Refused("its pickle has the operation BINPERSID")
 
 
-def build(data: bytes, vocabulary: Vocabulary, left_out: set[str] | None = None) -> Any:
-    """Build what a pickle holds.
+def build(data: Any, vocabulary: Vocabulary, left_out: set[str] | None = None) -> Any:
+    """Build what a pickle holds: bytes, or something to read from that never gives more than there is.
 
     With a set `left_out`, each object whose class or function is not known becomes a `LeftOut`, and the set gets its
     name. Nothing of it is built.
@@ -289,5 +289,5 @@ def checked_key(key: Any) -> Any:
 
 def _left_out(kind: Any) -> LeftOut:
     if type(kind) is not LeftOut:
-        raise Refused("it makes objects in a way that torch.save does not")
+        raise Refused("it makes objects in an unusual way")
     return kind

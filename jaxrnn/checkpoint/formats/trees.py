@@ -1,0 +1,91 @@
+"""Files that hold nested dicts and lists of arrays, as JAX's libraries write them: choose and name the arrays."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from jaxrnn.checkpoint.errors import CheckpointError, listed
+from jaxrnn.checkpoint.flax_names import chosen
+from jaxrnn.checkpoint.formats.bombs import Budget
+from jaxrnn.checkpoint.formats.nested import under_key
+from jaxrnn.checkpoint.formats.reading import Reading
+
+_DEEPEST, _MOST = 100, 200_000  # of dicts in dicts, and of values in all
+_CONTAINERS = (dict, list, tuple)
+
+
+def params_in(tree: Any, what: Reading, is_tensor: Callable[[Any], bool]) -> dict[str, Any]:
+    """The parameters in a tree, or in what is under a key of it, by names joined by dots: see `flax_names.chosen`."""
+    place = "it" if what.key is None else f"its {what.key!r}"
+    if what.key is not None:
+        tree, _ = under_key(tree, what.key)
+    if not isinstance(tree, _CONTAINERS):
+        got = "one array" if is_tensor(tree) else f"of type {type(tree).__name__}"
+        raise CheckpointError(f"{place} is {got}, not a dict of arrays\nread it with jaxrnn.checkpoint.load_tree(path)")
+    arrays: dict[tuple[str, ...], Any] = {}
+    others: list[str] = []
+    for path, value in leaves(tree):
+        if is_tensor(value):
+            if path in arrays:
+                one = "/".join(path)
+                raise CheckpointError(f"two keys are both read as {one}\nrename one of them before saving")
+            arrays[path] = value
+        else:
+            others.append(".".join(path))
+    if not arrays:
+        raise CheckpointError(f"{place} has no arrays, but {listed(others) or 'nothing'}\ngive another file, or key=")
+    names, left_out = chosen(arrays)
+    if left_out or others:
+        what.note(f"took the parameters, and left out {listed([*left_out, *others])}")
+    return names
+
+
+def leaves(tree: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """The leaves of nested dicts and lists, by their keys, in order."""
+    left: list[tuple[tuple[str, ...], Any]] = [((), tree)]
+    count = 0
+    while left:
+        path, value = left.pop()
+        if not isinstance(value, _CONTAINERS):
+            yield path, value
+            continue
+        items = list(value.items() if isinstance(value, dict) else enumerate(value))
+        count += len(items)
+        if len(path) > _DEEPEST or count > _MOST:
+            cause = f"its dicts and lists are nested more than {_DEEPEST} deep, or hold more than {_MOST} values"
+            raise CheckpointError(f"{cause}\nsave the parameters alone")
+        left += [((*path, str(name)), item) for name, item in reversed(items)]
+
+
+def resolved(tree: Any, array_of: Callable[[Any], Any]) -> Any:
+    """A tree with `array_of(leaf)` for each leaf."""
+
+    def at(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: at(item) for name, item in value.items()}
+        if isinstance(value, list | tuple):
+            return type(value)(map(at, value))
+        return array_of(value)
+
+    for _ in leaves(tree):  # which are not too many, and not too deep
+        pass
+    return at(tree)
+
+
+def owned(arrays: dict[str, Any], array_of: Callable[[Any], np.ndarray], budget: Budget) -> dict[str, np.ndarray]:
+    """Contiguous copies that may be written to. Each replaces what it is a copy of, which may be freed."""
+    for name in arrays:
+        array = array_of(arrays[name])
+        budget.spend(array.nbytes)
+        arrays[name] = np.array(array, order="C")
+    return arrays
+
+
+def under(tree: Any, key: str | None) -> Any:
+    """What is under a key, or all of a tree."""
+    return tree if key is None else under_key(tree, key)[0]
+
+
+def is_array(value: Any) -> bool:
+    return isinstance(value, np.ndarray)
