@@ -130,7 +130,7 @@ FILES: dict[str, tuple[bytes, str]] = {
     "lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "a Git LFS pointer"),
     "hdf5": (b"\x89HDF\r\n\x1a\n" + bytes(50), "HDF5"),
     "npy": (b"\x93NUMPY\x01\x00" + bytes(50), "a NumPy .npy file"),
-    "npz": (_zip(weight_npy=b"", bias_npy=b""), "a NumPy .npz archive"),
+    "npz": (_zip(weight_npy=b"", bias_npy=b""), "a truncated or damaged .npz file"),
     "zip of files": (_zip(a_txt=b"", b__a_txt=b"").replace(b"model/", b"longer"), "a zip file that torch.save did"),
     "gzip": (b"\x1f\x8b\x08" + bytes(50), "compressed by gzip"),
     "a few bytes": (b"\0\1\2", "truncated: it has only 3 bytes"),

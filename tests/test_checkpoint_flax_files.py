@@ -1,5 +1,6 @@
 """Files of Flax, Haiku and plain JAX: read alike, whatever wrote them, and equal to what the original computes."""
 
+import io
 import pickle
 import pickletools
 import warnings
@@ -82,7 +83,13 @@ def _pickled(protocol: int) -> Callable[[Path, Any], Path]:
     return _bytes(lambda tree: pickle.dumps(tree, protocol))
 
 
+def _npz(path: Path, tree: Any) -> Path:
+    np.savez(path.with_suffix(".npz"), **flatten_dict(tree, sep="/"))
+    return path.with_suffix(".npz")
+
+
 WRITERS = {
+    "savez": _npz,
     **{f"safetensors, {each!r}": _safetensors(each) for each in (".", ",", "/", "|", "__", " -> ")},
     "to_bytes": _bytes(serialization.to_bytes),
     "msgpack_serialize": _bytes(serialization.msgpack_serialize),
@@ -288,6 +295,25 @@ def test_msgpack_holds_every_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert found == tree
 
 
+def test_npz_holds_every_bit(tmp_path: Path) -> None:
+    arrays = {f"{np.dtype(each)}": (normal(3, 4) * 3).astype(each) for each in DTYPES[:9]}
+    arrays |= {"fortran": np.asfortranarray(normal(3, 4)), "0-d": np.array(2.5), "empty": np.ones((0, 3))}
+    for save in (np.savez, np.savez_compressed):
+        save(tmp_path / "a.npz", **arrays)
+        tensors, words = loaded(tmp_path / "a.npz")
+        assert not words
+        for name, array in arrays.items():
+            assert (tensors[name].dtype, tensors[name].shape) == (array.dtype.newbyteorder("="), array.shape), name
+            assert_close(tensors[name].real, array.real, atol=0)
+    half = np.ones(3, jnp.bfloat16) / 3
+    np.savez(tmp_path / "a.npz", half=half)
+    tensors, [words] = loaded(tmp_path / "a.npz")
+    assert words.startswith("half.npy is read as bfloat16")
+    assert tensors["half"].tobytes() == half.tobytes()
+    np.savez(tmp_path / "a.npz", a=np.array([{}], object))
+    assert _refusal(tmp_path / "a.npz").startswith("a is an array of object, which are not numbers")
+
+
 class _Anything:
     def __reduce__(self) -> Any:
         return print, ("a call",)
@@ -347,7 +373,14 @@ def test_planted_calls_and_every_opcode(tmp_path: Path, capsys: pytest.CaptureFi
     assert capsys.readouterr().out == ""
 
 
+def _savez(tree: Any) -> bytes:
+    file = io.BytesIO()
+    np.savez(file, **flatten_dict(tree, sep="/"))
+    return file.getvalue()
+
+
 MUTATED = {
+    "npz": lambda: _savez(POLICY),
     "msgpack": lambda: serialization.to_bytes({"params": POLICY, "step": 3, "z": 1 + 2j}),
     "pickle 2": lambda: pickle.dumps({"params": POLICY, "step": 3}, 2),
     "pickle 5": lambda: pickle.dumps({"params": freeze(POLICY), "x": [jnp.ones(2)]}, 5),
@@ -368,8 +401,6 @@ def _deep(depth: int) -> bytes:
 
 
 def _dag(levels: int) -> bytes:
-    import io
-
     value: Any = np.ones(2)
     for _ in range(levels):
         value = {"a": value, "b": value}

@@ -11,7 +11,17 @@ import os
 from collections.abc import Callable, Mapping
 from typing import IO, Protocol
 
-from jaxrnn.checkpoint.formats import keras, msgpack, onnx, orbax, pickled_arrays, safetensors, torch_legacy, torch_zip
+from jaxrnn.checkpoint.formats import (
+    keras,
+    msgpack,
+    npz,
+    onnx,
+    orbax,
+    pickled_arrays,
+    safetensors,
+    torch_legacy,
+    torch_zip,
+)
 from jaxrnn.checkpoint.formats.reading import Reading
 from jaxrnn.checkpoint.stored import Value
 
@@ -37,7 +47,7 @@ class FileFormat(Format, Protocol):
         """Whether a file that begins so has this format."""
 
 
-FILES: tuple[FileFormat, ...] = (keras, torch_zip, torch_legacy, safetensors, onnx, msgpack, pickled_arrays)
+FILES: tuple[FileFormat, ...] = (keras, npz, torch_zip, torch_legacy, safetensors, onnx, msgpack, pickled_arrays)
 WRITERS: dict[str, Writer] = {
     suffix: each.write for each in (safetensors, torch_zip, orbax) for suffix in each.SUFFIXES
 }
