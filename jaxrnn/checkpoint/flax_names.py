@@ -106,48 +106,50 @@ def with_torchs_names(
         tensors: by name, joined by dots, or by whatever flax.traverse_util.flatten_dict was given.
         keep: names of weights that stay.
         note: is told what was left out.
-        warn: is told of what is in doubt, with what to do.
+        warn: is told of what is in doubt, with what to do, and of cells that torch does not have.
 
     Raises:
         CheckpointError: two weights get the same name.
 
     Warns:
-        UserWarning: without `warn`, what it would be told: two cells are taken for those of a Bidirectional, or cells
-            are left out because torch has nothing like them.
+        UserWarning: without `warn`, of what is in doubt: two cells are taken for those of a Bidirectional.
     """
-    warn = warn or (lambda text, remedy: warnings.warn(f"{text}\n{remedy}", stacklevel=level_outside()))
     tensors, groups = _joined_by_dots(tensors, note)
     cells = _cells(groups)
     cells = {prefix: cell for prefix, cell in cells.items() if not any(prefix + name in keep for name in cell.arrays)}
     for prefix, arrays in groups.items():
         for names, (title, remedy) in _LEFT_OUT.items():
-            if arrays.keys() >= names:
+            if warn is not None and arrays.keys() >= names:
                 warn(f"left out {prefix.removesuffix('.') or 'a cell'} ({title}), which torch does not have", remedy)
     if not cells:
         return tensors
-    places = _places(cells, warn)
-    gone = {prefix + name for prefix, cell in cells.items() for name in cell.arrays}
+    places = _places(cells, warn or _warn)
+    of_cell = {prefix + name: prefix for prefix, cell in cells.items() for name in cell.arrays}
     around = {_IN_RNN.sub("", prefix) for prefix in cells}
     new = Names[Any](_ONE_PART)
+    alone: dict[str, list[_Found]] = {}
+    left = dict(cells)
     for name, value in tensors.items():
         random = RANDOM_STATE.search(name)
-        if name not in gone and not (random and name[: random.start()] in around):
+        if name not in of_cell and not (random and name[: random.start()] in around):
             new.put(name, value, name)
+        elif (cell := left.pop(prefix := of_cell.get(name, ""), None)) is not None:
+            short, suffix = places[prefix]
+            for role, array in cell.dialect.read(cell.arrays).items():
+                new.put(f"{short}{role}{suffix}", array, f"a weight of {prefix.removesuffix('.') or 'the cell'}")
+            alone.setdefault(short, []).insert(0 if suffix == "_l0" else 1, cell)
     found = described_as(new, tensors)
-    alone: dict[str, list[_Found]] = {}
-    for prefix, cell in cells.items():
-        short, suffix = places[prefix]
-        for role, array in cell.dialect.read(cell.arrays).items():
-            new.put(f"{short}{role}{suffix}", array, f"a weight of {prefix.removesuffix('.') or 'the cell'}")
-        alone.setdefault(short, []).insert(0 if suffix == "_l0" else 1, cell)
-        if cell.library == "haiku" and cell.name == "VanillaRNN":
-            found.said[short] = {"nonlinearity": "relu"}
-    found.update(new)
     for prefix, both in alone.items():
         # Flax's layers put the batch first; its scan, and haiku's dynamic_unroll, time.
         batch_first = both[0].library != "haiku" and "Scan" not in prefix
         found.origins[prefix] = Origin(both[0].dialect.title, {"batch_first": batch_first}, _runner(both))
+        if (both[0].library, both[0].name) == ("haiku", "VanillaRNN"):
+            found.said[prefix] = {"nonlinearity": "relu"}
     return found
+
+
+def _warn(text: str, remedy: str) -> None:
+    warnings.warn(f"{text}\n{remedy}", stacklevel=level_outside())
 
 
 def _groups(tensors: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
