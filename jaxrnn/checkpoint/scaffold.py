@@ -60,11 +60,13 @@ def scaffold(
     """
     chosen = under(fold(tensors), prefix)
     if not chosen:
-        cause = f"no key starts with {prefix!r}\nits keys: {listed(tensors)}" if tensors and prefix else "no tensors"
-        raise CheckpointError(cause if "\n" in cause else f"{cause}\ngive a dict with some")
+        if tensors:
+            raise CheckpointError(f"no key starts with {prefix!r}\nits keys: {listed(tensors)}")
+        raise CheckpointError("it has no tensors\ngive another file, or the key of its tensors")
     named = _without_wrapper(chosen)
     program = Program(named, linen)
-    body = "\n".join([*program.class_lines(), "", "", *_loading(program, named, prefix, source)])
+    classes = [*program.class_lines()]
+    body = "\n".join([*classes, *([""] * 2 if classes else [""]), *_loading(program, named, prefix, source)])
     if re.search(rf"\b{TODO},", body):
         body = f"{_PLACEHOLDER}\n{body}"
     library = "linen" if linen else "nnx"
@@ -112,7 +114,9 @@ def _loading(program: Program, tensors: Mapping[str, Any], prefix: str, source: 
     if isinstance(program.root, Layer):
         [touch] = program.touch("", program.root)
         assert isinstance(touch, Group)
-        call = list(map(str, touch.items))
+        x, *options = map(str, touch.items)
+        yield f"x = {x}"
+        call = ["x", *options]
     init = Group("model.init(", ["jax.random.key(0)", *call], ")")
     yield from laid_out("variables = ", init)
     load = Group("jaxrnn.checkpoint.linen.load_state_dict(", ["model", "variables", "tensors", *call, *given], ")")

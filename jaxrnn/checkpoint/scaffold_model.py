@@ -71,6 +71,7 @@ class _Class(NamedTuple):
 
     name: str
     base: str
+    inherits: bool
     statements: tuple[Statement, ...]
     call: tuple[str, ...]
     touch: tuple[Code, ...]
@@ -164,7 +165,7 @@ class Program:
         key = (base, code, call, tuple(map(str, touch))) if prefix else ()  # the whole model has its own
         if key not in self._classes:
             made = self._new.of_class(name) if prefix else "Model"
-            self._classes[key] = _Class(made, base, tuple(statements), call, touch)
+            self._classes[key] = _Class(made, base, inherits, tuple(statements), call, touch)
         return Made(self._classes[key].name)
 
     def _access(self, name: str, attributes: NewNames) -> str:
@@ -246,7 +247,7 @@ class Program:
             yield "    def setup(self):" if self.linen else "    def __init__(self, *, rngs: nnx.Rngs):"
             for line in each.statements:
                 yield from statement_lines(line, 2, counts, seen)
-            if each.call:
+            if not each.inherits:
                 yield from ["", "    def __call__(self, x):"]
                 for number, text in enumerate(each.call):
                     yield from comment(f"  {text}" if number else text, 2, "    ")
@@ -376,11 +377,13 @@ def _call(own: Sequence[tuple[str, Item]]) -> Iterator[str]:
             yield f"{'x, _' if layer.has_state else 'x'} = {access}(x)  # {_sizes(layer)}"
         yield "return x"
         return
-    yield "In the order of the file, with the sizes of inputs and outputs:"
-    for access, item in own[:_MOST_LISTED]:
+    modules = [(access, item) for access, item in own if not isinstance(item, Tensor)]
+    if modules:
+        yield "In the order of the file, with the sizes of inputs and outputs:"
+    for access, item in modules[:_MOST_LISTED]:
         yield f"{access}: {_described(item)}"
-    if len(own) > _MOST_LISTED:
-        yield f"and {len(own) - _MOST_LISTED} more"
+    if len(modules) > _MOST_LISTED:
+        yield f"and {len(modules) - _MOST_LISTED} more"
 
 
 def _described(item: Item) -> str:
