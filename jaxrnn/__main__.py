@@ -1,4 +1,4 @@
-"""The command line: `jaxrnn inspect FILE`, `scaffold FILE`, `check FILE`, `convert IN OUT`, `diff A B`, and the suite."""
+"""The command line: `jaxrnn inspect FILE`, `scaffold FILE`, `convert IN OUT`, `diff A B`, `check FILE`; the suite."""
 
 import argparse
 import contextlib

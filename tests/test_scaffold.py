@@ -1,8 +1,6 @@
 """`scaffold` writes a program whose model takes a file's tensors: none is missing, and none is unexpected."""
 
 import ast
-import re
-import shutil
 import subprocess
 import sys
 import types
@@ -70,7 +68,9 @@ def _models(torch: types.ModuleType) -> dict[str, Callable[[], Any]]:
     class Nested(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.encoder = nn.ModuleDict({"rnn": nn.LSTM(3, 4, 2, bidirectional=True, proj_size=2), "proj": nn.Linear(4, 4)})
+            self.encoder = nn.ModuleDict(
+                {"rnn": nn.LSTM(3, 4, 2, bidirectional=True, proj_size=2), "proj": nn.Linear(4, 4)}
+            )
             self.crf = nn.ParameterDict({"transitions": nn.Parameter(torch.ones(4, 4))})
             self.start = nn.Parameter(torch.zeros(()))
             self.register_buffer("position_ids", torch.arange(4)[None])
@@ -172,3 +172,216 @@ def test_files(path: Path, linen: bool, capsys: pytest.CaptureFixture[str]) -> N
     assert names["ours"].keys() == tensors.keys()
     for name, value in names["ours"].items():
         np.testing.assert_array_equal(value, tensors[name])
+
+
+HOSTILE = [
+    "quote\"s'",
+    "line\nbreak",
+    "return\r",
+    "tab\t",
+    "\x1b[31m",
+    "\u202eevil",
+    "{braces}",
+    "%s",
+    '"""',
+    "#",
+    "\\",
+    "\\'",
+    "a b",
+    "-1",
+    "conv-1",
+    "0weird",
+    "00",
+    "²",
+    "ﬁ",
+    "é",
+    "",
+    "if",
+    "for",
+    "None",
+    "print",
+    "self",
+    "rngs",
+    "nnx",
+    "jnp",
+    "__mangled",
+    "_hidden",
+    "name",
+    "parent",
+    "setup",
+    "scope",
+    "variables",
+    "touch",
+    "train",
+    "eval",
+    "layers",
+    "Model",
+    "x" * 100_000,
+    "); import os",
+]
+MADE = {"jaxrnn", "nnx", "linen", "jnp", "jax", "Model", "super", "setattr", "range", "self", "model", "layer"}
+
+
+@both
+def test_hostile_names(linen: bool) -> None:
+    """They are strings in the program, or names of attributes; nothing else of it comes from a file."""
+    shapes = {f"{name}.weight" if index % 2 else f"{name}.weight.deep": (2, 3) for index, name in enumerate(HOSTILE)}
+    shapes |= {f"{name}.bias": (2,) for index, name in enumerate(HOSTILE) if index % 2}
+    shapes |= {f"in.{name}": (2,) for name in HOSTILE}
+    text = _fits(_ones(shapes), linen)
+    assert max(text.count(character) for character in "\r\t\x1b\u202e") == 0
+    tree = ast.parse(text)
+    strings = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    attributes = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    assert {name for name in HOSTILE if name not in strings | attributes} == set()
+    classes = {node.name for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
+    called = {ast.unparse(node.func).partition(".")[0] for node in ast.walk(tree) if isinstance(node, ast.Call)}
+    assert called - {"NotImplementedError"} <= MADE | classes
+    imported = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
+    assert {alias.name for node in imported for alias in node.names} <= {"jax", "jax.numpy", "jaxrnn", "nnx", "linen"}
+    kinds = (ast.Import, ast.ImportFrom, ast.ClassDef, ast.Assign, ast.Expr)
+    assert [node for node in tree.body if not isinstance(node, kinds)] == []
+
+
+@pytest.mark.parametrize("name", ["__class__", "__dict__", "_setattr", "_pytree__nodes"])
+def test_names_of_flaxs_own(name: str) -> None:
+    """NNX has no place for them, and Linen has."""
+    tensors = _ones({f"{name}.weight": (2, 3), f"a.{name}": (3,)})
+    with pytest.raises(CheckpointError, match=rf"^{name}: .* itself\nrename it by .* or write the model in Linen$"):
+        scaffold(tensors)
+    _fits(tensors, linen=True)
+
+
+@both
+def test_a_tensor_and_a_level_of_one_name(linen: bool) -> None:
+    _fits(_ones({"w": (2,), "w.b": (3,), "w.b.c": (1,), "a.w.0": (2,), "a.w": (3,), "layers_0": (2,)}), linen)
+    listed = {"layers.0.weight": (2, 3), "layers.1.weight": (3, 3), "layers_0.weight": (2, 3), "layers_1": (1,)}
+    _fits(_ones(listed), linen)
+    _fits(_ones({"a.0.1.weight": (2, 3), "a_0.1.weight": (2, 3), "a.0.0.weight": (2, 4)}), linen)
+    _fits(_ones({"0.weight": (2, 3), "head.0": (3,), "1.0.weight": (2, 3)}), linen)
+
+
+@both
+def test_dtypes(linen: bool) -> None:
+    shapes = {"a.weight": (2, 3), "a.bias": (2,), "norm.weight": (3,), "norm.bias": (3,), "scale": ()}
+    for dtype in (jnp.bfloat16, np.float16):
+        text = _fits(_ones(shapes, dtype), linen)
+        assert text.count(f"param_dtype=jnp.{np.dtype(dtype).name}") == 2
+    mixed = _ones(shapes, np.float64) | _ones({"half.weight": (2, 3)}, np.float16)
+    counts = {"counts": np.arange(3), "mask": np.array([True, False]), "small": np.arange(3, dtype=np.uint8)}
+    assert 'jax.config.update("jax_enable_x64", True)' in _fits(mixed, linen)
+    text = _fits(counts | _ones({"z": (2,)}, np.complex64), linen)
+    assert "jax_enable_x64" not in text
+    assert "jax_enable_x64" in _fits({"large": np.array([1 << 40])} | _ones({"a.weight": (2, 3)}), linen)
+
+
+@both
+def test_recurrent_modules_with_more(torch: types.ModuleType, linen: bool) -> None:
+    """A layer inherits where more is beside its weights, and weights that are no layer's become parameters."""
+    lstm = {f"rnn.{name}": shape for name, shape in jaxrnn.Spec(jaxrnn.LSTM_CELL, 3, 4).shapes().items()}
+    text = _fits(_ones(lstm | {"rnn.extra": (2,), "rnn.head.weight": (2, 4)}), linen)
+    assert ("class Rnn(jaxrnn.LSTM):" in text) != linen
+    _fits(_ones({name.removeprefix("rnn."): shape for name, shape in lstm.items()} | {"head.weight": (2, 4)}), linen)
+    peephole = jaxrnn.Spec(jaxrnn.PEEPHOLE_LSTM_CELL, 3, 4, bias=False, num_layers=2).shapes()
+    text = _fits(_ones({f"a.{name}": shape for name, shape in peephole.items()}), linen)
+    assert "Recurrent(" in text.replace("\n            ", "")
+    assert "jaxrnn.PEEPHOLE_LSTM_CELL, 3, 4, " in " ".join(text.split())
+    with pytest.warns(UserWarning, match="parameter of its own: .*\n.*rnn.weight_hh_l0 is missing"):
+        _fits(_ones({"rnn.weight_ih_l0": (16, 3)}), linen)
+
+
+@both
+def test_what_a_file_says_is_used(linen: bool) -> None:
+    shapes = jaxrnn.Spec(jaxrnn.RNN_RELU, 3, 4).shapes()
+    said = {"rnn.": {"nonlinearity": "relu", "batch_first": True}}
+    tensors = checkpoint.named.Described(_ones({f"rnn.{name}": shape for name, shape in shapes.items()}), said)
+    text = _fits(tensors, linen)  # a warning would be an error
+    assert 'nonlinearity="relu", batch_first=True' in text
+    assert "does not say" not in text
+
+
+def test_names_and_layouts_of_flax() -> None:
+    shapes = {"Dense_0.kernel": (3, 4), "Dense_0.bias": (4,), "Embed_0.embedding": (5, 4), "conv.kernel": (3, 2, 4, 6)}
+    shapes |= {"LayerNorm_0.scale": (4,), "LayerNorm_0.bias": (4,), "rms.scale": (4,), "query.kernel": (4, 2, 2)}
+    shapes |= {f"bn.{name}": (4,) for name in ("scale", "bias", "mean", "var")} | {"query.bias": (2, 2)}
+    tensors = _ones(shapes)
+    text = scaffold(tensors, source="None").partition("missing, unexpected")[0]
+    for line in ("Dense_0 = nnx.Linear(3, 4, ", "Embed_0 = nnx.Embed(5, 4, ", "conv = nnx.Conv(\n            4, 6, "):
+        assert f"self.{line}" in text
+    names: dict[str, Any] = {}
+    exec(text, names)
+    state = dict(nnx.to_flat_state(nnx.state(names["model"])))
+    assert {".".join(path): variable.shape for path, variable in state.items()}.items() >= {
+        **{name: shape for name, shape in shapes.items() if not name.startswith("query")}
+    }.items()
+
+
+def test_equal_tensors_are_named(torch: types.ModuleType) -> None:
+    tensors = _models(torch)["tied"]().state_dict()
+    text = scaffold(tensors)
+    assert "#   embedding.weight and head.weight\n# To train two as one, use one layer for both (Embed.attend" in text
+    assert "equal" not in scaffold(tensors | {"head.weight": tensors["head.weight"] + 1})
+    assert "equal" not in scaffold({"a": np.ones((2, 2)), "b": np.ones((2, 2))})
+    tensors.pop("head.weight")  # as the comment says, with the layer left out
+    text = "\n".join(line for line in scaffold(tensors, source="TENSORS").splitlines() if "head" not in line)
+    assert _run(text, TENSORS=tensors)["missing"] == []
+
+
+@pytest.mark.parametrize("linen", [False, True])
+def test_many_names_and_levels(linen: bool) -> None:
+    deepest = ".".join(["level"] * 30)
+    _fits(_ones({f"{deepest}.head.weight": (2, 3), f"{deepest[:-6]}.x": (1,)}), linen)
+    deep = {".".join(["level"] * 10_000): np.ones(1)}
+    message = r"^level\.level.{85,95}\.\.\. has 10000 levels of names, and 32 are the most\nwrite a part .* prefix="
+    with pytest.raises(CheckpointError, match=message):
+        scaffold(deep, linen=linen)
+    _fits(deep, linen, prefix=".".join(["level"] * 9_990) + ".")
+    tensors = {f"level{number % 100}.part{number}.weight": np.ones(2) for number in range(20_000)}
+    assert scaffold(tensors, linen=linen).count("class ") == 101 + 1
+
+
+@both
+def test_a_part_of_a_model(linen: bool) -> None:
+    tensors = _ones({"module.encoder.0.weight": (2, 3), "module.encoder.0.bias": (2,), "module.x": (1,)})
+    assert 'prefix="encoder."' in _fits(tensors, linen, "module.encoder.").replace("module.encoder.", "encoder.")
+    with pytest.raises(CheckpointError, match=r"^no key starts with 'nobody\.'\nits keys: module\.encoder\.0\.weight"):
+        scaffold(tensors, "nobody.", linen=linen)
+    with pytest.raises(CheckpointError, match=r"^it has no tensors\n"):
+        scaffold({}, linen=linen)
+    with pytest.raises(CheckpointError, match=r"^a is of type dict\n"):
+        scaffold({"a": {"b": 1}}, linen=linen)
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / 'it\'s a "model"'
+    folder.mkdir()
+    path = folder / "model.safetensors"
+    checkpoint.save(path, _ones({"encoder.weight": (2, 3), "encoder.bias": (2,)}))
+    assert main(["scaffold", str(path)]) == 0
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    command = [sys.executable, "-c", printed.out + "print(missing, unexpected)"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "[] []\n", "")
+    assert main(["scaffold", str(path), "--prefix", "nobody."]) == 2
+    assert "no key starts with 'nobody.'" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["scaffold", str(path), "--json"])
+    assert "unrecognized arguments: --json" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["scaffold", "--help"])
+    assert "write modules of flax.linen" in capsys.readouterr().out
+
+
+def test_options_are_in_the_program(
+    torch: types.ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "model.pt"
+    raw = {"rnn.weight_hh_l0_raw": torch.ones(16, 4), "rnn.weight_ih_l0": torch.ones(16, 3)}
+    torch.save({"deep": {"model": raw}}, path)
+    assert main(["scaffold", str(path), "--key", "deep.model", "--raw", "--only-tensors", "--dequantize"]) == 0
+    text = capsys.readouterr().out
+    load = f'load("{path}", key="deep.model", only_tensors=True, dequantize=True)'
+    assert f"tensors = jaxrnn.checkpoint.fold(jaxrnn.checkpoint.{load}, raw=True)\n" in text
+    names = _run(text)
+    assert (names["missing"], names["unexpected"]) == ([], [])

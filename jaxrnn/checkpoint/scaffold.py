@@ -13,8 +13,8 @@ from jaxrnn.checkpoint.scaffold_model import TODO, Made, Program, Statement, not
 from jaxrnn.checkpoint.scaffold_text import Code, Group, comment, laid_out, quoted
 from jaxrnn.checkpoint.stored import Stored, equal, pieces, read
 
-_TITLE = '"""A model to start from: its layers take the weights of a file, and each `__call__` is left to write."""'
-_MOST_TIES = 4
+_TITLE = '"""A Flax model that the weights of a file fit. Each `__call__` is left to write."""'
+_MOST_TIES = 8
 _BEGINNING = 4096  # bytes, by which tensors that differ are told apart
 _PLACEHOLDER = f"""
 
@@ -68,7 +68,7 @@ def scaffold(
     classes = [*program.class_lines()]
     body = "\n".join([*classes, *([""] * 2 if classes else [""]), *_loading(program, named, prefix, source)])
     if re.search(rf"\b{TODO},", body):
-        body = f"{_PLACEHOLDER}\n{body}"
+        body = _PLACEHOLDER + ("\n" if classes else "\n\n") + body
     library = "linen" if linen else "nnx"
     imports = ["import jax"] if re.search(r"\bjax\.", body) else []
     imports += ["import jax.numpy as jnp"] if re.search(r"\bjnp\.", body) else []
@@ -93,7 +93,7 @@ def _loading(program: Program, tensors: Mapping[str, Any], prefix: str, source: 
     if program.wide:
         yield from comment(f"JAX has the dtype of {program.wide:.60} in this mode alone.", 0)
         yield 'jax.config.update("jax_enable_x64", True)'
-    yield from _ties(tensors, prefix)
+    yield from _ties(tensors)
     yield f"tensors = {source}"
     counts = program.counts()
     if isinstance(program.root, Made):
@@ -102,7 +102,7 @@ def _loading(program: Program, tensors: Mapping[str, Any], prefix: str, source: 
     else:
         if not program.linen:
             yield "rngs = nnx.Rngs(0)"
-        instead = program.root.instead if isinstance(program.root, Layer) else ""
+        instead = program.instead(program.root)
         statement = Statement("model = ", program.code(program.root), notes_of(program.root), instead)
         yield from statement_lines(statement, 0, counts, set())
     given = [f"prefix={quoted(prefix)}"] if prefix else []
@@ -123,23 +123,21 @@ def _loading(program: Program, tensors: Mapping[str, Any], prefix: str, source: 
     yield from laid_out("variables, missing, unexpected = ", load)
 
 
-def _ties(tensors: Mapping[str, Any], prefix: str) -> list[str]:
+def _ties(tensors: Mapping[str, Any]) -> list[str]:
     """Comments about tensors that are equal, as of weights that torch shares."""
     groups: dict[Any, list[str]] = {}
     for key, value in tensors.items():
         if len(value.shape) > 1 and 0 not in value.shape:
             groups.setdefault((dtype_of(value), tuple(value.shape)), []).append(key)
     pairs = [pair for keys in groups.values() if len(keys) > 1 for pair in _equal({key: tensors[key] for key in keys})]
-    lines = []
+    if not pairs:
+        return []
+    lines = ["# These are equal, as if torch shared one parameter:"]
     for one, other in pairs[:_MOST_TIES]:
-        text = (
-            f"{other:.60} equals {one:.60}. If they are one parameter in torch, use one layer for both, leave out the "
-            f"other (nnx.Embed has attend in place of a Linear), and del tensors[{quoted(prefix + other):.60}]."
-        )
-        lines += comment(text, 0)
-    if len(pairs) > _MOST_TIES:
-        lines.append(f"# So are {len(pairs) - _MOST_TIES} more.")
-    return lines
+        lines += comment(f"  {one:.100} and {other:.100}", 0, "  ")
+    lines += [f"#   and {len(pairs) - _MOST_TIES} more"] if len(pairs) > _MOST_TIES else []
+    remedy = "use one layer for both (Embed.attend for a Linear), leave out the other, and del its key in tensors"
+    return [*lines, *comment(f"To train two as one, {remedy}.", 0)]
 
 
 def _equal(tensors: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -44,7 +44,7 @@ class Layer(NamedTuple):
         input: the shape of an input, for Linen.
         dtype: the tensors'.
         unsaid: a comment about settings that no weights say, and that are torch's defaults here.
-        instead: a comment about other readings of the same names and shapes.
+        instead: another layer that has the same names and shapes, in NNX and in Linen; or nothing.
         has_state: whether a call returns a pair of the output and a state.
         call: other arguments of a call, in Linen.
     """
@@ -57,7 +57,7 @@ class Layer(NamedTuple):
     input: Shape
     dtype: np.dtype
     unsaid: str = ""
-    instead: str = ""
+    instead: tuple[str, ...] = ()
     has_state: bool = False
     call: tuple[str, ...] = ()
 
@@ -156,8 +156,8 @@ def _of_weight(name: str, weight: Shape, bias: Shape | None, dtype: np.dtype) ->
             return linear
         embed = _embed(*weight, dtype)
         if _EMBEDDING.search(name):
-            return embed._replace(instead=f"or nnx.Linear({weight[1]}, {weight[0]}, use_bias=False)")
-        return linear._replace(instead=f"or nnx.Embed({weight[0]}, {weight[1]})")
+            return embed._replace(instead=_makers(linear))
+        return linear._replace(instead=_makers(embed))
     if 3 <= len(weight) <= 5:
         out, other, *kernel = weight
         may_be = {"Conv": bias in (None, (out,)), "ConvTranspose": bias in (None, (other,))}
@@ -189,7 +189,7 @@ def _norm_of_weight(name: str, features: int, bias: bool, dtype: np.dtype) -> La
             return _norm("GroupNorm", features, dtype, "1e-5", comment, f"num_groups={groups}")
         if _INSTANCE_NORM.search(name):
             return _norm("InstanceNorm", features, dtype, "1e-5", _defaults("epsilon"))
-        comment = f"{_defaults('epsilon')}. It may be another norm without running statistics, such as nnx.GroupNorm"
+        comment = f"{_defaults('epsilon')}. It may be another norm without running statistics, such as GroupNorm"
         return _norm("LayerNorm", features, dtype, "1e-5", comment)
     if features == 1 or not _NORM.search(name):  # such as torch.nn.PReLU's
         return None
@@ -219,6 +219,11 @@ def _batch_norm(shapes: Mapping[str, Shape], dtype: np.dtype) -> Layer | None:
 def _linear(inputs: int, outputs: int, bias: bool, dtype: np.dtype) -> Layer:
     nnx, linen = ("nnx.Linear", str(inputs), str(outputs)), ("linen.Dense", str(outputs))
     return Layer(LINEAR, nnx, linen, _use_bias(bias) + _param_dtype(dtype), (inputs, outputs), (1, inputs), dtype)
+
+
+def _makers(layer: Layer) -> tuple[str, ...]:
+    """How to make a layer, in NNX and in Linen."""
+    return tuple(f"{name}({', '.join([*sizes, *layer.settings])})" for name, *sizes in (layer.nnx, layer.linen))
 
 
 def _use_bias(bias: bool) -> tuple[str, ...]:
@@ -261,5 +266,5 @@ def _conv_transpose(
         dtype,
         "The file does not say strides and padding: these are torch's defaults. torch's padding=p is "
         "kernel_size - 1 - p on both sides here",
-        f"or nnx.Conv({outputs}, {inputs}, ...)" if may_be_conv else "",
+        (f"nnx.Conv({outputs}, {inputs}, ...)", f"linen.Conv({inputs}, ...)") if may_be_conv else (),
     )

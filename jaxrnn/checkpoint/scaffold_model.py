@@ -176,7 +176,7 @@ class Program:
 
     def statement(self, name: str, key: str, access: str, item: Item) -> Statement:
         """The statement that sets an attribute."""
-        notes, trailing = notes_of(item), item.instead if isinstance(item, Layer) else ""
+        notes, trailing = notes_of(item), self.instead(item)
         if self.linen:
             given = quoted(name) if isinstance(item, Tensor) or not _is_attribute(name) else ""
             return Statement(f"{access} = ", self.code(item, given), notes, trailing)
@@ -189,6 +189,10 @@ class Program:
         if is_name(name):
             return Statement(f"{access} = ", self.code(item), notes, trailing)
         return Statement("", Group("setattr(", ["self", quoted(name), self.code(item)], ")"), notes, trailing)
+
+    def instead(self, item: Item) -> str:
+        """Which other layer the same names and shapes fit."""
+        return f"or {item.instead[self.linen]}" if isinstance(item, Layer) and item.instead else ""
 
     def code(self, item: Item, name: str = "") -> Code:
         """The expression that makes an item.
@@ -273,13 +277,13 @@ def statement_lines(statement: Statement, depth: int, counts: Mapping[str, int],
     lines = []
     for note in dict.fromkeys(statement.notes):
         if note not in seen:
-            lines += comment(f"{note}{', also below' if counts[note] > 1 else ''}.", depth)
+            lines += comment(f"Here and below, {note[0].lower()}{note[1:]}." if counts[note] > 1 else f"{note}.", depth)
             seen.add(note)
     code = laid_out(statement.before, statement.code, "", depth)
     trailing = f"  # {statement.trailing}" if statement.trailing else ""
     if len(code) == 1 and len(code[0]) + len(trailing) <= WIDTH:
         return [*lines, code[0] + trailing]
-    return [*lines, *(comment(statement.trailing, depth) if trailing else []), *code]
+    return [*lines, *(comment(f"O{statement.trailing[1:]}.", depth) if trailing else []), *code]
 
 
 def _is_attribute(name: str) -> bool:
