@@ -1,4 +1,4 @@
-"""The command line: `jaxrnn inspect FILE`, `convert IN OUT`, `diff A B` and `check FILE`, and the parity suite."""
+"""The command line: `jaxrnn inspect FILE`, `scaffold FILE`, `convert IN OUT`, `diff A B`, `check FILE`; the suite."""
 
 import argparse
 import contextlib
@@ -21,13 +21,14 @@ from rich.table import Table
 
 from jaxrnn._core.tables import print_table
 from jaxrnn._version import __version__
-from jaxrnn.checkpoint import CheckpointError, FoundRNN, find_rnns, fold, save
+from jaxrnn.checkpoint import CheckpointError, FoundRNN, find_rnns, fold, save, scaffold
 from jaxrnn.checkpoint.check import LIMIT, check, installed_torch
 from jaxrnn.checkpoint.errors import about, listed, printable
 from jaxrnn.checkpoint.files import Tensors, opened
 from jaxrnn.checkpoint.formats.reading import Reading
 from jaxrnn.checkpoint.named import described_as, origins_of
 from jaxrnn.checkpoint.names import under
+from jaxrnn.checkpoint.scaffold_text import quoted
 from jaxrnn.checkpoint.stored import Value, equal, not_finite, read
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
@@ -102,6 +103,14 @@ def _main(argv: Sequence[str], prog: str) -> int:
     command = add("inspect", "list the recurrent modules in a checkpoint", inspecting, f"{inspecting} --json")
     command.set_defaults(run=_inspect)
     command.add_argument("file", metavar="FILE", help=file)
+    words = "write a Flax model that a checkpoint fits, as a program to start from"
+    command = add("scaffold", words, f"scaffold {denoiser}", f"scaffold {denoiser} --linen > model.py")
+    command.set_defaults(run=_scaffold)
+    command.add_argument("file", metavar="FILE", help=file)
+    command.add_argument(
+        "--prefix", default="", help="write a model for the keys that start with this, for example encoder., alone"
+    )
+    command.add_argument("--linen", action="store_true", help="write modules of flax.linen, not flax.nnx")
     half = f"convert {denoiser} half.safetensors --only-rnn --dtype bfloat16"
     command = add("convert", "write a checkpoint's tensors to another file", converting, half)
     command.set_defaults(run=_convert)
@@ -138,7 +147,7 @@ def _main(argv: Sequence[str], prog: str) -> int:
     command = add("check", words, f"check {denoiser}", f"check {denoiser} --json")
     command.set_defaults(run=_check)
     command.add_argument("file", metavar="FILE", help=file)
-    for command in commands.choices.values():
+    for name, command in commands.choices.items():
         command.add_argument("--key", help="the key that holds the state dict, for example trainer.model")
         command.add_argument(
             "--raw", action="store_true", help="for weight-dropped LSTMs: read weight_hh_l0_raw as weight_hh_l0"
@@ -147,7 +156,8 @@ def _main(argv: Sequence[str], prog: str) -> int:
             "--only-tensors", action="store_true", help="skip objects that are not tensors; their code never runs"
         )
         command.add_argument("--dequantize", action="store_true", help="read quantized modules, as rounded numbers")
-        command.add_argument("--json", action="store_true", help="print the result as JSON")
+        if name != "scaffold":
+            command.add_argument("--json", action="store_true", help="print the result as JSON")
     for name, (_, words) in SUITE.items():
         commands.add_parser(name, help=words, add_help=False)
     if argv and argv[0] in SUITE:
@@ -180,16 +190,21 @@ def _suite(name: str) -> Callable[[Sequence[str], str], int]:
 
 def _load(path: str, key: str | None, arguments: argparse.Namespace) -> Tensors:
     """Read all tensors of a file, and fold weights that are in parts."""
-    with _printed_warnings():
-        note = functools.partial(_note, path)
-        tensors = opened(path, Reading(key, arguments.only_tensors, arguments.dequantize, note))
-    with about(path):
-        tensors = fold(tensors, arguments.raw)
+    tensors = _opened(path, key, arguments)
     with _progress(f"reading {os.path.basename(path)}", tensors) as progress:
         odd = not_finite(tensors, progress)
     if odd:
         _print(f"warning: {path}: NaN or infinite numbers in {listed(odd)}", sys.stderr)
     return tensors
+
+
+def _opened(path: str, key: str | None, arguments: argparse.Namespace) -> Tensors:
+    """As `_load`, but the tensors are not read yet."""
+    with _printed_warnings():
+        note = functools.partial(_note, path)
+        tensors = opened(path, Reading(key, arguments.only_tensors, arguments.dequantize, note))
+    with about(path):
+        return fold(tensors, arguments.raw)
 
 
 @contextlib.contextmanager
@@ -254,6 +269,20 @@ def _inspect(arguments: argparse.Namespace) -> int:
     ]
     _print_table(columns, described)
     _print_settings(found)
+    return 0
+
+
+def _scaffold(arguments: argparse.Namespace) -> int:
+    path = arguments.file
+    tensors = _opened(path, arguments.key, arguments)
+    given = [] if arguments.key is None else [f"key={quoted(arguments.key)}"]
+    given += [f"{name}=True" for name in ("only_tensors", "dequantize") if getattr(arguments, name)]
+    source = f"jaxrnn.checkpoint.load({', '.join([quoted(path), *given])})"
+    if arguments.raw:
+        source = f"jaxrnn.checkpoint.fold({source}, raw=True)"
+    with about(path), _printed_warnings(f"{path}: "):
+        text = scaffold(tensors, arguments.prefix, linen=arguments.linen, source=source)
+    print(text, end="")
     return 0
 
 

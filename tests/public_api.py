@@ -209,6 +209,7 @@ def checkpoints(folder: Path, lstm: jaxrnn.LSTM) -> None:
     print(read["encoder.weight_ih_l0"] + 1)
     [found] = jaxrnn.checkpoint.find_rnns(read, cells=[jaxrnn.PEEPHOLE_LSTM_CELL])
     assert_type(found, jaxrnn.checkpoint.FoundRNN)
+    print(jaxrnn.checkpoint.scaffold(read, "encoder.", linen=True, source="tensors").upper())
     print(found.prefix.rstrip("."), found.kind, found.hidden_size + 1, found.assumed, found.spec, found.dtype.itemsize)
     missing, unexpected = jaxrnn.load_state_dict(lstm, read, prefix=found.prefix, strict=False)
     assert_type(missing, list[str])

@@ -327,7 +327,7 @@ def test_without_arguments_the_commands_are_listed(capsys: pytest.CaptureFixture
     assert main([]) == 0
     lines = capsys.readouterr().out.splitlines()
     commands = {line.split()[0] for line in lines if line.startswith("    ") and line[4] != " "}
-    assert commands == {"inspect", "convert", "diff", "check", "parity", "speed"}
+    assert commands == {"inspect", "scaffold", "convert", "diff", "check", "parity", "speed"}
 
 
 COMMANDS = ["", "inspect", "convert", "diff", "check"]

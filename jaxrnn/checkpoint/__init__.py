@@ -8,6 +8,7 @@ from jaxrnn.checkpoint.flax_cells import from_flax
 from jaxrnn.checkpoint.names import fold
 from jaxrnn.checkpoint.nnx import from_torch, load_state_dict, state_dict
 from jaxrnn.checkpoint.optimizer import clip_grad_norm, optax_from_torch, optimizer_from_torch
+from jaxrnn.checkpoint.scaffold import scaffold
 from jaxrnn.checkpoint.to_onnx import to_onnx
 from jaxrnn.checkpoint.write import save
 
@@ -27,6 +28,7 @@ __all__ = [
     "optax_from_torch",
     "optimizer_from_torch",
     "save",
+    "scaffold",
     "state_dict",
     "to_onnx",
 ]
