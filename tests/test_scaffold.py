@@ -322,6 +322,10 @@ def test_equal_tensors_are_named(torch: types.ModuleType) -> None:
     assert "#   embedding.weight and head.weight\n# To train two as one, use one layer for both (Embed.attend" in text
     assert "equal" not in scaffold(tensors | {"head.weight": tensors["head.weight"] + 1})
     assert "equal" not in scaffold({"a": np.ones((2, 2)), "b": np.ones((2, 2))})
+    named = scaffold({f"{name}\x1b\nimport os": np.eye(2) for name in ("a", "b")})
+    assert "\nimport os" not in named
+    assert "\x1b" not in named
+    assert "#   a\\x1b\\nimport os and b\\x1b\\nimport os\n" in named
     tensors.pop("head.weight")  # as the comment says, with the layer left out
     text = "\n".join(line for line in scaffold(tensors, source="TENSORS").splitlines() if "head" not in line)
     assert _run(text, TENSORS=tensors)["missing"] == []
