@@ -389,3 +389,21 @@ def test_options_are_in_the_program(
     assert f"tensors = jaxrnn.checkpoint.fold(jaxrnn.checkpoint.{load}, raw=True)\n" in text
     names = _run(text)
     assert (names["missing"], names["unexpected"]) == ([], [])
+
+
+class _Config:
+    """An object beside the tensors, whose code does not run."""
+
+
+def test_objects_are_left_out(torch: types.ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "model.pt"
+    torch.save({"state_dict": torch.nn.Linear(3, 4).state_dict(), "config": _Config()}, path)
+    assert main(["scaffold", str(path)]) == 0
+    printed = capsys.readouterr()
+    note = f"note: {path}: left out objects that are not tensors: {_Config.__module__}._Config"
+    assert note in " ".join(printed.err.split())
+    with pytest.warns(UserWarning, match="left out"):
+        assert _run(printed.out)["missing"] == []
+    path.write_bytes(path.read_bytes()[:-100])
+    assert main(["scaffold", str(path)]) == 2
+    assert capsys.readouterr().err.startswith(str(path))
