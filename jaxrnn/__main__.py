@@ -34,6 +34,8 @@ from jaxrnn.checkpoint.stored import Value, equal, not_finite, read
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 # Show a progress bar above this many bytes, which take about a second.
 LARGE = 256 << 20
+# What only_tensors warns of, which is a note to those who only look.
+_LEFT_OUT = ": left out objects that are not tensors: "
 # Commands that are modules of the parity suite, and parse their own arguments.
 SUITE = {
     "parity": ("jaxrnn.parity.__main__", "compare every kind of module with PyTorch: recorded results, or run here"),
@@ -148,6 +150,7 @@ def _main(argv: Sequence[str], prog: str) -> int:
     command.set_defaults(run=_check)
     command.add_argument("file", metavar="FILE", help=file)
     for name, command in commands.choices.items():
+        command.set_defaults(past_objects=name in ("inspect", "scaffold"))
         command.add_argument("--key", help="the key that holds the state dict, for example trainer.model")
         command.add_argument(
             "--raw", action="store_true", help="for weight-dropped LSTMs: read weight_hh_l0_raw as weight_hh_l0"
@@ -199,10 +202,23 @@ def _load(path: str, key: str | None, arguments: argparse.Namespace) -> Tensors:
 
 
 def _opened(path: str, key: str | None, arguments: argparse.Namespace) -> Tensors:
-    """As `_load`, but the tensors are not read yet."""
+    """As `_load`, but the tensors are not read yet.
+
+    Commands with `past_objects` leave out what is no tensor, if they must; then `arguments.only_tensors` becomes True.
+    """
+    notes: list[str] = []
+    what = Reading(key, arguments.only_tensors, arguments.dequantize, notes.append)
     with _printed_warnings():
-        note = functools.partial(_note, path)
-        tensors = opened(path, Reading(key, arguments.only_tensors, arguments.dequantize, note))
+        try:
+            tensors = opened(path, what)
+        except CheckpointError:
+            if not arguments.past_objects or arguments.only_tensors:
+                raise
+            notes.clear()
+            arguments.only_tensors = True
+            tensors = opened(path, what._replace(only_tensors=True))
+    for text in notes:
+        _note(path, text)
     with about(path):
         return fold(tensors, arguments.raw)
 
@@ -213,7 +229,8 @@ def _printed_warnings(prefix: str = "") -> Iterator[None]:
         warnings.simplefilter("always")
         yield
     for warning in caught:
-        _print(f"warning: {prefix}{warning.message}", sys.stderr)
+        kind = "note" if _LEFT_OUT in str(warning.message) else "warning"
+        _print(f"{kind}: {prefix}{warning.message}", sys.stderr)
 
 
 def _note(path: str, text: str) -> None:

@@ -129,9 +129,13 @@ def test_objects_beside_tensors_are_left_out_on_request(
     assert list(checkpoint.load_tree(path, "state_dict")) == list(LSTM)
     with pytest.raises(CheckpointError, match=f"config is a {re.escape(name)}"):
         checkpoint.load_tree(path, "config")
-    assert main(["inspect", str(path)]) == 2
-    assert main(["inspect", str(path), "--only-tensors"]) == 0
-    assert name in capsys.readouterr().err
+    assert main(["check", str(path)]) == 2
+    capsys.readouterr()
+    for command in (["check", "--only-tensors"], ["inspect"], ["inspect", "--only-tensors"]):
+        assert main([*command, str(path)]) == 0
+        told = " ".join(capsys.readouterr().err.split())
+        assert f"note: {path}: left out objects that are not tensors: " in told
+        assert name in told
 
 
 def test_nothing_of_what_is_left_out_runs(torch: types.ModuleType, saved: Any, tmp_path: Path) -> None:

@@ -322,6 +322,10 @@ def test_equal_tensors_are_named(torch: types.ModuleType) -> None:
     assert "#   embedding.weight and head.weight\n# To train two as one, use one layer for both (Embed.attend" in text
     assert "equal" not in scaffold(tensors | {"head.weight": tensors["head.weight"] + 1})
     assert "equal" not in scaffold({"a": np.ones((2, 2)), "b": np.ones((2, 2))})
+    named = scaffold({f"{name}\x1b\nimport os": np.eye(2) for name in ("a", "b")})
+    assert "\nimport os" not in named
+    assert "\x1b" not in named
+    assert "#   a\\x1b\\nimport os and b\\x1b\\nimport os\n" in named
     tensors.pop("head.weight")  # as the comment says, with the layer left out
     text = "\n".join(line for line in scaffold(tensors, source="TENSORS").splitlines() if "head" not in line)
     assert _run(text, TENSORS=tensors)["missing"] == []
@@ -385,3 +389,21 @@ def test_options_are_in_the_program(
     assert f"tensors = jaxrnn.checkpoint.fold(jaxrnn.checkpoint.{load}, raw=True)\n" in text
     names = _run(text)
     assert (names["missing"], names["unexpected"]) == ([], [])
+
+
+class _Config:
+    """An object beside the tensors, whose code does not run."""
+
+
+def test_objects_are_left_out(torch: types.ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "model.pt"
+    torch.save({"state_dict": torch.nn.Linear(3, 4).state_dict(), "config": _Config()}, path)
+    assert main(["scaffold", str(path)]) == 0
+    printed = capsys.readouterr()
+    note = f"note: {path}: left out objects that are not tensors: {_Config.__module__}._Config"
+    assert note in " ".join(printed.err.split())
+    with pytest.warns(UserWarning, match="left out"):
+        assert _run(printed.out)["missing"] == []
+    path.write_bytes(path.read_bytes()[:-100])
+    assert main(["scaffold", str(path)]) == 2
+    assert capsys.readouterr().err.startswith(str(path))

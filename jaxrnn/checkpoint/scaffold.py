@@ -102,8 +102,7 @@ def _loading(program: Program, tensors: Mapping[str, Any], prefix: str, source: 
     else:
         if not program.linen:
             yield "rngs = nnx.Rngs(0)"
-        instead = program.instead(program.root)
-        statement = Statement("model = ", program.code(program.root), notes_of(program.root), instead)
+        statement = Statement("model = ", program.code(program.root), notes_of(program.root))
         yield from statement_lines(statement, 0, counts, set())
     given = [f"prefix={quoted(prefix)}"] if prefix else []
     if not program.linen:

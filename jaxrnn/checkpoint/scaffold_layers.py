@@ -43,8 +43,7 @@ class Layer(NamedTuple):
         sizes: the features of its input, None for integers, and of its output.
         input: the shape of an input, for Linen.
         dtype: the tensors'.
-        unsaid: a comment about settings that no weights say, and that are torch's defaults here.
-        instead: another layer that has the same names and shapes, in NNX and in Linen; or nothing.
+        notes: comments: settings that no weights say, and other layers with the same names and shapes.
         has_state: whether a call returns a pair of the output and a state.
         call: other arguments of a call, in Linen.
     """
@@ -56,8 +55,7 @@ class Layer(NamedTuple):
     sizes: tuple[int | None, int]
     input: Shape
     dtype: np.dtype
-    unsaid: str = ""
-    instead: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
     has_state: bool = False
     call: tuple[str, ...] = ()
 
@@ -89,7 +87,7 @@ def recurrent(found: FoundRNN) -> Layer:
         (found.input_size, width * (1 + found.bidirectional)),
         (1, found.input_size) if found.is_cell else (1, 1, found.input_size),
         found.dtype,
-        _defaults(*found.assumed),
+        (_defaults(*found.assumed),) if found.assumed else (),
         has_state=not found.is_cell or found.kind == "LSTM",
         call=("deterministic=True",) if drops else (),
     )
@@ -122,7 +120,9 @@ def layer_of(name: str, group: Mapping[str, Tensor]) -> Layer | None:
         return _embed(*shapes["embedding"], dtype)
     if names - {"bias"} == {"scale"} and len(shapes["scale"]) == 1 and bias in (None, shapes["scale"]):
         kind = "RMSNorm" if bias is None else "LayerNorm"
-        return _norm(kind, shapes["scale"][0], dtype, "1e-6", "The file does not say epsilon: this is Flax's default")
+        return _norm(
+            kind, shapes["scale"][0], dtype, "1e-6", ("The file does not say epsilon: this is Flax's default",)
+        )
     return None
 
 
@@ -133,8 +133,6 @@ _AFFINE = frozenset({"weight", "bias"})
 
 def _defaults(*names: str) -> str:
     """The comment about settings."""
-    if not names:
-        return ""
     listed = ", ".join(names[:-1]) + " and " * (len(names) > 1) + names[-1]
     default = "these are torch's defaults" if len(names) > 1 else "this is torch's default"
     return f"The file does not say {listed}: {default}"
@@ -154,20 +152,20 @@ def _of_weight(name: str, weight: Shape, bias: Shape | None, dtype: np.dtype) ->
         linear = _linear(weight[1], weight[0], bias is not None, dtype)
         if bias is not None:
             return linear
-        embed = _embed(*weight, dtype)
         if _EMBEDDING.search(name):
-            return embed._replace(instead=_makers(linear))
-        return linear._replace(instead=_makers(embed))
+            return _embed(*weight, dtype)._replace(notes=("This may be a Linear without bias",))
+        return linear._replace(notes=("This may be an Embed",))
     if 3 <= len(weight) <= 5:
         out, other, *kernel = weight
-        may_be = {"Conv": bias in (None, (out,)), "ConvTranspose": bias in (None, (other,))}
-        if not any(may_be.values()):
-            return None
-        transposed = not may_be["Conv"] or (may_be["ConvTranspose"] and bool(_TRANSPOSED.search(name)))
+        may_be, may_be_transposed = bias in (None, (out,)), bias in (None, (other,))
+        transposed = may_be_transposed and (not may_be or bool(_TRANSPOSED.search(name)))
         if transposed:
-            return _conv_transpose(out, other, kernel, bias is not None, dtype, may_be["Conv"])
-        depthwise = other == 1 and bool(_DEPTHWISE.search(name))
-        return _conv(out if depthwise else other, out, kernel, bias is not None, dtype, depthwise)
+            layer = _conv_transpose(out, other, kernel, bias is not None, dtype)
+            return layer._replace(notes=(*layer.notes, *["This may be a Conv"] * may_be))
+        if may_be:
+            depthwise = other == 1 and bool(_DEPTHWISE.search(name))
+            layer = _conv(out if depthwise else other, out, kernel, bias is not None, dtype, depthwise)
+            return layer._replace(notes=(*layer.notes, *["This may be a ConvTranspose"] * may_be_transposed))
     return None
 
 
@@ -186,44 +184,39 @@ def _norm_of_weight(name: str, features: int, bias: bool, dtype: np.dtype) -> La
         if _GROUP_NORM.search(name):
             groups = math.gcd(features, 32)
             comment = "The file does not say num_groups, which is a guess, and epsilon, which is torch's default"
-            return _norm("GroupNorm", features, dtype, "1e-5", comment, f"num_groups={groups}")
+            return _norm("GroupNorm", features, dtype, "1e-5", (comment,), f"num_groups={groups}")
         if _INSTANCE_NORM.search(name):
-            return _norm("InstanceNorm", features, dtype, "1e-5", _defaults("epsilon"))
-        comment = f"{_defaults('epsilon')}. It may be another norm without running statistics, such as GroupNorm"
-        return _norm("LayerNorm", features, dtype, "1e-5", comment)
+            return _norm("InstanceNorm", features, dtype, "1e-5", (_defaults("epsilon"),))
+        other = "This may be another norm without running statistics, such as a GroupNorm"
+        return _norm("LayerNorm", features, dtype, "1e-5", (_defaults("epsilon"), other))
     if features == 1 or not _NORM.search(name):  # such as torch.nn.PReLU's
         return None
     epsilon = jnp.finfo(jnp.promote_types(dtype, jnp.float32)).eps
-    comment = f"{_defaults('epsilon')}; many models have 1e-5 or 1e-6. It may be a LayerNorm without bias"
-    return _norm("RMSNorm", features, dtype, f"{epsilon:.3g}", comment)
+    notes = (f"{_defaults('epsilon')}, and many models have 1e-5 or 1e-6", "This may be a LayerNorm without bias")
+    return _norm("RMSNorm", features, dtype, f"{epsilon:.3g}", notes)
 
 
-def _norm(kind: str, features: int, dtype: np.dtype, epsilon: str, unsaid: str, *settings: str) -> Layer:
+def _norm(kind: str, features: int, dtype: np.dtype, epsilon: str, notes: tuple[str, ...], *settings: str) -> Layer:
     axes = (1, 1, features) if kind == "InstanceNorm" else (1, features)
     settings = (*settings, f"epsilon={epsilon}", *_param_dtype(dtype))
     nnx, linen = (f"nnx.{kind}", str(features)), (f"linen.{kind}",)
-    return Layer(NORM, nnx, linen, settings, (features, features), axes, dtype, unsaid)
+    return Layer(NORM, nnx, linen, settings, (features, features), axes, dtype, notes)
 
 
 def _batch_norm(shapes: Mapping[str, Shape], dtype: np.dtype) -> Layer | None:
     shape = next(iter(shapes.values()))
-    if len(shape) != 1 or any(other != shape for other in shapes.values()):
+    if len(shape) != 1 or 0 in shape or any(other != shape for other in shapes.values()):
         return None
     plain = () if "bias" in shapes else ("use_scale=False", "use_bias=False")
     epsilon, momentum, whose = ("1e-5", "0.9", "torch") if "running_mean" in shapes else ("1e-5", "0.99", "Flax")
-    unsaid = f"The file does not say epsilon and momentum: these are {whose}'s defaults"
-    layer = _norm("BatchNorm", shape[0], dtype, epsilon, unsaid, *plain, f"momentum={momentum}")
+    note = f"The file does not say epsilon and momentum: these are {whose}'s defaults"
+    layer = _norm("BatchNorm", shape[0], dtype, epsilon, (note,), *plain, f"momentum={momentum}")
     return layer._replace(linen=("linen.BatchNorm", "use_running_average=True"))
 
 
 def _linear(inputs: int, outputs: int, bias: bool, dtype: np.dtype) -> Layer:
     nnx, linen = ("nnx.Linear", str(inputs), str(outputs)), ("linen.Dense", str(outputs))
     return Layer(LINEAR, nnx, linen, _use_bias(bias) + _param_dtype(dtype), (inputs, outputs), (1, inputs), dtype)
-
-
-def _makers(layer: Layer) -> tuple[str, ...]:
-    """How to make a layer, in NNX and in Linen."""
-    return tuple(f"{name}({', '.join([*sizes, *layer.settings])})" for name, *sizes in (layer.nnx, layer.linen))
 
 
 def _use_bias(bias: bool) -> tuple[str, ...]:
@@ -246,16 +239,11 @@ def _conv(inputs: int, outputs: int, kernel: list[int], bias: bool, dtype: np.dt
         (inputs, outputs),
         (1, *kernel, inputs),
         dtype,
-        "The file does not say strides, padding and kernel_dilation: these are torch's defaults"
-        if depthwise
-        else "The file does not say strides, padding, kernel_dilation and feature_group_count: "
-        "these are torch's defaults",
+        (_defaults("strides", "padding", "kernel_dilation", *["feature_group_count"] * (not depthwise)),),
     )
 
 
-def _conv_transpose(
-    inputs: int, outputs: int, kernel: list[int], bias: bool, dtype: np.dtype, may_be_conv: bool
-) -> Layer:
+def _conv_transpose(inputs: int, outputs: int, kernel: list[int], bias: bool, dtype: np.dtype) -> Layer:
     return Layer(
         CONV,
         ("nnx.ConvTranspose", str(inputs), str(outputs)),
@@ -264,7 +252,5 @@ def _conv_transpose(
         (inputs, outputs),
         (1, *kernel, inputs),
         dtype,
-        "The file does not say strides and padding: these are torch's defaults. torch's padding=p is "
-        "kernel_size - 1 - p on both sides here",
-        (f"nnx.Conv({outputs}, {inputs}, ...)", f"linen.Conv({inputs}, ...)") if may_be_conv else (),
+        (_defaults("strides", "padding"), "A padding=p of torch is kernel_size - 1 - p on both sides in Flax"),
     )

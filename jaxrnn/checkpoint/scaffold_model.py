@@ -15,7 +15,6 @@ from jaxrnn.checkpoint.errors import CheckpointError
 from jaxrnn.checkpoint.find import FoundRNN, find_rnns
 from jaxrnn.checkpoint.scaffold_layers import EMBED, NORM, Layer, Tensor, code_of, layer_of, recurrent
 from jaxrnn.checkpoint.scaffold_text import (
-    WIDTH,
     Code,
     Group,
     Loop,
@@ -63,7 +62,6 @@ class Statement(NamedTuple):
     before: str
     code: Code
     notes: tuple[str, ...] = ()
-    trailing: str = ""
 
 
 class _Class(NamedTuple):
@@ -161,7 +159,7 @@ class Program:
             own.append((access, item))
         call = () if inherits else tuple(_call(own))
         touch = tuple(code for access, item in own for code in self.touch(access, item)) if self.linen else ()
-        code = tuple((each.before, str(each.code), each.trailing) for each in statements)
+        code = tuple((each.before, str(each.code)) for each in statements)
         key = (base, code, call, tuple(map(str, touch))) if prefix else ()  # the whole model has its own
         if key not in self._classes:
             made = self._new.of_class(name) if prefix else "Model"
@@ -176,10 +174,10 @@ class Program:
 
     def statement(self, name: str, key: str, access: str, item: Item) -> Statement:
         """The statement that sets an attribute."""
-        notes, trailing = notes_of(item), self.instead(item)
+        notes = notes_of(item)
         if self.linen:
             given = quoted(name) if isinstance(item, Tensor) or not _is_attribute(name) else ""
-            return Statement(f"{access} = ", self.code(item, given), notes, trailing)
+            return Statement(f"{access} = ", self.code(item, given), notes)
         if name.startswith("_") and (hasattr(nnx.Module, name) or name.startswith("_pytree__")):
             cause = f"{key:.200}: an nnx.Module has the attribute {name} itself"
             remedy = f"rename it by jaxrnn convert IN OUT --rename {key:.200}=another, or write the model in Linen"
@@ -187,12 +185,8 @@ class Program:
         if name in _NNXS:
             notes = (*notes, f"This takes the place of the method nnx.Module.{name}")
         if is_name(name):
-            return Statement(f"{access} = ", self.code(item), notes, trailing)
-        return Statement("", Group("setattr(", ["self", quoted(name), self.code(item)], ")"), notes, trailing)
-
-    def instead(self, item: Item) -> str:
-        """Which other layer the same names and shapes fit."""
-        return f"or {item.instead[self.linen]}" if isinstance(item, Layer) and item.instead else ""
+            return Statement(f"{access} = ", self.code(item), notes)
+        return Statement("", Group("setattr(", ["self", quoted(name), self.code(item)], ")"), notes)
 
     def code(self, item: Item, name: str = "") -> Code:
         """The expression that makes an item.
@@ -279,11 +273,7 @@ def statement_lines(statement: Statement, depth: int, counts: Mapping[str, int],
         if note not in seen:
             lines += comment(f"Here and below, {note[0].lower()}{note[1:]}." if counts[note] > 1 else f"{note}.", depth)
             seen.add(note)
-    code = laid_out(statement.before, statement.code, "", depth)
-    trailing = f"  # {statement.trailing}" if statement.trailing else ""
-    if len(code) == 1 and len(code[0]) + len(trailing) <= WIDTH:
-        return [*lines, code[0] + trailing]
-    return [*lines, *(comment(f"O{statement.trailing[1:]}.", depth) if trailing else []), *code]
+    return [*lines, *laid_out(statement.before, statement.code, "", depth)]
 
 
 def _is_attribute(name: str) -> bool:
@@ -363,7 +353,7 @@ def notes_of(item: Item) -> tuple[str, ...]:
     """Comments about an item, each of which is written once for all that it is about."""
     notes: list[str] = []
     if isinstance(item, Layer):
-        notes.append(item.unsaid)
+        notes += item.notes
     elif isinstance(item, Tensor):
         notes.append("" if jnp.issubdtype(item.dtype, jnp.inexact) else _INTEGERS)
         notes.append(_ATTENTION if item.key.endswith("in_proj_weight") else "")
