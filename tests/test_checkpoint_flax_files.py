@@ -234,8 +234,8 @@ def test_a_model_of_flax_loads_with_flaxs_names(tmp_path: Path) -> None:
         def __init__(self, rngs: nnx.Rngs) -> None:
             self.embed = nnx.Embed(7, F, rngs=rngs)
             self.conv = nnx.Conv(F, F, (3,), rngs=rngs)
-            self.norm = nnx.LayerNorm(F, epsilon=1e-5, rngs=rngs)
-            self.batch = nnx.BatchNorm(F, epsilon=1e-5, momentum=0.9, rngs=rngs)
+            self.norm = nnx.LayerNorm(F, rngs=rngs)  # whose epsilon is Flax's, and no warning says so
+            self.batch = nnx.BatchNorm(F, rngs=rngs)
             self.rnn = jaxrnn.GRU(F, H, rngs=rngs)
             self.head = nnx.Linear(H, 2, rngs=rngs)
 

@@ -296,7 +296,7 @@ def test_what_a_file_says_is_used(linen: bool) -> None:
     said = {"rnn.": {"nonlinearity": "relu", "batch_first": True}}
     tensors = checkpoint.named.Described(_ones({f"rnn.{name}": shape for name, shape in shapes.items()}), said)
     text = _fits(tensors, linen)  # a warning would be an error
-    assert 'nonlinearity="relu", batch_first=True' in text
+    assert 'batch_first=True, nonlinearity="relu"' in text
     assert "does not say" not in text
 
 

@@ -49,6 +49,10 @@ class ModuleParameter(NamedTuple):
         there = np.broadcast_to(np.zeros(()), jnp.shape(self.value))
         return self.conversion.to_torch(there, self.layer).shape
 
+    def prefix_of(self, name: str) -> str:
+        """The prefix of its layer, from its name in torch."""
+        return name.removesuffix(self.conversion.name)
+
     def to_torch(self, name: str, value: Any = None) -> np.ndarray:
         """A copy in torch's layout: of its array, or of another in Flax's layout."""
         value = self.value if value is None else value
@@ -153,7 +157,9 @@ def fit(owner: str, contents: Contents, tensors: Mapping[str, Any], prefix: str,
         raise TypeError(f"tensors should be a dict from name to array, got {got}")
     folded = with_torchs_names(fold(tensors), keep={prefix + name for name in params})
     chosen = under(folded, prefix)
-    values = _with_flaxs(params, as_named(params, chosen))
+    named = as_named(params, chosen)
+    flaxs = _flaxs_names(params, named)
+    values = {flaxs.get(key, key): _in_torchs_layout(key, value, params, flaxs) for key, value in named.items()}
     given = [name for name in params if name in values]
     # Some formats keep one name of a tied weight.
     first: dict[int, str] = {}
@@ -205,24 +211,24 @@ def fit(owner: str, contents: Contents, tensors: Mapping[str, Any], prefix: str,
     warnings = [f"{owner}: NaN or infinite numbers in {listed(odd)}"] if odd else []
     if large:
         warnings.append(f"{owner}: {_too_large(large, values, arrays)}")
-    warnings += contents.differences(owner, arrays)
+    of_flax = {params[name].prefix_of(name) for name in flaxs.values()}  # whose settings are Flax's, too
+    warnings += contents.differences(owner, [name for name in arrays if params[name].prefix_of(name) not in of_flax])
     return Fit(arrays, missing, unexpected, [*warnings, *_contradicted(owner, params, said_of(chosen))])
 
 
-def _with_flaxs(params: Mapping[str, ModuleParameter], values: dict[str, Any]) -> dict[str, Any]:
-    """Values by torch's names and in its layouts, if some have Flax's names for its own layers, and its layouts."""
-    renamed: dict[str, tuple[str, ModuleParameter]] = {}
+def _flaxs_names(params: Mapping[str, ModuleParameter], values: Mapping[str, Any]) -> dict[str, str]:
+    """From Flax's own names to torch's, for values that Flax's layers have under their own names and layouts."""
+    found = {}
     for name, param in params.items():
-        own = name.removesuffix(param.conversion.name) + param.conversion.attribute
+        own = param.prefix_of(name) + param.conversion.attribute
         fits = name not in values and own in values and own not in params
         if fits and jnp.ndim(param.value) == np.ndim(values[own]):
-            renamed[own] = name, param
-    found = {}
-    for key, value in values.items():
-        if key in renamed:
-            key, value = renamed[key][0], renamed[key][1].to_torch(key, value)
-        found[key] = value
+            found[own] = name
     return found
+
+
+def _in_torchs_layout(key: str, value: Any, params: Mapping[str, ModuleParameter], flaxs: Mapping[str, str]) -> Any:
+    return params[flaxs[key]].to_torch(key, value) if key in flaxs else value
 
 
 def _too_large(large: Mapping[str, float], values: Mapping[str, Any], arrays: Mapping[str, jax.Array]) -> str:
@@ -240,7 +246,7 @@ def _contradicted(
     owner: str, params: Mapping[str, ModuleParameter], said: Mapping[str, Mapping[str, Any]]
 ) -> Iterator[str]:
     """Warnings about settings of recurrent modules that a file says, and that the module has otherwise."""
-    layers = {name.removesuffix(param.conversion.name): param.layer for name, param in params.items()}
+    layers = {param.prefix_of(name): param.layer for name, param in params.items()}
     for path, settings in said.items():
         place = path if path in layers else unwrapped(path)
         spec = getattr(layers.get(place), "spec", None)

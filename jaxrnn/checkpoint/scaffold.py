@@ -6,7 +6,8 @@ from typing import Any
 
 from jaxrnn.checkpoint.arrays import dtype_of, to_numpy
 from jaxrnn.checkpoint.errors import CheckpointError, listed
-from jaxrnn.checkpoint.named import Described, modules_of, said_of
+from jaxrnn.checkpoint.flax_names import with_torchs_names
+from jaxrnn.checkpoint.named import described_as
 from jaxrnn.checkpoint.names import fold, under, unwrapped
 from jaxrnn.checkpoint.scaffold_layers import Layer
 from jaxrnn.checkpoint.scaffold_model import TODO, Made, Program, Statement, notes_of, statement_lines
@@ -58,7 +59,7 @@ def scaffold(
     >>> "self.head = nnx.Linear(3, 2, param_dtype=jnp.float64, rngs=rngs)" in checkpoint.scaffold(tensors)
     True
     """
-    chosen = under(fold(tensors), prefix)
+    chosen = under(with_torchs_names(fold(tensors)), prefix)
     if not chosen:
         if tensors:
             raise CheckpointError(f"no key starts with {prefix!r}\nits keys: {listed(tensors)}")
@@ -84,8 +85,7 @@ def _without_wrapper(tensors: dict[str, Any]) -> dict[str, Any]:
     names = {key: unwrapped(key) for key in tensors}
     if not all(key.startswith("module.") for key in tensors) or len({*names.values()}) < len(names):
         return tensors
-    said = {unwrapped(path): settings for path, settings in said_of(tensors).items()}
-    return Described({names[key]: value for key, value in tensors.items()}, said, modules_of(tensors))
+    return described_as({names[key]: value for key, value in tensors.items()}, tensors, unwrapped)
 
 
 def _loading(program: Program, tensors: Mapping[str, Any], prefix: str, source: str) -> Iterator[str]:

@@ -87,7 +87,7 @@ def recurrent(found: FoundRNN) -> Layer:
         (found.input_size, width * (1 + found.bidirectional)),
         (1, found.input_size) if found.is_cell else (1, 1, found.input_size),
         found.dtype,
-        (_defaults(*found.assumed),) if found.assumed else (),
+        (f"Assumed, because the file does not say it: {_and(*found.assumed)}",) if found.assumed else (),
         has_state=not found.is_cell or found.kind == "LSTM",
         call=("deterministic=True",) if drops else (),
     )
@@ -133,9 +133,12 @@ _AFFINE = frozenset({"weight", "bias"})
 
 def _defaults(*names: str) -> str:
     """The comment about settings."""
-    listed = ", ".join(names[:-1]) + " and " * (len(names) > 1) + names[-1]
     default = "these are torch's defaults" if len(names) > 1 else "this is torch's default"
-    return f"The file does not say {listed}: {default}"
+    return f"The file does not say {_and(*names)}: {default}"
+
+
+def _and(*names: str) -> str:
+    return ", ".join(names[:-1]) + " and " * (len(names) > 1) + names[-1]
 
 
 def _param_dtype(dtype: np.dtype) -> tuple[str, ...]:
