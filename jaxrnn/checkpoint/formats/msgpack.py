@@ -1,11 +1,11 @@
 """Files of `flax.serialization.to_bytes` and `msgpack_serialize`: nested dicts of arrays in msgpack."""
 
-import importlib
 import mmap
 import os
 from typing import Any
 
 import jax.numpy as jnp
+import msgpack
 import numpy as np
 
 from jaxrnn.checkpoint.arrays import NO_NUMBERS, dtype_of
@@ -38,7 +38,6 @@ def read_tree(path: str | os.PathLike[str], key: str | None) -> Any:
 
 
 def _tree(path: str | os.PathLike[str]) -> Any:
-    msgpack = importlib.import_module("msgpack")  # which Flax needs, too
     try:
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             budget = Budget(len(data))
@@ -47,7 +46,7 @@ def _tree(path: str | os.PathLike[str]) -> Any:
                 raw=False,
                 strict_map_key=False,
                 max_array_len=_LONGEST,
-                ext_hook=lambda code, packed: _extension(msgpack, budget, code, packed),
+                ext_hook=lambda code, packed: _extension(budget, code, packed),
                 object_pairs_hook=_dict,
             )
     except CheckpointError:
@@ -71,7 +70,7 @@ def _dict(pairs: list[tuple[Any, Any]]) -> Any:
     return np.concatenate(chunks).reshape(shape)
 
 
-def _extension(msgpack: Any, budget: Budget, code: int, packed: bytes) -> Any:
+def _extension(budget: Budget, code: int, packed: bytes) -> Any:
     if code == _COMPLEX:
         return complex(*msgpack.unpackb(packed))
     if code not in (_ARRAY, _NUMBER):
