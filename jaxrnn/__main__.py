@@ -35,7 +35,7 @@ DTYPES = ("float64", "float32", "bfloat16", "float16")
 # Show a progress bar above this many bytes, which take about a second.
 LARGE = 256 << 20
 # What only_tensors warns of, which is a note to those who only look.
-_LEFT_OUT = ": left out objects that are not tensors: "
+_LEFT_OUT = ": left out objects that are not "
 # Commands that are modules of the parity suite, and parse their own arguments.
 SUITE = {
     "parity": ("jaxrnn.parity.__main__", "compare every kind of module with PyTorch: recorded results, or run here"),
@@ -211,12 +211,15 @@ def _opened(path: str, key: str | None, arguments: argparse.Namespace) -> Tensor
     with _printed_warnings():
         try:
             tensors = opened(path, what)
-        except CheckpointError:
+        except CheckpointError as refusal:
             if not arguments.past_objects or arguments.only_tensors:
                 raise
             notes.clear()
+            try:
+                tensors = opened(path, what._replace(only_tensors=True))
+            except CheckpointError:
+                raise refusal from None
             arguments.only_tensors = True
-            tensors = opened(path, what._replace(only_tensors=True))
     for text in notes:
         _note(path, text)
     with about(path):

@@ -225,7 +225,8 @@ def _assert_refused(path: Path, cause: str, loads: bool = False) -> None:
     assert "weights_only" not in message
     assert sys.getsizeof(message) < 4000
     out = path.parent / "out.safetensors"
-    commands = [["inspect", str(path)], ["check", str(path)], ["convert", str(path), str(out), "--only-rnn"]]
+    commands = [["check", str(path)], ["convert", str(path), str(out), "--only-rnn"]]
+    commands += [] if "--only-tensors" in message else [["inspect", str(path)]]  # which reads past objects
     commands += [] if loads else [["convert", str(path), str(out)], ["diff", str(path), str(path)]]
     for command in commands:
         code, printed, said = _run(command)

@@ -414,7 +414,8 @@ BOMBS = {
     "2^60 paths": lambda: _dag(60),
     "a pickle that says 2^40 bytes": lambda: b"\x80\x04\x8e" + (1 << 40).to_bytes(8, "little") + b"x.",
     "a list of 2^31 in msgpack": lambda: b"\x81\xa1a\xdd\x7f\xff\xff\xff" + bytes(9),
-    "lists in lists in msgpack": lambda: b"\x81\xa1a" + b"\xdd\x00\x00\xff\xff" * 1000,
+    "lists in lists in msgpack": lambda: b"\x81\xa1a" + b"\xdd\x00\x00\x0f\xff" * 1000,
+    "large dicts in large dicts in msgpack": lambda: b"\xdf\x00\x00\xc3\x50\xa1a" * 1000,
     "dicts in dicts in msgpack": lambda: b"\x81\xa1a" * 100_000 + b"\xc0",
     "2^31 items in msgpack": lambda: b"\xdf\x7f\xff\xff\xff\xa1a\xc0",
 }

@@ -11,7 +11,11 @@ from jaxrnn.checkpoint.formats.bombs import Budget
 from jaxrnn.checkpoint.formats.nested import under_key
 from jaxrnn.checkpoint.formats.reading import Reading
 
-_DEEPEST, _MOST = 100, 200_000  # of dicts in dicts, and of values in all
+DEEPEST, MOST = 100, 50_000  # of dicts in dicts, and of values in all
+TOO_MUCH = (
+    f"its dicts and lists are nested more than {DEEPEST} deep, or hold more than {MOST} values\n"
+    "save the parameters alone"
+)
 _CONTAINERS = (dict, list, tuple)
 
 
@@ -52,9 +56,8 @@ def leaves(tree: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
             continue
         items = list(value.items() if isinstance(value, dict) else enumerate(value))
         count += len(items)
-        if len(path) > _DEEPEST or count > _MOST:
-            cause = f"its dicts and lists are nested more than {_DEEPEST} deep, or hold more than {_MOST} values"
-            raise CheckpointError(f"{cause}\nsave the parameters alone")
+        if len(path) > DEEPEST or count > MOST:
+            raise CheckpointError(TOO_MUCH)
         left += [((*path, str(name)), item) for name, item in reversed(items)]
 
 
