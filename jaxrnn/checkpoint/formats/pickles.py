@@ -89,6 +89,7 @@ class Packed:
     """An object of torch's own code that holds the weights of a quantized module, as data."""
 
     state: Any = None
+    kind = ""  # its class's name, where the pickle has it
 
     def contents(self) -> Any:
         """What torch would restore it from, less the name of its class."""
@@ -99,7 +100,7 @@ class Packed:
 
 
 class Storage(NamedTuple):
-    """The numbers of one or more tensors: their place in the file, their dtype and how many."""
+    """The numbers of one or more tensors: the entry of the archive, their dtype and how many."""
 
     key: str
     dtype: np.dtype
@@ -172,10 +173,12 @@ class TorchSave(Vocabulary):
 
     Args:
         packed: whether the weights of quantized modules become `Packed`, rather than be refused.
+        folder: where the archive has the storages.
     """
 
-    def __init__(self, packed: bool = False) -> None:
+    def __init__(self, packed: bool = False, folder: str = "data") -> None:
         self.packed = packed
+        self.folder = folder
 
     def knows(self, name: str) -> bool:
         return name in _KNOWN or self.makes(name)
@@ -203,7 +206,7 @@ class TorchSave(Vocabulary):
         kind, storage, key, _location, size = identity
         if kind != "storage" or type(storage) is not Global or type(key) is not str or type(size) is not int:
             raise ValueError("a storage in an unknown form")
-        return Storage(key, _STORED[storage.name], size)
+        return Storage(f"{self.folder}/{key}", _STORED[storage.name], size)
 
 
 def is_object(operations: Iterable[Any]) -> bool:
