@@ -70,7 +70,7 @@ _SCHEMES = ("torch.per_tensor_affine", "torch.per_channel_affine", "torch.per_ch
 # The dtypes of storages.
 _STORED = _STORAGES | _QUANTIZED_STORAGES | dict.fromkeys(_BYTES, jnp.dtype(np.uint8))
 _KNOWN = frozenset((*_CALLS, *_STORED, *_TENSOR_TYPES, *_SCHEMES, *_NAMED, *_QUANTIZED, _NO_NUMPY))
-_MOST_AXES = 64  # of NumPy and of torch
+MOST_AXES = 64  # of NumPy and of torch
 
 
 class Other(NamedTuple):
@@ -286,7 +286,7 @@ def _tensor(
             return Other(f"{_NO_NUMPY} tensor")
         dtype, more = _NAMED[more[0].name], more[1:]
     sizes = (storage.size, offset, *shape, *strides)
-    if not (type(storage) is Storage and len(shape) == len(strides) <= _MOST_AXES):
+    if not (type(storage) is Storage and len(shape) == len(strides) <= MOST_AXES):
         raise ValueError("a tensor has an impossible shape")
     if any(type(n) is not int or not 0 <= n < 1 << 63 for n in sizes):
         raise ValueError("a tensor has an impossible size")

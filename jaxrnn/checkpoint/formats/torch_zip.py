@@ -19,7 +19,6 @@ from jaxrnn.checkpoint.named import Described, modules_of
 from jaxrnn.checkpoint.stored import Value, pieces
 
 SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
-_OTHERS = (torchscript, torch_export)  # each reads some archives
 
 
 def sniff(head: bytes) -> bool:
@@ -38,9 +37,10 @@ def _read(
     archive: Archive, what: Reading, warn: Callable[[str, str], None]
 ) -> tuple[Described, Sequence[tuple[str, str]]]:
     """The tensors, and what to warn of, with remedies."""
-    for other in _OTHERS:
-        if other.is_one(archive):
-            return other.read(archive, what)
+    if torchscript.is_one(archive):
+        return torchscript.read(archive, what)
+    if torch_export.is_one(archive):
+        return torch_export.read(archive, what, warn)
     left_out: set[str] | None = set() if what.only_tensors else None
     checkpoint = unpickle(_pickle(archive), left_out, what.dequantize)
     wanted = (lambda value: _is_tensor(value) or quantized.is_packed(value)) if what.dequantize else _is_tensor
