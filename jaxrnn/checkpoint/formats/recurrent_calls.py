@@ -57,16 +57,25 @@ class Said:
         self.words: list[tuple[str, str]] = []
         self._in_doubt: set[str] = set()
 
-    def add_call(self, call: Call, weights: Sequence[str]) -> None:
-        """Take the settings from a call with weights of these names, if they are those of one module."""
+    def add_call(self, call: Call, weights: Sequence[str], tensors: Mapping[str, Any]) -> None:
+        """Take the settings from a call with weights of these names, if they are those of one module.
+
+        `tensors` has descriptions of all tensors. A module that is shared has them under several names: each gets the
+        settings, of which a program may name one.
+        """
         names = call.names(len(weights))
         prefix = weights[0].removesuffix(names[0]) if names else ""
         if names and list(weights) == [prefix + name for name in names]:
-            self._add(prefix, call.op, call.settings, call.settings.get("num_layers", 1))
+            for name in tensors:
+                if name.endswith(names[0]) and tensors[name] == tensors[weights[0]]:
+                    other = name.removesuffix(names[0])
+                    if all(tensors.get(other + each) == tensors[prefix + each] for each in names):
+                        self._add(other, call.op, call.settings, call.settings.get("num_layers", 1))
         else:
             owners = {name.rpartition(".")[0] for name in weights}
             if len(owners) == 1 and _NAME.fullmatch(weights[0].rpartition(".")[2]):
-                self._doubt(f"{owners.pop()}.", "its code calls it with settings that do not fit its weights")
+                owner = owners.pop()
+                self._doubt(f"{owner}." if owner else "", "its code calls it with settings that do not fit its weights")
 
     def add_module(self, prefix: str, settings: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Take the settings of a module's class.
@@ -88,7 +97,7 @@ class Said:
             "bidirectional": any(part[4] for part in parts),
             "bias": any(part[1] == "bias" for part in parts),
         }
-        wrong = [f"{name}={settings[name]}" for name, value in there.items() if settings.get(name, value) != value]
+        wrong = [f"{name}={settings[name]}" for name, value in there.items() if settings.get(name) not in (None, value)]
         hidden = settings.get("hidden_size")
         rows = {
             shape[0]

@@ -30,7 +30,8 @@ class CodeCall(NamedTuple):
 
     Attributes:
         call: the function and its settings.
-        weights: where the weights are, in torch's order; or where the list of them is, alone.
+        weights: where the weights are, in torch's order; or where the list of them is, alone. Those that come from
+            elsewhere, such as arguments of the method, are empty.
         title: what the code calls the list of weights.
     """
 
@@ -117,10 +118,9 @@ def _calls(lines: list[str]) -> Iterator[CodeCall]:
             title = weights[0] if len(weights) == 1 else ""
             if len(weights) == 1 and (text := lists.get(weights[0], weights[0])).startswith("["):
                 weights = text[1:-1].split(", ")
-            paths = [path(each) for each in weights]
-            if paths and None not in paths:
-                call = Call(match[1] or match[2], settings, bool(match[2]))
-                yield CodeCall(call, tuple(each for each in paths if each is not None), title)
+            paths = tuple(path(each) or () for each in weights)
+            if paths and (all(paths) or not any(paths)):
+                yield CodeCall(Call(match[1] or match[2], settings, bool(match[2])), paths, title)
 
 
 def _layers(arguments: list[str]) -> tuple[dict[str, Any], list[str]]:

@@ -159,24 +159,11 @@ class _Program:
                         if theirs in arguments
                     }
                     call = Call(match[1] or match[2], settings, bool(match[2]))
-                    for tied in self._tied(weights, call.names(len(weights))):
-                        said.add_call(call, tied)
+                    if weights and all(name in self.weights for name in weights):
+                        said.add_call(call, weights, self.weights)
         except _DAMAGE as damage:
             raise CheckpointError(f"damaged: its graph is not one of torch.export: {damage}\n{AGAIN}") from damage
         return said
-
-    def _tied(self, weights: list[str], names: list[str]) -> Iterator[list[str]]:
-        """The weights of a call, and the same tensors under other names: the graph has one of a shared module's."""
-        if not weights or not all(name in self.weights for name in weights):
-            return
-        yield weights
-        for name, tensor in self.weights.items():
-            if names and name != weights[0] and name.endswith(names[0]) and tensor == self.weights[weights[0]]:
-                others = [name.removesuffix(names[0]) + each for each in names]
-                if all(
-                    self.weights.get(other) == self.weights[each] for other, each in zip(others, weights, strict=True)
-                ):
-                    yield others
 
 
 def _described(archive: Archive, kind: str, name: str) -> Iterator[tuple[str, Any]]:

@@ -231,12 +231,16 @@ class _Model:
     def resolve(self, prefix: str, call: CodeCall, constants: "_Constants", said: Said) -> None:
         """Find the weights of a call in the module with a prefix, and take its settings."""
         paths = call.weights
-        if all(path[0] == CONSTANTS for path in paths if path):
+        if all(path[:1] == (CONSTANTS,) for path in paths):
             if names := constants.named(call):
-                said.add_call(call.call, names)
+                said.add_call(call.call, names, constants.weights)
             return
         names = [prefix + ".".join(path) for path in paths]
-        if len(names) == 1:  # the list of a module's weights
+        if not any(paths):  # all are arguments of the method: of a traced module that is called twice
+            names = [prefix + name for name in call.call.names(len(paths))]
+            if self.modules[prefix][1].parameters != {name.removeprefix(prefix) for name in names}:
+                return
+        elif len(names) == 1:  # the list of a module's weights
             owner, _, leaf = names[0].rpartition(".")
             owner = f"{owner}." if owner else ""
             if leaf != "_flat_weights" or owner not in self.modules:
@@ -244,7 +248,7 @@ class _Model:
             value = self.modules[owner][0].get(leaf)
             names = [owner + name for name in call.call.names(len(value) if type(value) is list else 0)]
         if names and all(name in self.tensors for name in names):
-            said.add_call(call.call, names)
+            said.add_call(call.call, names, self.tensors)
 
     def directions(self) -> dict[str, int]:
         """In how many directions quantized layers go, by their prefixes."""
