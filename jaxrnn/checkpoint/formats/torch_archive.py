@@ -21,9 +21,9 @@ from jaxrnn.checkpoint.stored import Source, Stored, Value
 
 _PIECE = 1 << 20  # bytes read at a time
 _TRUSTED = "get the file from a source that you trust"
-# Pickles and other text may inflate to this many times their size, and to this many bytes in any case: what is built
-# from each byte takes a hundred.
-_LARGEST_TEXT, _SMALL_TEXT = 50, 1 << 18
+# A compressed pickle, JSON or code may inflate to this many times its size, and to this many bytes in any case: what is
+# built from each byte takes a hundred. torch compresses code alone.
+_LARGEST_TEXT, _SMALL_TEXT = 20, 1 << 18
 # Without a folder: the entries of torch.export before torch 2.8.
 TOP = ("serialized_exported_program.json",)
 

@@ -1,7 +1,7 @@
 """TorchScript archives, as torch.jit.save writes them: the weights, and the settings in the code, which never runs."""
 
 import re
-from collections import OrderedDict
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -33,14 +33,19 @@ _STATE = "__getstate__"  # what a class restores itself from, if not from attrib
 _PLAIN = (bool, int, float, str)
 
 
-class ScriptObject(OrderedDict[str, Any]):
+class ScriptObject(dict[str, Any]):
     """An object of a class of the archive: its attributes, by name.
 
     Attributes:
         kind: the class's name.
+        depth: how deep objects are nested in it.
     """
 
-    kind = ""
+    __slots__ = ("depth", "kind")
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.depth = sys.intern(kind), 0
 
 
 class _Script(TorchSave):
@@ -76,7 +81,9 @@ class _Script(TorchSave):
     def new(self, name: str, arguments: tuple[Any, ...]) -> Any:
         if arguments:
             raise ValueError("an object is made of something, and not of its state")
-        made = Packed() if name in _PACKED and self.dequantize else ScriptObject()
+        if name not in _PACKED or not self.dequantize:
+            return ScriptObject(name)
+        made = Packed()
         made.kind = name
         return made
 
@@ -87,6 +94,9 @@ class _Script(TorchSave):
             super().build(value, state)
         elif type(state) is dict and all(type(name) is str for name in state):
             value.update(state)
+            value.depth = 1 + max((each.depth for each in state.values() if type(each) is ScriptObject), default=0)
+            if value.depth > _DEEPEST:
+                raise Refused(f"its modules are nested more than {_DEEPEST} deep")
         else:
             value[_STATE] = state
 
@@ -111,7 +121,7 @@ def _unpickled(archive: Archive, name: str, left_out: set[str] | None, dequantiz
     try:
         return build(archive.text(f"{name}.pkl"), _Script(name, dequantize), left_out)
     except Refused as refusal:
-        raise CheckpointError(f"a TorchScript archive with more than data in it: {refusal}\n{EXPORT}") from refusal
+        raise CheckpointError(f"a TorchScript archive that is not read: {refusal}\n{EXPORT}") from refusal
 
 
 def read(archive: Archive, what: Reading) -> tuple[Described, list[tuple[str, str]]]:
