@@ -21,6 +21,7 @@ from reading import loaded
 import jaxrnn
 from jaxrnn.__main__ import main
 from jaxrnn.checkpoint import CheckpointError, find_rnns, load, load_tree
+from jaxrnn.checkpoint.formats import torch_export
 from jaxrnn.checkpoint.formats.torch_zip import write
 
 # Of torch: attributes of its own layers that it finds while it exports.
@@ -353,6 +354,17 @@ def test_programs_of_torch(older: bool, torch: ModuleType, tmp_path: Path) -> No
     assert all(each.assumed == {} for each in found.values())
     constants = load(path, key="constants")
     assert (constants["passing"].tolist(), constants["plain"].tolist()) == ([0, 1, 2], [0, 1])
+
+
+@pytest.mark.torch
+def test_the_dtypes_that_torch_numbers(torch: ModuleType) -> None:
+    """All of torch's are known, but for half complex numbers, which NumPy lacks."""
+    from torch._export.serde.schema import ScalarType
+    from torch._export.serde.serialize import deserialize_scalar_type
+
+    known = {number: f"torch.{name}" for number, name in torch_export._DTYPES.items()}
+    theirs = {int(each): each for each in ScalarType if each.name not in ("UNKNOWN", "COMPLEXHALF")}
+    assert {number: str(deserialize_scalar_type(each)) for number, each in theirs.items()} == known
 
 
 @_QUIET

@@ -2,7 +2,6 @@
 
 import enum
 import io
-import pickle
 import random
 import warnings
 import zipfile
@@ -17,6 +16,7 @@ import pytest
 from flax import nnx
 from memory import memory_to_refuse
 from reading import loaded
+from script_archives import TENSOR, script_archive, script_object, text
 
 import jaxrnn
 from jaxrnn.__main__ import main
@@ -26,33 +26,6 @@ from jaxrnn.checkpoint import CheckpointError, find_rnns, load, load_tree
 _QUIET = pytest.mark.filterwarnings(
     "ignore::DeprecationWarning", "ignore:.*:UserWarning:torch", "ignore:.*quantiz", "ignore:(Converting|Using len)"
 )
-
-# Archives by hand: the pickle of a module, and the code of its class.
-
-TENSOR = (
-    b"ctorch._utils\n_rebuild_tensor_v2\n((X\x07\x00\x00\x00storagectorch\nFloatStorage\n"
-    b"X\x01\x00\x00\x000X\x03\x00\x00\x00cpuK\x04tQK\x00K\x04\x85K\x01\x85\x89ccollections\nOrderedDict\n)RtR"
-)
-CODE = 'class M(Module):\n  __parameters__ = ["w", ]\n  __buffers__ = []\n  w : Tensor\n'
-
-
-def _object(state: bytes, kind: bytes = b"__torch__\nM") -> bytes:
-    """An object of a class, with a state."""
-    return b"c" + kind + b"\n)\x81" + state + b"b"
-
-
-def _archive(data: bytes, code: str = CODE, constants: bytes = b"\x80\x02).", **entries: bytes) -> bytes:
-    file = io.BytesIO()
-    texts = {"data.pkl": b"\x80\x02" + data + b".", "constants.pkl": constants, "code/__torch__.py": code.encode()}
-    with zipfile.ZipFile(file, "w") as writer:
-        for name, text in {"data/0": np.arange(4, dtype=np.float32).tobytes(), **texts, **entries}.items():
-            kind = zipfile.ZIP_DEFLATED if name.startswith("code/") else zipfile.ZIP_STORED
-            writer.writestr(f"model/{name}", text, kind)
-    return file.getvalue()
-
-
-def _text(text: str) -> bytes:
-    return b"X" + len(text).to_bytes(4, "little") + text.encode()
 
 
 def _refusal(path: Path, data: bytes) -> str:
@@ -65,7 +38,7 @@ def _refusal(path: Path, data: bytes) -> str:
 
 
 def test_an_archive_by_hand(tmp_path: Path) -> None:
-    tensors, said = loaded(tmp_path / "a.pt", _archive(_object(b"}" + _text("w") + TENSOR + b"s")))
+    tensors, said = loaded(tmp_path / "a.pt", script_archive(script_object(b"}" + text("w") + TENSOR + b"s")))
     assert {name: array.tolist() for name, array in tensors.items()} == {"w": [0, 1, 2, 3]}
     assert said == []
 
@@ -77,8 +50,8 @@ EVIL = b"cposix\nsystem\nX\x0e\x00\x00\x00touch /tmp/evil\x85R"
     ("data", "cause"),
     [
         (EVIL, "it names posix.system"),
-        (_object(b"}" + _text("w") + EVIL + b"s"), "it names posix.system"),
-        (_object(EVIL), "it names posix.system"),
+        (script_object(b"}" + text("w") + EVIL + b"s"), "it names posix.system"),
+        (script_object(EVIL), "it names posix.system"),
         (b"\x8c\x02os\x8c\x06system\x93)R", "it names os.system"),
         (b"(ios\nsystem\n", "has the operation INST"),
         (b"c__torch__\nM\n)}\x92", "has the operation NEWOBJ_EX"),
@@ -89,30 +62,33 @@ EVIL = b"cposix\nsystem\nX\x0e\x00\x00\x00touch /tmp/evil\x85R"
         (b"c__torch__\nM\nK\x01\x81}b", "truncated or damaged"),
         (b"c__torch__.os\nsystem\nX\x02\x00\x00\x00lsR", "whose data is not a module"),
         (b"}", "whose data is not a module"),
-        (_object(b"}", b"__torch__\nN"), "the model is a __torch__.N, and the archive has no code of it"),
-        (_object(b"}", b"__torch__.a.b\nM"), "the archive has no code of it"),
-        (_object(b")"), "the model is a __torch__.M, which its own code restores: __setstate__ is not run"),
-        (_object(b"}K\x01K\x02s"), "which its own code restores"),
-        (_object(b"}" + _text("w") + _object(b"}", b"__torch__.torch.classes.x\nY") + b"s"), "w is a __torch__.torch."),
-        (_object(b"}" + _text("w") + TENSOR + b"s") * 2 + b"a", "truncated or damaged"),
+        (script_object(b"}", b"__torch__\nN"), "the model is a __torch__.N, and the archive has no code of it"),
+        (script_object(b"}", b"__torch__.a.b\nM"), "the archive has no code of it"),
+        (script_object(b")"), "the model is a __torch__.M, which its own code restores: __setstate__ is not run"),
+        (script_object(b"}K\x01K\x02s"), "which its own code restores"),
+        (
+            script_object(b"}" + text("w") + script_object(b"}", b"__torch__.torch.classes.x\nY") + b"s"),
+            "w is a __torch__.torch.",
+        ),
+        (script_object(b"}" + text("w") + TENSOR + b"s") * 2 + b"a", "truncated or damaged"),
         (b"ctorch.jit._pickle\nbuild_tensorlist\n)R", "truncated or damaged"),
         (b"ctorch.jit._pickle\nbuild_tensor_from_id\nK\x00R", "build_tensor_from_id"),
         (b"(" * 100_000, "truncated or damaged"),
     ],
 )
 def test_pickles_that_do_what_torch_does_not(data: bytes, cause: str, tmp_path: Path) -> None:
-    assert cause in _refusal(tmp_path / "a.pt", _archive(data))
+    assert cause in _refusal(tmp_path / "a.pt", script_archive(data))
 
 
 def test_every_operation_of_pickles(tmp_path: Path) -> None:
     """Alone, and before a good archive's data: no operation makes an object or calls a function."""
     import pickletools
 
-    good = _object(b"}" + _text("w") + TENSOR + b"s")
+    good = script_object(b"}" + text("w") + TENSOR + b"s")
     for opcode in pickletools.opcodes:
-        for before in (b"", b"cos\nsystem\n", b"(" + _text("ls"), _text("os") + _text("system")):
+        for before in (b"", b"cos\nsystem\n", b"(" + text("ls"), text("os") + text("system")):
             code = opcode.code.encode("latin1")
-            (tmp_path / "a.pt").write_bytes(_archive(before + code + b"1\nos\nsystem\n" + good))
+            (tmp_path / "a.pt").write_bytes(script_archive(before + code + b"1\nos\nsystem\n" + good))
             try:
                 tensors = load(tmp_path / "a.pt")
             except CheckpointError:
@@ -122,7 +98,7 @@ def test_every_operation_of_pickles(tmp_path: Path) -> None:
 
 def _modules(depth: int) -> bytes:
     """Modules in modules, without recursion."""
-    return b"c__torch__\nM\n)\x81}" + (_text("m") + b"c__torch__\nM\n)\x81}") * depth + b"b" + b"sb" * depth
+    return b"c__torch__\nM\n)\x81}" + (text("m") + b"c__torch__\nM\n)\x81}") * depth + b"b" + b"sb" * depth
 
 
 def _shared(levels: int) -> bytes:
@@ -132,11 +108,11 @@ def _shared(levels: int) -> bytes:
         below, above = bytes([level]), bytes([level + 1])
         data += (
             b"c__torch__\nM\n)\x81}"
-            + _text("a")
+            + text("a")
             + b"h"
             + below
             + b"s"
-            + _text("b")
+            + text("b")
             + b"h"
             + below
             + b"sbq"
@@ -148,7 +124,7 @@ def _shared(levels: int) -> bytes:
 
 def _zipped(name: str, size: int) -> bytes:
     """An archive with an entry of many zeros or spaces, compressed."""
-    file = io.BytesIO(_archive(_object(b"}")))
+    file = io.BytesIO(script_archive(script_object(b"}")))
     out = io.BytesIO()
     with zipfile.ZipFile(file) as reader, zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as writer:
         for each in reader.namelist():
@@ -159,33 +135,33 @@ def _zipped(name: str, size: int) -> bytes:
 
 
 BOMBS: dict[str, tuple[Callable[[], bytes], str]] = {
-    "modules in modules": (lambda: _archive(_modules(200_000)), "its modules are nested more than 100 deep"),
+    "modules in modules": (lambda: script_archive(_modules(200_000)), "its modules are nested more than 100 deep"),
     "lists in lists": (
-        lambda: _archive(_object(b"}" + _text("a") + b"]" * 200_000 + b"a" * 199_999 + b"s")),
+        lambda: script_archive(script_object(b"}" + text("a") + b"]" * 200_000 + b"a" * 199_999 + b"s")),
         "no recurrent weights",
     ),
     "a module in itself": (
-        lambda: _archive(b"c__torch__\nM\n)\x81q\x00}" + _text("m") + b"h\x00sb"),
+        lambda: script_archive(b"c__torch__\nM\n)\x81q\x00}" + text("m") + b"h\x00sb"),
         "its modules are nested more than 100 deep",
     ),
-    "shared modules": (lambda: _archive(_shared(60)), "its modules are more than 100000"),
+    "shared modules": (lambda: script_archive(_shared(60)), "its modules are more than 100000"),
     "shared modules, and tensors": (
-        lambda: _archive(_shared(60).replace(b"}", b"}" + _text("w") + TENSOR + b"s", 1)),
+        lambda: script_archive(_shared(60).replace(b"}", b"}" + text("w") + TENSOR + b"s", 1)),
         "its modules are more than 100000",
     ),
     "a pickle": (lambda: _zipped("data.pkl", 60_000_000), "a zip bomb: its entry model/data.pkl inflates to 60000000"),
     "code": (lambda: _zipped("code/__torch__.py", 60_000_000), "a zip bomb: its entry model/code/__torch__.py"),
     "constants": (lambda: _zipped("constants.pkl", 60_000_000), "a zip bomb: its entry model/constants.pkl"),
     "storage": (
-        lambda: _archive(
-            _object(b"}" + _text("w") + TENSOR.replace(b"K\x04tQ", b"\x8a\x05\x00\x00\x00\x00\x40tQ") + b"s")
+        lambda: script_archive(
+            script_object(b"}" + text("w") + TENSOR.replace(b"K\x04tQ", b"\x8a\x05\x00\x00\x00\x00\x40tQ") + b"s")
         ),
         "w should have 1099511627776 bytes, and 16 are there",
     ),
     "stride 0": (
-        lambda: _archive(
-            _object(
-                b"}" + _text("w") + TENSOR.replace(b"K\x04\x85K\x01", b"\x8a\x05\x00\x00\x00\x00\x40\x85K\x00") + b"s"
+        lambda: script_archive(
+            script_object(
+                b"}" + text("w") + TENSOR.replace(b"K\x04\x85K\x01", b"\x8a\x05\x00\x00\x00\x00\x40\x85K\x00") + b"s"
             )
         ),
         "was saved expanded",
@@ -208,106 +184,6 @@ def test_bombs_take_no_memory(tmp_path: Path) -> None:
     for name, (make, _) in BOMBS.items():
         (tmp_path / name).write_bytes(make())
     assert memory_to_refuse(tmp_path / name for name in BOMBS) < 50_000_000
-
-
-# What the code says
-
-
-def _lstm(code: str, folder: Path, kind: str = "LSTM", layers: int = 2) -> tuple[Any, list[str]]:
-    """The tensors of an LSTM with this code in its class, and what is said of them."""
-    shapes = jaxrnn.Spec(getattr(jaxrnn, f"{kind}_CELL"), 1, 1, layers).shapes()
-    state = b"".join(_text(name) + _numbers(index, shape) for index, (name, shape) in enumerate(shapes.items()))
-    names = ", ".join(f'"{name}"' for name in shapes)
-    code = f"class M(Module):\n  __parameters__ = [{names}, ]\n  __buffers__ = []\n{code}"
-    storages = {f"data/{index}": bytes(4 * int(np.prod(shape))) for index, shape in enumerate(shapes.values())}
-    return loaded(folder / "a.pt", _archive(_object(b"}(" + state + b"u"), code, **storages))
-
-
-def _numbers(index: int, shape: tuple[int, ...]) -> bytes:
-    sizes, strides = pickle.dumps(shape, 2)[2:-1], pickle.dumps((1,) * len(shape), 2)[2:-1]
-    sizes, strides = (each.replace(b"q\x00", b"") for each in (sizes, strides))
-    tensor = TENSOR.replace(b"X\x01\x00\x00\x000", _text(str(index))).replace(
-        b"K\x04tQ", b"K%ctQ" % int(np.prod(shape))
-    )
-    return tensor.replace(b"K\x04\x85K\x01\x85", sizes + strides)
-
-
-FINAL = """  mode : Final[str] = "LSTM"
-  bias : Final[bool] = True
-  batch_first : Final[bool] = True
-  num_layers : Final[int] = 2
-  bidirectional : Final[bool] = False
-  hidden_size : Final[int] = 1
-  dropout : Final[float] = 0.25
-"""
-CALL = """  def forward(self: __torch__.M,
-    x: Tensor) -> Tensor:
-    _w = self._flat_weights
-    _1, _2, _3 = torch.lstm(x, [h, c], [LIST], True, 2, 0.25, False, False, True)
-"""
-WEIGHTS = [f"{role}_l{layer}" for layer in range(2) for role in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]
-TRACED = "".join(f"    {name} = self.{name}\n" for name in WEIGHTS)
-BY_CALL = CALL.replace("    _w = self._flat_weights\n", TRACED).replace("LIST", ", ".join(WEIGHTS))
-
-
-@pytest.mark.parametrize("code", [FINAL, BY_CALL, FINAL + BY_CALL], ids=["constants", "call", "both"])
-def test_settings(code: str, tmp_path: Path) -> None:
-    tensors, said = _lstm(code, tmp_path)
-    assert said == []
-    [found] = find_rnns(tensors)
-    assert (found.said, found.assumed) == ({"batch_first": True, "dropout": 0.25}, {})
-
-
-@pytest.mark.parametrize(
-    ("code", "cause"),
-    [
-        (FINAL.replace("= 2", "= 3"), "its class says num_layers=3, which does not fit its weights"),
-        (
-            FINAL.replace("bidirectional : Final[bool] = False", "bidirectional : Final[bool] = True"),
-            "bidirectional=True",
-        ),
-        (FINAL.replace('"LSTM"', '"GRU"'), "its class says mode=GRU, hidden_size=1, which does not fit its weights"),
-        (FINAL.replace('"LSTM"', '"RNN_RELU"'), "mode=RNN_RELU"),
-        (FINAL.replace("hidden_size : Final[int] = 1", "hidden_size : Final[int] = 2"), "hidden_size=2"),
-        (BY_CALL.replace("True, 2,", "True, 3,"), "its code calls it with settings that do not fit its weights"),
-        (
-            FINAL + BY_CALL.replace("False, True)", "False, False)"),
-            "its code says batch_first=False, dropout=0.25, and",
-        ),
-    ],
-)
-def test_code_that_contradicts_itself_is_named(code: str, cause: str, tmp_path: Path) -> None:
-    tensors, [said] = _lstm(code, tmp_path)
-    assert said.startswith("the model: ")
-    assert cause in said
-    assert "compare the outputs" in said
-    [found] = find_rnns(tensors)
-    assert found.said == {}
-
-
-@pytest.mark.parametrize(
-    "code",
-    [
-        "",
-        FINAL.replace("Final[bool] = True", "Final[bool] = __import__('os').system('ls')").replace("0.25", "1 / 4"),
-        FINAL.replace("  batch_first", "    batch_first").replace("  dropout", "    dropout"),
-        BY_CALL.replace("True, 2, 0.25, False, False, True", "flag, n, p, False, both, first"),
-        BY_CALL.replace("_1, _2, _3 = torch.lstm", "_1, _2, _3 = other.lstm"),
-        BY_CALL.replace("weight_hh_l1 = self", "weight_hh_l1 = elsewhere"),
-        '  batch_first : Final[bool] = "' + "\\" * 50_001,
-        CALL.replace("LIST", "a, " * 20_000 + "b"),
-        "    a = " + "b." * 20_000 + "c\n",
-        "    a, " * 20_000 + " = torch.lstm(",
-        "    x = torch.lstm(" + "a, " * 20_000,
-        "    x = torch.lstm(" + "[a, " * 20_000 + ")",
-    ],
-)
-def test_other_code_says_nothing(code: str, tmp_path: Path) -> None:
-    """Nor does it take long: the expressions are linear."""
-    tensors, said = _lstm(code, tmp_path)
-    assert said == []
-    [found] = find_rnns(tensors)
-    assert found.said == {}
 
 
 # With torch
@@ -405,6 +281,16 @@ def test_models_of_torch(name: str, traced: bool, torch: ModuleType, tmp_path: P
     assert all(each.assumed == {} for each in found)
 
 
+@pytest.mark.torch
+def test_the_constants_of_torchs_classes(torch: ModuleType) -> None:
+    """All are read, or are the shapes of weights: input_size and proj_size."""
+    layers = {"mode", "num_layers", "bias", "batch_first", "dropout", "bidirectional", "hidden_size"}
+    assert {*torch.nn.RNNBase.__constants__} == {*layers, "input_size", "proj_size"}
+    assert {*torch.nn.RNNCell.__constants__} == {"input_size", "hidden_size", "bias", "nonlinearity"}
+    for kind in (torch.nn.LSTMCell, torch.nn.GRUCell):
+        assert {*kind.__constants__} == {"input_size", "hidden_size", "bias"}
+
+
 @_QUIET
 @pytest.mark.torch
 def test_attributes_that_are_no_parameters(torch: ModuleType, tmp_path: Path) -> None:
@@ -443,7 +329,7 @@ def test_attributes_that_are_no_parameters(torch: ModuleType, tmp_path: Path) ->
     torch.jit.script(Model()).save(tmp_path / "a.pt", _extra_files={"notes/a.txt": "x"})
     tensors, [said] = loaded(tmp_path / "a.pt")
     _assert_same(tensors, torch.jit.load(tmp_path / "a.pt").state_dict(), torch)
-    cause = "left out tensors that are neither parameters nor buffers: plain"
+    cause = "left out tensors that are neither parameters nor buffers: pair.0, box.inside, tensors.k, plain"
     assert said == f"{cause}\nif they matter, read them with jaxrnn.checkpoint.load_tree(path)"
     tree = load_tree(tmp_path / "a.pt")
     assert (tree["color"], tree["nothing"], tree["names"], tree["device"]) == (2, None, ["a", "b"], "cpu")
@@ -477,7 +363,7 @@ def test_frozen_models(torch: ModuleType, tmp_path: Path) -> None:
     assert not torch.jit.load(tmp_path / "a.pt").state_dict()
     tensors, [said] = loaded(tmp_path / "a.pt")
     assert said == (
-        "frozen: its weights have no names; encoder, decoder are by where its code uses them\n"
+        "frozen: its weights have no names; its code gave these modules theirs: encoder, decoder\n"
         "rename them as your module has them, or save state_dict() before torch.jit.freeze"
     )
     assert [each.said for each in find_rnns(tensors)] == settings

@@ -63,7 +63,7 @@ def read(archive: Archive, what: Reading, warn: Callable[[str, str], None]) -> t
             for part, tensors in program.parts:
                 own = {name: tensor for name, tensor in found.items() if tensors.get(name) is tensor}
                 arrays |= part.arrays(own)
-            if set(found) <= set(program.weights):
+            if found and all(program.weights.get(name) is tensor for name, tensor in found.items()):
                 heard = program.said()
                 said, words = heard.settings(), list(heard.words)
         for name in arrays:
@@ -191,8 +191,8 @@ def _tensor(archive: Archive, entry: str, pickled: Any, meta: Mapping[str, Any])
     shape, strides = (tuple(each["as_int"] for each in meta[name]) for name in ("sizes", "strides"))
     offset = meta["storage_offset"]["as_int"]
     size = archive.entries[entry].file_size if entry in archive.entries else 0
-    if len(shape) != len(strides) or len(shape) > MOST_AXES or size % dtype.itemsize:
-        raise ValueError(f"{entry} is of an impossible shape or size")
+    if len(shape) != len(strides) or len(shape) > MOST_AXES:
+        raise ValueError(f"{entry} is of an impossible shape")
     if any(type(n) is not int or not 0 <= n < 1 << 63 for n in (offset, *shape, *strides)):
         raise ValueError(f"{entry} is of an impossible size")
     tensor = StoredTensor(Storage(entry, dtype, size // dtype.itemsize), dtype, offset, shape, strides)

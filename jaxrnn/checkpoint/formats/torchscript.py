@@ -2,7 +2,7 @@
 
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from jaxrnn.checkpoint.errors import AGAIN, CheckpointError, check_unicode, listed
@@ -145,10 +145,10 @@ def read(archive: Archive, what: Reading) -> tuple[Described, list[tuple[str, st
     rest = {name: tensor for name, tensor in frozen.tensors.items() if name not in frozen.used}
     if frozen.weights:
         words.append(
-            (f"frozen: its weights have no names; {listed(frozen.titles)} are by where its code uses them", _FREEZE)
+            (f"frozen: its weights have no names; its code gave these modules theirs: {listed(frozen.titles)}", _FREEZE)
         )
     if not model.tensors:
-        for name, tensor in (model.beside | rest).items():
+        for name, tensor in (*model.beside.items(), *rest.items()):
             tensors.put(name, tensor, name)
     else:
         left = model.beside | rest
@@ -178,11 +178,15 @@ class _Model:
         self._archive = archive
         self._code: dict[str, dict[str, Class]] = {}
         self.modules: dict[str, tuple[ScriptObject, Class]] = {}
-        self.tensors: dict[str, Any] = {}
-        self.beside: dict[str, Any] = {}
+        self.tensors = Names[Any](_RENAME)
+        self._others = Names[Any](_RENAME)
         if type(root) is not ScriptObject or not self._class(root.kind, "the model").is_module:
             raise CheckpointError(f"a TorchScript archive whose data is not a module\n{EXPORT}")
         self._walk(root)
+        own = {each for each in self.tensors.values() if type(each) is StoredTensor}
+        self.beside = {
+            name: each for name, each in self._others.items() if type(each) is not StoredTensor or each not in own
+        }
 
     def _class(self, kind: str, prefix: str) -> Class:
         """What the code says of a class such as __torch__.torch.nn.modules.rnn.___torch_mangle_0.LSTM."""
@@ -196,8 +200,7 @@ class _Model:
         return self._code[path][name]
 
     def _walk(self, root: ScriptObject) -> None:
-        """Fill the attributes: without recursion, because a file decides how deep modules go, and how often they are
-        shared."""
+        """Fill the attributes, without recursion: a file decides how deep modules go, and how often they are shared."""
         left: list[tuple[str, int, Any, Class]] = [("", 0, root, self._class(root.kind, "the model"))]
         while left:
             prefix, depth, module, known = left.pop()
@@ -212,19 +215,27 @@ class _Model:
             self.modules[prefix] = module, known
             below: list[tuple[str, int, Any, Class]] = []
             for names in (known.parameters, known.buffers):
-                own = {prefix + name: value for name, value in module.items() if name in names and _is_tensor(value)}
-                self.tensors.update(own)
+                for name, value in module.items():
+                    if name in names and _is_tensor(value):
+                        self.tensors.put(prefix + name, value, f"{name} of the {module.kind}")
             for name, value in module.items():
-                if _is_tensor(value) and name not in known.parameters | known.buffers:
-                    self.beside[prefix + name] = value
-                elif type(value) is Packed:
-                    self.tensors[prefix + name] = value
-                elif type(value) is ScriptObject:
-                    if value.kind.startswith(_TORCH_BIND):
-                        self._refuse_packed(prefix + name, value.kind)
-                    elif (kind := self._class(value.kind, prefix + name)).is_module:
-                        below.append((f"{prefix}{name}.", depth + 1, value, kind))
+                if type(value) is Packed:
+                    self.tensors.put(prefix + name, value, f"{name} of the {module.kind}")
+                elif name not in known.parameters | known.buffers:
+                    self._put_beside(prefix + name, _inside(value))
+                if type(value) is not ScriptObject:
+                    continue
+                if value.kind.startswith(_TORCH_BIND):
+                    self._refuse_packed(prefix + name, value.kind)
+                elif (kind := self._class(value.kind, prefix + name)).is_module:
+                    below.append((f"{prefix}{name}.", depth + 1, value, kind))
+                else:
+                    self._put_beside(prefix + name, _inside({**value}))
             left += reversed(below)
+
+    def _put_beside(self, name: str, inside: Iterator[tuple[str, Any]]) -> None:
+        for path, tensor in inside:
+            self._others.put(name + path, tensor, f"a tensor in {name}")
 
     def _refuse_packed(self, name: str, kind: str) -> None:
         if kind in _PACKED:
@@ -242,7 +253,7 @@ class _Model:
         """Find the weights of a call in the module with a prefix, and take its settings."""
         paths = call.weights
         if all(path[:1] == (CONSTANTS,) for path in paths):
-            if names := constants.named(call):
+            if names := constants.named(call, self.modules):
                 said.add_call(call.call, names, constants.weights)
             return
         names = [prefix + ".".join(path) for path in paths]
@@ -306,8 +317,8 @@ class _Constants:
     def titles(self) -> list[str]:
         return [prefix.removesuffix(".") for prefix in self._named.values()]
 
-    def named(self, call: CodeCall) -> list[str]:
-        """The names of the weights of a call; none if they are not there."""
+    def named(self, call: CodeCall, modules: Iterable[str]) -> list[str]:
+        """The names of the weights of a call, below none of the prefixes of modules; nothing if they are not there."""
         names = call.call.names(len(call.weights))
         keys = tuple(".".join(path) for path in call.weights)
         if not names or any(key not in self.tensors for key in keys):
@@ -315,13 +326,22 @@ class _Constants:
         if keys not in self._named:
             title = re.fullmatch(r"self_(\w+?)__flat_weights", call.title)
             base = title[1] if title else call.call.op + "_cell" * call.call.is_cell
-            taken, number, prefix = {*self._named.values()}, 2, f"{base}."
+            taken, number, prefix = {*self._named.values(), *modules}, 2, f"{base}."
             while prefix in taken:
                 prefix, number = f"{base}_{number}.", number + 1
             self._named[keys] = prefix
             self.weights |= {prefix + name: self.tensors[key] for name, key in zip(names, keys, strict=True)}
             self.used.update(keys)
         return [self._named[keys] + name for name in names]
+
+
+def _inside(value: Any) -> Iterator[tuple[str, Any]]:
+    """The tensors in an attribute: itself, or those in a list or a dict, with what to add to its name."""
+    if _is_tensor(value):
+        yield "", value
+    elif type(value) in (list, tuple, dict):
+        items = value.items() if type(value) is dict else enumerate(value)
+        yield from ((f".{key}", each) for key, each in items if _is_tensor(each))
 
 
 def _is_tensor(value: Any) -> bool:
