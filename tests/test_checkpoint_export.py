@@ -215,7 +215,7 @@ def _torch_save(tensors: dict[str, np.ndarray]) -> bytes:
     return file.getvalue()
 
 
-EVIL = b"\x80\x02}X\x01\x00\x00\x00wcposix\nsystem\nX\x0e\x00\x00\x00touch /tmp/evil\x85Rs."
+EVIL = b"\x80\x02}X\x01\x00\x00\x00wcposix\nsystem\nX\x0a\x00\x00\x00touch evil\x85Rs."
 
 
 def test_the_older_layout_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

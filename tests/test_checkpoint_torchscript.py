@@ -43,7 +43,7 @@ def test_an_archive_by_hand(tmp_path: Path) -> None:
     assert said == []
 
 
-EVIL = b"cposix\nsystem\nX\x0e\x00\x00\x00touch /tmp/evil\x85R"
+EVIL = b"cposix\nsystem\nX\x0a\x00\x00\x00touch evil\x85R"
 
 
 @pytest.mark.parametrize(
