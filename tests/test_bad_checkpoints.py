@@ -166,7 +166,7 @@ FILES: dict[str, tuple[bytes, str]] = {
     "numpy scalar": (_pickled({"loss": np.float64(1)}), "scalar"),
     "namespace": (_pickled({"args": argparse.Namespace(a=1)}), "it names argparse.Namespace"),
     "pathlib": (_pickled({"path": pathlib.PurePosixPath("a")}), "it names pathlib."),
-    "torchscript": (_zip(data_pkl=b"", constants_pkl=b""), "a TorchScript archive"),
+    "torchscript": (_zip(data_pkl=b"\x80\x02}.", constants_pkl=b""), "a TorchScript archive whose data is not"),
     "tar": (b"model/".ljust(257, b"\0") + b"ustar\0" + bytes(300), "a damaged tar file"),
     "zip of something": (_zip(config_json=b"{}"), "a zip file that torch.save did not write"),
     # larger than it looks

@@ -149,7 +149,7 @@ def mapped(value: Any, function: Callable[[str, Any], Any]) -> Any:
             raise CheckpointError(f"its dicts and lists are nested more than {_DEEPEST} deep\n{STATE_DICT}")
         if id(value) in copies:
             return copies[id(value)]
-        if type(value) is dict or isinstance(value, OrderedDict):
+        if isinstance(value, dict):
             copies[id(value)] = {}
             copies[id(value)].update((key, copy(item, (*path, str(key)))) for key, item in value.items())
         elif type(value) is list:

@@ -57,6 +57,10 @@ class Vocabulary:
         """The data that a call of a known global makes."""
         raise ValueError("it calls something that is not a function")
 
+    def bare(self, name: str, argument: Any) -> tuple[Any, ...]:
+        """The arguments of a call that has something other than a tuple of them."""
+        raise ValueError("it calls a function without a tuple of arguments")
+
     def makes(self, name: str) -> bool:
         """Whether `new` makes objects of a known global, which is a class."""
         return False
@@ -268,8 +272,10 @@ class _Machine:
     def _called(self, function: Any, arguments: Any) -> Any:
         if type(function) is LeftOut:
             return function
-        if type(function) is not Global or type(arguments) is not tuple:
+        if type(function) is not Global:
             raise ValueError("it calls something that is not a function")
+        if type(arguments) is not tuple:
+            arguments = self.vocabulary.bare(function.name, arguments)
         return self.vocabulary.call(function.name, arguments)
 
     def _build(self, _: None) -> None:

@@ -70,7 +70,7 @@ _SCHEMES = ("torch.per_tensor_affine", "torch.per_channel_affine", "torch.per_ch
 # The dtypes of storages.
 _STORED = _STORAGES | _QUANTIZED_STORAGES | dict.fromkeys(_BYTES, jnp.dtype(np.uint8))
 _KNOWN = frozenset((*_CALLS, *_STORED, *_TENSOR_TYPES, *_SCHEMES, *_NAMED, *_QUANTIZED, _NO_NUMPY))
-_MOST_AXES = 64  # of NumPy and of torch
+MOST_AXES = 64  # of NumPy and of torch
 
 
 class Other(NamedTuple):
@@ -89,6 +89,7 @@ class Packed:
     """An object of torch's own code that holds the weights of a quantized module, as data."""
 
     state: Any = None
+    kind = ""  # its class's name, where the pickle has it
 
     def contents(self) -> Any:
         """What torch would restore it from, less the name of its class."""
@@ -99,7 +100,7 @@ class Packed:
 
 
 class Storage(NamedTuple):
-    """The numbers of one or more tensors: their place in the file, their dtype and how many."""
+    """The numbers of one or more tensors: the entry of the archive, their dtype and how many."""
 
     key: str
     dtype: np.dtype
@@ -172,10 +173,12 @@ class TorchSave(Vocabulary):
 
     Args:
         packed: whether the weights of quantized modules become `Packed`, rather than be refused.
+        folder: where the archive has the storages.
     """
 
-    def __init__(self, packed: bool = False) -> None:
+    def __init__(self, packed: bool = False, folder: str = "data") -> None:
         self.packed = packed
+        self.folder = folder
 
     def knows(self, name: str) -> bool:
         return name in _KNOWN or self.makes(name)
@@ -203,7 +206,7 @@ class TorchSave(Vocabulary):
         kind, storage, key, _location, size = identity
         if kind != "storage" or type(storage) is not Global or type(key) is not str or type(size) is not int:
             raise ValueError("a storage in an unknown form")
-        return Storage(key, _STORED[storage.name], size)
+        return Storage(f"{self.folder}/{key}", _STORED[storage.name], size)
 
 
 def is_object(operations: Iterable[Any]) -> bool:
@@ -283,7 +286,7 @@ def _tensor(
             return Other(f"{_NO_NUMPY} tensor")
         dtype, more = _NAMED[more[0].name], more[1:]
     sizes = (storage.size, offset, *shape, *strides)
-    if not (type(storage) is Storage and len(shape) == len(strides) <= _MOST_AXES):
+    if not (type(storage) is Storage and len(shape) == len(strides) <= MOST_AXES):
         raise ValueError("a tensor has an impossible shape")
     if any(type(n) is not int or not 0 <= n < 1 << 63 for n in sizes):
         raise ValueError("a tensor has an impossible size")

@@ -11,7 +11,7 @@ from jaxrnn.checkpoint.formats.pickles import Other, Packed, StoredTensor
 from jaxrnn.checkpoint.named import Names
 from jaxrnn.checkpoint.stored import Value, read
 
-_BEFORE = "save the state_dict() of the model before it was quantized"
+BEFORE = "save the state_dict() of the model before it was quantized"
 # The ends of names, after that of the module and a dot, or alone.
 _LAYERS = "_all_weight_values.0.param"
 _CELL = ("_packed_weight_ih", "_packed_weight_hh")
@@ -26,15 +26,16 @@ def is_packed(value: Any) -> bool:
     return isinstance(value, Packed) or (isinstance(first, StoredTensor | Other) and len(value) == 2)
 
 
-def _unpacked(tensors: Mapping[str, Any], halves: list[str]) -> dict[str, Any]:
+def _unpacked(tensors: Mapping[str, Any], halves: list[str], directions: Mapping[str, int]) -> dict[str, Any]:
     """A state dict with torch's usual names for the weights of quantized modules.
 
-    The list `halves` gets the modules whose weights are rounded to float16.
+    The list `halves` gets the modules whose weights are rounded to float16. `directions` has 1 or 2 by the prefix of a
+    module, where it is known.
 
     Raises:
         CheckpointError: a module is packed in a way that torch does not pack it, or its settings are in doubt.
     """
-    found = Names[Any](_BEFORE)
+    found = Names[Any](BEFORE)
     linear = {name.removesuffix(_LINEAR) for name in tensors if name.endswith(_LINEAR)}
     for name, value in tensors.items():
         module, dot, leaf = name.rpartition(".")
@@ -45,7 +46,7 @@ def _unpacked(tensors: Mapping[str, Any], halves: list[str]) -> dict[str, Any]:
             if not is_packed(value):
                 weights = {name: value}
             elif name.endswith(_LAYERS):
-                weights = _layers(name.removesuffix(_LAYERS), tensors, halves)
+                weights = _layers(name.removesuffix(_LAYERS), tensors, halves, directions)
             elif name.endswith(_CELL):
                 role = leaf.removeprefix("_packed_weight_")
                 weights = _named(f"{module}{dot}weight_{role}", f"{module}{dot}bias_{role}", value)
@@ -71,7 +72,7 @@ def _named(weight: str, bias: str, packed: Any) -> dict[str, Any]:
     return {weight: pair[0]} | ({} if pair[1] is None else {bias: pair[1]})
 
 
-def _layers(prefix: str, tensors: Mapping[str, Any], halves: list[str]) -> dict[str, Any]:
+def _layers(prefix: str, tensors: Mapping[str, Any], halves: list[str], known: Mapping[str, int]) -> dict[str, Any]:
     """The weights of an LSTM or a GRU."""
     cells, index = [], 0
     while (packed := tensors.get(f"{prefix}_all_weight_values.{index}.param")) is not None:
@@ -84,13 +85,15 @@ def _layers(prefix: str, tensors: Mapping[str, Any], halves: list[str]) -> dict[
     inputs, hidden = [each[0] for each in columns], columns[0][1]
     fits = [
         directions
-        for directions in (1, 2)
+        for directions in ([known[prefix]] if prefix in known else (1, 2))
         if len(cells) % directions == 0
         and inputs == [inputs[0] if i < directions else directions * hidden for i in range(len(cells))]
     ]
+    if not fits and prefix in known:
+        raise ValueError("it says in how many directions it goes, and its weights do not fit")
     if len(fits) != 1:
         raise CheckpointError(
-            f"{prefix} has two layers, or one layer in two directions, and the file does not say which\n{_BEFORE}"
+            f"{prefix} has two layers, or one layer in two directions, and the file does not say which\n{BEFORE}"
         )
     found: dict[str, Any] = {}
     for index, pairs in enumerate(cells):
@@ -126,10 +129,15 @@ class Plan:
     halves: list[str] = dataclasses.field(default_factory=list)
 
     @classmethod
-    def of(cls, tensors: Mapping[str, Any]) -> "Plan":
-        """Plan for a state dict that may have quantized modules in it."""
+    def of(cls, tensors: Mapping[str, Any], directions: Mapping[str, int] = {}) -> "Plan":
+        """Plan for a state dict that may have quantized modules in it.
+
+        Args:
+            tensors: its tensors and packed weights.
+            directions: in how many directions layers go, by their prefixes, where it is known.
+        """
         plan = cls()
-        for name, value in _unpacked(tensors, plan.halves).items():
+        for name, value in _unpacked(tensors, plan.halves, directions).items():
             plan.stored[name] = value
             if not (isinstance(value, Other) and value.quantized):
                 continue
