@@ -149,6 +149,8 @@ def _main(argv: Sequence[str], prog: str) -> int:
     command = add("check", words, f"check {denoiser}", f"check {denoiser} --json")
     command.set_defaults(run=_check)
     command.add_argument("file", metavar="FILE", help=file)
+    words = "also run the code in a TorchScript archive, if you trust it, to compare with its own modules"
+    command.add_argument("--run-code", action="store_true", help=words)
     for name, command in commands.choices.items():
         command.set_defaults(past_objects=name in ("inspect", "scaffold"))
         command.add_argument("--key", help="the key that holds the state dict, for example trainer.model")
@@ -450,7 +452,7 @@ def _check(arguments: argparse.Namespace) -> int:
     tensors = _load(arguments.file, arguments.key, arguments)
     found = _found(arguments.file, tensors)
     torch = installed_torch()
-    checked = [check(rnn, tensors, torch) for rnn in found]
+    checked = [check(rnn, tensors, torch, arguments.run_code) for rnn in found]
     equal = all(result.equal for result in checked)
     if arguments.json:
         rows = [
@@ -485,11 +487,15 @@ def _check(arguments: argparse.Namespace) -> int:
     _print_settings(found)
     count = f"{len(found)} recurrent module{'s' * (len(found) > 1)} built and run in float64"
     _print(f"\n{count}. A difference is relative to the largest number.")
+    missed: dict[str, list[str]] = {}
     for rnn, result in zip(found, checked, strict=True):
         origin = origins_of(tensors).get(rnn.prefix)
         if origin is not None and result.original != origin.title:
-            instead = f"{result.original} of the same weights" if result.original else "nothing"
-            _print(f"{rnn.prefix or 'It'} is {origin.title}'s, which does not run here: compared with {instead}.")
+            runs = origin.runs_code and not arguments.run_code
+            why = "--run-code runs the code in the file, if you trust it" if runs else "it does not run here"
+            missed.setdefault(why, []).append(f"{origin.title} ({rnn.prefix})" if rnn.prefix else origin.title)
+    for why, titles in missed.items():
+        _print(f"Not compared with {listed(titles)}: {why}.")
     if torch is None and not all(result.original for result in checked):
         _print("PyTorch is not installed: nothing to compare with.")
     elif torch is not None and any(result.original.startswith("torch.") for result in checked):

@@ -1,6 +1,7 @@
 """The check of a checkpoint's modules: equal where they are, and red where ours or the weights are not torch's."""
 
 import types
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -10,6 +11,7 @@ from arrays import parameters
 import jaxrnn
 from jaxrnn import checkpoint
 from jaxrnn.checkpoint.check import LIMIT, check
+from jaxrnn.checkpoint.flax_names import with_torchs_names
 
 SPECS = {
     "RNN": jaxrnn.Spec(jaxrnn.RNN_TANH, 3, 4),
@@ -68,3 +70,30 @@ def test_without_torch() -> None:
     [rnn] = checkpoint.find_rnns(tensors)
     assert check(rnn, tensors, None)[:2] == (True, None)
     assert check(rnn, tensors, None).equal
+
+
+@pytest.mark.torch
+@pytest.mark.filterwarnings("ignore:.torch.jit.* is deprecated:DeprecationWarning")
+def test_the_code_in_a_torchscript_archive(torch: types.ModuleType, tmp_path: Path) -> None:
+    """It runs only where that is asked for, and then a difference from it is seen."""
+    model = torch.nn.ModuleDict({"rnn": torch.nn.LSTM(3, 4, 2, bidirectional=True, batch_first=True)})["rnn"]
+    torch.jit.script(model).save(str(tmp_path / "a.pt"))
+    tensors = checkpoint.load(tmp_path / "a.pt")
+    [rnn] = checkpoint.find_rnns(tensors)
+    assert check(rnn, tensors, torch).original == "torch.nn.LSTM"
+    result = check(rnn, tensors, torch, run_code=True)
+    assert result.original == "TorchScript's LSTM"
+    assert result.difference < 1e-14
+    tensors["weight_hh_l1_reverse"][0, 0] += 1
+    assert check(rnn, tensors, torch).equal
+    assert not check(rnn, tensors, torch, run_code=True).equal
+
+
+def test_a_difference_from_flaxs_cell_is_seen() -> None:
+    cell = checkpoint.dialects.DIALECTS["flax.nnx", "GRUCell"].write(parameters(SPECS["GRUCell"], np.float64))
+    tensors = with_torchs_names({f"enc.{name}": array for name, array in cell.items()})
+    [rnn] = checkpoint.find_rnns(tensors)
+    result = check(rnn, tensors, None)
+    assert (result.original, result.equal) == ("flax.nnx.GRUCell", True)
+    tensors["enc.weight_hh_l0"][0, 0] += 1e-6
+    assert not check(rnn, tensors, None).equal

@@ -214,7 +214,7 @@ def test_check(model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pyt
     assert "not compared" in lines
     assert "batch_first=False" in lines
     different = check.Checked(True, 1e-3)
-    monkeypatch.setattr("jaxrnn.__main__.check", lambda rnn, tensors, torch: different)
+    monkeypatch.setattr("jaxrnn.__main__.check", lambda rnn, tensors, torch, run_code: different)
     assert main(["check", str(model), "--json"]) == 1
     result = json.loads(capsys.readouterr().out)
     assert not result["equal"]

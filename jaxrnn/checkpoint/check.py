@@ -52,12 +52,12 @@ def installed_torch() -> ModuleType | None:
         return None
 
 
-def check(rnn: FoundRNN, tensors: Mapping[str, Any], torch: ModuleType | None) -> Checked:
+def check(rnn: FoundRNN, tensors: Mapping[str, Any], torch: ModuleType | None, run_code: bool = False) -> Checked:
     """Build a module that `find_rnns` found, run it on random numbers in float64, and compare the results.
 
     They are compared with those of the original in its own library, if that is installed; otherwise with those of
-    torch's module of the same weights, if torch is given and has one. Settings that are not in a state dict are those
-    that `find_rnns` assumes.
+    torch's module of the same weights, if torch is given and has one. An original that is code in the file runs only
+    with `run_code`. Settings that are not in a state dict are those that `find_rnns` assumes.
 
     Raises:
         CheckpointError: its tensors cannot be read.
@@ -79,9 +79,9 @@ def check(rnn: FoundRNN, tensors: Mapping[str, Any], torch: ModuleType | None) -
         ours = [np.asarray(array) for array in jax.tree.leaves(module(x, hx))]
         finite = all(np.isfinite(array).all() for array in ours)
         origin = origins_of(tensors).get(rnn.prefix)
-        if origin is not None and origin.run is not None:
+        if origin is not None and origin.run is not None and (run_code or not origin.runs_code):
             dtype = np.float64 if origin.exact else np.float32
-            with contextlib.suppress(ImportError):
+            with contextlib.suppress(ImportError, NotImplementedError):
                 theirs = origin.run(x.astype(dtype), [each.astype(dtype) for each in jax.tree.leaves(hx)])
                 return Checked(finite, _largest(ours, theirs), origin.title, LIMIT if origin.exact else LIMIT_32)
         if torch is None or not rnn.in_torch:

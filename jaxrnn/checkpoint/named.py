@@ -17,15 +17,19 @@ class Origin(NamedTuple):
         title: the class there, such as "flax.linen.GRUCell".
         usual: the arguments of our constructor that fit the usual settings there, if the file does not say them.
         run: compute with the original, of an input of shape (time, batch, features) and the first states, each of shape
-            (layers * directions, batch, features), as torch's; returns the output and the last states, in these shapes.
-            It raises ImportError where the library is not installed. None if there is no such function.
+            (layers * directions, batch, features), as torch's, or of a cell without the first axis; returns the output
+            and the last states, in these shapes, and of a cell the states alone.
+            It raises ImportError where the library is not installed, and NotImplementedError where the original cannot
+            be called so. None if there is no such function.
         exact: whether it computes in float64.
+        runs_code: whether it runs code of the file.
     """
 
     title: str
     usual: Mapping[str, Any]
     run: Callable[[NDArray[Any], Sequence[NDArray[Any]]], Sequence[NDArray[Any]]] | None = None
     exact: bool = True
+    runs_code: bool = False
 
 
 class Described(dict[str, Any]):

@@ -43,6 +43,11 @@ class Archive:
         self.entries: dict[str, zipfile.ZipInfo] = {}
 
     @property
+    def path(self) -> str:
+        """The file."""
+        return os.fspath(self._file.name)
+
+    @property
     def names(self) -> list[str]:
         """All entries, with their folder."""
         return self._zip.namelist()

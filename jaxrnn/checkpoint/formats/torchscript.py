@@ -1,5 +1,7 @@
 """TorchScript archives, as torch.jit.save writes them: the weights, and the settings in the code, which never runs."""
 
+import functools
+import importlib
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
@@ -14,7 +16,7 @@ from jaxrnn.checkpoint.formats.reading import Reading
 from jaxrnn.checkpoint.formats.recurrent_calls import Said
 from jaxrnn.checkpoint.formats.script_code import CONSTANTS, Class, CodeCall
 from jaxrnn.checkpoint.formats.torch_archive import Archive
-from jaxrnn.checkpoint.named import Described, Names
+from jaxrnn.checkpoint.named import Described, Names, Origin
 from jaxrnn.checkpoint.stored import Value
 
 EXPORT = "export its tensors: torch.save(torch.jit.load(path).state_dict(), new_path)"
@@ -162,7 +164,36 @@ def read(archive: Archive, what: Reading) -> tuple[Described, list[tuple[str, st
         check_unicode(name)
     model.settings(arrays, said)
     words += [*((text, "") for text in more), *said.words]
-    return Described(arrays, said.settings(), [prefix.removesuffix(".") for prefix in model.modules]), words
+    settings = said.settings()
+    origins = {}
+    for prefix, (module, _) in model.modules.items():
+        if f"{prefix}weight_hh" in arrays or f"{prefix}weight_hh_l0" in arrays:
+            run = functools.partial(_run, archive.path, prefix, bool(settings.get(prefix, {}).get("batch_first")))
+            origins[prefix] = Origin(f"TorchScript's {module.kind.rpartition('.')[2]}", {}, run, runs_code=True)
+    return Described(arrays, settings, [prefix.removesuffix(".") for prefix in model.modules], origins), words
+
+
+def _run(path: str, prefix: str, batch_first: bool, x: Any, states: Any) -> list[Any]:
+    """Run a module's own code: see `named.Origin`."""
+    torch = importlib.import_module("torch")
+    model = torch.jit.load(path, map_location="cpu").double().eval()
+    module = dict(model.named_modules())[prefix.removesuffix(".")]
+    forward = (
+        getattr(module, "forward__0", None) or module.forward
+    )  # torch's layers have several, by what they are given
+    swap = batch_first and x.ndim > 2
+    given = torch.tensor(x.swapaxes(0, 1) if swap else x)
+    hx = tuple(map(torch.tensor, states))
+    try:
+        with torch.no_grad():
+            returned = forward(given, hx if len(hx) > 1 else hx[0])
+    except RuntimeError as error:  # of a module that was traced with other arguments
+        raise NotImplementedError from error
+    output, state = returned if x.ndim > 2 else (None, returned)
+    found = [each.numpy() for each in (state if isinstance(state, tuple) else (state,))]
+    if output is None:
+        return found
+    return [output.numpy().swapaxes(0, 1) if swap else output.numpy(), *found]
 
 
 class _Model:
