@@ -123,7 +123,7 @@ FUNCTIONS: dict[str, Callable[..., jax.Array]] = {
     "log_softmax": jax.nn.log_softmax,
 }
 _OVER_UNITS = ("softmax", "log_softmax")
-_ALSO = {"swish": "silu", "hard_swish": "hard_silu"}
+SYNONYMS = {"swish": "silu", "hard_swish": "hard_silu"}
 
 
 def function_of(activation: Activation) -> Callable[[jax.Array], jax.Array]:
@@ -142,9 +142,9 @@ def _known(argument: str, given: Activation) -> Activation:
     """An activation by its name, if it has one."""
     if not isinstance(given, str) and callable(given):
         return next((name for name, function in FUNCTIONS.items() if function == given), given)
-    name = _ALSO.get(given, given) if isinstance(given, str) else None
+    name = SYNONYMS.get(given, given) if isinstance(given, str) else None
     if name not in FUNCTIONS:
-        names = ", ".join(map(repr, [*FUNCTIONS, *_ALSO]))
+        names = ", ".join(map(repr, [*FUNCTIONS, *SYNONYMS]))
         raise ValueError(f"{argument} should be a function, or one of {names}; got {given!r}")
     return name
 

@@ -163,10 +163,10 @@ def test_names_are_kerass() -> None:
     names = {name for name in dir(theirs) if not name.startswith("_")} - {"get", "serialize", "deserialize"}
     names = {name for name in names if callable(getattr(theirs, name))}
     # What halves its input, or has arguments without a default; what JAX has not.
-    assert names - {*FUNCTIONS, *activations._ALSO} == {
+    assert names - {*FUNCTIONS, *activations.SYNONYMS} == {
         *("glu", "threshold"), *("hard_shrink", "soft_shrink", "sparsemax"),
     }  # fmt: skip
-    for name in {*FUNCTIONS, *activations._ALSO} & names:
+    for name in {*FUNCTIONS, *activations.SYNONYMS} & names:
         function = getattr(theirs, name)
         assert len([p for p in inspect.signature(function).parameters.values() if p.default is p.empty]) == 1
         ours = function_of(activations._known("activation", name))(x)

@@ -155,6 +155,7 @@ def test_directions_of_different_kinds(tmp_path: Path) -> None:
     layers = load_keras().layers
     pairs = {
         "relu": (rnn_layer("SimpleRNN", activation="relu"), rnn_layer("SimpleRNN", go_backwards=True)),
+        "activations": (rnn_layer("LSTM", activation="softsign"), rnn_layer("LSTM", go_backwards=True)),
         "sizes": (rnn_layer("LSTM"), rnn_layer("LSTM", 5, go_backwards=True)),
         "kinds": (rnn_layer("GRU"), rnn_layer("LSTM", go_backwards=True)),
         "swapped": (rnn_layer("GRU", go_backwards=True), rnn_layer("LSTM")),
@@ -172,13 +173,12 @@ def test_directions_of_different_kinds(tmp_path: Path) -> None:
 
 def test_a_layer_half_of_which_torch_does_not_have(tmp_path: Path) -> None:
     layers = load_keras().layers
-    both = layers.Bidirectional(
-        rnn_layer("LSTM"), backward_layer=rnn_layer("LSTM", activation="relu", go_backwards=True)
-    )
+    both = layers.Bidirectional(rnn_layer("GRU"), backward_layer=rnn_layer("GRU", reset_after=False, go_backwards=True))
     stack = layers.RNN([rnn_cell("GRU"), rnn_cell("GRU", reset_after=False)], name="stack")
-    for _, tensors, [text] in _recurrent(_sequential(both, stack), path=tmp_path):
+    for _, tensors, [text, *remedies] in _recurrent(_sequential(both, stack), path=tmp_path):
         assert text.startswith("left out layers that torch does not have")
-        assert "(activation=relu of its backward_layer)" in text
+        assert len([each for each in remedies if "multiplies r * h by a matrix" in each]) == 2
+        assert "(reset_after=False, where torch's GRU has True of its backward_layer)" in text
         assert "stack (reset_after=False, where torch's GRU has True)" in text
         assert not find_rnns(tensors)
         assert len(tensors) == 12  # Keras's own
