@@ -1,8 +1,10 @@
 """ONNX both ways: nodes become torch's weights, and our modules become models that compute what they compute."""
 
 import contextlib
+import dataclasses
 import itertools
 import os
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -18,9 +20,10 @@ from flax import nnx
 from making import filled, filled_variables
 from memory import memory_to_refuse
 from onnx_models import F, H, graph_of, model_of, node_weights, onnx, recurrent
-from reading import loaded, refused_of_mutated
+from reading import loaded, of_guide, refused_of_mutated
 
 import jaxrnn
+from jaxrnn.activations import Affine
 from jaxrnn.checkpoint import CheckpointError, find_rnns, load, to_onnx
 from jaxrnn.checkpoint.dialects import DIALECTS
 
@@ -121,6 +124,74 @@ def test_peepholes_are_ours(tmp_path: Path) -> None:
     [y] = wide.run(["Y"], {"X": x})
     params = {name.removeprefix("one."): a.astype(float) for name, a in tensors.items()}
     assert_close(jaxrnn.apply(found.spec, params, x)[0], y[:, 0])
+
+
+def test_other_activations_are_a_cell_of_ours(tmp_path: Path) -> None:
+    """In float64 against ONNX's own reference, which has few; see test_closed_onnx for all, by onnxruntime."""
+    from onnx.reference import ReferenceEvaluator
+
+    arrays = node_weights("RNN", "one")
+    node = recurrent("RNN", "one", activations=["Affine"], activation_alpha=[0.3], activation_beta=[0.1])
+    tensors, words = loaded(_saved(tmp_path, [node], arrays))
+    [found] = find_rnns(tensors)
+    assert found.spec.cell == jaxrnn.rnn_cell(Affine(float(np.float32(0.3)), float(np.float32(0.1))))
+    assert words == [
+        "one. has other activations, which weights do not say: make the module as jaxrnn.Recurrent(cell, ...) with the "
+        f"cell that find_rnns gives, {found.kind}"
+    ]
+    x = normal(5, 4, F)
+    wide = ReferenceEvaluator(_model([node], {name: a.astype(float) for name, a in arrays.items()}))
+    params = {name.removeprefix("one."): a.astype(float) for name, a in tensors.items()}
+    assert_close(jaxrnn.apply(found.spec, params, x)[0], wide.run(["Y"], {"X": x})[0][:, 0], atol=1e-12)
+    module = getattr(jaxrnn, found.class_name)(**found.arguments, rngs=nnx.Rngs(0))
+    jaxrnn.load_state_dict(module, tensors, prefix="one.")
+    with pytest.warns(UserWarning, match="cell=RNN_TANH, where the file says cell=rnn_cell"):
+        jaxrnn.load_state_dict(jaxrnn.RNN(F, H, rngs=nnx.Rngs(0)), tensors, prefix="one.")
+
+
+WRONG = {
+    "two ways": ({"activations": ["LeakyRelu", "Tanh", "Elu"], "activation_alpha": [0.1, 0.2, 0.3]}, "fit in two ways"),
+    "no default": ({"activations": ["Sigmoid", "ThresholdedRelu", "Tanh"]}, "disagree on thresholdedrelu without"),
+    "unknown": ({"activations": ["Sigmoid", "Gelu", "Tanh"]}, "jaxrnn does not know gelu"),
+    "too few": ({"activations": ["Sigmoid", "Tanh"]}, r"\(activations=\['Sigmoid', 'Tanh'\]\)"),
+    "no list": ({"activations": "Sigmoid"}, r"\(activations=Sigmoid\)"),
+    "no numbers": ({"activations": ["Elu", "Tanh", "Tanh"], "activation_alpha": ["x"]}, "activation_alpha="),
+    "no clip": ({"clip": -1.0}, "clip=-1"),
+    "clip of another type": ({"clip": 1}, "clip=1"),
+    "peepholes": ({"activations": ["Sigmoid", "Relu", "Tanh"]}, "peepholes P with other activations"),
+    "directions": (
+        {"activations": ["Sigmoid", "Relu", "Tanh", "Sigmoid", "Tanh", "Tanh"], "direction": "bidirectional"},
+        "others in each direction",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_activations_that_are_no_cell(name: str, tmp_path: Path) -> None:
+    attributes, words = WRONG[name]
+    arrays = node_weights("LSTM", "one", directions=1 + ("direction" in attributes)) | {"P": np.ones((1, 3 * H), "f4")}
+    more = ("", "", "", "P") if name == "peepholes" else ()
+    tensors, [text] = loaded(_saved(tmp_path, [recurrent("LSTM", "one", more=more, **attributes)], arrays))
+    assert re.search(f"^left out nodes that torch does not have: one .*?{words}", text)
+    assert find_rnns(tensors) == []
+    assert {"oneW", "oneR", "oneB"} <= tensors.keys()
+
+
+def test_a_gru_that_resets_before_the_product(tmp_path: Path) -> None:
+    """What the message tells to do."""
+    from onnx.reference import ReferenceEvaluator
+
+    node, arrays = recurrent("GRU", "one", linear_before_reset=0), node_weights("GRU", "one")
+    tensors, [_, remedy] = loaded(_saved(tmp_path, [node], arrays))
+    assert remedy == (
+        "one multiplies r * h by a matrix within its step: write a jaxrnn.Cell with that matrix, as "
+        "examples/other_libraries.md does"
+    )
+    kernel, recurrent_kernel, bias = (jnp.asarray(tensors[f"one{key}"][0]) for key in "WRB")
+    spec, params = of_guide("other_libraries.md", "of_keras")(kernel.T, recurrent_kernel.T, sum(jnp.split(bias, 2)))
+    x = normal(5, 4, F).astype("f4")
+    [y] = ReferenceEvaluator(_model([node], arrays)).run(["Y"], {"X": x})
+    assert_close(jaxrnn.apply(dataclasses.replace(spec, batch_first=False), params, x)[0], y[:, 0], atol=1e-6)
 
 
 def test_nodes_in_a_branch_and_weights_beside_the_file(tmp_path: Path) -> None:

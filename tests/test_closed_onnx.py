@@ -102,6 +102,7 @@ class Case:
     silent: bool = False
     reference: bool = False
     without: tuple[str, ...] = ()
+    scale: float = 1.0  # of weights: with some activations numbers grow
 
     @property
     def directions(self) -> int:
@@ -114,7 +115,8 @@ class Case:
     def model(self, more_outputs: tuple[str, ...] = (), without: tuple[str, ...] = ()) -> Any:
         rows, hidden, helper = GATES[self.kind] * self.hidden, self.hidden, onnx.helper
         shapes = {"W": (rows, F), "R": (rows, hidden), "B": (2 * rows,)}
-        arrays = {n: normal(self.directions, *s, seed=len(s)).astype("f4") for n, s in shapes.items()} | self.arrays
+        arrays = {n: normal(self.directions, *s, seed=len(s)) * self.scale for n, s in shapes.items()}
+        arrays = {n: array.astype("f4") for n, array in arrays.items()} | self.arrays
         attributes = {"hidden_size": hidden, "linear_before_reset": 1 if self.kind == "GRU" else None} | self.attributes
         attributes = {name: value for name, value in attributes.items() if name not in without and value is not None}
         known = [name for name in reader.INPUTS if name in reader.OPERATORS[self.kind]]
@@ -182,12 +184,15 @@ def _of_an_attribute(kind: str, name: str) -> Iterator[Case]:
             values = [function] * len(_usual(kind))
             more = {"activation_alpha": [0.3] * 3, "activation_beta": [0.2] * 3}
             plain = function in ("Sigmoid", "Tanh", "Relu")
-            yield Case(kind, {name: values, **({} if plain else more)}, opset=opset)
+            small = 0.1 if function == "Softplus" else 0.3  # onnxruntime's becomes infinite early
+            yield Case(kind, {name: values, **({} if plain else more)}, opset=opset, scale=small)
+            yield Case(kind, {name: [function, *_usual(kind)[1:]], **more}, opset=opset, scale=0.3)
+            yield Case(kind, {name: [*_usual(kind)[:-1], function], **more, "clip": 0.4}, opset=opset, scale=0.3)
             if plain:
                 both = {"direction": "bidirectional"}
-                yield Case(kind, {name: [*_usual(kind), *values], **both}, opset=opset)
-                yield Case(kind, {name: [*values, *_usual(kind)], **both}, opset=opset)
-                yield Case(kind, {name: [*values, *values], **both}, opset=opset)
+                yield Case(kind, {name: [*_usual(kind), *values], **both}, opset=opset, scale=0.3)
+                yield Case(kind, {name: [*values, *_usual(kind)], **both}, opset=opset, scale=0.3)
+                yield Case(kind, {name: [*values, *values], **both}, opset=opset, scale=0.3)
         if kind != "RNN":  # onnxruntime takes only Tanh with a capital
             yield Case(kind, {name: [text.upper() for text in _usual(kind)]}, opset=opset, silent=True)
 
@@ -318,6 +323,9 @@ def _check(case: Case, row: str, tmp_path: Path) -> str:
     if "Y" in theirs:
         y = theirs["Y"] if case.attributes.get("layout") else theirs["Y"].transpose(0, 2, 1, 3)
         assert_close(output, y.reshape(*y.shape[:2], both), atol=1e-6, rtol=1e-6)
+    if "Y_c" in theirs:
+        c = theirs["Y_c"].transpose(1, 0, 2) if case.attributes.get("layout") else theirs["Y_c"]
+        assert_close(last[1], c, atol=1e-6, rtol=1e-6)
     if "Y_h" in theirs:
         h = theirs["Y_h"].transpose(1, 0, 2) if case.attributes.get("layout") else theirs["Y_h"]
         assert_close(last[0] if isinstance(last, tuple) else last, h, atol=1e-6, rtol=1e-6)
@@ -325,7 +333,7 @@ def _check(case: Case, row: str, tmp_path: Path) -> str:
 
 
 ROWS = [(kind, name) for kind, table in reader.OPERATORS.items() for name in table]
-_QUICK = {("LSTM", name) for name in ("sequence_lens", "initial_h", "clip", "input_forget", "layout", "activations")}
+_QUICK = {("LSTM", name) for name in ("sequence_lens", "initial_h", "clip", "input_forget", "layout")}
 
 
 @pytest.mark.parametrize(

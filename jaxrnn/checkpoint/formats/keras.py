@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxrnn.cells import GRU_CELL, LSTM_CELL
 from jaxrnn.checkpoint.errors import AGAIN, CheckpointError, check_unicode, listed
 from jaxrnn.checkpoint.formats.keras_config import (
     CELL,
@@ -22,7 +21,6 @@ from jaxrnn.checkpoint.formats.keras_config import (
 )
 from jaxrnn.checkpoint.formats.keras_names import RECURRENT, layers_in, names_in, names_of
 from jaxrnn.checkpoint.formats.keras_parts import (
-    NONLINEARITIES,
     Part,
     Parts,
     drops,
@@ -31,7 +29,7 @@ from jaxrnn.checkpoint.formats.keras_parts import (
     words_on_activations,
 )
 from jaxrnn.checkpoint.formats.keras_variables import Variable, contents, sniff
-from jaxrnn.checkpoint.formats.reading import Reading, warn
+from jaxrnn.checkpoint.formats.reading import Reading, said_of_cell, warn
 from jaxrnn.checkpoint.named import Described, Names
 from jaxrnn.checkpoint.stored import Value
 
@@ -310,11 +308,7 @@ def _said(parts: Parts) -> dict[str, Any]:
     if any(part.cell is None for part in parts.values()):
         return {"batch_first": True}  # as in Keras 3 always, and in Keras 2 but for time_major
     said: dict[str, Any] = {"batch_first": not settings[0].get("time_major")}
-    cell = next(iter(parts.values())).rnn
-    if cell in NONLINEARITIES:
-        said["nonlinearity"] = NONLINEARITIES[cell]
-    elif cell not in (LSTM_CELL, GRU_CELL):
-        said["cell"] = cell
+    said |= said_of_cell(next(iter(parts.values())).rnn)
     if any(level for _, level in parts) and not any(map(drops, parts.values())):
         said["dropout"] = 0.0
     return said

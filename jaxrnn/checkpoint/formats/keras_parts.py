@@ -6,15 +6,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxrnn.activations import Activation
-from jaxrnn.cells import GRU_CELL, LSTM_CELL, RNN_RELU, RNN_TANH, Cell
+from jaxrnn.cells import Cell
 from jaxrnn.checkpoint.dialects import DIALECTS
 from jaxrnn.checkpoint.errors import CheckpointError
 from jaxrnn.checkpoint.formats.keras_activations import MAKERS, activations_of, cell_of
 from jaxrnn.checkpoint.formats.keras_config import TABLES, GroupPath, KerasCell, shown
+from jaxrnn.checkpoint.formats.reading import RESET_BEFORE, words_on_cell
 from jaxrnn.checkpoint.tables import Finding
 
 _KINDS = {4: "LSTM", 3: "GRU", 1: "SimpleRNN"}  # by gates
-NONLINEARITIES = {RNN_TANH: "tanh", RNN_RELU: "relu"}
 
 
 class Part(NamedTuple):
@@ -97,10 +97,7 @@ def lacking(part: Part) -> dict[str, str]:
         reasons[f"{shown('units', settings['units'])} in the configuration, and {hidden} in its weights"] = ""
     after = settings.get("reset_after", part.cell is None if bias is None else bias.ndim == 2)
     if part.kind == "GRU" and after is not True:
-        reasons["reset_after=False, where torch's GRU has True"] = (
-            "multiplies r * h by a matrix within its step: write a jaxrnn.Cell with that matrix, as "
-            "examples/other_libraries.md does"
-        )
+        reasons["reset_after=False, where torch's GRU has True"] = RESET_BEFORE
     return reasons
 
 
@@ -112,13 +109,7 @@ def findings(part: Part) -> Iterator[Finding]:
 
 def words_on_activations(part: Part) -> Iterator[str]:
     """What to do about activations that torch's module of this kind has not by default."""
-    if part.rnn is RNN_RELU:
-        yield "has relu, which weights do not say: make the module with nonlinearity='relu'"
-    elif part.rnn not in (RNN_TANH, LSTM_CELL, GRU_CELL):
-        yield (
-            f"has other activations, which weights do not say: make the module as jaxrnn.Recurrent(cell, ...) with the "
-            f"cell that find_rnns gives, {part.rnn.name}"
-        )
+    yield from words_on_cell(part.rnn)
     if part.cell and part.cell.version is None and "hard_sigmoid" in map(part.settings.get, part.activations):
         yield (
             "has hard_sigmoid, and the file does not say its keras_version: assumed is that of Keras 2; for that of "

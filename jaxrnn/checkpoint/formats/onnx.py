@@ -7,13 +7,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxrnn.cells import LSTM_CELL, Cell
 from jaxrnn.checkpoint.arrays import NO_NUMBERS, dtype_of
 from jaxrnn.checkpoint.dialects import DIALECTS
 from jaxrnn.checkpoint.errors import AGAIN, CheckpointError, as_text, check_unicode, listed
 from jaxrnn.checkpoint.formats.bombs import Budget
+from jaxrnn.checkpoint.formats.onnx_activations import cell_of
 from jaxrnn.checkpoint.formats.onnx_graph import BUILTIN, LOOPS, File, Graph, library, value_of
 from jaxrnn.checkpoint.formats.onnx_tables import FUNCTION, GRAPH, INPUTS, MODEL, NODE, OPERATORS, OUTPUTS
-from jaxrnn.checkpoint.formats.reading import Reading, warn
+from jaxrnn.checkpoint.formats.reading import RESET_BEFORE, Reading, said_of_cell, warn, words_on_cell
 from jaxrnn.checkpoint.named import Described, Names
 from jaxrnn.checkpoint.stored import Value, equal
 from jaxrnn.checkpoint.tables import Finding, Table
@@ -73,7 +75,8 @@ class _OnnxLayer(NamedTuple):
         node: its name, and in which graph it is.
         prefix: what the names of its weights start with.
         kind: "LSTM", "GRU" or "RNN".
-        said: what it says of nonlinearity and batch_first.
+        cell: which computes the same.
+        said: what it says of that and of batch_first.
         places: the graphs and names of its weights.
         weights: torch's, by name without the layer, for each direction.
         lengths: the graph and name of its sequence_lens.
@@ -85,6 +88,7 @@ class _OnnxLayer(NamedTuple):
     node: str
     prefix: str
     kind: str
+    cell: Cell
     said: dict[str, Any]
     places: tuple[tuple[Graph, str], ...]
     weights: list[dict[str, np.ndarray]]
@@ -214,10 +218,7 @@ def _put_layers(found: _Found, tensors: Names[Any]) -> dict[str, dict[str, Any]]
             for suffix, weights in zip(("", "_reverse"), layer.weights, strict=False):
                 for role, array in weights.items():
                     tensors.put(f"{prefix}{role}_l{level}{suffix}", array, f"{role} of the node {layer.node}")
-        if stack[0].said.get("nonlinearity") == "relu":
-            found.words.append(
-                f"{prefix or 'the RNN'} has relu, which weights do not say: make the module with nonlinearity='relu'"
-            )
+        found.words.extend(f"{prefix or 'the RNN'} {text}" for text in words_on_cell(stack[0].cell))
         if stack[0].said.get("batch_first"):
             found.words.append(
                 f"{prefix or stack[0].node} has layout=1, which weights do not say: make the module with "
@@ -288,14 +289,21 @@ def _add_recurrent(graph: Graph, node: Any, name: str, found: _Found) -> None:
     arrays = {each: graph.constant(inputs[each]) for each in ("W", "R", "B", "P") if inputs[each] or each in "WR"}
     findings = list(OPERATORS[operator].findings(_settings(graph, node, attributes, inputs)))
     reasons = [_reason(finding) for finding in findings if finding.refused]
+    cell = cell_of(operator, attributes)
+    if isinstance(cell, str):
+        reasons.append(cell)
+    elif inputs["P"] and cell != LSTM_CELL:
+        reasons.append("peepholes P with other activations")
     if (hidden := attributes.get("hidden_size")) is not None and _hidden(arrays["R"]) not in (None, hidden):
         reasons.append(f"hidden_size={hidden}, where its weights have {_hidden(arrays['R'])}")
     if reasons:
         found.odd.add(prefix)
     if any(array is None for array in arrays.values()):
         reasons.append("its weights are computed by the graph")
-    if reasons:
+    if reasons or isinstance(cell, str):
         found.left_out.append(f"{name}{graph.where} ({', '.join(reasons)})")
+        if any(finding.name == "linear_before_reset" for finding in findings):
+            found.words.append(f"{name}{graph.where} {RESET_BEFORE}")
         return
     found.words.extend(_unknown_fields(NODE, node))
     found.words.extend(f"{name}{graph.where} {_sentence(finding)}" for finding in findings)
@@ -307,8 +315,7 @@ def _add_recurrent(graph: Graph, node: Any, name: str, found: _Found) -> None:
     homes = {each: graph.home(inputs[each]) for each in inputs}
     graph.file.used.update(homes[each][1] for each in arrays if homes[each][0].outer is None)
     said: dict[str, Any] = {"batch_first": True} if attributes.get("layout") else {}
-    if operator == "RNN":
-        said["nonlinearity"] = _activations(OPERATORS[operator], attributes)[0]
+    said |= said_of_cell(cell)
     features = weights[0]["weight_ih"].shape[1]
     above = None if attributes.get("layout") else _below(graph, inputs["X"], len(weights), features)
     output = graph, as_text(node.output[0]) if node.output else ""
@@ -318,7 +325,17 @@ def _add_recurrent(graph: Graph, node: Any, name: str, found: _Found) -> None:
         found.words.append(f"{name}{graph.where} runs once for each step of {graph.looped}: call {prefix!r} as often")
     found.layers.append(
         _OnnxLayer(
-            name + graph.where, prefix, operator, said, places, weights, homes["sequence_lens"], above, output, starts
+            name + graph.where,
+            prefix,
+            operator,
+            cell,
+            said,
+            places,
+            weights,
+            homes["sequence_lens"],
+            above,
+            output,
+            starts,
         )
     )
 
@@ -326,13 +343,11 @@ def _add_recurrent(graph: Graph, node: Any, name: str, found: _Found) -> None:
 def _settings(graph: Graph, node: Any, attributes: Mapping[str, Any], inputs: Mapping[str, str]) -> dict[str, Any]:
     """What of a node the table of its operator is about, in the terms of the table."""
     table = OPERATORS[node.op_type]
-    activations = _activations(table, attributes)
     batch_first = bool(attributes.get("layout"))
     others = {*INPUTS, *OUTPUTS, "since_version"}  # names in the table that no attribute has
     settings = {
         **{f"attribute {name}" if name in others else name: value for name, value in attributes.items()},
         "since_version": _version(node.op_type, graph),
-        "activations": activations if activations in table["activations"].plain else attributes.get("activations"),
         "sequence_lens": _lengths(graph, inputs, batch_first),
         "initial_h": _start(graph, inputs["initial_h"], batch_first),
     }
@@ -344,14 +359,6 @@ def _settings(graph: Graph, node: Any, attributes: Mapping[str, Any], inputs: Ma
         places = range(sum(each in table for each in known), len(names))
         settings |= {f"{what} {place}": as_text(names[place]) for place in places if names[place]}
     return settings
-
-
-def _activations(table: Table, attributes: Mapping[str, Any]) -> tuple[str, ...]:
-    """A node's activations in lower case, for one direction if both have the same."""
-    usual = table["activations"].plain[0]
-    given = tuple(str(text).lower() for text in attributes.get("activations") or usual)
-    one = given[: len(usual)]
-    return one if one * (len(given) // len(usual)) == given else given
 
 
 def _version(kind: str, graph: Graph) -> int:
