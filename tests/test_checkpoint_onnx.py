@@ -19,7 +19,7 @@ from covering import covering
 from flax import nnx
 from making import filled, filled_variables
 from memory import memory_to_refuse
-from onnx_models import F, H, graph_of, model_of, node_weights, onnx, recurrent
+from onnx_models import F, H, graph_of, model_of, node_weights, onnx, op, recurrent
 from reading import loaded, of_guide, refused_of_mutated
 
 import jaxrnn
@@ -66,6 +66,92 @@ def test_what_torch_exports_has_torchs_weights_and_names(folding: bool, torch: A
     assert [(rnn.prefix, rnn.class_name, rnn.num_layers, rnn.bidirectional, rnn.bias) for rnn in found] == [
         ("encoder.", "LSTM", 2, True, True), ("decoder.", "GRU", 2, False, True), ("plain.", "RNN", 1, False, False),
     ]  # fmt: skip
+
+
+def _module_of(torch: Any, kind: str, inner: str = "", **settings: Any) -> Any:
+    """A model in whose attribute there is a recurrent layer, which is called once or, in "twice", two times."""
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn = getattr(torch.nn, kind)(F, F, **settings)
+
+        def forward(self, x: Any) -> Any:
+            y = self.rnn(x)[0]
+            return self.rnn(torch.tanh(y) if inner == "between" else y)[0] if inner else y
+
+    return torch.nn.Sequential(Model()).eval()
+
+
+EXPORTED: dict[str, dict[str, Any]] = {
+    "bidirectional": {"kind": "LSTM", "bidirectional": True},
+    "two layers": {"kind": "GRU", "num_layers": 2, "bidirectional": True, "batch_first": True},
+    "relu without biases": {"kind": "RNN", "nonlinearity": "relu", "bias": False},
+    "called twice": {"kind": "GRU", "inner": "between"},
+    "called on its own output": {"kind": "LSTM", "inner": "at once"},
+}
+
+
+@pytest.mark.torch
+@pytest.mark.slow
+@pytest.mark.parametrize("opset", [9, 11, 13, 17])
+@pytest.mark.parametrize("name", EXPORTED)
+def test_a_module_is_listed_once(name: str, opset: int, torch: Any, tmp_path: Path, capfd: Any) -> None:
+    """By the names of initializers, if nodes have no paths as in what torch exported before 1.13, and no others."""
+    made, path = _module_of(torch, **EXPORTED[name]), tmp_path / "model.onnx"
+    for folding, old in ((True, False), (False, False), (False, True)):
+        given = {"dynamo": False, "opset_version": opset, "do_constant_folding": folding}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.onnx.export(made, (torch.ones(5, 2, F),), path, **given, keep_initializers_as_inputs=old)
+        model = onnx.load(path)
+        for index, node in enumerate(model.graph.node):
+            node.name = f"{node.op_type}_{index}" if old else node.name
+        tensors, words = loaded(path, model.SerializeToString())
+        assert [rnn.prefix for rnn in find_rnns(tensors)] == ["0.rnn."]
+        for key, tensor in made.state_dict().items():
+            assert np.array_equal(tensors[key], tensor.numpy()), key
+        assert not [key for key in tensors if key not in made.state_dict() and "MatMul" not in key]
+        again = "takes its output: call the module '0.rnn.' again, on its own output"
+        assert all("has relu" in text or text.endswith(again) for text in words)
+        assert len(words) == ("relu" in name or "own" in name)
+
+
+def test_a_node_goes_by_its_initializers(tmp_path: Path) -> None:
+    """Of both layers, in the order of the layers' numbers; what is only in part from them does not."""
+    shapes = {"weight_ih": (H, H), "weight_hh": (H, H), "bias_ih": (H,), "bias_hh": (H,)}
+    arrays: dict[str, Any] = {
+        f"net.rnn.{role}_l{layer}": normal(*shape, seed=layer + len(role)).astype("f4")
+        for layer in range(2)
+        for role, shape in shapes.items()
+    }
+    arrays |= {"zero": np.array([0]), "one": np.array([1])}
+    nodes = []
+    for layer, (x, y) in enumerate((("X", "A"), ("C", "Y"))):
+        w, r, b, c = (f"net.rnn.{role}_l{layer}" for role in shapes)
+        nodes += [op("Unsqueeze", [w, "zero"], f"W{layer}"), op("Unsqueeze", [r, "zero"], f"R{layer}")]
+        nodes += [op("Concat", [b, c], f"b{layer}", axis=0), op("Unsqueeze", [f"b{layer}", "zero"], f"B{layer}")]
+        given = [x, f"W{layer}", f"R{layer}", f"B{layer}"]
+        nodes.append(onnx.helper.make_node("RNN", given, [y], f"RNN_{layer}", hidden_size=H))
+    nodes += [op("Squeeze", ["A", "one"], "C")]
+    nodes.insert(5, nodes.pop())
+    tensors, words = loaded(_saved(tmp_path, nodes, arrays))
+    [found] = find_rnns(tensors)
+    assert (words, found.prefix, found.num_layers) == ([], "net.rnn.", 2)
+    assert {name for name in tensors if name.startswith("net")} == {name for name in arrays if name.startswith("net")}
+    nodes[4].attribute.append(onnx.helper.make_attribute("clip", -1.0))  # the first is left out, and its initializers
+    tensors, words = loaded(_saved(tmp_path, nodes, arrays))
+    assert words[0] == "left out nodes that torch does not have: RNN_0 (clip=-1)"
+    assert [each.prefix for each in find_rnns(tensors)] == ["net.rnn.l1."]
+    del nodes[4].attribute[-1]
+    arrays["other"] = arrays["net.rnn.weight_ih_l1"].T.copy()  # a weight that no layer of the module has
+    nodes[6].input[0] = "other"
+    tensors, words = loaded(_saved(tmp_path, nodes, arrays))
+    assert [(each.prefix, each.num_layers) for each in find_rnns(tensors)] == [("net.rnn.", 1), ("RNN_1.", 1)]
+    assert words == [
+        "left out net.rnn.weight_ih_l1, whose other weights have no names, as in an RNN written step by step: export "
+        "it with torch.onnx.export(..., dynamo=False)"
+    ]
 
 
 def _exported(prefix: str) -> list[Any]:

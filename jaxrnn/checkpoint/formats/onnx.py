@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -74,6 +74,7 @@ class _OnnxLayer(NamedTuple):
     Attributes:
         node: its name, and in which graph it is.
         prefix: what the names of its weights start with.
+        level: which layer of torch's module it is, if the names of its weights in the file say it.
         kind: "LSTM", "GRU" or "RNN".
         cell: which computes the same.
         said: what it says of that and of batch_first.
@@ -87,6 +88,7 @@ class _OnnxLayer(NamedTuple):
 
     node: str
     prefix: str
+    level: int | None
     kind: str
     cell: Cell
     said: dict[str, Any]
@@ -105,6 +107,8 @@ class _OnnxLayer(NamedTuple):
             other.prefix, other.kind, other.said, other.lengths, len(other.weights),
         )  # fmt: skip
         same = same and one["weight_hh"].shape == two["weight_hh"].shape and one.keys() == two.keys()
+        if self.level is not None and other.level is not None:
+            return same and self.level == other.level + 1
         same = same and self.above == other.output and one["weight_ih"].shape[1] == hidden * len(self.weights)
         # The layers of a module start at once.
         return same and not any(graph.comes_from(name, other.output) for graph, name in self.starts)
@@ -114,9 +118,10 @@ class _OnnxLayer(NamedTuple):
         if (self.kind, self.said, len(self.weights)) != (other.kind, other.said, len(other.weights)):
             return False
         names = [(each.prefix, [name for _, name in each.places]) for each in (self, other)]
-        return self.places == other.places or (
-            names[0] == names[1] and all(map(_equal_all, self.weights, other.weights))
-        )
+        alike = names[0] == names[1] or (self.level, self.prefix) == (other.level, other.prefix) != (None, self.prefix)
+        # The second call of a module, as torch's exporter numbers it.
+        alike = alike or re.fullmatch(re.escape(other.prefix[:-1]) + r"_\d+\.", self.prefix) is not None
+        return self.places == other.places or (alike and all(map(_equal_all, self.weights, other.weights)))
 
 
 class _Found(NamedTuple):
@@ -192,7 +197,7 @@ def _put_layers(found: _Found, tensors: Names[Any]) -> dict[str, dict[str, Any]]
         stack = next((stack for stack in modules if layer.continues(stack[-1])), None)  # with the same weights, too
         same = next((other for each in modules for other in each if layer.repeats(other)), None)
         if same is not None and stack is None:
-            if layer.above == same.output and layer.prefix != same.prefix:
+            if layer.above == same.output and (layer.level is not None or layer.prefix != same.prefix):
                 found.words.append(
                     f"the node {layer.node} has the weights of {same.node}, and takes its output: "
                     f"call the module {same.prefix!r} again, on its own output"
@@ -205,11 +210,13 @@ def _put_layers(found: _Found, tensors: Names[Any]) -> dict[str, dict[str, Any]]
     taken: dict[str, str] = {}
     said: dict[str, dict[str, Any]] = {}
     for stack in modules:
-        prefix, number = stack[0].prefix, 1
+        # Upper layers alone, as if the first is left out, are no whole module.
+        first = f"{stack[0].prefix}l{stack[0].level}." if stack[0].level else stack[0].prefix
+        prefix, number = first, 1
         while prefix in taken:
-            prefix, number = f"{stack[0].prefix}{number}.", number + 1
-        if prefix != stack[0].prefix:
-            two = f"the nodes {taken[stack[0].prefix]} and {stack[0].node} have the prefix {stack[0].prefix!r}"
+            prefix, number = f"{first}{number}.", number + 1
+        if prefix != first:
+            two = f"the nodes {taken[first]} and {stack[0].node} have the prefix {first!r}"
             found.words.append(f"{two}: load the second with the prefix {prefix!r}, or give the nodes other names")
         taken[prefix] = stack[0].node
         if stack[0].said:
@@ -296,8 +303,10 @@ def _add_recurrent(graph: Graph, node: Any, name: str, found: _Found) -> None:
         reasons.append("peepholes P with other activations")
     if (hidden := attributes.get("hidden_size")) is not None and _hidden(arrays["R"]) not in (None, hidden):
         reasons.append(f"hidden_size={hidden}, where its weights have {_hidden(arrays['R'])}")
+    sources = [each for key in arrays for each in graph.sources(inputs[key])]
     if reasons:
         found.odd.add(prefix)
+        found.odd.update(match["prefix"] for each in sources if (match := _LAYERS_NAME.fullmatch(each)))
     if any(array is None for array in arrays.values()):
         reasons.append("its weights are computed by the graph")
     if reasons or isinstance(cell, str):
@@ -312,6 +321,9 @@ def _add_recurrent(graph: Graph, node: Any, name: str, found: _Found) -> None:
         weights = _by_direction(operator, {key: a for key, a in arrays.items() if key != "P"}, arrays.get("P"), both)
     except CheckpointError as error:
         raise CheckpointError(f"its node {name}{graph.where}: {error}") from error
+    if (module := _module(graph, sources, weights)) is not None:
+        prefix = module[0]
+    graph.file.used.update(each for each in sources if _LAYERS_NAME.fullmatch(each))
     homes = {each: graph.home(inputs[each]) for each in inputs}
     graph.file.used.update(homes[each][1] for each in arrays if homes[each][0].outer is None)
     said: dict[str, Any] = {"batch_first": True} if attributes.get("layout") else {}
@@ -327,6 +339,7 @@ def _add_recurrent(graph: Graph, node: Any, name: str, found: _Found) -> None:
         _OnnxLayer(
             name + graph.where,
             prefix,
+            None if module is None else module[1],
             operator,
             cell,
             said,
@@ -338,6 +351,26 @@ def _add_recurrent(graph: Graph, node: Any, name: str, found: _Found) -> None:
             starts,
         )
     )
+
+
+def _module(graph: Graph, sources: Iterable[str], weights: list[dict[str, np.ndarray]]) -> tuple[str, int] | None:
+    """The prefix and the layer of torch's module whose weights these are, by the names of the initializers."""
+    found: dict[tuple[str, bool], list[re.Match[str]]] = {}
+    for name in sources:
+        if match := _LAYERS_NAME.fullmatch(name):
+            found.setdefault((match["role"], match["place"].endswith("_reverse")), []).append(match)
+    places = set()
+    for direction, some in enumerate(weights):
+        for role, array in some.items():
+            matches = [each for each in found.get((role, bool(direction)), ()) if len(each["place"]) < 20]
+            same = [each for each in matches if _is(graph.constant(each[0]), array)]
+            places.add((same[0]["prefix"], same[0]["place"].removesuffix("_reverse")) if same else None)
+    [*one] = places if len(places) == 1 else {None}
+    return None if one[0] is None else (one[0][0], int(one[0][1][1:]))
+
+
+def _is(constant: np.ndarray | None, array: np.ndarray) -> bool:
+    return constant is not None and equal(constant, array)
 
 
 def _settings(graph: Graph, node: Any, attributes: Mapping[str, Any], inputs: Mapping[str, str]) -> dict[str, Any]:
