@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from arrays import normal
 from comparing import assert_close
+from flax.linen.recurrent import flip_sequences
 from onnx_models import GATES, B, F, H, T, everything, onnx, op, read
 from reading import apply, refused_of_mutated, weights
 
@@ -179,6 +180,9 @@ def _of_an_attribute(kind: str, name: str) -> Iterator[Case]:
     elif attribute.type == kinds.STRING:
         for value in re.findall(r"forward|reverse|bidirectional", attribute.description):
             yield Case(kind, {name: value}, opset=opset, silent=value != "reverse")
+        lengths: dict[str, Any] = {"arrays": {"lens": np.array([2, T], np.int32)}, "inputs": {"sequence_lens": "lens"}}
+        yield Case(kind, {name: "reverse"}, opset=opset, **lengths)
+        yield Case(kind, {name: "sideways"}, opset=opset)
     elif attribute.type == kinds.STRINGS:
         for function in re.findall(r"^[* ]*(\w+)\(x\)", schema.doc, re.M):
             values = [function] * len(_usual(kind))
@@ -299,6 +303,12 @@ def _follow(case: Case, words: list[str], tensors: Any, states: int) -> dict[str
             assert text.endswith(": give them to each call as lengths")
             name = text.split("steps in ")[1].partition(",")[0].partition(" ")[0]
             first["sequence_lens"] = tensors[name] if name in tensors else case.run((name,))[name]
+        elif "has direction=" in text:
+            assert text == (
+                "one has direction='reverse': flip its input and its output along the time axis, jnp.flip(x, "
+                "time_axis); if rows have lengths, both by flax.linen.recurrent.flip_sequences(x, lengths, x.ndim - 2, "
+                "time_major)"
+            )
     # Always both, since zeros and all steps are the same as none, so that fewer programs are compiled.
     zero = np.zeros((case.directions, B, case.hidden), "f4")
     each = [jnp.asarray(first.get(name, zero)) for name in ("initial_h", "initial_c")[:states]]
@@ -317,7 +327,17 @@ def _check(case: Case, row: str, tmp_path: Path) -> str:
     assert not (case.silent and words), words
     [found] = find_rnns(tensors)
     given = _follow(case, words, tensors, len(found.spec.cell.states))
-    output, last = apply(found.spec, weights(tensors, found), jnp.asarray(case.x), **given)
+    ways = [lambda x: x]
+    if case.attributes.get("direction") == "reverse":  # both ways that are told
+        ways = [lambda x: flip_sequences(x, given["lengths"].astype(int), x.ndim - 2, True)]
+        ways += [] if "lens" in case.arrays else [lambda x: jnp.flip(x, 0)]
+    for way in ways:
+        output, last = apply(found.spec, weights(tensors, found), way(jnp.asarray(case.x)), **given)
+        _compare(case, way(output), last)
+    return "warned" if words else "used"
+
+
+def _compare(case: Case, output: Any, last: Any) -> None:
     theirs = case.run()
     both = case.directions * case.hidden
     if "Y" in theirs:
@@ -329,7 +349,6 @@ def _check(case: Case, row: str, tmp_path: Path) -> str:
     if "Y_h" in theirs:
         h = theirs["Y_h"].transpose(1, 0, 2) if case.attributes.get("layout") else theirs["Y_h"]
         assert_close(last[0] if isinstance(last, tuple) else last, h, atol=1e-6, rtol=1e-6)
-    return "warned" if words else "used"
 
 
 ROWS = [(kind, name) for kind, table in reader.OPERATORS.items() for name in table]

@@ -415,6 +415,27 @@ def test_a_node_that_starts_from_anothers_end_is_no_layer_of_one_module(between:
     assert_close(ours, run(model, X=x)[:, 0], atol=1e-6)
 
 
+@pytest.mark.parametrize("reverse", [0, 1])
+def test_a_node_that_runs_backward_is_a_module_of_its_own(reverse: int, tmp_path: Path) -> None:
+    """Not a layer of the module below or above, whatever its path, and not another call of one with its weights."""
+    arrays, nodes, last = node_weights("GRU", "a", H) | {"one": np.array([1])}, [], "X"
+    for layer in range(2):
+        direction = "reverse" if layer == reverse else "forward"
+        nodes.append(recurrent("GRU", "a", last, f"Y{layer}", f"/gru/GRU_{layer}", direction=direction))
+        nodes.append(op("Squeeze", [f"Y{layer}", "one"], last := f"Z{layer}"))
+    model = model_of(graph_of(nodes, arrays, GRU_X, (last,)))
+    tensors, words = read(model, tmp_path)
+    found = find_rnns(tensors)
+    assert [(each.prefix, each.num_layers) for each in found] == [("gru.", 1), ("gru.1.", 1)]
+    assert words[0].startswith(f"/gru/GRU_{reverse} has direction='reverse': flip its input and its output along the")
+    x = normal(T, B, H).astype("f4")
+    ours: Any = jnp.asarray(x)
+    for layer, each in enumerate(found):
+        way = (lambda y: jnp.flip(y, 0)) if layer == reverse else (lambda y: y)
+        ours = way(apply(each.spec, weights(tensors, each), way(ours))[0])
+    assert_close(ours, run(model, X=x), atol=1e-6)
+
+
 @pytest.mark.parametrize("loop", ["Loop", "Scan"])
 def test_a_node_in_a_loop_is_named(loop: str, tmp_path: Path) -> None:
     helper, arrays = onnx.helper, node_weights("GRU", "a", H) | {"one": np.array([1]), "many": np.array(2)}

@@ -20,6 +20,7 @@ from jaxrnn.checkpoint.named import Described, Names
 from jaxrnn.checkpoint.stored import Value, equal
 from jaxrnn.checkpoint.tables import Finding, Table
 
+_DIRECTIONS = ("forward", "reverse", "bidirectional")
 _PEEPHOLES = ("weight_ci", "weight_co", "weight_cf")  # in ONNX's order
 
 _VERBS = {"initial_h": "starts from", "initial_c": "starts its c from", "sequence_lens": "stops each row after"}
@@ -81,6 +82,7 @@ class _OnnxLayer(NamedTuple):
         places: the graphs and names of its weights.
         weights: torch's, by name without the layer, for each direction.
         lengths: the graph and name of its sequence_lens.
+        reverse: whether it runs backward alone.
         above: the graph and name of what makes its input, if that could be the layer below.
         output: the graph and name of its output.
         starts: the graphs and names of its first states.
@@ -95,12 +97,15 @@ class _OnnxLayer(NamedTuple):
     places: tuple[tuple[Graph, str], ...]
     weights: list[dict[str, np.ndarray]]
     lengths: tuple[Graph, str]
+    reverse: bool
     above: tuple[Graph, str] | None
     output: tuple[Graph, str]
     starts: tuple[tuple[Graph, str], ...]
 
     def continues(self, other: "_OnnxLayer") -> bool:
         """Whether torch has both as layers of one module."""
+        if self.reverse or other.reverse:
+            return False
         one, two = self.weights[0], other.weights[0]
         hidden = two["weight_hh"].shape[1]
         same = (self.prefix, self.kind, self.said, self.lengths, len(self.weights)) == (
@@ -115,7 +120,9 @@ class _OnnxLayer(NamedTuple):
 
     def repeats(self, other: "_OnnxLayer") -> bool:
         """Whether both are calls of one module. Branches may have the same weights, or others of the same names."""
-        if (self.kind, self.said, len(self.weights)) != (other.kind, other.said, len(other.weights)):
+        if (self.kind, self.said, self.reverse) != (other.kind, other.said, other.reverse):
+            return False
+        if len(self.weights) != len(other.weights):
             return False
         names = [(each.prefix, [name for _, name in each.places]) for each in (self, other)]
         alike = names[0] == names[1] or (self.level, self.prefix) == (other.level, other.prefix) != (None, self.prefix)
@@ -301,6 +308,8 @@ def _add_recurrent(graph: Graph, node: Any, name: str, found: _Found) -> None:
         reasons.append(cell)
     elif inputs["P"] and cell != LSTM_CELL:
         reasons.append("peepholes P with other activations")
+    if (direction := attributes.get("direction", "forward")) not in _DIRECTIONS:
+        reasons.append(f"direction={direction}"[:80])
     if (hidden := attributes.get("hidden_size")) is not None and _hidden(arrays["R"]) not in (None, hidden):
         reasons.append(f"hidden_size={hidden}, where its weights have {_hidden(arrays['R'])}")
     sources = [each for key in arrays for each in graph.sources(inputs[key])]
@@ -316,12 +325,13 @@ def _add_recurrent(graph: Graph, node: Any, name: str, found: _Found) -> None:
         return
     found.words.extend(_unknown_fields(NODE, node))
     found.words.extend(f"{name}{graph.where} {_sentence(finding)}" for finding in findings)
-    both = attributes.get("direction") == "bidirectional"
+    both, reverse = direction == "bidirectional", direction == "reverse"
     try:
         weights = _by_direction(operator, {key: a for key, a in arrays.items() if key != "P"}, arrays.get("P"), both)
     except CheckpointError as error:
         raise CheckpointError(f"its node {name}{graph.where}: {error}") from error
-    if (module := _module(graph, sources, weights)) is not None:
+    module = None if reverse else _module(graph, sources, weights)
+    if module is not None:
         prefix = module[0]
     graph.file.used.update(each for each in sources if _LAYERS_NAME.fullmatch(each))
     homes = {each: graph.home(inputs[each]) for each in inputs}
@@ -346,6 +356,7 @@ def _add_recurrent(graph: Graph, node: Any, name: str, found: _Found) -> None:
             places,
             weights,
             homes["sequence_lens"],
+            reverse,
             above,
             output,
             starts,

@@ -6,6 +6,11 @@ from jaxrnn.checkpoint.tables import UNKNOWN, USED, Row, Table, neutral, refused
 
 INPUTS = ("X", "W", "R", "B", "sequence_lens", "initial_h", "initial_c", "P")
 OUTPUTS = ("Y", "Y_h", "Y_c")
+# As Keras's go_backwards, whose output is not flipped back.
+_FLIP = (
+    "flip its input and its output along the time axis, jnp.flip(x, time_axis); if rows have lengths, both by "
+    "flax.linen.recurrent.flip_sequences(x, lengths, x.ndim - 2, time_major)"
+)
 _AS_HX = warned(None, remedy="give it to each call as hx")
 
 
@@ -16,7 +21,7 @@ def _operator(kind: str, versions: Sequence[int], **more: Row) -> Table:
         "sequence_lens": warned(None, remedy="give them to each call as lengths"),
         "initial_h": _AS_HX,
         "Y_h": neutral("an output"),
-        "direction": refused("forward", "bidirectional", remedy=""),
+        "direction": warned("forward", "bidirectional", remedy=_FLIP),  # "reverse", for others are refused
         **dict.fromkeys(("activations", "activation_alpha", "activation_beta", "clip"), USED),  # see onnx_activations
         "layout": refused(0, 1, remedy=""),  # 1: said as batch_first
         "output_sequence": neutral("whether Y is an output"),
