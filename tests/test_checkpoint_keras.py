@@ -384,9 +384,9 @@ def test_layers_whose_names_are_not_in_the_file(container: str, tmp_path: Path) 
     groups = {f"{container}/{name}/cell/vars": _arrays(kind) for name, kind in names.items()}
     data = _zip(config_json=json.dumps(config).encode(), model_weights_h5=_hdf5(groups))
     _, words = loaded(tmp_path / "model.keras", data)
-    assert words[0].endswith(": gru (reset_after=False, where torch's GRU has True)")
+    assert words[0].endswith(": gru_1 (reset_after=False, where torch's GRU has True)")
     if container == "layers":
-        assert words[2:] == ["lstm_1. has go_backwards: flip its input along the time axis"]
+        assert words[2:] == ["c. has go_backwards: flip its input along the time axis"]
     else:
         assert "does not say the settings of lstm., lstm_1." in words[1]
 

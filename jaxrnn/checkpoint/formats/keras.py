@@ -149,7 +149,7 @@ def _converted(variables: list[Variable], config: Config | None) -> tuple[Descri
     for path, group in groups.items():
         if path not in used and _convolves(group):
             notes.left_out[f"{'.'.join(layers_in(path))} (a recurrent cell with convolutions)"] = None
-    for each, name in zip(others, names_of(others, tensors), strict=True):
+    for each, name in zip(others, names_of(others, tensors, config), strict=True):
         tensors.put(name, each.array, "/".join(each.path))
     return Described(tensors, {prefix: settings for prefix, settings in said.items() if settings}), notes.words()
 
@@ -158,6 +158,7 @@ def _modules(groups: Mapping[GroupPath, list[Variable]], config: Config | None) 
     """The cells, by the recurrent layer that they are in."""
     arrays = {path: found for path, group in groups.items() if (found := _arrays(group)) is not None}
     titles = {path: groups[path][0].titles[: len(layers_in(path))] for path in arrays}
+    named = titles if config is None else {path: config.titled(layers_in(path), titles[path]) for path in arrays}
     cells = {path: _cell_of(path, titles[path], config) for path in arrays}
     count = Counter(map(id, cells.values()))
     cells = {path: cell if count[id(cell)] == 1 else None for path, cell in cells.items()}  # of one group alone
@@ -170,7 +171,9 @@ def _modules(groups: Mapping[GroupPath, list[Variable]], config: Config | None) 
         key: Any = (numbered, place.where) if cell is None else cell.module
         if key in modules and (place.side, place.level) in modules[key].parts:
             key = path
-        module = modules.setdefault(key, _KerasModule(place.where, titles[path][: len(place.where)], numbered, {}))
+        module = modules.setdefault(
+            key, _KerasModule(place.where, tuple(named[path][: len(place.where)]), numbered, {})
+        )
         module.parts[place.side, place.level] = Part(path, found, cell, place.levels, titles[path][-1])
     return list(modules.values())
 

@@ -251,16 +251,23 @@ class Config:
             titles: the name of the layer that each holds, where the file says it.
         """
         found: GroupPath = ()
-        contained = False
-        for each, title in zip(path, titles, strict=True):
-            if contained:
-                found = (*found[:-1], "layers", title or self._titles.get((*found, each), ""))
-            else:
-                found = (*found, each)
-            contained = not contained and each in CONTAINERS
+        for each, title in zip(path, self.titled(path, titles), strict=True):
+            found = (*found, each) if title is None else (*found[:-1], "layers", title)
         cell = self._cells.get(found)
         self._read.add(id(cell))
         return cell
+
+    def titled(self, path: GroupPath, titles: Iterable[str | None]) -> list[str | None]:
+        """For each group of a path, if it is in a list of layers, the layer's name; "" if nothing says it."""
+        found: GroupPath = ()
+        named: list[str | None] = []
+        contained = False
+        for each, title in zip(path, titles, strict=True):
+            name = (title or self._titles.get((*found, each), "")) if contained else None
+            found = (*found, each) if name is None else (*found[:-1], "layers", name)
+            contained = not contained and each in CONTAINERS
+            named.append(name)
+        return named
 
     def by_names(self, path: GroupPath) -> KerasCell | None:
         """The cell whose weights have these names in a file of Keras 2, from the outermost layer's to the cell's."""

@@ -4,7 +4,7 @@ import re
 from collections import Counter
 from collections.abc import Container, Iterable, Sequence
 
-from jaxrnn.checkpoint.formats.keras_config import CELL, CONTAINERS, GroupPath
+from jaxrnn.checkpoint.formats.keras_config import CELL, CONTAINERS, Config, GroupPath
 from jaxrnn.checkpoint.formats.keras_variables import Variable
 
 RECURRENT = ("kernel", "recurrent_kernel", "bias")
@@ -45,21 +45,22 @@ def names_in(path: GroupPath, titles: Iterable[str | None]) -> GroupPath:
     return tuple(names)
 
 
-def names_of(variables: Sequence[Variable], taken: Container[str]) -> list[str]:
+def names_of(variables: Sequence[Variable], taken: Container[str], config: Config | None) -> list[str]:
     """A name for each variable: short, such as "head.kernel", or its whole path if the short one is not its alone."""
     groups: dict[GroupPath, list[Variable]] = {}
     for each in variables:
         groups.setdefault(each.path[:-1], []).append(each)
-    short = [".".join((*_layer(each), _leaf(each, groups[each.path[:-1]]))) for each in variables]
+    short = [".".join((*_layer(each, config), _leaf(each, groups[each.path[:-1]]))) for each in variables]
     count = Counter(short)
     whole = [".".join(part for part in each.path if part != "vars") for each in variables]
     return [name if count[name] == 1 and name not in taken else path for name, path in zip(short, whole, strict=True)]
 
 
-def _layer(variable: Variable) -> GroupPath:
+def _layer(variable: Variable, config: Config | None) -> GroupPath:
     path = layers_in(variable.path[:-1])
     if variable.path[-2:-1] == ("vars",):
-        return names_in(path, variable.titles[: len(path)])
+        titles = variable.titles[: len(path)]
+        return names_in(path, titles if config is None else config.titled(path, titles))
     last = max((i for i, each in enumerate(path) if each == path[0]), default=0)
     return path[:1] + path[last + 1 :]  # Keras 2 repeats the layer's name, and that of the model
 

@@ -138,7 +138,7 @@ class _Found(NamedTuple):
         layers: recurrent nodes.
         left_out: other recurrent nodes, and why.
         odd: the prefixes of those that compute what torch has not.
-        loops: nodes that may be recurrences.
+        loops: nodes that may be recurrences, and whether there are products of matrices in them.
         activations: for each path of a module, the operators Tanh and Relu in it.
         words: what there is to say.
     """
@@ -146,14 +146,14 @@ class _Found(NamedTuple):
     layers: list[_OnnxLayer]
     left_out: list[str]
     odd: set[str]
-    loops: list[str]
+    loops: dict[str, bool]
     activations: dict[str, set[str]]
     words: list[str]
 
 
 def _tensors(graph: Graph, words: list[str]) -> Described:
     """The weights of all recurrent nodes by torch's names, and other arrays."""
-    found = _Found([], [], set(), [], {}, words)
+    found = _Found([], [], set(), {}, {}, words)
     graphs = [graph]
     while graphs:
         each = graphs.pop()
@@ -181,9 +181,10 @@ def _tensors(graph: Graph, words: list[str]) -> Described:
             tensors.put(name, array, f"the initializer {name}")
     if found.left_out:
         words.insert(0, f"left out nodes that torch does not have: {listed(found.left_out)}")
-    elif found.loops and not found.layers:
-        loops = f"found no LSTM, GRU or RNN node, but {listed(found.loops)}, whose steps are not read"
-        words.insert(0, f"{loops}: export the model from its own library with such a node")
+    if loops := [name for name, multiplies in found.loops.items() if multiplies or not found.layers]:
+        text = f"{listed(loops)} may be recurrent layers, written as loops over steps, which are not read"
+        remedy = "read the weights from the library's own file: of Keras model.save('model.keras'), of torch"
+        words.append(f"{text}: {remedy} torch.save(model.state_dict(), 'model.pt')")
     words[:] = dict.fromkeys(words)
     return Described(tensors, said)
 
@@ -289,9 +290,20 @@ def _add(graph: Graph, node: Any, name: str, found: _Found) -> None:
         full = operator if builtin else f"{as_text(node.domain)}.{operator}"
         found.left_out.append(f"{name}{graph.where} ({full})")
     elif operator in LOOPS and builtin:
-        found.loops.append(name)
+        found.loops[name + graph.where] = _multiplies(node)
     elif operator in ("Tanh", "Relu") and (name[:1] == "/" or any(e.key == "namespace" for e in node.metadata_props)):
         found.activations.setdefault(_prefix(node, name), set()).add(operator)
+
+
+def _multiplies(node: Any) -> bool:
+    """Whether there is a product of matrices in a node's graphs, as in the steps of a recurrent layer."""
+    todo = [attribute.g for attribute in node.attribute]
+    while todo:
+        for each in todo.pop().node:
+            if each.op_type in ("MatMul", "Gemm"):
+                return True
+            todo += [attribute.g for attribute in each.attribute]
+    return False
 
 
 def _add_recurrent(graph: Graph, node: Any, name: str, found: _Found) -> None:
