@@ -409,7 +409,8 @@ _CALL = {"args": [_around("x", "x", keras_history=["mask", 0, 0])], "kwargs": {"
 CONFIG = _around("Functional", "model", layers=[
     _around("InputLayer", "in") | {"inbound_nodes": []},
     _around("Masking", "mask") | {"inbound_nodes": [[["in", 0, 0, {}]]]},
-    _layer("LSTM", "tagger", dtype={"class_name": "DTypePolicy", "config": {"name": "float32"}}),
+    _layer("LSTM", "tagger", dtype={"class_name": "DTypePolicy", "config": {"name": "float32"}},
+           activation=_around("LeakyReLU", "l", negative_slope=0.3), recurrent_activation="hard_sigmoid"),
     _around("Bidirectional", "both", layer=_layer("GRU", "gru", return_sequences=True), merge_mode="sum")
     | {"inbound_nodes": [_CALL]},
     _around("RNN", "st", cell=_around("StackedRNNCells", "cells", cells=[_layer("LSTMCell", "x")] * 2)),

@@ -124,6 +124,8 @@ def _convolves(group: list[Variable]) -> bool:
 def _converted(variables: list[Variable], config: Config | None) -> tuple[Described, list[str]]:
     """The weights, and what there is to say of them."""
     groups: dict[GroupPath, list[Variable]] = {}
+    if config is not None:
+        variables = sorted(variables, key=lambda each: _order(each, config))
     for each in variables:
         groups.setdefault(each.path[:-1], []).append(each)
     modules = _modules(groups, config)
@@ -152,6 +154,12 @@ def _converted(variables: list[Variable], config: Config | None) -> tuple[Descri
     for each, name in zip(others, names_of(others, tensors, config), strict=True):
         tensors.put(name, each.array, "/".join(each.path))
     return Described(tensors, {prefix: settings for prefix, settings in said.items() if settings}), notes.words()
+
+
+def _order(variable: Variable, config: Config) -> list[int]:
+    """The place of its layer in the model. Files of Keras 2 are in that order."""
+    path = variable.path[:-1]
+    return config.order(layers_in(path), variable.titles[: len(layers_in(path))]) if path[-1:] == ("vars",) else []
 
 
 def _modules(groups: Mapping[GroupPath, list[Variable]], config: Config | None) -> list[_KerasModule]:
@@ -312,8 +320,8 @@ def _said(parts: Parts) -> dict[str, Any]:
         return {"batch_first": True}  # as in Keras 3 always, and in Keras 2 but for time_major
     said: dict[str, Any] = {"batch_first": not settings[0].get("time_major")}
     said |= said_of_cell(next(iter(parts.values())).rnn)
-    if any(level for _, level in parts) and not any(map(drops, parts.values())):
-        said["dropout"] = 0.0
+    if any(level for _, level in parts):
+        said["dropout"] = 0.0  # Keras's is another
     return said
 
 
@@ -357,6 +365,9 @@ class _Notes:
                 if finding.name != "go_backwards":
                     words[said_of(finding)] = None
             words |= dict.fromkeys(words_on_activations(part))
+            if part.cell and part.levels > 1 and (dropouts := drops(part)):
+                how = "in training acts on the inputs or states of its cells, by one mask for all steps"
+                words[f"has {listed(dropouts)}, which {how}: make the module with dropout=0.0"] = None
         one = next((part for (side, _), part in parts.items() if side != _SIDES[1]), None)
         if one and one.cell:
             flip, mask = bool(one.settings.get("go_backwards")), one.cell.mask

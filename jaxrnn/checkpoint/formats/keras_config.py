@@ -233,6 +233,7 @@ class Config:
         self._makes: dict[int, str] = {}  # what makes a mask, by a model's list of layers
         self._read: set[int] = set()  # the cells of which weights were found
         self._titles: dict[GroupPath, str] = {}  # of what is in a model, by the group's name
+        self._places: dict[GroupPath, int] = {}  # among the layers of a model, by the layers' names
         root = node_of(raw)
         self._root = root.name if root else ""
         todo: list[tuple[Node | None, GroupPath, KerasCell]] = [(root, (), KerasCell(version=version))]
@@ -268,6 +269,15 @@ class Config:
             contained = not contained and each in CONTAINERS
             named.append(name)
         return named
+
+    def order(self, path: GroupPath, titles: Iterable[str | None]) -> list[int]:
+        """The key by which groups of files of Keras 3 are in the order of the model; others are last."""
+        found: GroupPath = ()
+        places = []
+        for each, title in zip(path, self.titled(path, titles), strict=True):
+            found = (*found, each) if title is None else (*found[:-1], "layers", title)
+            places += [] if title is None else [self._places.get(found, _MOST)]
+        return places or [_MOST]
 
     def by_names(self, path: GroupPath) -> KerasCell | None:
         """The cell whose weights have these names in a file of Keras 2, from the outermost layer's to the cell's."""
@@ -374,9 +384,10 @@ class Config:
         groups = _groups(nodes)
         alone = Counter(node.kind for node in nodes if node)
         made = [self._mask_of(node) if node else "" for node in nodes]
-        for node, group, mask in zip(nodes, groups, _masks(nodes, made, place.mask), strict=True):
+        for index, (node, group, mask) in enumerate(zip(nodes, groups, _masks(nodes, made, place.mask), strict=True)):
             if node is None:
                 continue
+            self._places[(*path, "layers", node.name)] = index
             self._titles[(*path, "layers", group)] = node.name
             if alone[node.kind] == 1:  # Keras 2 numbers them in another way
                 self._titles[(*path, "_layer_checkpoint_dependencies", group)] = node.name

@@ -79,6 +79,16 @@ def _unzipped(file: IO[bytes], size: int) -> tuple[bytes, Any, IO[bytes]]:
         raise CheckpointError(f"a truncated or damaged zip file: {error}\n{AGAIN}") from error
 
 
+def _in_order(group: Any) -> list[str]:
+    """The names in a group; of layers and their variables in the order of the model, which Keras 2 notes."""
+    names, noted = list(group), []
+    for key in ("layer_names", "weight_names"):
+        found = np.asarray(group.attrs.get(key, [])).reshape(-1).tolist()
+        noted += [as_text(each).partition("/")[0] for each in found if isinstance(each, str | bytes)]
+    places = {name: index for index, name in reversed(list(enumerate(noted)))}
+    return sorted(names, key=lambda name: places.get(name, len(noted)))
+
+
 def _version(metadata: bytes) -> Any:
     try:
         found = json.loads(metadata)
@@ -105,7 +115,7 @@ def _variables(
     pyfive: Any, group: Any, path: GroupPath, titles: tuple[str | None, ...], budget: Budget, count: Iterator[int]
 ) -> Iterator[Variable]:
     """Every array of numbers in a group and below it."""
-    for name in group:
+    for name in _in_order(group):
         if not path and name in _OPTIMIZER:
             continue
         if len(path) > _DEEPEST or next(count) > _MOST:

@@ -457,7 +457,10 @@ def _start(graph: Graph, name: str, batch_first: bool) -> str | None:
 
 
 def _lengths(graph: Graph, inputs: Mapping[str, str], batch_first: bool) -> str | None:
-    """The lengths of rows; None if the file says that they are all of x, or if they are an input of the model."""
+    """The lengths of rows; None if the file says that they are all of x, or if they are an input of the model.
+
+    A constant is all of x only where the file fixes how long x is: then the model takes no other.
+    """
     if not (name := inputs["sequence_lens"]):
         return None
     steps = graph.axis(inputs["X"], int(batch_first))
