@@ -2,7 +2,8 @@
 
 What people use, in the order in which to read it:
 
-1. `cells`: what one step computes. `more_cells`: cells that torch does not have.
+1. `cells`: what one step computes. `more_cells`: cells that torch does not have. `activations`: torch's cells with
+   other activations.
 2. `spec`: a layer's or a cell's settings, and the names and shapes of its parameters.
 3. `functions`: `apply` and its relatives, for parameters that no module holds.
 4. `nnx` and `linen`: modules, which add parameters and randomness.
@@ -19,8 +20,9 @@ library's layout of weights, `checkpoint/dialects`. To add an option:
 - its use: around a call in `_core/calls`, around layers in `_core/stack`, within a loop in `engines`.
 """
 
-from jaxrnn import checkpoint, linen
+from jaxrnn import activations, checkpoint, linen
 from jaxrnn._version import __version__
+from jaxrnn.activations import gru_cell, lstm_cell, rnn_cell
 from jaxrnn.cells import GRU_CELL, LSTM_CELL, RNN_RELU, RNN_TANH, Cell, Parameter
 from jaxrnn.checkpoint import CheckpointError, from_flax, from_torch, load_state_dict, state_dict
 from jaxrnn.functions import Trajectory, apply, apply_cell, trajectory
@@ -62,17 +64,21 @@ __all__ = [
     "Spec",
     "Trajectory",
     "__version__",
+    "activations",
     "apply",
     "apply_cell",
     "checkpoint",
     "from_flax",
     "from_torch",
+    "gru_cell",
     "linen",
     "load_state_dict",
+    "lstm_cell",
     "pack_padded_sequence",
     "pack_sequence",
     "pad_packed_sequence",
     "pad_sequence",
+    "rnn_cell",
     "state_dict",
     "trajectory",
     "unpack_sequence",

@@ -21,6 +21,7 @@ from rich.table import Table
 
 from jaxrnn._core.tables import print_table
 from jaxrnn._version import __version__
+from jaxrnn.cells import Cell
 from jaxrnn.checkpoint import CheckpointError, FoundRNN, find_rnns, fold, save, scaffold
 from jaxrnn.checkpoint.check import LIMIT, check, installed_torch
 from jaxrnn.checkpoint.errors import about, listed, printable
@@ -337,7 +338,8 @@ def _print_settings(found: list[FoundRNN]) -> None:
             ("Assumed, because the file does not say it", rnn.assumed),
         ):
             for name, value in settings.items():
-                prefixes.setdefault((words, name, repr(value)), []).append(rnn.prefix)
+                text = value.name if isinstance(value, Cell) else repr(value)
+                prefixes.setdefault((words, name, text), []).append(rnn.prefix)
     lines: dict[str, list[str]] = {}
     for (words, name, value), those in prefixes.items():
         several = sum(other == name for _, other, _ in prefixes) > 1

@@ -213,7 +213,7 @@ GRU_CELL: Cell[jax.Array] = Cell(
 )
 
 
-def rnn_cell(nonlinearity: Nonlinearity) -> Cell[jax.Array]:
+def torch_rnn_cell(nonlinearity: Nonlinearity) -> Cell[jax.Array]:
     """The cell of torch's RNN and RNNCell with this nonlinearity."""
     cells = {"tanh": RNN_TANH, "relu": RNN_RELU}
     if nonlinearity not in cells:

@@ -93,6 +93,11 @@ def other_cells(rngs: nnx.Rngs) -> None:
         assert_type(jaxrnn.Recurrent(cell, 10, 20, rngs=rngs)(x)[1], jax.Array)
     assert_type(jaxrnn.Recurrent(jaxrnn.LAYER_NORM_LSTM_CELL, 10, 20, rngs=rngs)(x)[1], Pair)
 
+    hard = jaxrnn.lstm_cell(recurrent_activation=jaxrnn.activations.HardSigmoid(0.2, 0.5), output_activation="softsign")
+    assert_type(jaxrnn.Recurrent(hard, 10, 20, rngs=rngs)(x)[1], Pair)
+    for cell in (jaxrnn.gru_cell("relu", jax.nn.sigmoid), jaxrnn.rnn_cell(activation="elu")):
+        assert_type(jaxrnn.Recurrent(cell, 10, 20, rngs=rngs)(x)[1], jax.Array)
+
     def step(
         gates: tuple[jax.Array, ...],
         hidden: tuple[jax.Array, ...],

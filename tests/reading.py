@@ -1,5 +1,6 @@
 """What tests of files share: the tensors and warnings of a file, and the modules in it."""
 
+import doctest
 import random
 import warnings
 from collections.abc import Sequence
@@ -24,6 +25,17 @@ def loaded(path: Path, data: bytes | None = None) -> tuple[Any, list[str]]:
         warnings.simplefilter("always")
         tensors = load(path)
     return tensors, [str(each.message).removeprefix(f"{path}: ") for each in caught]
+
+
+def of_guide(guide: str, name: str) -> Any:
+    """A function that a guide defines."""
+    text = (Path(__file__).parents[1] / "examples" / guide).read_text()
+    block = next(each for each in text.split("```python\n") if f">>> def {name}(" in each).partition("```")[0]
+    made: dict[str, Any] = {"jax": jax, "jnp": jnp, "jaxrnn": jaxrnn}
+    for example in doctest.DocTestParser().get_examples(block):
+        if example.source.startswith("def "):
+            exec(example.source, made)
+    return made[name]
 
 
 def weights(tensors: Any, found: Any) -> dict[str, Any]:

@@ -92,7 +92,7 @@ def test_names_are_those_of_layers_and_attributes(tmp_path: Path) -> None:
         "functional.simple_rnn.": ("RNN", False, False),
         "encoder.lstm.": ("LSTM", False, True),
     }
-    assert [name for name in tensors if "_l0" not in name] == ["layers.dense.0"]
+    assert [name for name in tensors if "_l0" not in name] == ["dense.kernel"]
 
 
 def test_a_convolutional_cell_is_named(tmp_path: Path) -> None:
@@ -138,9 +138,18 @@ def _both(merge_mode: str = "concat", **go_backwards: bool) -> dict[str, Any]:
     return _around("Bidirectional", "b", merge_mode=merge_mode, **(halves or {"layer": _layer("LSTM", "a")}))
 
 
+def _other(cell: str) -> str:
+    words = "has other activations, which weights do not say: make the module as jaxrnn.Recurrent(cell, ...) with the"
+    return f"a. {words} cell that find_rnns gives, {cell}"
+
+
 _TENSOR = _around("__keras_tensor__", "x", keras_history=["start", 0, 0])
 _TRAINED = {"inbound_nodes": [{"args": [_TENSOR], "kwargs": {"mask": _TENSOR, "training": True}}]}
 _FLIP, _LEFT = "has go_backwards: flip its input along the time axis", "left out layers that torch does not have"
+_BEFORE = (
+    "multiplies r * h by a matrix within its step: write a jaxrnn.Cell with that matrix, as "
+    "examples/other_libraries.md does"
+)
 _HALVES = {"b/b/forward_a/lstm_cell": "LSTM", "b/b/backward_a/lstm_cell": "LSTM"}
 _A, _ENC = {"a/a/cell": "LSTM"}, {"enc/a/lstm_cell": "LSTM"}
 _MASKING = {
@@ -150,12 +159,39 @@ _MASKING = {
 }
 # What weights do not hold: the groups of a file, the layers of its configuration, and what is said.
 SAID: dict[str, tuple[dict[str, str], list[dict[str, Any]], list[str]]] = {
-    "another gate": (_A, [_layer("LSTM", "a", recurrent_activation="x")], [f"{_LEFT}.*: a (recurrent_activation=x)"]),
-    "another activation": (_A, [_layer("LSTM", "a", activation="relu")], [f"{_LEFT}.*: a (activation=relu)"]),
+    "an activation of one's own": (
+        _A,
+        [_layer("LSTM", "a", recurrent_activation="x")],
+        [
+            f"{_LEFT}.*: a (recurrent_activation=x)",
+            "a has an activation that jaxrnn does not know: read its arrays with DIALECTS['keras', 'LSTM'] of "
+            "jaxrnn.checkpoint.dialects, and make its cell with jaxrnn.lstm_cell(recurrent_activation=yours)",
+        ],
+    ),
+    "another activation": (_A, [_layer("LSTM", "a", activation="relu")], [_other("lstm_cell(activation='relu')")]),
+    "no activation": (
+        {"a/a/cell": "SimpleRNN"},
+        [_layer("SimpleRNN", "a", activation=None)],
+        [_other("rnn_cell(activation='linear')")],
+    ),
+    "a layer as activation": (
+        _A,
+        [_layer("LSTM", "a", activation=_around("LeakyReLU", "x", negative_slope=0.3))],
+        [_other("lstm_cell(activation=LeakyRelu(alpha=0.3))")],
+    ),
+    "hard_sigmoid of nobody knows which Keras": (
+        {"a/a/cell": "GRU"},
+        [_layer("GRU", "a", recurrent_activation="hard_sigmoid", reset_after=True)],
+        [
+            _other("gru_cell(recurrent_activation=HardSigmoid(alpha=0.2, beta=0.5))"),
+            "a. has hard_sigmoid, and the file does not say its keras_version: assumed is that of Keras 2; for that of "
+            "Keras 3 make the cell with 'hard_sigmoid' in place of HardSigmoid(alpha=0.2, beta=0.5)",
+        ],
+    ),
     "reset_after": (
         {"a/a/cell": "GRU"},
         [_layer("GRU", "a", reset_after=False)],
-        [f"{_LEFT}.*: a (reset_after=False, where torch's GRU has True)"],
+        [f"{_LEFT}.*: a (reset_after=False, where torch's GRU has True)", f"a {_BEFORE}"],
     ),
     "another class": (_A, [_layer("LSTM", "a", "PeepholeLSTM")], [f"{_LEFT}.*: a (PeepholeLSTM of 4 gates)"]),
     "units": (_A, [_layer("LSTM", "a", units=7)], [f"{_LEFT}.*: a (units=7 in the configuration, .*)"]),
@@ -248,9 +284,10 @@ def test_warnings_are_of_the_line_that_loads(tmp_path: Path) -> None:
 def test_a_gru_from_before_reset_after(tmp_path: Path) -> None:
     """Without biases its weights do not tell that it computes otherwise; its configuration does."""
     arrays = _arrays("GRU", bias=False)
-    found, [text] = _read(tmp_path, {"model_weights/old/old": arrays}, _sequential(_layer("GRU", "old")))
+    found, [text, remedy] = _read(tmp_path, {"model_weights/old/old": arrays}, _sequential(_layer("GRU", "old")))
     assert not found
     assert text.endswith(": old (reset_after=False, where torch's GRU has True)")
+    assert remedy == f"old {_BEFORE}"
     found, [text] = _read(tmp_path, {"old/old": arrays}, None)
     assert "old." in found
     assert "assumed are Keras's default activations, go_backwards=False, no mask, reset_after=True" in text
@@ -347,9 +384,9 @@ def test_layers_whose_names_are_not_in_the_file(container: str, tmp_path: Path) 
     groups = {f"{container}/{name}/cell/vars": _arrays(kind) for name, kind in names.items()}
     data = _zip(config_json=json.dumps(config).encode(), model_weights_h5=_hdf5(groups))
     _, words = loaded(tmp_path / "model.keras", data)
-    assert words[0].endswith(": gru (reset_after=False, where torch's GRU has True)")
+    assert words[0].endswith(": gru_1 (reset_after=False, where torch's GRU has True)")
     if container == "layers":
-        assert words[1:] == ["lstm_1. has go_backwards: flip its input along the time axis"]
+        assert words[2:] == ["c. has go_backwards: flip its input along the time axis"]
     else:
         assert "does not say the settings of lstm., lstm_1." in words[1]
 
@@ -372,7 +409,8 @@ _CALL = {"args": [_around("x", "x", keras_history=["mask", 0, 0])], "kwargs": {"
 CONFIG = _around("Functional", "model", layers=[
     _around("InputLayer", "in") | {"inbound_nodes": []},
     _around("Masking", "mask") | {"inbound_nodes": [[["in", 0, 0, {}]]]},
-    _layer("LSTM", "tagger", dtype={"class_name": "DTypePolicy", "config": {"name": "float32"}}),
+    _layer("LSTM", "tagger", dtype={"class_name": "DTypePolicy", "config": {"name": "float32"}},
+           activation=_around("LeakyReLU", "l", negative_slope=0.3), recurrent_activation="hard_sigmoid"),
     _around("Bidirectional", "both", layer=_layer("GRU", "gru", return_sequences=True), merge_mode="sum")
     | {"inbound_nodes": [_CALL]},
     _around("RNN", "st", cell=_around("StackedRNNCells", "cells", cells=[_layer("LSTMCell", "x")] * 2)),

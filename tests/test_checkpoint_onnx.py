@@ -1,8 +1,10 @@
 """ONNX both ways: nodes become torch's weights, and our modules become models that compute what they compute."""
 
 import contextlib
+import dataclasses
 import itertools
 import os
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -17,10 +19,11 @@ from covering import covering
 from flax import nnx
 from making import filled, filled_variables
 from memory import memory_to_refuse
-from onnx_models import F, H, graph_of, model_of, node_weights, onnx, recurrent
-from reading import loaded, refused_of_mutated
+from onnx_models import F, H, graph_of, model_of, node_weights, onnx, op, recurrent
+from reading import loaded, of_guide, refused_of_mutated
 
 import jaxrnn
+from jaxrnn.activations import Affine
 from jaxrnn.checkpoint import CheckpointError, find_rnns, load, to_onnx
 from jaxrnn.checkpoint.dialects import DIALECTS
 
@@ -63,6 +66,92 @@ def test_what_torch_exports_has_torchs_weights_and_names(folding: bool, torch: A
     assert [(rnn.prefix, rnn.class_name, rnn.num_layers, rnn.bidirectional, rnn.bias) for rnn in found] == [
         ("encoder.", "LSTM", 2, True, True), ("decoder.", "GRU", 2, False, True), ("plain.", "RNN", 1, False, False),
     ]  # fmt: skip
+
+
+def _module_of(torch: Any, kind: str, inner: str = "", **settings: Any) -> Any:
+    """A model in whose attribute there is a recurrent layer, which is called once or, in "twice", two times."""
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn = getattr(torch.nn, kind)(F, F, **settings)
+
+        def forward(self, x: Any) -> Any:
+            y = self.rnn(x)[0]
+            return self.rnn(torch.tanh(y) if inner == "between" else y)[0] if inner else y
+
+    return torch.nn.Sequential(Model()).eval()
+
+
+EXPORTED: dict[str, dict[str, Any]] = {
+    "bidirectional": {"kind": "LSTM", "bidirectional": True},
+    "two layers": {"kind": "GRU", "num_layers": 2, "bidirectional": True, "batch_first": True},
+    "relu without biases": {"kind": "RNN", "nonlinearity": "relu", "bias": False},
+    "called twice": {"kind": "GRU", "inner": "between"},
+    "called on its own output": {"kind": "LSTM", "inner": "at once"},
+}
+
+
+@pytest.mark.torch
+@pytest.mark.slow
+@pytest.mark.parametrize("opset", [9, 11, 13, 17])
+@pytest.mark.parametrize("name", EXPORTED)
+def test_a_module_is_listed_once(name: str, opset: int, torch: Any, tmp_path: Path, capfd: Any) -> None:
+    """By the names of initializers, if nodes have no paths as in what torch exported before 1.13, and no others."""
+    made, path = _module_of(torch, **EXPORTED[name]), tmp_path / "model.onnx"
+    for folding, old in ((True, False), (False, False), (False, True)):
+        given = {"dynamo": False, "opset_version": opset, "do_constant_folding": folding}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.onnx.export(made, (torch.ones(5, 2, F),), path, **given, keep_initializers_as_inputs=old)
+        model = onnx.load(path)
+        for index, node in enumerate(model.graph.node):
+            node.name = f"{node.op_type}_{index}" if old else node.name
+        tensors, words = loaded(path, model.SerializeToString())
+        assert [rnn.prefix for rnn in find_rnns(tensors)] == ["0.rnn."]
+        for key, tensor in made.state_dict().items():
+            assert np.array_equal(tensors[key], tensor.numpy()), key
+        assert not [key for key in tensors if key not in made.state_dict() and "MatMul" not in key]
+        again = "takes its output: call the module '0.rnn.' again, on its own output"
+        assert all("has relu" in text or text.endswith(again) for text in words)
+        assert len(words) == ("relu" in name or "own" in name)
+
+
+def test_a_node_goes_by_its_initializers(tmp_path: Path) -> None:
+    """Of both layers, in the order of the layers' numbers; what is only in part from them does not."""
+    shapes = {"weight_ih": (H, H), "weight_hh": (H, H), "bias_ih": (H,), "bias_hh": (H,)}
+    arrays: dict[str, Any] = {
+        f"net.rnn.{role}_l{layer}": normal(*shape, seed=layer + len(role)).astype("f4")
+        for layer in range(2)
+        for role, shape in shapes.items()
+    }
+    arrays |= {"zero": np.array([0]), "one": np.array([1])}
+    nodes = []
+    for layer, (x, y) in enumerate((("X", "A"), ("C", "Y"))):
+        w, r, b, c = (f"net.rnn.{role}_l{layer}" for role in shapes)
+        nodes += [op("Unsqueeze", [w, "zero"], f"W{layer}"), op("Unsqueeze", [r, "zero"], f"R{layer}")]
+        nodes += [op("Concat", [b, c], f"b{layer}", axis=0), op("Unsqueeze", [f"b{layer}", "zero"], f"B{layer}")]
+        given = [x, f"W{layer}", f"R{layer}", f"B{layer}"]
+        nodes.append(onnx.helper.make_node("RNN", given, [y], f"RNN_{layer}", hidden_size=H))
+    nodes += [op("Squeeze", ["A", "one"], "C")]
+    nodes.insert(5, nodes.pop())
+    tensors, words = loaded(_saved(tmp_path, nodes, arrays))
+    [found] = find_rnns(tensors)
+    assert (words, found.prefix, found.num_layers) == ([], "net.rnn.", 2)
+    assert {name for name in tensors if name.startswith("net")} == {name for name in arrays if name.startswith("net")}
+    nodes[4].attribute.append(onnx.helper.make_attribute("clip", -1.0))  # the first is left out, and its initializers
+    tensors, words = loaded(_saved(tmp_path, nodes, arrays))
+    assert words[0] == "left out nodes that torch does not have: RNN_0 (clip=-1)"
+    assert [each.prefix for each in find_rnns(tensors)] == ["net.rnn.l1."]
+    del nodes[4].attribute[-1]
+    arrays["other"] = arrays["net.rnn.weight_ih_l1"].T.copy()  # a weight that no layer of the module has
+    nodes[6].input[0] = "other"
+    tensors, words = loaded(_saved(tmp_path, nodes, arrays))
+    assert [(each.prefix, each.num_layers) for each in find_rnns(tensors)] == [("net.rnn.", 1), ("RNN_1.", 1)]
+    assert words == [
+        "left out net.rnn.weight_ih_l1, whose other weights have no names, as in an RNN written step by step: export "
+        "it with torch.onnx.export(..., dynamo=False)"
+    ]
 
 
 def _exported(prefix: str) -> list[Any]:
@@ -121,6 +210,74 @@ def test_peepholes_are_ours(tmp_path: Path) -> None:
     [y] = wide.run(["Y"], {"X": x})
     params = {name.removeprefix("one."): a.astype(float) for name, a in tensors.items()}
     assert_close(jaxrnn.apply(found.spec, params, x)[0], y[:, 0])
+
+
+def test_other_activations_are_a_cell_of_ours(tmp_path: Path) -> None:
+    """In float64 against ONNX's own reference, which has few; see test_closed_onnx for all, by onnxruntime."""
+    from onnx.reference import ReferenceEvaluator
+
+    arrays = node_weights("RNN", "one")
+    node = recurrent("RNN", "one", activations=["Affine"], activation_alpha=[0.3], activation_beta=[0.1])
+    tensors, words = loaded(_saved(tmp_path, [node], arrays))
+    [found] = find_rnns(tensors)
+    assert found.spec.cell == jaxrnn.rnn_cell(Affine(float(np.float32(0.3)), float(np.float32(0.1))))
+    assert words == [
+        "one. has other activations, which weights do not say: make the module as jaxrnn.Recurrent(cell, ...) with the "
+        f"cell that find_rnns gives, {found.kind}"
+    ]
+    x = normal(5, 4, F)
+    wide = ReferenceEvaluator(_model([node], {name: a.astype(float) for name, a in arrays.items()}))
+    params = {name.removeprefix("one."): a.astype(float) for name, a in tensors.items()}
+    assert_close(jaxrnn.apply(found.spec, params, x)[0], wide.run(["Y"], {"X": x})[0][:, 0], atol=1e-12)
+    module = getattr(jaxrnn, found.class_name)(**found.arguments, rngs=nnx.Rngs(0))
+    jaxrnn.load_state_dict(module, tensors, prefix="one.")
+    with pytest.warns(UserWarning, match="cell=RNN_TANH, where the file says cell=rnn_cell"):
+        jaxrnn.load_state_dict(jaxrnn.RNN(F, H, rngs=nnx.Rngs(0)), tensors, prefix="one.")
+
+
+WRONG = {
+    "two ways": ({"activations": ["LeakyRelu", "Tanh", "Elu"], "activation_alpha": [0.1, 0.2, 0.3]}, "fit in two ways"),
+    "no default": ({"activations": ["Sigmoid", "ThresholdedRelu", "Tanh"]}, "disagree on thresholdedrelu without"),
+    "unknown": ({"activations": ["Sigmoid", "Gelu", "Tanh"]}, "jaxrnn does not know gelu"),
+    "too few": ({"activations": ["Sigmoid", "Tanh"]}, r"\(activations=\['Sigmoid', 'Tanh'\]\)"),
+    "no list": ({"activations": "Sigmoid"}, r"\(activations=Sigmoid\)"),
+    "no numbers": ({"activations": ["Elu", "Tanh", "Tanh"], "activation_alpha": ["x"]}, "activation_alpha="),
+    "no clip": ({"clip": -1.0}, "clip=-1"),
+    "clip of another type": ({"clip": 1}, "clip=1"),
+    "peepholes": ({"activations": ["Sigmoid", "Relu", "Tanh"]}, "peepholes P with other activations"),
+    "directions": (
+        {"activations": ["Sigmoid", "Relu", "Tanh", "Sigmoid", "Tanh", "Tanh"], "direction": "bidirectional"},
+        "others in each direction",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_activations_that_are_no_cell(name: str, tmp_path: Path) -> None:
+    attributes, words = WRONG[name]
+    arrays = node_weights("LSTM", "one", directions=1 + ("direction" in attributes)) | {"P": np.ones((1, 3 * H), "f4")}
+    more = ("", "", "", "P") if name == "peepholes" else ()
+    tensors, [text] = loaded(_saved(tmp_path, [recurrent("LSTM", "one", more=more, **attributes)], arrays))
+    assert re.search(f"^left out nodes that torch does not have: one .*?{words}", text)
+    assert find_rnns(tensors) == []
+    assert {"oneW", "oneR", "oneB"} <= tensors.keys()
+
+
+def test_a_gru_that_resets_before_the_product(tmp_path: Path) -> None:
+    """What the message tells to do."""
+    from onnx.reference import ReferenceEvaluator
+
+    node, arrays = recurrent("GRU", "one", linear_before_reset=0), node_weights("GRU", "one")
+    tensors, [_, remedy] = loaded(_saved(tmp_path, [node], arrays))
+    assert remedy == (
+        "one multiplies r * h by a matrix within its step: write a jaxrnn.Cell with that matrix, as "
+        "examples/other_libraries.md does"
+    )
+    kernel, recurrent_kernel, bias = (jnp.asarray(tensors[f"one{key}"][0]) for key in "WRB")
+    spec, params = of_guide("other_libraries.md", "of_keras")(kernel.T, recurrent_kernel.T, sum(jnp.split(bias, 2)))
+    x = normal(5, 4, F).astype("f4")
+    [y] = ReferenceEvaluator(_model([node], arrays)).run(["Y"], {"X": x})
+    assert_close(jaxrnn.apply(dataclasses.replace(spec, batch_first=False), params, x)[0], y[:, 0], atol=1e-6)
 
 
 def test_nodes_in_a_branch_and_weights_beside_the_file(tmp_path: Path) -> None:

@@ -17,9 +17,8 @@ import pytest
 from arrays import normal
 from comparing import assert_close
 from keras_models import KINDS, MARKS, B, F, H, T, followed, h5py, load_keras, modules, rnn_cell, rnn_layer, set_numbers
-from reading import loaded
+from reading import apply, loaded, of_guide
 
-from jaxrnn.checkpoint import find_rnns
 from jaxrnn.checkpoint.formats.keras_config import CALL, MASKS, TABLES, UNMASKING
 from jaxrnn.checkpoint.tables import Table
 
@@ -248,10 +247,11 @@ def test_a_setting_is_used_or_changes_nothing_or_is_said(title: str, name: str, 
         path = _saved(model, tmp_path / f"model{suffix}", {name: OLD[name]} if old else {}, title)
         tensors, words = loaded(path)
         if any(text.startswith("left out layers") for text in words):
-            [text] = words
-            assert ALL[title][name].use in ("refused", "used")
-            assert f"({name}={settings[name]}" in text or name == "reset_after", text
-            assert not find_rnns(tensors)
+            [text, remedy] = words
+            assert name == "reset_after"
+            assert "(reset_after=False, where torch's GRU has True)" in text
+            output, state = _follow_reset_before(remedy, tensors, x)
+            _compare(output, state, expected, settings, (T, T))
             continue
         if ALL[title][name].use == "warned":
             assert words, name
@@ -259,6 +259,18 @@ def test_a_setting_is_used_or_changes_nothing_or_is_said(title: str, name: str, 
         output, state = run(jnp.asarray(model.layers[0](x) if "Embedding" in title else x))
         masked = title == "Masking" or "mask_zero" in settings or (title, name) == ("Lambda", "mask")
         _compare(output, state, expected, settings, (3, 2) if masked else (T, T))
+
+
+def _follow_reset_before(remedy: str, tensors: dict[str, Any], x: np.ndarray) -> Any:
+    """Run the cell of the guide with the arrays of the one layer that is left out."""
+    assert remedy.endswith(
+        " multiplies r * h by a matrix within its step: write a jaxrnn.Cell with that matrix, as "
+        "examples/other_libraries.md does"
+    )
+    names = ("kernel", "recurrent_kernel", "bias")
+    arrays = {name: next(each for key, each in tensors.items() if key.endswith(f".{name}")) for name in names}
+    spec, params = of_guide("other_libraries.md", "of_keras")(**arrays)
+    return apply(spec, params, jnp.asarray(x))
 
 
 def _flat_config(title: str) -> set[str]:

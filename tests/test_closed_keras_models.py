@@ -71,9 +71,19 @@ def test_every_file_that_keras_writes(tmp_path: Path) -> None:
         plain := layers.RNN(rnn_cell("SimpleRNN", use_bias=False), return_sequences=True, name="plain"),
         layers.Dense(2, name="head"),
     )
-    for _, tensors, words in _recurrent(model, ".keras", ".h5", ".weights.h5", path=tmp_path):
-        assert all(found.spec.batch_first for found in find_rnns(tensors))
+    for suffix, tensors, words in _recurrent(model, ".keras", ".h5", ".weights.h5", path=tmp_path):
+        assert all(found.arguments["batch_first"] is True for found in find_rnns(tensors))
+        assert {name for name in tensors if "_l0" not in name} == {"head.kernel", "head.bias"}
+        assert_close(tensors["head.kernel"], model.layers[-1].get_weights()[0], atol=0)
+        if suffix != ".weights.h5":
+            assert [found.prefix for found in find_rnns(tensors)] == ["first.", "both.", "plain."]
         _agree(tensors, words, {"first.": first, "both.": both, "plain.": plain})
+
+
+def _in_order(suffix: str) -> list[str]:
+    """The nested layer is the first of the model, and the second in a file of weights alone."""
+    found = ["layers.sequential.layers.lstm", "layers.lstm"]
+    return found[::-1] if "weights" in suffix else found
 
 
 def test_no_two_layers_take_one_name(tmp_path: Path) -> None:
@@ -83,10 +93,8 @@ def test_no_two_layers_take_one_name(tmp_path: Path) -> None:
         if suffix == ".h5":
             _agree(tensors, words, {"enc.lstm.": dotted, "enc.": nested})
             continue
-        assert (
-            "several layers are named enc.lstm: of these, layers.lstm, layers.sequential.layers.lstm are read by their "
-            "paths in the file"
-        ) in words
+        names = ", ".join(_in_order(suffix))
+        assert f"several layers are named enc.lstm: of these, {names} are read by their paths in the file" in words
         _agree(tensors, words, {"layers.lstm.": dotted, "layers.sequential.layers.lstm.": nested})
 
 
@@ -155,6 +163,7 @@ def test_directions_of_different_kinds(tmp_path: Path) -> None:
     layers = load_keras().layers
     pairs = {
         "relu": (rnn_layer("SimpleRNN", activation="relu"), rnn_layer("SimpleRNN", go_backwards=True)),
+        "activations": (rnn_layer("LSTM", activation="softsign"), rnn_layer("LSTM", go_backwards=True)),
         "sizes": (rnn_layer("LSTM"), rnn_layer("LSTM", 5, go_backwards=True)),
         "kinds": (rnn_layer("GRU"), rnn_layer("LSTM", go_backwards=True)),
         "swapped": (rnn_layer("GRU", go_backwards=True), rnn_layer("LSTM")),
@@ -172,13 +181,12 @@ def test_directions_of_different_kinds(tmp_path: Path) -> None:
 
 def test_a_layer_half_of_which_torch_does_not_have(tmp_path: Path) -> None:
     layers = load_keras().layers
-    both = layers.Bidirectional(
-        rnn_layer("LSTM"), backward_layer=rnn_layer("LSTM", activation="relu", go_backwards=True)
-    )
+    both = layers.Bidirectional(rnn_layer("GRU"), backward_layer=rnn_layer("GRU", reset_after=False, go_backwards=True))
     stack = layers.RNN([rnn_cell("GRU"), rnn_cell("GRU", reset_after=False)], name="stack")
-    for _, tensors, [text] in _recurrent(_sequential(both, stack), path=tmp_path):
+    for _, tensors, [text, *remedies] in _recurrent(_sequential(both, stack), path=tmp_path):
         assert text.startswith("left out layers that torch does not have")
-        assert "(activation=relu of its backward_layer)" in text
+        assert len([each for each in remedies if "multiplies r * h by a matrix" in each]) == 2
+        assert "(reset_after=False, where torch's GRU has True of its backward_layer)" in text
         assert "stack (reset_after=False, where torch's GRU has True)" in text
         assert not find_rnns(tensors)
         assert len(tensors) == 12  # Keras's own
@@ -244,6 +252,52 @@ def test_states_that_the_model_gives(tmp_path: Path) -> None:
         ]
         output, _ = modules(tensors)["decoder."](jnp.asarray(x), hx=jnp.asarray(state)[None])
         assert_close(output, np.asarray(layer(x, initial_state=state)), atol=2e-6)
+
+
+def test_variables_of_layers_that_are_not_recurrent(tmp_path: Path) -> None:
+    """By the layer's name, and Keras's for the variable if its class is known; otherwise by its number."""
+    keras = load_keras()
+
+    class Scale(keras.layers.Layer):
+        def build(self, shape: Any) -> None:
+            self.factor = self.add_weight(shape=(), name="factor")
+
+        def call(self, x: Any) -> Any:
+            return x * self.factor
+
+    layers = keras.layers
+    made = {
+        "z": (layers.Dense(3, name="z"), ("kernel", "bias")),
+        "y": (layers.Dense(3, use_bias=False, name="y"), ("kernel",)),
+        "x": (layers.BatchNormalization(name="x"), ("gamma", "beta", "moving_mean", "moving_variance")),
+        "w": (layers.LayerNormalization(name="w", scale=False), ("0",)),
+        "v": (Scale(name="v"), ("0",)),
+        "u": (layers.Conv1D(3, 1, name="u"), ("kernel", "bias")),
+    }
+    model = _sequential(*(layer for layer, _ in made.values()), rnn_layer("GRU", name="rnn"))
+    for suffix, tensors, _ in _recurrent(model, ".keras", ".h5", ".weights.h5", path=tmp_path):
+        others = [name for name in tensors if not name.startswith("rnn.")]
+        if suffix == ".h5":  # which says every name
+            assert {"w.beta", "v.factor", "x.moving_mean", "z.kernel"} <= {*others}
+            assert list(dict.fromkeys(name[0] for name in others)) == [*made]
+            continue
+        assert {*others} == {f"{name}.{each}" for name, (_, names) in made.items() for each in names}
+        if suffix == ".keras":
+            assert list(dict.fromkeys(name[0] for name in others)) == [*made]
+        for name, (layer, names) in made.items():
+            for each, value in zip(names, layer.get_weights(), strict=True):
+                assert_close(tensors[f"{name}.{each}"], value, atol=0)
+
+
+def test_dropout_of_stacked_cells(tmp_path: Path) -> None:
+    stack = load_keras().layers.RNN([rnn_cell("GRU"), rnn_cell("GRU", dropout=0.5)], return_sequences=True, name="s")
+    for _, tensors, words in _recurrent(_sequential(stack), path=tmp_path):
+        assert words == [
+            "s. has dropout=0.5, which in training acts on the inputs or states of its cells, by one mask for all "
+            "steps: make the module with dropout=0.0"
+        ]
+        [found] = find_rnns(tensors)
+        assert (found.arguments["dropout"], found.assumed) == (0.0, {})
 
 
 def test_a_class_that_is_not_kerass(tmp_path: Path) -> None:

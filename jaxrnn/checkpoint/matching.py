@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrnn.cells import RNN_RELU, RNN_TANH
+from jaxrnn.cells import RNN_RELU, RNN_TANH, Cell
 from jaxrnn.checkpoint.arrays import NO_NUMBERS, dtype_of, to_numpy
 from jaxrnn.checkpoint.errors import CheckpointError, listed
 from jaxrnn.checkpoint.flax_layers import Conversion, kind_of
@@ -256,8 +256,16 @@ def _contradicted(
         own |= {name: getattr(spec, name) for name in settings if hasattr(spec, name)}
         for name, value in settings.items():
             if name in own and own[name] != value:
-                cause = f"{place}{name}={own[name]!r}, where the file says {name}={value!r}"
-                yield f"{owner}: {cause}\nmake that module with {name}={value!r}"
+                ours, theirs = _shown(own[name]), _shown(value)
+                cause = f"{place}{name}={ours}, where the file says {name}={theirs}"
+                remedy = f"make that module with {name}={theirs}"
+                if isinstance(value, Cell):
+                    remedy = "make that module as jaxrnn.Recurrent(cell, ...), with the cell that find_rnns gives"
+                yield f"{owner}: {cause}\n{remedy}"
+
+
+def _shown(value: Any) -> str:
+    return value.name if isinstance(value, Cell) else repr(value)
 
 
 def _prefixes_of_all(params: Mapping[str, ModuleParameter], tensors: Mapping[str, Any]) -> list[str]:

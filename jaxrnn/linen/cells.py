@@ -8,7 +8,7 @@ import jax
 from flax import linen
 
 from jaxrnn._core import flax_cell
-from jaxrnn.cells import GRU_CELL, LSTM_CELL, Cell, Nonlinearity, Pair, rnn_cell
+from jaxrnn.cells import GRU_CELL, LSTM_CELL, Cell, Nonlinearity, Pair, torch_rnn_cell
 from jaxrnn.linen.base import OneStep
 
 
@@ -69,7 +69,7 @@ class RNNCell(OneStep[jax.Array]):
 
     @property
     def _cell(self) -> Cell:
-        return rnn_cell(self.nonlinearity)
+        return torch_rnn_cell(self.nonlinearity)
 
 
 class LSTMCell(OneStep[Pair]):

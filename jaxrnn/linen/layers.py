@@ -6,7 +6,7 @@ import dataclasses
 
 import jax
 
-from jaxrnn.cells import GRU_CELL, LSTM_CELL, Cell, Nonlinearity, Pair, StateT, rnn_cell
+from jaxrnn.cells import GRU_CELL, LSTM_CELL, Cell, Nonlinearity, Pair, StateT, torch_rnn_cell
 from jaxrnn.linen.base import Layers
 
 
@@ -115,7 +115,7 @@ class RNN(Layers[jax.Array]):
 
     @property
     def _cell(self) -> Cell:
-        return rnn_cell(self.nonlinearity)
+        return torch_rnn_cell(self.nonlinearity)
 
 
 class LSTM(Layers[Pair]):

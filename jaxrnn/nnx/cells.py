@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 
 from jaxrnn._core import flax_cell
 from jaxrnn._core.options import Options
-from jaxrnn.cells import GRU_CELL, LSTM_CELL, RNN_RELU, Nonlinearity, Pair, rnn_cell
+from jaxrnn.cells import GRU_CELL, LSTM_CELL, RNN_RELU, Nonlinearity, Pair, torch_rnn_cell
 from jaxrnn.nnx.base import OneStep, drawn_key
 from jaxrnn.spec import CellSpec
 
@@ -84,7 +84,7 @@ class RNNCell(OneStep[jax.Array]):
         dtype: DTypeLike | None = None,
         precision: jax.lax.PrecisionLike = None,
     ) -> None:
-        spec = CellSpec(rnn_cell(nonlinearity), input_size, hidden_size, bias)
+        spec = CellSpec(torch_rnn_cell(nonlinearity), input_size, hidden_size, bias)
         super().__init__(spec, Options(dtype, precision), param_dtype, rngs)
 
 

@@ -10,7 +10,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from jaxrnn._core.options import EngineNames, MeshAxis, Options, Remat
-from jaxrnn.cells import GRU_CELL, LSTM_CELL, RNN_RELU, Cell, Nonlinearity, Pair, StateT, rnn_cell
+from jaxrnn.cells import GRU_CELL, LSTM_CELL, RNN_RELU, Cell, Nonlinearity, Pair, StateT, torch_rnn_cell
 from jaxrnn.nnx.base import Layers
 from jaxrnn.spec import Spec
 
@@ -131,7 +131,7 @@ class RNN(Layers[jax.Array]):
         unroll: int | None = None,
         engine: EngineNames = "auto",
     ) -> None:
-        cell = rnn_cell(nonlinearity)
+        cell = torch_rnn_cell(nonlinearity)
         spec = Spec(cell, input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size)
         super().__init__(spec, Options(dtype, precision, remat, hidden_axis, unroll, engine), param_dtype, rngs)
 

@@ -3,37 +3,39 @@
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxrnn.checkpoint.dialects import DIALECTS
 from jaxrnn.checkpoint.errors import AGAIN, CheckpointError, check_unicode, listed
 from jaxrnn.checkpoint.formats.keras_config import (
     CELL,
-    CONTAINERS,
     FLIP,
     FLIP_MASKED,
     MASKED,
-    TABLES,
     Config,
     GroupPath,
     KerasCell,
     said_of,
-    shown,
+)
+from jaxrnn.checkpoint.formats.keras_names import RECURRENT, layers_in, names_in, names_of
+from jaxrnn.checkpoint.formats.keras_parts import (
+    Part,
+    Parts,
+    drops,
+    findings,
+    lacking,
+    words_on_activations,
 )
 from jaxrnn.checkpoint.formats.keras_variables import Variable, contents, sniff
-from jaxrnn.checkpoint.formats.reading import Reading, warn
+from jaxrnn.checkpoint.formats.reading import Reading, said_of_cell, warn
 from jaxrnn.checkpoint.named import Described, Names
 from jaxrnn.checkpoint.stored import Value
-from jaxrnn.checkpoint.tables import Finding
 
 __all__ = ["read", "sniff"]
 
 _RENAME = "rename one of them, and save the model again"
-_ARRAYS = ("kernel", "recurrent_kernel", "bias")  # in Keras 3 numbered
-_KINDS = {4: "LSTM", 3: "GRU", 1: "SimpleRNN"}  # by gates
 _SIDES = ("forward_layer", "backward_layer")  # a Bidirectional's attributes
 _OTHER = {"forward": "backward", "backward": "forward"}
 _STACK = ("cell", "cells")  # the attributes under which an RNN has stacked cells
@@ -49,9 +51,9 @@ def read(path: str | os.PathLike[str], what: Reading) -> dict[str, Value]:
         UserWarning: layers that compute what torch has not, and are left out; settings to give to the module.
     """
     what.check_no_key("a file of Keras")
-    config, variables = contents(path)
+    config, version, variables = contents(path)
     try:
-        tensors, words = _converted(variables, _config(config))
+        tensors, words = _converted(variables, _config(config, version))
     except RecursionError as error:
         raise CheckpointError(f"the configuration of the model is nested too deeply\n{AGAIN}") from error
     for text in words:
@@ -61,7 +63,7 @@ def read(path: str | os.PathLike[str], what: Reading) -> dict[str, Value]:
     return tensors
 
 
-def _config(config: Any) -> Config | None:
+def _config(config: Any, version: str | None = None) -> Config | None:
     """A model's configuration, if the file has one."""
     if config is None:
         return None
@@ -69,60 +71,7 @@ def _config(config: Any) -> Config | None:
         raw = json.loads(config)
     except (ValueError, TypeError, RecursionError) as error:
         raise CheckpointError(f"the configuration of the model is damaged: {error}\n{AGAIN}") from error
-    return Config(raw)
-
-
-class _Part(NamedTuple):
-    """The weights of one cell: of a layer, in one direction.
-
-    Attributes:
-        group: where they are in the file.
-        arrays: Keras's, by name.
-        cell: what the configuration says of it; None if it does not.
-        levels: how many cells are stacked there.
-        title: the name of the cell, where the file says it.
-    """
-
-    group: GroupPath
-    arrays: dict[str, np.ndarray]
-    cell: KerasCell | None
-    levels: int
-    title: str | None
-
-    @property
-    def gates(self) -> int:
-        hidden, columns = self.arrays["recurrent_kernel"].shape
-        return int(columns // hidden)
-
-    @property
-    def kind(self) -> str:
-        """The class in Keras, by the number of gates."""
-        return _KINDS.get(self.gates, "")
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        return self.cell.settings if self.cell else {}
-
-    @property
-    def nonlinearity(self) -> str:
-        """An RNN's."""
-        return "relu" if self.kind == "SimpleRNN" and self.settings.get("activation") == "relu" else "tanh"
-
-    def weights(self) -> dict[str, np.ndarray]:
-        """torch's, by role."""
-        try:
-            return DIALECTS["keras", self.kind].read(self.arrays)
-        except CheckpointError as error:
-            raise CheckpointError(f"{'/'.join(self.group)}: {error}") from error
-
-    @property
-    def form(self) -> tuple[Any, ...]:
-        """What all layers and directions of a module of torch have in common."""
-        state = self.arrays["recurrent_kernel"]
-        return self.kind, state.shape, state.dtype, "bias" in self.arrays, self.nonlinearity
-
-
-_Parts = dict[tuple[str, int], _Part]  # by the attribute of a Bidirectional that has it, or "", and by the level
+    return Config(raw, version)
 
 
 class _KerasModule(NamedTuple):
@@ -138,7 +87,7 @@ class _KerasModule(NamedTuple):
     where: GroupPath
     titles: tuple[str | None, ...]
     numbered: bool
-    parts: _Parts
+    parts: Parts
 
 
 class _Place(NamedTuple):
@@ -154,34 +103,29 @@ def _arrays(group: list[Variable]) -> dict[str, np.ndarray] | None:
     """Keras's arrays by name, if these variables, all of one group, are those of a recurrent cell."""
     path = group[0].path[:-1]
     numbered = path[-1:] == ("vars",)
-    known = {str(i): name for i, name in enumerate(_ARRAYS)} if numbered else {name: name for name in _ARRAYS}
+    known = {str(i): name for i, name in enumerate(RECURRENT)} if numbered else {name: name for name in RECURRENT}
     arrays = {name: each.array for each in group if (name := known.get(each.path[-1].partition(":")[0]))}
     called = numbered and any(CELL.fullmatch(name or "") for name in (*path[-2:-1], *group[0].titles[-2:-1]))
-    shapes = [arrays[name].shape for name in _ARRAYS[:2] if name in arrays]
+    shapes = [arrays[name].shape for name in RECURRENT[:2] if name in arrays]
     if len(arrays) < len(group) or [len(shape) for shape in shapes] != [2, 2] or shapes[0][1] != shapes[1][1]:
         return None
     hidden, columns = shapes[1]
-    if not hidden or columns % hidden or not _layers_in(path) or (numbered and not called):
+    if not hidden or columns % hidden or not layers_in(path) or (numbered and not called):
         return None
     return arrays
 
 
 def _convolves(group: list[Variable]) -> bool:
     """Whether these variables, all of one group, are those of a cell like a ConvLSTM's."""
-    path, shapes = _layers_in(group[0].path[:-1]), [each.array.shape for each in group[:2]]
+    path, shapes = layers_in(group[0].path[:-1]), [each.array.shape for each in group[:2]]
     return bool(path) and CELL.fullmatch(path[-1]) is not None and all(len(shape) > 2 for shape in shapes)
-
-
-def _layers_in(group: GroupPath) -> GroupPath:
-    """The part of a group's path that names layers."""
-    if group[-1:] == ("vars",):
-        return group[:-1]
-    return group[1:] if group[0] == "model_weights" and len(group) > 1 else group
 
 
 def _converted(variables: list[Variable], config: Config | None) -> tuple[Described, list[str]]:
     """The weights, and what there is to say of them."""
     groups: dict[GroupPath, list[Variable]] = {}
+    if config is not None:
+        variables = sorted(variables, key=lambda each: _order(each, config))
     for each in variables:
         groups.setdefault(each.path[:-1], []).append(each)
     modules = _modules(groups, config)
@@ -192,7 +136,7 @@ def _converted(variables: list[Variable], config: Config | None) -> tuple[Descri
     used: set[GroupPath] = set()
     for prefix, parts in _named(modules, notes).items():
         if reasons := _reasons(parts):
-            notes.left_out[f"{prefix.removesuffix('.')} ({', '.join(reasons)})"] = None
+            notes.leave_out(prefix, reasons)
             continue
         used.update(part.group for part in parts.values())
         split = _split(prefix, parts)
@@ -203,19 +147,26 @@ def _converted(variables: list[Variable], config: Config | None) -> tuple[Descri
                 suffix = f"_l{level}{'_reverse' * (side == _SIDES[1])}"
                 for role, array in part.weights().items():
                     tensors.put(f"{below}{role}{suffix}", array, "/".join(part.group))
+    others = [each for path, group in groups.items() if path not in used for each in group]
     for path, group in groups.items():
-        if path not in used:
-            if _convolves(group):
-                notes.left_out[f"{'.'.join(_layers_in(path))} (a recurrent cell with convolutions)"] = None
-            for each in group:
-                tensors.put(".".join(part for part in each.path if part != "vars"), each.array, "/".join(each.path))
+        if path not in used and _convolves(group):
+            notes.left_out[f"{'.'.join(layers_in(path))} (a recurrent cell with convolutions)"] = None
+    for each, name in zip(others, names_of(others, tensors, config), strict=True):
+        tensors.put(name, each.array, "/".join(each.path))
     return Described(tensors, {prefix: settings for prefix, settings in said.items() if settings}), notes.words()
+
+
+def _order(variable: Variable, config: Config) -> list[int]:
+    """The place of its layer in the model. Files of Keras 2 are in that order."""
+    path = variable.path[:-1]
+    return config.order(layers_in(path), variable.titles[: len(layers_in(path))]) if path[-1:] == ("vars",) else []
 
 
 def _modules(groups: Mapping[GroupPath, list[Variable]], config: Config | None) -> list[_KerasModule]:
     """The cells, by the recurrent layer that they are in."""
     arrays = {path: found for path, group in groups.items() if (found := _arrays(group)) is not None}
-    titles = {path: groups[path][0].titles[: len(_layers_in(path))] for path in arrays}
+    titles = {path: groups[path][0].titles[: len(layers_in(path))] for path in arrays}
+    named = titles if config is None else {path: config.titled(layers_in(path), titles[path]) for path in arrays}
     cells = {path: _cell_of(path, titles[path], config) for path in arrays}
     count = Counter(map(id, cells.values()))
     cells = {path: cell if count[id(cell)] == 1 else None for path, cell in cells.items()}  # of one group alone
@@ -228,8 +179,10 @@ def _modules(groups: Mapping[GroupPath, list[Variable]], config: Config | None) 
         key: Any = (numbered, place.where) if cell is None else cell.module
         if key in modules and (place.side, place.level) in modules[key].parts:
             key = path
-        module = modules.setdefault(key, _KerasModule(place.where, titles[path][: len(place.where)], numbered, {}))
-        module.parts[place.side, place.level] = _Part(path, found, cell, place.levels, titles[path][-1])
+        module = modules.setdefault(
+            key, _KerasModule(place.where, tuple(named[path][: len(place.where)]), numbered, {})
+        )
+        module.parts[place.side, place.level] = Part(path, found, cell, place.levels, titles[path][-1])
     return list(modules.values())
 
 
@@ -237,12 +190,12 @@ def _cell_of(group: GroupPath, titles: tuple[str | None, ...], config: Config | 
     """What the configuration says of the cell in a group."""
     if config is None:
         return None
-    path = _layers_in(group)
+    path = layers_in(group)
     return config.by_path(path, titles) if group[-1] == "vars" else config.by_names(path)
 
 
 def _place(group: GroupPath, cell: KerasCell) -> _Place:
-    path = _layers_in(group)
+    path = layers_in(group)
     end = len(cell.module)
     if group[-1] != "vars":
         names = cell.names[cell.depth - 1]
@@ -255,7 +208,7 @@ def _guessed(
 ) -> dict[GroupPath, _Place]:
     """The places of cells of which no configuration says anything, by the names of groups."""
     stacks: dict[GroupPath, list[str]] = {}
-    for path in map(_layers_in, groups):
+    for path in map(layers_in, groups):
         if path[-3:-1] == _STACK and len(path) > 3:
             stacks.setdefault(path[:-1], []).append(path[-1])
     stacks = {
@@ -264,10 +217,10 @@ def _guessed(
         if len({name.rstrip("_0123456789") for name in names}) == 1
     }
     levels = {(*path, name): i for path, names in stacks.items() for i, name in enumerate(names)}
-    alone = Counter(path[:-1] for group in cells if CELL.fullmatch((path := _layers_in(group))[-1]))
+    alone = Counter(path[:-1] for group in cells if CELL.fullmatch((path := layers_in(group))[-1]))
     places: dict[GroupPath, _Place] = {}
     for group in cells:
-        path = _layers_in(group)
+        path = layers_in(group)
         if path in levels:
             places[group] = _Place(path[:-3], "", levels[path], len(stacks[path[:-1]]))
         elif len(path) > 1 and CELL.fullmatch(path[-1]) and alone[path[:-1]] == 1:
@@ -292,16 +245,16 @@ def _guessed(
     return places
 
 
-def _named(modules: list[_KerasModule], notes: "_Notes") -> dict[str, _Parts]:
+def _named(modules: list[_KerasModule], notes: "_Notes") -> dict[str, Parts]:
     """The modules by their prefixes. Those that would have the same are named by their whole paths."""
     tops = Counter(module.where[0] for module in modules if not module.numbered)
     groups = [next(iter(module.parts.values())).group for module in modules]
     prefixes = [".".join(_names_of(module, tops)) for module in modules]
     first = prefixes
-    for longer in ([module.where for module in modules], [_layers_in(group) for group in groups]):
+    for longer in ([module.where for module in modules], [layers_in(group) for group in groups]):
         count = Counter(prefixes)
         prefixes = [".".join(path) if count[each] > 1 else each for each, path in zip(prefixes, longer, strict=True)]
-    named = Names[_Parts](_RENAME)
+    named = Names[Parts](_RENAME)
     for before, prefix, module, group in zip(first, prefixes, modules, groups, strict=True):
         named.put(f"{prefix}.", module.parts, "/".join(group))
         if before != prefix:
@@ -310,72 +263,40 @@ def _named(modules: list[_KerasModule], notes: "_Notes") -> dict[str, _Parts]:
 
 
 def _names_of(module: _KerasModule, tops: Mapping[str, int]) -> GroupPath:
-    """The names in a module's prefix. What is in a list of layers goes by the layer's name, an attribute by its own."""
+    """The names in a module's prefix."""
     if not module.numbered:
         return module.where[:1] if tops[module.where[0]] == 1 else module.where
-    names: list[str] = []
-    contained = False
-    for i, (each, title) in enumerate(zip(module.where, module.titles, strict=True)):
-        container = not contained and each in CONTAINERS and i + 1 < len(module.where)
-        if not container:
-            names.append((title or each) if contained else each)
-        contained = container
-    return tuple(names)
+    return names_in(module.where, module.titles)
 
 
-def _reasons(parts: _Parts) -> list[str]:
-    """What of a module torch does not have."""
+def _reasons(parts: Parts) -> dict[str, str]:
+    """What of a module torch does not have, and what to do about each if there is more to say than that."""
     sides = {side for side, _ in parts}
-    found: dict[str, set[str]] = {}
+    found: dict[tuple[str, str], set[str]] = {}
     for (side, _), part in parts.items():
-        for reason in _lacking(part):
+        for reason in lacking(part).items():
             found.setdefault(reason, set()).add(side)
-    reasons = [reason if where == sides else f"{reason} of its {listed(where)}" for reason, where in found.items()]
+    reasons = {
+        (reason if where == sides else f"{reason} of its {listed(where)}"): remedy
+        for (reason, remedy), where in found.items()
+    }
     wanted = {(side, level) for (side, _), part in parts.items() for level in range(part.levels)}
     if parts.keys() != wanted or (any(sides) and sides != {*_SIDES}):
-        reasons.append(f"only {len(parts)} of its cells are like torch's, or its cells share weights")
+        reasons[f"only {len(parts)} of its cells are like torch's, or its cells share weights"] = ""
     backward = {side: bool(part.settings.get("go_backwards")) for (side, _), part in parts.items() if part.cell}
     if len(backward) == 2 and len(set(backward.values())) == 1:
-        reasons.append("both of its directions run the same way")
+        reasons["both of its directions run the same way"] = ""
     return reasons
 
 
-def _lacking(part: _Part) -> list[str]:
-    """What of a cell torch does not have."""
-    hidden, columns = part.arrays["recurrent_kernel"].shape
-    bias, settings = part.arrays.get("bias"), part.settings
-    kind = part.cell.chain[-1].kind if part.cell else part.kind
-    if kind.removesuffix("Cell") != part.kind or not part.kind:
-        name = kind.removeprefix("~")
-        same = part.kind and name.removesuffix("Cell") == part.kind
-        return [f"{name} that is not Keras's" if same else f"{name or 'a layer'} of {part.gates} gates"]
-    if bias is not None and bias.shape == (2 * columns,):
-        return [f"CuDNN{part.kind}'s layout"]
-    reasons = [shown(finding.name, finding.value) for finding in _findings(part) if finding.refused]
-    if part.kind == "SimpleRNN" and (value := settings.get("activation", "tanh")) not in ("tanh", "relu"):
-        reasons.append(shown("activation", value))
-    if part.cell and settings.get("units", hidden) != hidden:
-        reasons.append(f"{shown('units', settings['units'])} in the configuration, and {hidden} in its weights")
-    after = settings.get("reset_after", part.cell is None if bias is None else bias.ndim == 2)
-    if part.kind == "GRU" and after is not True:
-        reasons.append("reset_after=False, where torch's GRU has True")
-    return reasons
-
-
-def _findings(part: _Part) -> Iterator[Finding]:
-    for node in part.cell.chain if part.cell else ():
-        if node.kind in TABLES:
-            yield from TABLES[node.kind].findings(node.settings)
-
-
-def _split(prefix: str, parts: _Parts) -> dict[str, _Parts]:
+def _split(prefix: str, parts: Parts) -> dict[str, Parts]:
     """What torch can have as one module, by prefix: the whole, or each direction, or each cell."""
     if _fit(parts):
         return {prefix: parts}
-    found: dict[str, _Parts] = {}
+    found: dict[str, Parts] = {}
     for side in sorted({side for side, _ in parts}, reverse=True):
         below = f"{prefix}{side}." if side else prefix
-        some: _Parts = {("", level): part for (each, level), part in parts.items() if each == side}
+        some: Parts = {("", level): part for (each, level), part in parts.items() if each == side}
         if _fit(some):
             found[below] = some
         else:
@@ -383,7 +304,7 @@ def _split(prefix: str, parts: _Parts) -> dict[str, _Parts]:
     return found
 
 
-def _fit(parts: _Parts) -> bool:
+def _fit(parts: Parts) -> bool:
     """Whether torch can have these as one module."""
     hidden = next(iter(parts.values())).arrays["recurrent_kernel"].shape[0]
     same = len({part.form for part in parts.values()}) == 1
@@ -392,24 +313,16 @@ def _fit(parts: _Parts) -> bool:
     return same and len(first) == 1 and above <= {hidden} and (not above or len({side for side, _ in parts}) == 1)
 
 
-def _said(parts: _Parts) -> dict[str, Any]:
+def _said(parts: Parts) -> dict[str, Any]:
     """What the configuration says of a module, and weights do not."""
     settings = [part.settings for part in parts.values()]
     if any(part.cell is None for part in parts.values()):
         return {"batch_first": True}  # as in Keras 3 always, and in Keras 2 but for time_major
     said: dict[str, Any] = {"batch_first": not settings[0].get("time_major")}
-    one = next(iter(parts.values()))
-    if one.kind == "SimpleRNN":
-        said["nonlinearity"] = one.nonlinearity
-    if any(level for _, level in parts) and not any(map(_drops, parts.values())):
-        said["dropout"] = 0.0
+    said |= said_of_cell(next(iter(parts.values())).rnn)
+    if any(level for _, level in parts):
+        said["dropout"] = 0.0  # Keras's is another
     return said
-
-
-def _drops(part: _Part) -> list[str]:
-    """The dropout of a cell."""
-    settings = part.settings
-    return [shown(name, settings[name]) for name in ("dropout", "recurrent_dropout") if settings.get(name)]
 
 
 class _Notes:
@@ -433,18 +346,28 @@ class _Notes:
         self._unknown: dict[str, None] = {}
         self._assumed: dict[str, None] = {}
 
-    def add(self, prefix: str, parts: _Parts, modules: list[str]) -> None:
+    def leave_out(self, prefix: str, reasons: Mapping[str, str]) -> None:
+        """Note what torch does not have, and what to do about it."""
+        name = prefix.removesuffix(".")
+        self.left_out[f"{name} ({', '.join(reasons)})"] = None
+        self._words |= {f"{name} {remedy}": None for remedy in reasons.values() if remedy}
+
+    def add(self, prefix: str, parts: Parts, modules: list[str]) -> None:
         """Note what is to be said of a module that was read as these."""
         words: dict[str, None] = {}
         for part in parts.values():
             words |= dict.fromkeys(part.cell.words if part.cell else ())
-            if part.cell and part.cell.trains and (drops := _drops(part)):
-                words[f"is called with training=True, and has {listed(drops)}: what is read here drops nothing"] = None
-            for finding in _findings(part):
-                if not finding.refused and finding.name != "go_backwards":
+            if part.cell and part.cell.trains and (dropouts := drops(part)):
+                words[f"is called with training=True, and has {listed(dropouts)}: what is read here drops nothing"] = (
+                    None
+                )
+            for finding in findings(part):
+                if finding.name != "go_backwards":
                     words[said_of(finding)] = None
-            if part.nonlinearity == "relu":
-                words["has relu, which weights do not say: make the module with nonlinearity='relu'"] = None
+            words |= dict.fromkeys(words_on_activations(part))
+            if part.cell and part.levels > 1 and (dropouts := drops(part)):
+                how = "in training acts on the inputs or states of its cells, by one mask for all steps"
+                words[f"has {listed(dropouts)}, which {how}: make the module with dropout=0.0"] = None
         one = next((part for (side, _), part in parts.items() if side != _SIDES[1]), None)
         if one and one.cell:
             flip, mask = bool(one.settings.get("go_backwards")), one.cell.mask
@@ -485,7 +408,7 @@ class _Notes:
         return words + list(self._words)
 
 
-def _assumed(parts: _Parts) -> list[str]:
+def _assumed(parts: Parts) -> list[str]:
     """What is assumed of a module, of which no settings are known."""
     one = next(iter(parts.values()))
     found = ["Keras's default activations", "go_backwards=False", "no mask"]

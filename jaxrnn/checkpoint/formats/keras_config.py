@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from jaxrnn.checkpoint.errors import AGAIN, CheckpointError
-from jaxrnn.checkpoint.tables import USED, Finding, Row, Table, neutral, refused, warned
+from jaxrnn.checkpoint.tables import USED, Finding, Row, Table, neutral, warned
 
 GroupPath = tuple[str, ...]
 
@@ -23,7 +23,6 @@ _SHAPES = neutral("the weights' shapes say it")
 _START = neutral("is how weights start, and the file has them")
 _HOW = neutral("changes how the layer computes, not what")
 _INPUT = neutral("describes the input")
-_WRITE = "write a jaxrnn.Cell"
 _COMPARE = "compare the outputs with Keras's"
 
 _ANY: dict[str, Row] = {
@@ -58,7 +57,7 @@ _LAYER: dict[str, Row] = {
 _OF_CELLS: dict[str, Row] = {
     "units": USED,
     "use_bias": _SHAPES,
-    "activation": refused("tanh", remedy=_WRITE),
+    "activation": USED,
     **dict.fromkeys((f"{each}_initializer" for each in ("kernel", "recurrent", "bias")), _START),
     **dict.fromkeys((f"{each}_regularizer" for each in ("kernel", "recurrent", "bias")), _TRAINING),
     **dict.fromkeys((f"{each}_constraint" for each in ("kernel", "recurrent", "bias")), _TRAINING),
@@ -68,9 +67,9 @@ _OF_CELLS: dict[str, Row] = {
     "implementation": _HOW,  # of Keras 2
 }
 _OF_KIND: dict[str, dict[str, Row]] = {
-    "SimpleRNN": {"activation": USED},
-    "LSTM": {"recurrent_activation": refused("sigmoid", remedy=_WRITE), "unit_forget_bias": _START},
-    "GRU": {"recurrent_activation": refused("sigmoid", remedy=_WRITE), "reset_after": USED},
+    "SimpleRNN": {},
+    "LSTM": {"recurrent_activation": USED, "unit_forget_bias": _START},
+    "GRU": {"recurrent_activation": USED, "reset_after": USED},
 }
 _INNER = {"layer": USED}
 _NOT_RECURRENT = neutral("is of a layer that is not recurrent")
@@ -182,6 +181,7 @@ class KerasCell(NamedTuple):
         words: what else is to be said.
         names: for each layer that it is in, and itself, the names that Keras may give its weights.
         depth: how many of these are of the outermost recurrent layer, and what that is in.
+        version: the version of Keras that wrote the file, if that says it.
     """
 
     module: GroupPath = ()
@@ -194,6 +194,7 @@ class KerasCell(NamedTuple):
     words: tuple[str, ...] = ()
     names: tuple[tuple[str, ...], ...] = ()
     depth: int = 0
+    version: str | None = None
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -223,17 +224,19 @@ class Config:
 
     Args:
         raw: the configuration, which may hold anything that JSON can.
+        version: the version of Keras that wrote it, if the file says it.
     """
 
-    def __init__(self, raw: Any) -> None:
+    def __init__(self, raw: Any, version: str | None = None) -> None:
         self._cells: dict[GroupPath, KerasCell] = {}
         self._by_name: dict[tuple[str, str], list[KerasCell]] = {}  # of the layer of the model that has it, and its own
         self._makes: dict[int, str] = {}  # what makes a mask, by a model's list of layers
         self._read: set[int] = set()  # the cells of which weights were found
         self._titles: dict[GroupPath, str] = {}  # of what is in a model, by the group's name
+        self._places: dict[GroupPath, int] = {}  # among the layers of a model, by the layers' names
         root = node_of(raw)
         self._root = root.name if root else ""
-        todo: list[tuple[Node | None, GroupPath, KerasCell]] = [(root, (), KerasCell())]
+        todo: list[tuple[Node | None, GroupPath, KerasCell]] = [(root, (), KerasCell(version=version))]
         while todo:
             node, path, place = todo.pop()
             if node is not None and len(path) <= _DEEPEST:
@@ -249,16 +252,32 @@ class Config:
             titles: the name of the layer that each holds, where the file says it.
         """
         found: GroupPath = ()
-        contained = False
-        for each, title in zip(path, titles, strict=True):
-            if contained:
-                found = (*found[:-1], "layers", title or self._titles.get((*found, each), ""))
-            else:
-                found = (*found, each)
-            contained = not contained and each in CONTAINERS
+        for each, title in zip(path, self.titled(path, titles), strict=True):
+            found = (*found, each) if title is None else (*found[:-1], "layers", title)
         cell = self._cells.get(found)
         self._read.add(id(cell))
         return cell
+
+    def titled(self, path: GroupPath, titles: Iterable[str | None]) -> list[str | None]:
+        """For each group of a path, if it is in a list of layers, the layer's name; "" if nothing says it."""
+        found: GroupPath = ()
+        named: list[str | None] = []
+        contained = False
+        for each, title in zip(path, titles, strict=True):
+            name = (title or self._titles.get((*found, each), "")) if contained else None
+            found = (*found, each) if name is None else (*found[:-1], "layers", name)
+            contained = not contained and each in CONTAINERS
+            named.append(name)
+        return named
+
+    def order(self, path: GroupPath, titles: Iterable[str | None]) -> list[int]:
+        """The key by which groups of files of Keras 3 are in the order of the model; others are last."""
+        found: GroupPath = ()
+        places = []
+        for each, title in zip(path, self.titled(path, titles), strict=True):
+            found = (*found, each) if title is None else (*found[:-1], "layers", title)
+            places += [] if title is None else [self._places.get(found, _MOST)]
+        return places or [_MOST]
 
     def by_names(self, path: GroupPath) -> KerasCell | None:
         """The cell whose weights have these names in a file of Keras 2, from the outermost layer's to the cell's."""
@@ -365,9 +384,10 @@ class Config:
         groups = _groups(nodes)
         alone = Counter(node.kind for node in nodes if node)
         made = [self._mask_of(node) if node else "" for node in nodes]
-        for node, group, mask in zip(nodes, groups, _masks(nodes, made, place.mask), strict=True):
+        for index, (node, group, mask) in enumerate(zip(nodes, groups, _masks(nodes, made, place.mask), strict=True)):
             if node is None:
                 continue
+            self._places[(*path, "layers", node.name)] = index
             self._titles[(*path, "layers", group)] = node.name
             if alone[node.kind] == 1:  # Keras 2 numbers them in another way
                 self._titles[(*path, "_layer_checkpoint_dependencies", group)] = node.name
@@ -504,6 +524,7 @@ def said_of(finding: Finding) -> str:
 def shown(name: str, value: Any) -> str:
     """A setting for a message; of what is nested its class alone."""
     if isinstance(value, dict):
-        value = value.get("registered_name") or value.get("class_name")
+        function = value.get("class_name") == "function"
+        value = value.get("config") if function else value.get("registered_name") or value.get("class_name")
     known = isinstance(value, str | int | float | None) and value is not True and value != "__keras_tensor__"
     return " ".join((f"{name}={value}" if known else name).split())[:80]

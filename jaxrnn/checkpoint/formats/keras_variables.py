@@ -3,6 +3,7 @@
 import importlib
 import io
 import itertools
+import json
 import math
 import os
 import warnings
@@ -21,7 +22,8 @@ from jaxrnn.checkpoint.formats.keras_config import GroupPath
 
 _HDF5 = b"\x89HDF\r\n\x1a\n"
 _CONFIG, _WEIGHTS = "config.json", "model.weights.h5"  # in a .keras file
-_FIRST_ENTRIES = (b"metadata.json", _CONFIG.encode(), _WEIGHTS.encode())
+_METADATA = "metadata.json"
+_FIRST_ENTRIES = (_METADATA.encode(), _CONFIG.encode(), _WEIGHTS.encode())
 _DEEPEST, _MOST = 64, 50_000  # groups in groups, and in all
 _SAVE = "save the model again, in one file: model.save(path)"
 _NOWHERE = (1 << 64) - 1  # the address of a dataset that is not stored
@@ -32,8 +34,8 @@ def sniff(head: bytes) -> bool:
     return head.startswith(_HDF5) or (head.startswith(b"PK\x03\x04") and head[30:].startswith(_FIRST_ENTRIES))
 
 
-def contents(path: str | os.PathLike[str]) -> tuple[Any, list["Variable"]]:
-    """The configuration of the model, as text, None if the file has none; and all variables."""
+def contents(path: str | os.PathLike[str]) -> tuple[Any, str | None, list["Variable"]]:
+    """The configuration of the model, as text, and the version of Keras, None if the file has none; all variables."""
     try:
         # In Python alone: what is damaged raises, where HDF5's own library may crash, or never return.
         pyfive = importlib.import_module("pyfive")
@@ -43,35 +45,56 @@ def contents(path: str | os.PathLike[str]) -> tuple[Any, list["Variable"]]:
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         zipped = file.read(8) != _HDF5
-        config, weights = _unzipped(file, size) if zipped else (None, file)
+        config, version, weights = _unzipped(file, size) if zipped else (None, None, file)
         try:
             with warnings.catch_warnings(), pyfive.File(weights) as opened:
                 warnings.simplefilter("ignore")  # of what is no array
                 config = config if zipped else opened.attrs.get("model_config")
+                version = version if zipped else opened.attrs.get("keras_version")
                 variables = list(_variables(pyfive, opened, (), (), Budget(size), itertools.count()))
         except CheckpointError:
             raise
         except Exception as error:  # pyfive checks little itself: Python's errors are its checks
             cause = f"a damaged HDF5 file: {type(error).__name__} {error}".partition("\n")[0]
             raise CheckpointError(f"{cause}\n{AGAIN}") from error
-    return config, variables
+    return config, as_text(version) if isinstance(version, str | bytes) else None, variables
 
 
-def _unzipped(file: IO[bytes], size: int) -> tuple[bytes, IO[bytes]]:
-    """The configuration and the weights in a .keras file."""
+def _unzipped(file: IO[bytes], size: int) -> tuple[bytes, Any, IO[bytes]]:
+    """The configuration, the version and the weights in a .keras file."""
     try:
         with zipfile.ZipFile(file) as archive:
             names = archive.namelist()
             if missing := [name for name in (_CONFIG, _WEIGHTS) if name not in names]:
                 raise CheckpointError(f"a .keras file in which {listed(missing)} is missing\n{AGAIN}")
-            if (inflated := sum(archive.getinfo(name).file_size for name in (_CONFIG, _WEIGHTS))) > largest(size):
+            read = [_CONFIG, _WEIGHTS, *([_METADATA] if _METADATA in names else [])]
+            if (inflated := sum(archive.getinfo(name).file_size for name in read)) > largest(size):
                 cause = f"a zip bomb: its entries inflate to {inflated} bytes, from a file of {size}"
                 raise CheckpointError(f"{cause}\nget the file from a source that you trust")
-            return archive.read(_CONFIG), io.BytesIO(archive.read(_WEIGHTS))
+            version = _version(archive.read(_METADATA)) if _METADATA in names else None
+            return archive.read(_CONFIG), version, io.BytesIO(archive.read(_WEIGHTS))
     except CheckpointError:
         raise
     except (zipfile.BadZipFile, RuntimeError, EOFError, ValueError, OSError, zlib.error) as error:
         raise CheckpointError(f"a truncated or damaged zip file: {error}\n{AGAIN}") from error
+
+
+def _in_order(group: Any) -> list[str]:
+    """The names in a group; of layers and their variables in the order of the model, which Keras 2 notes."""
+    names, noted = list(group), []
+    for key in ("layer_names", "weight_names"):
+        found = np.asarray(group.attrs.get(key, [])).reshape(-1).tolist()
+        noted += [as_text(each).partition("/")[0] for each in found if isinstance(each, str | bytes)]
+    places = {name: index for index, name in reversed(list(enumerate(noted)))}
+    return sorted(names, key=lambda name: places.get(name, len(noted)))
+
+
+def _version(metadata: bytes) -> Any:
+    try:
+        found = json.loads(metadata)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{_METADATA} is damaged: {error}\n{AGAIN}") from error
+    return found.get("keras_version") if isinstance(found, dict) else None
 
 
 class Variable(NamedTuple):
@@ -92,7 +115,7 @@ def _variables(
     pyfive: Any, group: Any, path: GroupPath, titles: tuple[str | None, ...], budget: Budget, count: Iterator[int]
 ) -> Iterator[Variable]:
     """Every array of numbers in a group and below it."""
-    for name in group:
+    for name in _in_order(group):
         if not path and name in _OPTIMIZER:
             continue
         if len(path) > _DEEPEST or next(count) > _MOST:

@@ -2,22 +2,25 @@
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxrnn.cells import LSTM_CELL, Cell
 from jaxrnn.checkpoint.arrays import NO_NUMBERS, dtype_of
 from jaxrnn.checkpoint.dialects import DIALECTS
 from jaxrnn.checkpoint.errors import AGAIN, CheckpointError, as_text, check_unicode, listed
 from jaxrnn.checkpoint.formats.bombs import Budget
+from jaxrnn.checkpoint.formats.onnx_activations import cell_of
 from jaxrnn.checkpoint.formats.onnx_graph import BUILTIN, LOOPS, File, Graph, library, value_of
 from jaxrnn.checkpoint.formats.onnx_tables import FUNCTION, GRAPH, INPUTS, MODEL, NODE, OPERATORS, OUTPUTS
-from jaxrnn.checkpoint.formats.reading import Reading, warn
+from jaxrnn.checkpoint.formats.reading import RESET_BEFORE, Reading, said_of_cell, warn, words_on_cell
 from jaxrnn.checkpoint.named import Described, Names
 from jaxrnn.checkpoint.stored import Value, equal
 from jaxrnn.checkpoint.tables import Finding, Table
 
+_DIRECTIONS = ("forward", "reverse", "bidirectional")
 _PEEPHOLES = ("weight_ci", "weight_co", "weight_cf")  # in ONNX's order
 
 _VERBS = {"initial_h": "starts from", "initial_c": "starts its c from", "sequence_lens": "stops each row after"}
@@ -72,11 +75,14 @@ class _OnnxLayer(NamedTuple):
     Attributes:
         node: its name, and in which graph it is.
         prefix: what the names of its weights start with.
+        level: which layer of torch's module it is, if the names of its weights in the file say it.
         kind: "LSTM", "GRU" or "RNN".
-        said: what it says of nonlinearity and batch_first.
+        cell: which computes the same.
+        said: what it says of that and of batch_first.
         places: the graphs and names of its weights.
         weights: torch's, by name without the layer, for each direction.
         lengths: the graph and name of its sequence_lens.
+        reverse: whether it runs backward alone.
         above: the graph and name of what makes its input, if that could be the layer below.
         output: the graph and name of its output.
         starts: the graphs and names of its first states.
@@ -84,35 +90,45 @@ class _OnnxLayer(NamedTuple):
 
     node: str
     prefix: str
+    level: int | None
     kind: str
+    cell: Cell
     said: dict[str, Any]
     places: tuple[tuple[Graph, str], ...]
     weights: list[dict[str, np.ndarray]]
     lengths: tuple[Graph, str]
+    reverse: bool
     above: tuple[Graph, str] | None
     output: tuple[Graph, str]
     starts: tuple[tuple[Graph, str], ...]
 
     def continues(self, other: "_OnnxLayer") -> bool:
         """Whether torch has both as layers of one module."""
+        if self.reverse or other.reverse:
+            return False
         one, two = self.weights[0], other.weights[0]
         hidden = two["weight_hh"].shape[1]
         same = (self.prefix, self.kind, self.said, self.lengths, len(self.weights)) == (
             other.prefix, other.kind, other.said, other.lengths, len(other.weights),
         )  # fmt: skip
         same = same and one["weight_hh"].shape == two["weight_hh"].shape and one.keys() == two.keys()
+        if self.level is not None and other.level is not None:
+            return same and self.level == other.level + 1
         same = same and self.above == other.output and one["weight_ih"].shape[1] == hidden * len(self.weights)
         # The layers of a module start at once.
         return same and not any(graph.comes_from(name, other.output) for graph, name in self.starts)
 
     def repeats(self, other: "_OnnxLayer") -> bool:
         """Whether both are calls of one module. Branches may have the same weights, or others of the same names."""
-        if (self.kind, self.said, len(self.weights)) != (other.kind, other.said, len(other.weights)):
+        if (self.kind, self.said, self.reverse) != (other.kind, other.said, other.reverse):
+            return False
+        if len(self.weights) != len(other.weights):
             return False
         names = [(each.prefix, [name for _, name in each.places]) for each in (self, other)]
-        return self.places == other.places or (
-            names[0] == names[1] and all(map(_equal_all, self.weights, other.weights))
-        )
+        alike = names[0] == names[1] or (self.level, self.prefix) == (other.level, other.prefix) != (None, self.prefix)
+        # The second call of a module, as torch's exporter numbers it.
+        alike = alike or re.fullmatch(re.escape(other.prefix[:-1]) + r"_\d+\.", self.prefix) is not None
+        return self.places == other.places or (alike and all(map(_equal_all, self.weights, other.weights)))
 
 
 class _Found(NamedTuple):
@@ -122,7 +138,7 @@ class _Found(NamedTuple):
         layers: recurrent nodes.
         left_out: other recurrent nodes, and why.
         odd: the prefixes of those that compute what torch has not.
-        loops: nodes that may be recurrences.
+        loops: nodes that may be recurrences, and whether there are products of matrices in them.
         activations: for each path of a module, the operators Tanh and Relu in it.
         words: what there is to say.
     """
@@ -130,14 +146,14 @@ class _Found(NamedTuple):
     layers: list[_OnnxLayer]
     left_out: list[str]
     odd: set[str]
-    loops: list[str]
+    loops: dict[str, bool]
     activations: dict[str, set[str]]
     words: list[str]
 
 
 def _tensors(graph: Graph, words: list[str]) -> Described:
     """The weights of all recurrent nodes by torch's names, and other arrays."""
-    found = _Found([], [], set(), [], {}, words)
+    found = _Found([], [], set(), {}, {}, words)
     graphs = [graph]
     while graphs:
         each = graphs.pop()
@@ -165,9 +181,10 @@ def _tensors(graph: Graph, words: list[str]) -> Described:
             tensors.put(name, array, f"the initializer {name}")
     if found.left_out:
         words.insert(0, f"left out nodes that torch does not have: {listed(found.left_out)}")
-    elif found.loops and not found.layers:
-        loops = f"found no LSTM, GRU or RNN node, but {listed(found.loops)}, whose steps are not read"
-        words.insert(0, f"{loops}: export the model from its own library with such a node")
+    if loops := [name for name, multiplies in found.loops.items() if multiplies or not found.layers]:
+        text = f"{listed(loops)} may be recurrent layers, written as loops over steps, which are not read"
+        remedy = "read the weights from the library's own file: of Keras model.save('model.keras'), of torch"
+        words.append(f"{text}: {remedy} torch.save(model.state_dict(), 'model.pt')")
     words[:] = dict.fromkeys(words)
     return Described(tensors, said)
 
@@ -188,7 +205,7 @@ def _put_layers(found: _Found, tensors: Names[Any]) -> dict[str, dict[str, Any]]
         stack = next((stack for stack in modules if layer.continues(stack[-1])), None)  # with the same weights, too
         same = next((other for each in modules for other in each if layer.repeats(other)), None)
         if same is not None and stack is None:
-            if layer.above == same.output and layer.prefix != same.prefix:
+            if layer.above == same.output and (layer.level is not None or layer.prefix != same.prefix):
                 found.words.append(
                     f"the node {layer.node} has the weights of {same.node}, and takes its output: "
                     f"call the module {same.prefix!r} again, on its own output"
@@ -201,11 +218,13 @@ def _put_layers(found: _Found, tensors: Names[Any]) -> dict[str, dict[str, Any]]
     taken: dict[str, str] = {}
     said: dict[str, dict[str, Any]] = {}
     for stack in modules:
-        prefix, number = stack[0].prefix, 1
+        # Upper layers alone, as if the first is left out, are no whole module.
+        first = f"{stack[0].prefix}l{stack[0].level}." if stack[0].level else stack[0].prefix
+        prefix, number = first, 1
         while prefix in taken:
-            prefix, number = f"{stack[0].prefix}{number}.", number + 1
-        if prefix != stack[0].prefix:
-            two = f"the nodes {taken[stack[0].prefix]} and {stack[0].node} have the prefix {stack[0].prefix!r}"
+            prefix, number = f"{first}{number}.", number + 1
+        if prefix != first:
+            two = f"the nodes {taken[first]} and {stack[0].node} have the prefix {first!r}"
             found.words.append(f"{two}: load the second with the prefix {prefix!r}, or give the nodes other names")
         taken[prefix] = stack[0].node
         if stack[0].said:
@@ -214,10 +233,7 @@ def _put_layers(found: _Found, tensors: Names[Any]) -> dict[str, dict[str, Any]]
             for suffix, weights in zip(("", "_reverse"), layer.weights, strict=False):
                 for role, array in weights.items():
                     tensors.put(f"{prefix}{role}_l{level}{suffix}", array, f"{role} of the node {layer.node}")
-        if stack[0].said.get("nonlinearity") == "relu":
-            found.words.append(
-                f"{prefix or 'the RNN'} has relu, which weights do not say: make the module with nonlinearity='relu'"
-            )
+        found.words.extend(f"{prefix or 'the RNN'} {text}" for text in words_on_cell(stack[0].cell))
         if stack[0].said.get("batch_first"):
             found.words.append(
                 f"{prefix or stack[0].node} has layout=1, which weights do not say: make the module with "
@@ -274,9 +290,20 @@ def _add(graph: Graph, node: Any, name: str, found: _Found) -> None:
         full = operator if builtin else f"{as_text(node.domain)}.{operator}"
         found.left_out.append(f"{name}{graph.where} ({full})")
     elif operator in LOOPS and builtin:
-        found.loops.append(name)
+        found.loops[name + graph.where] = _multiplies(node)
     elif operator in ("Tanh", "Relu") and (name[:1] == "/" or any(e.key == "namespace" for e in node.metadata_props)):
         found.activations.setdefault(_prefix(node, name), set()).add(operator)
+
+
+def _multiplies(node: Any) -> bool:
+    """Whether there is a product of matrices in a node's graphs, as in the steps of a recurrent layer."""
+    todo = [attribute.g for attribute in node.attribute]
+    while todo:
+        for each in todo.pop().node:
+            if each.op_type in ("MatMul", "Gemm"):
+                return True
+            todo += [attribute.g for attribute in each.attribute]
+    return False
 
 
 def _add_recurrent(graph: Graph, node: Any, name: str, found: _Found) -> None:
@@ -288,27 +315,41 @@ def _add_recurrent(graph: Graph, node: Any, name: str, found: _Found) -> None:
     arrays = {each: graph.constant(inputs[each]) for each in ("W", "R", "B", "P") if inputs[each] or each in "WR"}
     findings = list(OPERATORS[operator].findings(_settings(graph, node, attributes, inputs)))
     reasons = [_reason(finding) for finding in findings if finding.refused]
+    cell = cell_of(operator, attributes)
+    if isinstance(cell, str):
+        reasons.append(cell)
+    elif inputs["P"] and cell != LSTM_CELL:
+        reasons.append("peepholes P with other activations")
+    if (direction := attributes.get("direction", "forward")) not in _DIRECTIONS:
+        reasons.append(f"direction={direction}"[:80])
     if (hidden := attributes.get("hidden_size")) is not None and _hidden(arrays["R"]) not in (None, hidden):
         reasons.append(f"hidden_size={hidden}, where its weights have {_hidden(arrays['R'])}")
+    sources = [each for key in arrays for each in graph.sources(inputs[key])]
     if reasons:
         found.odd.add(prefix)
+        found.odd.update(match["prefix"] for each in sources if (match := _LAYERS_NAME.fullmatch(each)))
     if any(array is None for array in arrays.values()):
         reasons.append("its weights are computed by the graph")
-    if reasons:
+    if reasons or isinstance(cell, str):
         found.left_out.append(f"{name}{graph.where} ({', '.join(reasons)})")
+        if any(finding.name == "linear_before_reset" for finding in findings):
+            found.words.append(f"{name}{graph.where} {RESET_BEFORE}")
         return
     found.words.extend(_unknown_fields(NODE, node))
     found.words.extend(f"{name}{graph.where} {_sentence(finding)}" for finding in findings)
-    both = attributes.get("direction") == "bidirectional"
+    both, reverse = direction == "bidirectional", direction == "reverse"
     try:
         weights = _by_direction(operator, {key: a for key, a in arrays.items() if key != "P"}, arrays.get("P"), both)
     except CheckpointError as error:
         raise CheckpointError(f"its node {name}{graph.where}: {error}") from error
+    module = None if reverse else _module(graph, sources, weights)
+    if module is not None:
+        prefix = module[0]
+    graph.file.used.update(each for each in sources if _LAYERS_NAME.fullmatch(each))
     homes = {each: graph.home(inputs[each]) for each in inputs}
     graph.file.used.update(homes[each][1] for each in arrays if homes[each][0].outer is None)
     said: dict[str, Any] = {"batch_first": True} if attributes.get("layout") else {}
-    if operator == "RNN":
-        said["nonlinearity"] = _activations(OPERATORS[operator], attributes)[0]
+    said |= said_of_cell(cell)
     features = weights[0]["weight_ih"].shape[1]
     above = None if attributes.get("layout") else _below(graph, inputs["X"], len(weights), features)
     output = graph, as_text(node.output[0]) if node.output else ""
@@ -318,21 +359,51 @@ def _add_recurrent(graph: Graph, node: Any, name: str, found: _Found) -> None:
         found.words.append(f"{name}{graph.where} runs once for each step of {graph.looped}: call {prefix!r} as often")
     found.layers.append(
         _OnnxLayer(
-            name + graph.where, prefix, operator, said, places, weights, homes["sequence_lens"], above, output, starts
+            name + graph.where,
+            prefix,
+            None if module is None else module[1],
+            operator,
+            cell,
+            said,
+            places,
+            weights,
+            homes["sequence_lens"],
+            reverse,
+            above,
+            output,
+            starts,
         )
     )
+
+
+def _module(graph: Graph, sources: Iterable[str], weights: list[dict[str, np.ndarray]]) -> tuple[str, int] | None:
+    """The prefix and the layer of torch's module whose weights these are, by the names of the initializers."""
+    found: dict[tuple[str, bool], list[re.Match[str]]] = {}
+    for name in sources:
+        if match := _LAYERS_NAME.fullmatch(name):
+            found.setdefault((match["role"], match["place"].endswith("_reverse")), []).append(match)
+    places = set()
+    for direction, some in enumerate(weights):
+        for role, array in some.items():
+            matches = [each for each in found.get((role, bool(direction)), ()) if len(each["place"]) < 20]
+            same = [each for each in matches if _is(graph.constant(each[0]), array)]
+            places.add((same[0]["prefix"], same[0]["place"].removesuffix("_reverse")) if same else None)
+    [*one] = places if len(places) == 1 else {None}
+    return None if one[0] is None else (one[0][0], int(one[0][1][1:]))
+
+
+def _is(constant: np.ndarray | None, array: np.ndarray) -> bool:
+    return constant is not None and equal(constant, array)
 
 
 def _settings(graph: Graph, node: Any, attributes: Mapping[str, Any], inputs: Mapping[str, str]) -> dict[str, Any]:
     """What of a node the table of its operator is about, in the terms of the table."""
     table = OPERATORS[node.op_type]
-    activations = _activations(table, attributes)
     batch_first = bool(attributes.get("layout"))
     others = {*INPUTS, *OUTPUTS, "since_version"}  # names in the table that no attribute has
     settings = {
         **{f"attribute {name}" if name in others else name: value for name, value in attributes.items()},
         "since_version": _version(node.op_type, graph),
-        "activations": activations if activations in table["activations"].plain else attributes.get("activations"),
         "sequence_lens": _lengths(graph, inputs, batch_first),
         "initial_h": _start(graph, inputs["initial_h"], batch_first),
     }
@@ -344,14 +415,6 @@ def _settings(graph: Graph, node: Any, attributes: Mapping[str, Any], inputs: Ma
         places = range(sum(each in table for each in known), len(names))
         settings |= {f"{what} {place}": as_text(names[place]) for place in places if names[place]}
     return settings
-
-
-def _activations(table: Table, attributes: Mapping[str, Any]) -> tuple[str, ...]:
-    """A node's activations in lower case, for one direction if both have the same."""
-    usual = table["activations"].plain[0]
-    given = tuple(str(text).lower() for text in attributes.get("activations") or usual)
-    one = given[: len(usual)]
-    return one if one * (len(given) // len(usual)) == given else given
 
 
 def _version(kind: str, graph: Graph) -> int:
@@ -394,7 +457,10 @@ def _start(graph: Graph, name: str, batch_first: bool) -> str | None:
 
 
 def _lengths(graph: Graph, inputs: Mapping[str, str], batch_first: bool) -> str | None:
-    """The lengths of rows; None if the file says that they are all of x, or if they are an input of the model."""
+    """The lengths of rows; None if the file says that they are all of x, or if they are an input of the model.
+
+    A constant is all of x only where the file fixes how long x is: then the model takes no other.
+    """
     if not (name := inputs["sequence_lens"]):
         return None
     steps = graph.axis(inputs["X"], int(batch_first))

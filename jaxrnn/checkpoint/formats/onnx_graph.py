@@ -275,6 +275,20 @@ class Graph:
                 found.computed.append(name)
         return found
 
+    def sources(self, name: str) -> list[str]:
+        """The names of the model's initializers that a value is made of, as far as that is not far."""
+        found, seen, todo = dict[str, None](), set[tuple[Graph, str]](), [self.home(name)]
+        while todo and len(seen) < _FAR:
+            place = graph, name = todo.pop()
+            if place in seen:
+                continue
+            seen.add(place)
+            if name in graph.tensors and graph.outer is None:
+                found[name] = None
+            elif (node := graph.producers.get(name)) is not None:
+                todo += [graph.home(as_text(each)) for each in node.input if each]
+        return list(found)
+
     def comes_from(self, name: str, other: tuple["Graph", str]) -> bool:
         """Whether a value is computed with an output of the node that makes another, and not with its shape alone."""
         wanted = other[0].producers.get(other[1])

@@ -2,28 +2,27 @@
 
 from collections.abc import Sequence
 
-import numpy as np
-
 from jaxrnn.checkpoint.tables import UNKNOWN, USED, Row, Table, neutral, refused, warned
 
 INPUTS = ("X", "W", "R", "B", "sequence_lens", "initial_h", "initial_c", "P")
 OUTPUTS = ("Y", "Y_h", "Y_c")
+# As Keras's go_backwards, whose output is not flipped back.
+_FLIP = (
+    "flip its input and its output along the time axis, jnp.flip(x, time_axis); if rows have lengths, both by "
+    "flax.linen.recurrent.flip_sequences(x, lengths, x.ndim - 2, time_major)"
+)
 _AS_HX = warned(None, remedy="give it to each call as hx")
-_NO_PARAMETERS = neutral("Sigmoid, Tanh and Relu take none, and nodes with other activations are left out")
 
 
-def _operator(kind: str, versions: Sequence[int], activations: Sequence[tuple[str, ...]], **more: Row) -> Table:
+def _operator(kind: str, versions: Sequence[int], **more: Row) -> Table:
     """What becomes of a node's attributes, inputs and outputs. A node with one that is refused is left out."""
     rows = {
         **dict.fromkeys(("X", "W", "R", "B", "hidden_size", "Y"), USED),
         "sequence_lens": warned(None, remedy="give them to each call as lengths"),
         "initial_h": _AS_HX,
         "Y_h": neutral("an output"),
-        "direction": refused("forward", "bidirectional", remedy=""),
-        "activations": refused(*activations, remedy=""),
-        "activation_alpha": _NO_PARAMETERS,
-        "activation_beta": _NO_PARAMETERS,
-        "clip": refused(float("inf"), float(np.finfo("f4").max), remedy=""),
+        "direction": warned("forward", "bidirectional", remedy=_FLIP),  # "reverse", for others are refused
+        **dict.fromkeys(("activations", "activation_alpha", "activation_beta", "clip"), USED),  # see onnx_activations
         "layout": refused(0, 1, remedy=""),  # 1: said as batch_first
         "output_sequence": neutral("whether Y is an output"),
         "since_version": warned(*versions, remedy=UNKNOWN),
@@ -31,17 +30,16 @@ def _operator(kind: str, versions: Sequence[int], activations: Sequence[tuple[st
     return Table(f"ONNX's {kind}", rows | more)
 
 
-# Activations are for one direction, in lower case; first those that a node has if it names none.
 OPERATORS = {
     "LSTM": _operator(
-        "LSTM", (1, 7, 14, 22), [("sigmoid", "tanh", "tanh")],
+        "LSTM", (1, 7, 14, 22),
         initial_c=_AS_HX, P=USED, Y_c=neutral("an output"), input_forget=refused(0, remedy=""),
     ),
     "GRU": _operator(
-        "GRU", (1, 3, 7, 14, 22), [("sigmoid", "tanh")],
+        "GRU", (1, 3, 7, 14, 22),
         linear_before_reset=refused(1, remedy="where torch's GRU has 1"),
     ),
-    "RNN": _operator("RNN", (1, 7, 14, 22), [("tanh",), ("relu",)]),
+    "RNN": _operator("RNN", (1, 7, 14, 22)),
 }  # fmt: skip
 _NAME, _TEXT = neutral("a name"), neutral("text for people")
 _DEVICES = neutral("on which devices it runs")

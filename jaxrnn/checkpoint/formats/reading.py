@@ -3,10 +3,17 @@
 import os
 import warnings
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from jaxrnn.cells import GRU_CELL, LSTM_CELL, RNN_RELU, RNN_TANH, Cell
 from jaxrnn.checkpoint.errors import CheckpointError, printable
 from jaxrnn.spec import level_outside
+
+# What to do about a GRU that torch does not have.
+RESET_BEFORE = (
+    "multiplies r * h by a matrix within its step: write a jaxrnn.Cell with that matrix, as "
+    "examples/other_libraries.md does"
+)
 
 
 class Reading(NamedTuple):
@@ -36,3 +43,20 @@ def warn(path: str | os.PathLike[str], text: str, remedy: str = "") -> None:
     """Warn of a file. What comes from it, such as a name, must not look like lines of the warning."""
     lines = [f"{os.fspath(path)}: {printable(text)}", *([printable(remedy)] if remedy else [])]
     warnings.warn("\n".join(lines), stacklevel=level_outside())
+
+
+def said_of_cell(cell: Cell) -> dict[str, Any]:
+    """What a file says by a layer's activations, and weights do not, as `Described.said` has it."""
+    if cell in (RNN_TANH, RNN_RELU):
+        return {"nonlinearity": "relu" if cell == RNN_RELU else "tanh"}
+    return {} if cell in (LSTM_CELL, GRU_CELL) else {"cell": cell}
+
+
+def words_on_cell(cell: Cell) -> list[str]:
+    """What to do about activations that torch's module of this kind has not by default."""
+    if cell == RNN_RELU:
+        return ["has relu, which weights do not say: make the module with nonlinearity='relu'"]
+    if "cell" not in said_of_cell(cell):
+        return []
+    remedy = "make the module as jaxrnn.Recurrent(cell, ...) with the cell that find_rnns gives"
+    return [f"has other activations, which weights do not say: {remedy}, {cell.name}"]
