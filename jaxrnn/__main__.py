@@ -102,7 +102,7 @@ def _main(argv: Sequence[str], prog: str) -> int:
     )
     parser.add_argument("--version", action="version", version=f"jaxrnn {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    file = "a checkpoint: safetensors, torch.save, orbax, ONNX or Keras"
+    file = "a checkpoint: of PyTorch, Flax, Haiku, Keras or ONNX, in any of the formats that they write"
     command = add("inspect", "list the recurrent modules in a checkpoint", inspecting, f"{inspecting} --json")
     command.set_defaults(run=_inspect)
     command.add_argument("file", metavar="FILE", help=file)

@@ -267,9 +267,9 @@ def test_archives_say_what_is_in_them(saved: Any, torch: types.ModuleType, tmp_p
             archive.addfile(tarfile.TarInfo(name), io.BytesIO())
     assert _advice(tmp_path / "old.pt", "(load it with any torch)")
     with zipfile.ZipFile(tmp_path / "agent.zip", "w") as archive:
-        archive.write(inside, "policy.pth")
-        archive.writestr("data", "{}")
-    assert _advice(tmp_path / "agent.zip", "unzip it, and give one of them: (policy.pth)")
+        for name in ("data", "pytorch_variables.pth", "policy.optimizer.pth", "policy.pth"):  # of Stable-Baselines3
+            archive.write(inside, name)
+    assert _advice(tmp_path / "agent.zip", "unzip it, and give one of them: (policy.pth), pytorch")
     with torch.package.PackageExporter(tmp_path / "package.pt") as exporter:
         exporter.save_text("a", "b", "c")
     assert _advice(tmp_path / "package.pt", "load it with (torch.package)")

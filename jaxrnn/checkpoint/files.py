@@ -35,21 +35,23 @@ def load(
 ) -> dict[str, NDArray[Any]]:
     """Read every tensor of a checkpoint file.
 
-    The first bytes decide the format, not the name. Code in a checkpoint never runs: files of torch.save are read
-    without torch, by a reader that only builds data. Files from before torch 1.6 need torch 2.10 or later, which reads
-    them with `weights_only=True`.
+    The first bytes decide the format, not the name. Code in a checkpoint never runs: pickles are read by a machine that
+    only builds data. Files from before torch 1.6 need torch 2.10 or later, which reads them with `weights_only=True`.
+
+    Recurrent layers of ONNX and Keras, and cells of Flax and Haiku, get torch's names and layouts. Other layers keep
+    the layouts of their library; `load_state_dict` knows Flax's.
 
     Args:
-        path: a safetensors file, a torch.save file of a dict of tensors, such as a state dict, or the directory of an
-            orbax checkpoint, whose nested names are joined by dots; or an ONNX model or a file of Keras (.keras,
-            .weights.h5, .h5), whose recurrent layers get torch's names and layouts, and which need the extras onnx and
-            keras. Of a checkpoint in several files, the index, such as model.safetensors.index.json, its folder, or any
-            of the files.
+        path: a safetensors file; a torch.save file of a dict of tensors, such as a state dict; a TorchScript archive or
+            a file of torch.export; a file of `flax.serialization`, a pickle or an .npz file of arrays, or the directory
+            of an orbax checkpoint, in which parameters are found, and nested names are joined by dots; an ONNX model or
+            a file of Keras (.keras, .weights.h5, .h5), which need the extras onnx and keras. Of a checkpoint in several
+            files, the index, such as model.safetensors.index.json, its folder, or any of the files.
         key: the key of that dict in a nested file, dotted if it is deeper ("trainer.model"). If None, the dict is at
-            the top, or in a torch.save file under one of "state_dict", "model_state_dict", "model_state" and "model".
-            A number is an index of a list.
-        only_tensors: whether to leave out objects that a torch.save file holds beside tensors, such as a config of
-            omegaconf, rather than refuse the file. Nothing of them is built.
+            the top, or in a torch.save file under one of "state_dict", "model_state_dict", "model_state" and "model",
+            or in Flax's files under "params", beside its "batch_stats". A number is an index of a list.
+        only_tensors: whether to leave out objects that a pickle holds beside tensors, such as a config of omegaconf,
+            rather than refuse the file. Nothing of them is built.
         dequantize: whether to compute the weights of modules that torch quantized dynamically, such as an LSTM, with
             torch's usual names. They are rounded; the warning says how far.
 

@@ -114,9 +114,8 @@ def _what_else(names: list[str]) -> str | None:
     if any("/.data/" in name for name in names):
         return f"an archive of torch.package, which holds code\nload it with torch.package, and {STATE_DICT}"
     if inside:
+        inside.sort(key=lambda name: "optim" in name or "variables" in name)  # as Stable-Baselines3 has beside weights
         return f"a zip file with checkpoints in it\nunzip it, and give one of them: {listed(inside)}"
-    if all(name.endswith(".npy") for name in names):
-        return "a NumPy .npz archive\nread it with numpy.load; jaxrnn.from_flax converts weights of Flax"
     return f"a zip file that torch.save did not write: it has no data.pkl\n{STATE_DICT}"
 
 

@@ -1,0 +1,66 @@
+"""Run recurrent layers that were read from a file of Keras in Keras itself: see `named.Origin`."""
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from jaxrnn.checkpoint.formats.keras_parts import Part, Parts
+
+
+def run(parts: Parts, x: np.ndarray, states: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Compute with layers of Keras of the same weights and settings."""
+    if "keras" not in sys.modules:
+        os.environ.setdefault("KERAS_BACKEND", "jax")  # as JAX is installed here
+    keras = importlib.import_module("keras")
+    sides = list(dict.fromkeys(side for side, _ in parts))
+    sides.sort(key=lambda side: side == "backward_layer")
+    levels = 1 + max(level for _, level in parts)
+    lasts: list[list[np.ndarray]] = []
+    for level in range(levels):
+        outputs = []
+        for index, side in enumerate(sides):
+            start = [each[level * len(sides) + index] for each in states]
+            steps = x[::-1] if side == "backward_layer" else x
+            output, *last = _layer(keras, parts[side, level], steps, start)
+            outputs.append(output[::-1] if side == "backward_layer" else output)
+            lasts.append(last)
+        x = np.concatenate(outputs, -1)
+    return [x, *(np.stack(each) for each in zip(*lasts, strict=True))]
+
+
+def _layer(keras: ModuleType, part: Part, x: np.ndarray, start: list[np.ndarray]) -> list[np.ndarray]:
+    """The output and the last states of one cell, run over all steps."""
+    settings: dict[str, Any] = {"reset_after": True} if part.kind == "GRU" else {}
+    for name in part.activations:
+        if name in part.settings:
+            settings[name] = _activation(keras, part, part.settings[name])
+    try:
+        layer = getattr(keras.layers, part.kind)(
+            start[0].shape[-1],
+            use_bias="bias" in part.arrays,
+            return_sequences=True,
+            return_state=True,
+            dtype=x.dtype.name,
+            **settings,
+        )
+        steps = np.swapaxes(x, 0, 1)
+        layer.build(steps.shape)
+        arrays = [part.arrays[name] for name in ("kernel", "recurrent_kernel", "bias") if name in part.arrays]
+        layer.set_weights([array.astype(x.dtype) for array in arrays])
+        output, *last = layer(steps, initial_state=start)
+    except (ValueError, TypeError) as error:  # of a Keras in which something has another form
+        raise NotImplementedError from error
+    return [np.swapaxes(np.asarray(output), 0, 1), *map(np.asarray, last)]
+
+
+def _activation(keras: ModuleType, part: Part, given: Any) -> Any:
+    """An activation of the version of Keras that wrote the file."""
+    old = part.cell is not None and not str(part.cell.version or "2").startswith("3")
+    if given == "hard_sigmoid" and old:
+        return lambda x: keras.ops.clip(0.2 * x + 0.5, 0.0, 1.0)
+    return keras.activations.get(given)
