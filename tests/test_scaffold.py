@@ -304,6 +304,17 @@ def test_what_a_file_says_is_used(linen: bool) -> None:
 
 
 @both
+def test_cells_with_other_activations(linen: bool) -> None:
+    hard = jaxrnn.activations.HardSigmoid()
+    for cell in (jaxrnn.gru_cell("relu", hard), jaxrnn.lstm_cell("softsign", "hard_sigmoid")):
+        shapes = jaxrnn.Spec(cell, 3, 4).shapes()
+        tensors = _ones({f"rnn.{name}": shape for name, shape in shapes.items()})
+        text = _fits(checkpoint.named.Described(tensors, {"rnn.": {"cell": cell, "batch_first": True}}), linen)
+        assert "Recurrent(" in text
+    assert 'jaxrnn.lstm_cell(activation="softsign", recurrent_activation="hard_sigmoid")' in text
+
+
+@both
 def test_names_and_layouts_of_flax(linen: bool) -> None:
     cell = checkpoint.dialects.DIALECTS["flax.linen", "GRUCell"].write(
         {name: np.ones(shape, np.float32) for name, shape in jaxrnn.CellSpec(jaxrnn.GRU_CELL, 3, 4).shapes().items()}

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrnn import more_cells
+from jaxrnn import activations, more_cells
+from jaxrnn.cells import Cell
 from jaxrnn.checkpoint.find import FoundRNN
 
 Shape = tuple[int, ...]
@@ -60,6 +61,9 @@ class Layer(NamedTuple):
     call: tuple[str, ...] = ()
 
 
+_CLASSES = re.compile(rf"\b({'|'.join(name for name, each in vars(activations).items() if isinstance(each, type))})\(")
+
+
 def code_of(dtype: np.dtype) -> str:
     """A dtype as code."""
     name = "bool_" if dtype == np.bool_ else dtype.name
@@ -71,8 +75,7 @@ def recurrent(found: FoundRNN) -> Layer:
     arguments: dict[str, Any] = dict(found.arguments)
     first: tuple[str, ...] = ()
     if (cell := arguments.pop("cell", None)) is not None:
-        names = [name for name, value in vars(more_cells).items() if value is cell]
-        first = (f"jaxrnn.{names[0]}",)
+        first = (_code_of_cell(cell),)
     first += (str(arguments.pop("input_size")), str(arguments.pop("hidden_size")))
     defaults = {"bias": True, "num_layers": 1, "bidirectional": False}
     given = {name: value for name, value in arguments.items() if name not in defaults or value != defaults[name]}
@@ -91,6 +94,15 @@ def recurrent(found: FoundRNN) -> Layer:
         has_state=not found.is_cell or found.kind == "LSTM",
         call=("deterministic=True",) if drops else (),
     )
+
+
+def _code_of_cell(cell: Cell) -> str:
+    """A cell of jaxrnn's, as code."""
+    constant = next((name for name, value in vars(more_cells).items() if value is cell), None)
+    if constant is not None:
+        return f"jaxrnn.{constant}"
+    # With other activations, its name is the call that makes it.
+    return "jaxrnn." + _CLASSES.sub(r"jaxrnn.activations.\1(", cell.name).replace("'", '"')
 
 
 def layer_of(name: str, group: Mapping[str, Tensor]) -> Layer | None:
