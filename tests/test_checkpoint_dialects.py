@@ -279,8 +279,10 @@ def test_cells_and_what_is_refused() -> None:
         jaxrnn.from_flax(linen.MGUCell(H), {"params": {}})
     with pytest.raises(TypeError, match="variables should be what the Linen module's init returned"):
         jaxrnn.from_flax(linen.RNN(linen.LSTMCell(H)))
-    with pytest.raises(CheckpointError, match="activations that torch does not have"):
-        jaxrnn.from_flax(nnx.RNN(nnx.LSTMCell(F, H, activation_fn=jnp.sin, rngs=nnx.Rngs(0))))
+    sine = nnx.RNN(nnx.LSTMCell(F, H, activation_fn=jnp.sin, rngs=nnx.Rngs(0)))
+    assert_close(jaxrnn.from_flax(sine)(x[:, None])[0], sine(x[:, None]), atol=1e-6)
+    with pytest.raises(CheckpointError, match="residual=True"):
+        jaxrnn.from_flax(nnx.RNN(nnx.SimpleCell(F, H, residual=True, rngs=nnx.Rngs(0))))
     with pytest.raises(CheckpointError, match="reverse=True"):
         jaxrnn.from_flax(nnx.RNN(cell, reverse=True))
     with pytest.raises(CheckpointError, match="another merge_fn"):

@@ -132,7 +132,7 @@ def _follow(words: str, setting: str, library: str, name: str, theirs: Theirs) -
     if setting == "reverse":
         forward = Theirs(library, make_rnn(library, name, {"reverse": False}))
         assert_same(theirs, _flipped(words, theirs, forward.ours(), theirs.module.keep_order))
-    elif setting in ("activation_fn", "gate_fn", "residual"):
+    elif setting == "residual":
         own = expression(r"jaxrnn\.Cell", words)
         dialect = expression(r"jaxrnn\.checkpoint\.dialects\.DIALECTS", words)[library, name]
         spec_cell = _steps(
@@ -249,4 +249,19 @@ def test_other_names_of_torchs_activations(library: str) -> None:
     changed = {"activation_fn": jax.lax.tanh, "gate_fn": jax.lax.logistic}
     theirs = Theirs(library, make_rnn(library, "GRUCell", changed))
     assert_close(theirs.ours()(theirs.x), theirs(theirs.x, None), atol=1e-12)
-    assert jax.scipy.special.expit in TABLES[library, "LSTMCell"]["gate_fn"].plain
+    module = jaxrnn.from_flax(theirs.module, theirs.variables)
+    assert type(module[0] if library == "flax.linen" else module).__name__ == "GRU"
+
+
+def test_a_cell_alone_with_other_activations() -> None:
+    """It has no class of its own here: as a layer it has."""
+    cell = nnx.GRUCell(F, H, gate_fn=_hard, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    with pytest.raises(
+        CheckpointError, match=r"gru_cell\(recurrent_activation=_hard\)\ngive an RNN of it, .*"
+    ) as caught:
+        jaxrnn.from_flax(cell)
+    assert "flax.nnx.RNN(cell)" in str(caught.value)
+    ours = jaxrnn.from_flax(nnx.RNN(cell))
+    assert type(ours) is jaxrnn.Recurrent
+    x = jnp.ones((2, 3, F), jnp.float32)
+    assert_close(ours(x)[0], nnx.RNN(cell)(x), atol=1e-6)

@@ -43,7 +43,7 @@ APART = {
     "dtype=float64 and float32": lambda library: _bidirectional(
         library, ("SimpleCell", {}), ("SimpleCell", {"dtype": jnp.float32, "param_dtype": jnp.float32})
     ),
-    "cell=LSTM and GRU": lambda library: _bidirectional(library, ("LSTMCell", {}), ("GRUCell", {})),
+    "kind=LSTM and GRU": lambda library: _bidirectional(library, ("LSTMCell", {}), ("GRUCell", {})),
 }
 
 

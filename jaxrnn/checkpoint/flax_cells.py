@@ -2,7 +2,7 @@
 
 import dataclasses
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, overload
 
 import jax
@@ -13,6 +13,8 @@ from flax.traverse_util import flatten_dict
 
 import jaxrnn.linen
 import jaxrnn.nnx
+from jaxrnn.activations import gru_cell, lstm_cell, rnn_cell
+from jaxrnn.cells import GRU_CELL, LSTM_CELL, RNN_RELU, RNN_TANH, Cell
 from jaxrnn.checkpoint.dialects import DIALECTS, Dialect, Weights
 from jaxrnn.checkpoint.errors import CheckpointError, listed
 from jaxrnn.checkpoint.find import find_rnns
@@ -32,9 +34,10 @@ _ONE_BY_ONE = (
     "where lengths may be None"
 )
 _OWN = (
-    "for a residual, or activations that torch does not have, write a cell of your own, see jaxrnn.Cell; "
-    "jaxrnn.checkpoint.dialects.DIALECTS reads the weights for it"
+    "for a residual, write a cell of your own, see jaxrnn.Cell; jaxrnn.checkpoint.dialects.DIALECTS reads the weights "
+    "for it"
 )
+_AS_LAYER = "give an RNN of it, which becomes a jaxrnn.Recurrent: flax.nnx.RNN(cell) or flax.linen.RNN(cell)"
 _MERGE = (
     "for another merge_fn, make it with the default, and merge what ours returns: "
     "merge_fn(*jax.numpy.split(output, 2, axis=-1))"
@@ -79,8 +82,11 @@ _IN_LAYERS = neutral("the cell gave it to its layers, whose table has it")
 _SCANNED = neutral("where a step has weights of its own, these have another axis, and are refused")
 _OVERRIDDEN = neutral("a Bidirectional gives it to both, whatever theirs is")
 _FLOATS = warned(None, "float32", "float64", remedy=_HALF)
-_ACTIVATIONS = {"tanh": (jnp.tanh, jax.lax.tanh), "relu": (jax.nn.relu,)}
-_SIGMOIDS = (jax.nn.sigmoid, jax.lax.logistic, jax.scipy.special.expit)
+# Functions that have a name in `jaxrnn.activations`, beside those that it knows.
+ACTIVATIONS: dict[Any, str] = {
+    jax.lax.tanh: "tanh",
+    **dict.fromkeys((jax.lax.logistic, jax.scipy.special.expit), "sigmoid"),
+}
 _LIBRARIES = {"flax.linen": linen, "flax.nnx": nnx}
 _EVERY = {
     "flax.linen": {"parent": neutral("where the module is"), "name": neutral("its name there")},
@@ -116,7 +122,7 @@ _LAYER = {
 
 def _cell_rows(library: str, dialect: Dialect) -> dict[str, Row]:
     rows = {
-        "activation_fn": refused(*(fn for name in dialect.nonlinearities for fn in _ACTIVATIONS[name]), remedy=_OWN),
+        "activation_fn": USED,
         "carry_init": warned(None, jax.nn.initializers.zeros, remedy=_FIRST),
         "param_dtype": _FLOATS,
         **dict.fromkeys(("kernel_init", "recurrent_kernel_init", "bias_init"), _INITIAL),
@@ -124,7 +130,7 @@ def _cell_rows(library: str, dialect: Dialect) -> dict[str, Row]:
     if dialect.kind == "RNN":
         rows["residual"] = refused(False, remedy=_OWN)
     else:
-        rows["gate_fn"] = refused(*_SIGMOIDS, remedy=_OWN)
+        rows["gate_fn"] = USED
     if library == "flax.linen":
         return rows | {"features": _SHAPES, "dtype": _FLOATS}
     rows |= dict.fromkeys(("in_features", "hidden_features"), _SHAPES)
@@ -202,13 +208,14 @@ def from_flax(module: Any, variables: Mapping[str, Any] | None = None, rngs: nnx
 
     Returns:
         For an NNX module, ours: an RNN, LSTM or GRU, with `batch_first` unless it is time-major, or an RNNCell,
-        LSTMCell or GRUCell. For a Linen module, ours and its variables, `{"params": ...}`. Ours are called as torch's:
-        h comes before c in a state, and the output before the state.
+        LSTMCell or GRUCell; a Recurrent if its activations are others than torch's. For a Linen module, ours and its
+        variables, `{"params": ...}`. Ours are called as torch's: h comes before c in a state, and the output before the
+        state.
 
     Raises:
         TypeError: another module, or a Linen module without variables.
-        CheckpointError: settings that torch does not have, such as another activation, a subclass of RNN or
-            Bidirectional with a `__call__` of its own, or weights under one name.
+        CheckpointError: settings that torch does not have, such as a residual; a cell alone with other activations; a
+            subclass of RNN or Bidirectional with a `__call__` of its own; or weights under one name.
 
     Warns:
         UserWarning: a setting that changes the results and is not converted, such as `carry_init`; one that is unknown;
@@ -242,8 +249,10 @@ def from_flax(module: Any, variables: Mapping[str, Any] | None = None, rngs: nnx
     cells, time_major = _converted(library, module, params)
     kind, settings, _ = cells[0]
     for other in cells[1:]:
-        one, two = {"cell": kind, **settings}, {"cell": other.kind, **other.settings}
-        if differ := [f"{name}={one.get(name)} and {two.get(name)}" for name in one if one[name] != two.get(name)]:
+        one, two = {"kind": kind, **settings}, {"kind": other.kind, **other.settings}
+        if differ := [
+            f"{key}={one.get(key)} and {two.get(key)}" for key in {**one, **two} if one.get(key) != two.get(key)
+        ]:
             raise CheckpointError(f"a Bidirectional of two cells that differ: {listed(differ)}\n{_ONE_BY_ONE}")
     if time_major is not None:
         settings = settings | {"batch_first": not time_major, "bidirectional": len(cells) == 2}
@@ -253,7 +262,11 @@ def from_flax(module: Any, variables: Mapping[str, Any] | None = None, rngs: nnx
         for suffix, cell in zip(suffixes, cells, strict=False)
         for role, array in cell.weights.items()
     }
-    return _built(library, kind + ("Cell" if time_major is None else ""), settings, weights, rngs)
+    if "cell" in settings and time_major is None:
+        cause = f"{type(module).__name__} with other activations than torch's, {settings['cell'].name}"
+        raise CheckpointError(f"{cause}\n{_AS_LAYER}")
+    name = "Recurrent" if "cell" in settings else kind + ("Cell" if time_major is None else "")
+    return _built(library, name, settings, weights, rngs)
 
 
 class _FlaxCell(NamedTuple):
@@ -337,9 +350,21 @@ def _cell(library: str, cell: Any, params: Mapping[str, Any]) -> _FlaxCell:
         "param_dtype": weights["weight_hh"].dtype,
         "dtype": None if dtype is None else jnp.dtype(dtype),
     }
-    if dialect.kind == "RNN":
-        settings["nonlinearity"] = next(name for name, fns in _ACTIVATIONS.items() if cell.activation_fn in fns)
+    ours = _with_activations(dialect.kind, cell)
+    if ours in (RNN_TANH, RNN_RELU):
+        settings["nonlinearity"] = ours.name.removeprefix("RNN_").lower()
+    elif ours not in (LSTM_CELL, GRU_CELL):
+        settings["cell"] = ours
     return _FlaxCell(dialect.kind, settings, weights)
+
+
+def _with_activations(kind: str, cell: Any) -> Cell:
+    """Our cell with the activations of Flax's."""
+    activation = ACTIVATIONS.get(cell.activation_fn, cell.activation_fn)
+    if kind == "RNN":
+        return rnn_cell(activation)
+    make: Callable[..., Cell] = lstm_cell if kind == "LSTM" else gru_cell
+    return make(activation, ACTIVATIONS.get(cell.gate_fn, cell.gate_fn))
 
 
 def _of_layers(layers: Mapping[str, Any], dialect: Dialect) -> tuple[dict[str, Any], Any]:
