@@ -510,6 +510,7 @@ HOSTILE = {
     "another shape": (_hdf5({"layers/lstm/cell/vars": [*_arrays("LSTM")[:2], normal(7)]}), r"bias of .* is \(7,\)"),
     "no weights": (_zip(metadata_json=b"{}", config_json=b"{}"), "model.weights.h5 is missing"),
     "a damaged config": (_zip(config_json=b"{", model_weights_h5=WEIGHTS), "of the model is damaged"),
+    "damaged metadata": (_zip(metadata_json=b"[", config_json=b"{}", model_weights_h5=WEIGHTS), "json is damaged"),
     "a deep config": (_zip(config_json=b"[" * 100000, model_weights_h5=WEIGHTS), "of the model is damaged"),
     "a zip bomb": (_zip(config_json=b" " * (1 << 27), model_weights_h5=WEIGHTS), "a zip bomb"),
     "a truncated zip": (_zip(config_json=b"{}", model_weights_h5=WEIGHTS)[:-30], "truncated or damaged zip"),

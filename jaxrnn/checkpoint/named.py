@@ -37,7 +37,8 @@ class Described(dict[str, Any]):
 
     Attributes:
         said: by the prefix of a recurrent module ("encoder.lstm."), the arguments of its constructor in torch that the
-            file says and weights do not: nonlinearity, batch_first, dropout.
+            file says and weights do not: nonlinearity, batch_first, dropout. Or "cell", the `jaxrnn.Cell` of a module
+            with activations that torch does not have.
         modules: the paths of torch's modules, as its state dicts say them: also of those without tensors. By default
             those that `tensors` has.
         origins: by the prefix of a recurrent module, what it is in another library.
