@@ -58,7 +58,9 @@ def _plain(kind: str, one: Any, other: Any, gates: Any, hidden: Any, state: Any)
     return other(gates[3]) * out(c), c
 
 
-@pytest.mark.parametrize("activation", [*FUNCTIONS, *OBJECTS, squared, over_units], ids=str)
+@pytest.mark.parametrize(
+    "activation", [*FUNCTIONS, *OBJECTS, squared, over_units], ids=lambda each: getattr(each, "__name__", str(each))
+)
 @pytest.mark.parametrize("kind", MAKERS)
 def test_a_step_and_its_derivative_are_those_of_the_equations(kind: str, activation: Any) -> None:
     cell = MAKERS[kind](activation, "hard_sigmoid")

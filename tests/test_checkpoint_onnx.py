@@ -25,6 +25,7 @@ from reading import loaded, of_guide, refused_of_mutated
 import jaxrnn
 from jaxrnn.activations import Affine
 from jaxrnn.checkpoint import CheckpointError, find_rnns, load, to_onnx
+from jaxrnn.checkpoint.check import check
 from jaxrnn.checkpoint.dialects import DIALECTS
 
 pytest_plugins = "shared_fixtures"
@@ -444,3 +445,26 @@ def test_around_and_back_bit_for_bit(tmp_path: Path) -> None:
         nnx.update(module, nnx.State(jax.tree.map(jnp.asarray, params)))
         to_onnx(module, tmp_path / "model.onnx")
         assert_close(load(tmp_path / "model.onnx"), params, atol=0)
+
+
+def test_check_compares_with_onnxruntime(tmp_path: Path) -> None:
+    """In float32, which is all that it has. A weight that is read wrong is seen."""
+    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    nodes = [
+        recurrent("LSTM", "lstm", direction="bidirectional"),
+        recurrent("GRU", "gru", y="Z"),
+        recurrent("RNN", "rnn", y="R", activations=["Relu"]),
+        recurrent("GRU", "hard", y="S", activations=["HardSigmoid", "Softsign"], clip=0.7),
+        recurrent("RNN", "back", y="V", direction="reverse"),
+    ]
+    arrays = node_weights("LSTM", "lstm", directions=2) | node_weights("GRU", "gru") | node_weights("RNN", "rnn")
+    arrays |= node_weights("GRU", "hard") | node_weights("RNN", "back")
+    tensors, _ = loaded(_saved(tmp_path, nodes, arrays))
+    found = find_rnns(tensors)
+    assert [rnn.prefix for rnn in found] == ["lstm.", "gru.", "rnn.", "hard.", "back."]
+    for rnn in found:
+        result = check(rnn, tensors, None)
+        assert result.original == f"ONNX's {[node.op_type for node in nodes][found.index(rnn)]}"
+        assert result.difference < 2e-6, rnn.prefix
+        tensors[f"{rnn.prefix}weight_hh_l0"] += 0.1
+        assert not check(rnn, tensors, None).equal

@@ -21,6 +21,7 @@ import jaxrnn
 from jaxrnn.__main__ import main
 from jaxrnn.activations import FUNCTIONS, SYNONYMS, HardSigmoid
 from jaxrnn.checkpoint import find_rnns, load
+from jaxrnn.checkpoint.check import check
 
 pytest_plugins = "shared_fixtures"
 pytestmark = MARKS
@@ -147,3 +148,27 @@ def test_an_activation_of_ones_own(tmp_path: Path) -> None:
     output, state = jaxrnn.apply(spec, {f"{role}_l0": array for role, array in weights.items()}, jnp.asarray(X))
     for ours, theirs in zip([output, *(each[0] for each in state)], expected, strict=True):
         assert_close(ours, theirs, atol=1e-6)
+
+
+def test_check_compares_with_keras(tmp_path: Path) -> None:
+    """In float64 where Keras computes in it. A weight that is read wrong is seen."""
+    keras = load_keras()
+    one, state = {"return_sequences": True, "return_state": True}, {"return_sequences": True}
+    layers = [
+        rnn_layer("LSTM", return_state=True, name="lstm"),
+        keras.layers.Bidirectional(keras.layers.GRU(H, **state), name="both"),
+        keras.layers.RNN([keras.layers.LSTMCell(H), keras.layers.LSTMCell(H)], **one, name="stack"),
+        rnn_layer("SimpleRNN", activation="relu", use_bias=False, name="rnn"),
+        rnn_layer("GRU", recurrent_activation="hard_sigmoid", activation="softsign", name="hard"),
+    ]
+    for version in (None, "2.15.0"):  # which has another hard_sigmoid
+        path, _ = _saved(tmp_path / "model.keras", layers, version)
+        tensors, _ = loaded(path)
+        for found in find_rnns(tensors):
+            result = check(found, tensors, None)
+            kind = {"lstm.": "LSTM", "both.": "GRU", "stack.": "LSTM", "rnn.": "SimpleRNN", "hard.": "GRU"}
+            assert result.original == f"keras.layers.{kind[found.prefix]}"
+            assert result.difference < (1e-6 if found.prefix == "hard." else 1e-14), found.prefix
+            tensors[f"{found.prefix}weight_hh_l0"] += 0.1
+            assert not check(found, tensors, None).equal
+        layers = [rnn_layer("GRU", recurrent_activation="hard_sigmoid", activation="softsign", name="hard")]

@@ -1,5 +1,6 @@
 """Files of Keras: .keras, .weights.h5 and the older .h5, with the weights of recurrent layers as torch's."""
 
+import functools
 import json
 import os
 from collections import Counter
@@ -28,9 +29,10 @@ from jaxrnn.checkpoint.formats.keras_parts import (
     lacking,
     words_on_activations,
 )
+from jaxrnn.checkpoint.formats.keras_run import is_exact, run
 from jaxrnn.checkpoint.formats.keras_variables import Variable, contents, sniff
 from jaxrnn.checkpoint.formats.reading import Reading, said_of_cell, warn
-from jaxrnn.checkpoint.named import Described, Names
+from jaxrnn.checkpoint.named import Described, Names, Origin
 from jaxrnn.checkpoint.stored import Value
 
 __all__ = ["read", "sniff"]
@@ -130,6 +132,7 @@ def _converted(variables: list[Variable], config: Config | None) -> tuple[Descri
         groups.setdefault(each.path[:-1], []).append(each)
     modules = _modules(groups, config)
     tensors, said = Names[Value](_RENAME), dict[str, dict[str, Any]]()
+    origins: dict[str, Origin] = {}
     notes = _Notes(config is not None)
     if config is not None:
         notes.without = config.unread()
@@ -143,6 +146,8 @@ def _converted(variables: list[Variable], config: Config | None) -> tuple[Descri
         notes.add(prefix, parts, list(split))
         for below, some in split.items():
             said[below] = _said(some)
+            title = f"keras.layers.{next(iter(some.values())).kind}"
+            origins[below] = Origin(title, {}, functools.partial(run, some), is_exact(some))
             for (side, level), part in some.items():
                 suffix = f"_l{level}{'_reverse' * (side == _SIDES[1])}"
                 for role, array in part.weights().items():
@@ -153,7 +158,8 @@ def _converted(variables: list[Variable], config: Config | None) -> tuple[Descri
             notes.left_out[f"{'.'.join(layers_in(path))} (a recurrent cell with convolutions)"] = None
     for each, name in zip(others, names_of(others, tensors, config), strict=True):
         tensors.put(name, each.array, "/".join(each.path))
-    return Described(tensors, {prefix: settings for prefix, settings in said.items() if settings}), notes.words()
+    said = {prefix: settings for prefix, settings in said.items() if settings}
+    return Described(tensors, said, origins=origins), notes.words()
 
 
 def _order(variable: Variable, config: Config) -> list[int]:

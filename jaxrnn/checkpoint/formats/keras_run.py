@@ -11,6 +11,16 @@ import numpy as np
 
 from jaxrnn.checkpoint.formats.keras_parts import Part, Parts
 
+_BACKENDS = {"jax": "jax.numpy", "torch": "torch", "tensorflow": "tensorflow"}
+_EXACT = ("tanh", "sigmoid", "relu", "linear")  # in which Keras 3 does not round to float32
+
+
+def is_exact(parts: Parts) -> bool:
+    """Whether Keras computes them in float64, if told to. On other backends than JAX it rounds products, too."""
+    keras = sys.modules.get("keras")
+    backend = keras.backend.backend() if keras else os.environ.get("KERAS_BACKEND", "jax")
+    return backend == "jax" and all(each in _EXACT for part in parts.values() for each in part.activations.values())
+
 
 def run(parts: Parts, x: np.ndarray, states: Sequence[np.ndarray]) -> list[np.ndarray]:
     """Compute with layers of Keras of the same weights and settings."""
@@ -36,9 +46,8 @@ def run(parts: Parts, x: np.ndarray, states: Sequence[np.ndarray]) -> list[np.nd
 def _layer(keras: ModuleType, part: Part, x: np.ndarray, start: list[np.ndarray]) -> list[np.ndarray]:
     """The output and the last states of one cell, run over all steps."""
     settings: dict[str, Any] = {"reset_after": True} if part.kind == "GRU" else {}
-    for name in part.activations:
-        if name in part.settings:
-            settings[name] = _activation(keras, part, part.settings[name])
+    for name, usual in zip(part.activations, ("tanh", "sigmoid"), strict=False):
+        settings[name] = _activation(keras, part, part.settings.get(name, usual))
     try:
         layer = getattr(keras.layers, part.kind)(
             start[0].shape[-1],
@@ -55,7 +64,8 @@ def _layer(keras: ModuleType, part: Part, x: np.ndarray, start: list[np.ndarray]
         output, *last = layer(steps, initial_state=start)
     except (ValueError, TypeError) as error:  # of a Keras in which something has another form
         raise NotImplementedError from error
-    return [np.swapaxes(np.asarray(output), 0, 1), *map(np.asarray, last)]
+    output, *last = map(keras.ops.convert_to_numpy, (output, *last))
+    return [np.swapaxes(output, 0, 1), *last]
 
 
 def _activation(keras: ModuleType, part: Part, given: Any) -> Any:
@@ -63,4 +73,6 @@ def _activation(keras: ModuleType, part: Part, given: Any) -> Any:
     old = part.cell is not None and not str(part.cell.version or "2").startswith("3")
     if given == "hard_sigmoid" and old:
         return lambda x: keras.ops.clip(0.2 * x + 0.5, 0.0, 1.0)
+    if given == "tanh":  # Keras 3's rounds to float32
+        return importlib.import_module(_BACKENDS[keras.backend.backend()]).tanh
     return keras.activations.get(given)

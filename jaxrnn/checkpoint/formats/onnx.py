@@ -3,19 +3,21 @@
 import os
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from jaxrnn.cells import LSTM_CELL, Cell
+from jaxrnn.cells import LSTM_CELL
 from jaxrnn.checkpoint.arrays import NO_NUMBERS, dtype_of
 from jaxrnn.checkpoint.dialects import DIALECTS
 from jaxrnn.checkpoint.errors import AGAIN, CheckpointError, as_text, check_unicode, listed
+from jaxrnn.checkpoint.formats import onnx_run
 from jaxrnn.checkpoint.formats.bombs import Budget
 from jaxrnn.checkpoint.formats.onnx_activations import cell_of
 from jaxrnn.checkpoint.formats.onnx_graph import BUILTIN, LOOPS, File, Graph, library, value_of
+from jaxrnn.checkpoint.formats.onnx_modules import OnnxContents, OnnxLayer, put_layers
 from jaxrnn.checkpoint.formats.onnx_tables import FUNCTION, GRAPH, INPUTS, MODEL, NODE, OPERATORS, OUTPUTS
-from jaxrnn.checkpoint.formats.reading import RESET_BEFORE, Reading, said_of_cell, warn, words_on_cell
+from jaxrnn.checkpoint.formats.reading import RESET_BEFORE, Reading, said_of_cell, warn
 from jaxrnn.checkpoint.named import Described, Names
 from jaxrnn.checkpoint.stored import Value, equal
 from jaxrnn.checkpoint.tables import Finding, Table
@@ -69,91 +71,9 @@ def read(path: str | os.PathLike[str], what: Reading) -> dict[str, Value]:
     return tensors
 
 
-class _OnnxLayer(NamedTuple):
-    """A recurrent node.
-
-    Attributes:
-        node: its name, and in which graph it is.
-        prefix: what the names of its weights start with.
-        level: which layer of torch's module it is, if the names of its weights in the file say it.
-        kind: "LSTM", "GRU" or "RNN".
-        cell: which computes the same.
-        said: what it says of that and of batch_first.
-        places: the graphs and names of its weights.
-        weights: torch's, by name without the layer, for each direction.
-        lengths: the graph and name of its sequence_lens.
-        reverse: whether it runs backward alone.
-        above: the graph and name of what makes its input, if that could be the layer below.
-        output: the graph and name of its output.
-        starts: the graphs and names of its first states.
-    """
-
-    node: str
-    prefix: str
-    level: int | None
-    kind: str
-    cell: Cell
-    said: dict[str, Any]
-    places: tuple[tuple[Graph, str], ...]
-    weights: list[dict[str, np.ndarray]]
-    lengths: tuple[Graph, str]
-    reverse: bool
-    above: tuple[Graph, str] | None
-    output: tuple[Graph, str]
-    starts: tuple[tuple[Graph, str], ...]
-
-    def continues(self, other: "_OnnxLayer") -> bool:
-        """Whether torch has both as layers of one module."""
-        if self.reverse or other.reverse:
-            return False
-        one, two = self.weights[0], other.weights[0]
-        hidden = two["weight_hh"].shape[1]
-        same = (self.prefix, self.kind, self.said, self.lengths, len(self.weights)) == (
-            other.prefix, other.kind, other.said, other.lengths, len(other.weights),
-        )  # fmt: skip
-        same = same and one["weight_hh"].shape == two["weight_hh"].shape and one.keys() == two.keys()
-        if self.level is not None and other.level is not None:
-            return same and self.level == other.level + 1
-        same = same and self.above == other.output and one["weight_ih"].shape[1] == hidden * len(self.weights)
-        # The layers of a module start at once.
-        return same and not any(graph.comes_from(name, other.output) for graph, name in self.starts)
-
-    def repeats(self, other: "_OnnxLayer") -> bool:
-        """Whether both are calls of one module. Branches may have the same weights, or others of the same names."""
-        if (self.kind, self.said, self.reverse) != (other.kind, other.said, other.reverse):
-            return False
-        if len(self.weights) != len(other.weights):
-            return False
-        names = [(each.prefix, [name for _, name in each.places]) for each in (self, other)]
-        alike = names[0] == names[1] or (self.level, self.prefix) == (other.level, other.prefix) != (None, self.prefix)
-        # The second call of a module, as torch's exporter numbers it.
-        alike = alike or re.fullmatch(re.escape(other.prefix[:-1]) + r"_\d+\.", self.prefix) is not None
-        return self.places == other.places or (alike and all(map(_equal_all, self.weights, other.weights)))
-
-
-class _Found(NamedTuple):
-    """What there is in the graphs.
-
-    Attributes:
-        layers: recurrent nodes.
-        left_out: other recurrent nodes, and why.
-        odd: the prefixes of those that compute what torch has not.
-        loops: nodes that may be recurrences, and whether there are products of matrices in them.
-        activations: for each path of a module, the operators Tanh and Relu in it.
-        words: what there is to say.
-    """
-
-    layers: list[_OnnxLayer]
-    left_out: list[str]
-    odd: set[str]
-    loops: dict[str, bool]
-    activations: dict[str, set[str]]
-    words: list[str]
-
-
 def _tensors(graph: Graph, words: list[str]) -> Described:
     """The weights of all recurrent nodes by torch's names, and other arrays."""
-    found = _Found([], [], set(), {}, {}, words)
+    found = OnnxContents([], [], set(), {}, {}, words)
     graphs = [graph]
     while graphs:
         each = graphs.pop()
@@ -168,7 +88,7 @@ def _tensors(graph: Graph, words: list[str]) -> Described:
         for weights in layer.weights:
             graph.file.budget.spend(sum(array.nbytes for array in weights.values()))
     tensors = Names[Any]("rename the node or the initializer in the model, and save it again")
-    said = _put_layers(found, tensors)
+    said, origins = put_layers(found, tensors)
     others = {
         name: array
         for name, tensor in graph.tensors.items()
@@ -186,11 +106,7 @@ def _tensors(graph: Graph, words: list[str]) -> Described:
         remedy = "read the weights from the library's own file: of Keras model.save('model.keras'), of torch"
         words.append(f"{text}: {remedy} torch.save(model.state_dict(), 'model.pt')")
     words[:] = dict.fromkeys(words)
-    return Described(tensors, said)
-
-
-def _equal_all(one: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray]) -> bool:
-    return one.keys() == other.keys() and all(equal(one[name], other[name]) for name in one)
+    return Described(tensors, said, origins=origins)
 
 
 def _unknown_fields(table: Table, message: Any) -> list[str]:
@@ -198,52 +114,8 @@ def _unknown_fields(table: Table, message: Any) -> list[str]:
     return [f"{table.title} has {finding}: {finding.row.words}" for finding in table.findings(fields)]
 
 
-def _put_layers(found: _Found, tensors: Names[Any]) -> dict[str, dict[str, Any]]:
-    """Put the weights of all layers under torch's names; return what the file says of modules."""
-    modules: list[list[_OnnxLayer]] = []
-    for layer in found.layers:
-        stack = next((stack for stack in modules if layer.continues(stack[-1])), None)  # with the same weights, too
-        same = next((other for each in modules for other in each if layer.repeats(other)), None)
-        if same is not None and stack is None:
-            if layer.above == same.output and (layer.level is not None or layer.prefix != same.prefix):
-                found.words.append(
-                    f"the node {layer.node} has the weights of {same.node}, and takes its output: "
-                    f"call the module {same.prefix!r} again, on its own output"
-                )
-            continue
-        if stack:
-            stack.append(layer)
-        else:
-            modules.append([layer])
-    taken: dict[str, str] = {}
-    said: dict[str, dict[str, Any]] = {}
-    for stack in modules:
-        # Upper layers alone, as if the first is left out, are no whole module.
-        first = f"{stack[0].prefix}l{stack[0].level}." if stack[0].level else stack[0].prefix
-        prefix, number = first, 1
-        while prefix in taken:
-            prefix, number = f"{first}{number}.", number + 1
-        if prefix != first:
-            two = f"the nodes {taken[first]} and {stack[0].node} have the prefix {first!r}"
-            found.words.append(f"{two}: load the second with the prefix {prefix!r}, or give the nodes other names")
-        taken[prefix] = stack[0].node
-        if stack[0].said:
-            said[prefix] = stack[0].said
-        for level, layer in enumerate(stack):
-            for suffix, weights in zip(("", "_reverse"), layer.weights, strict=False):
-                for role, array in weights.items():
-                    tensors.put(f"{prefix}{role}_l{level}{suffix}", array, f"{role} of the node {layer.node}")
-        found.words.extend(f"{prefix or 'the RNN'} {text}" for text in words_on_cell(stack[0].cell))
-        if stack[0].said.get("batch_first"):
-            found.words.append(
-                f"{prefix or stack[0].node} has layout=1, which weights do not say: make the module with "
-                "batch_first=True"
-            )
-    return said
-
-
 def _leave_out_parts(
-    others: dict[str, np.ndarray], tensors: Mapping[str, Any], said: dict[str, dict[str, Any]], found: _Found
+    others: dict[str, np.ndarray], tensors: Mapping[str, Any], said: dict[str, dict[str, Any]], found: OnnxContents
 ) -> None:
     """Leave out initializers that have torch's names, but are not whole layers, or those of a node that is left out.
 
@@ -272,14 +144,14 @@ def _leave_out_parts(
             said.update(_said_by_operators(prefix, [others[name] for name in names if "weight_hh" in name], found))
 
 
-def _said_by_operators(prefix: str, state_weights: list[np.ndarray], found: _Found) -> dict[str, dict[str, Any]]:
+def _said_by_operators(prefix: str, state_weights: list[np.ndarray], found: OnnxContents) -> dict[str, dict[str, Any]]:
     """What a module's operators say of an RNN: its nonlinearity, if there is one operator, and no gates."""
     operators = found.activations.get(prefix, set())
     simple = len(operators) == 1 and all(len({*array.shape}) == 1 for array in state_weights)
     return {prefix: {"nonlinearity": next(iter(operators)).lower()}} if simple else {}
 
 
-def _add(graph: Graph, node: Any, name: str, found: _Found) -> None:
+def _add(graph: Graph, node: Any, name: str, found: OnnxContents) -> None:
     """Add what a node is, if it is a recurrence."""
     operator, builtin = as_text(node.op_type), node.domain in BUILTIN
     if graph.function(node) is not None:
@@ -306,7 +178,7 @@ def _multiplies(node: Any) -> bool:
     return False
 
 
-def _add_recurrent(graph: Graph, node: Any, name: str, found: _Found) -> None:
+def _add_recurrent(graph: Graph, node: Any, name: str, found: OnnxContents) -> None:
     operator, prefix = node.op_type, graph.path + _prefix(node, name)
     given = [each if graph.home(each)[1] else "" for each in map(as_text, node.input)]
     known = [each for each in INPUTS if each in OPERATORS[operator]]
@@ -358,7 +230,7 @@ def _add_recurrent(graph: Graph, node: Any, name: str, found: _Found) -> None:
     if graph.looped:
         found.words.append(f"{name}{graph.where} runs once for each step of {graph.looped}: call {prefix!r} as often")
     found.layers.append(
-        _OnnxLayer(
+        OnnxLayer(
             name + graph.where,
             prefix,
             None if module is None else module[1],
@@ -372,6 +244,12 @@ def _add_recurrent(graph: Graph, node: Any, name: str, found: _Found) -> None:
             above,
             output,
             starts,
+            onnx_run.Node(
+                operator,
+                graph.attributes_of(node),
+                {key: a for key, a in arrays.items() if a is not None},
+                graph.opsets,
+            ),
         )
     )
 

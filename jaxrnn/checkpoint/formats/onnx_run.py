@@ -21,7 +21,7 @@ class Node(NamedTuple):
 
     kind: str
     attributes: Mapping[str, Any]
-    arrays: Mapping[str, np.ndarray]
+    arrays: Mapping[str, np.ndarray | None]
     opsets: Any
 
 
@@ -30,11 +30,12 @@ def run(nodes: Sequence[Node], x: np.ndarray, states: Sequence[np.ndarray]) -> l
     runtime, helper = importlib.import_module("onnxruntime"), importlib.import_module("onnx.helper")
     lasts = []
     for level, node in enumerate(nodes):
-        directions = len(node.arrays["R"])
+        arrays = {name: array for name, array in node.arrays.items() if array is not None}
+        directions = len(arrays["R"])
         names = ["X", "W", "R", "B", "", "initial_h", "initial_c", "P"]
         given = dict(zip(("initial_h", "initial_c"), states, strict=False))
         given = {name: each[level * directions : (level + 1) * directions] for name, each in given.items()}
-        known = {"X": x, **node.arrays, **given}
+        known = {"X": x, **arrays, **given}
         outputs = ["Y", "Y_h", "Y_c"][: 1 + len(states)]
         inputs = [name if name in known else "" for name in names]
         while not inputs[-1]:
@@ -43,7 +44,7 @@ def run(nodes: Sequence[Node], x: np.ndarray, states: Sequence[np.ndarray]) -> l
             node.kind,
             inputs,
             outputs,
-            hidden_size=node.arrays["R"].shape[-1],
+            hidden_size=arrays["R"].shape[-1],
             direction="bidirectional" if directions == 2 else "forward",
         )
         alone.attribute.extend(each for name, each in node.attributes.items() if name not in _UNUSED)
