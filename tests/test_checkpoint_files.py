@@ -107,10 +107,10 @@ def test_order_is_the_file_s(tmp_path):
         (b"\x89HDF\r\n\x1a\n" + bytes(50), "HDF5"),
         (b"\x93NUMPY\x01\x00" + bytes(50), "a NumPy .npy file"),
         (b"\x1f\x8b\x08" + bytes(50), "compressed by gzip"),
-        (b"\x80\x04}\x94.", "a pickle"),
+        (b"\x80\x04}\x94.", "it has no arrays"),
         (b"model/".ljust(257, b"\0") + b"ustar\0" + bytes(300), "a damaged tar file"),
         (b"\0\1\2", "truncated: it has only 3 bytes"),
-        (bytes(range(256)), "not a file of safetensors, torch.save, ONNX or Keras"),
+        (bytes(range(256)), "not a file of safetensors, torch.save, ONNX, Keras, msgpack or pickle"),
         (safetensors({"x": ENTRY})[:12], "truncated"),
     ],
 )  # fmt: skip

@@ -172,11 +172,54 @@ def test_haikus_names_of_other_layers_are_no_cells(tmp_path: Path) -> None:
     tree: Any = {"critic/~/linear": {"w": normal(F + H, 4 * H), "b": normal(4 * H)}}
     (tmp_path / "a.pkl").write_bytes(pickle.dumps(tree))
     assert find_rnns(load(tmp_path / "a.pkl")) == []
-    tree = {"core": {"w_i": normal(F, 3 * H), "w_h": normal(H, 3 * H), "b": normal(3 * H)}}
-    (tmp_path / "a.pkl").write_bytes(pickle.dumps(tree))
+
+
+def test_a_minimal_gated_unit_is_left_out_and_a_cell_computes_it(tmp_path: Path) -> None:
+    layer, x = linen.RNN(linen.MGUCell(H, param_dtype=jnp.float64)), normal(N, T, F)
+    with jax.enable_x64(True):
+        variables = jax.tree.map(lambda a: normal(*a.shape), layer.init(jax.random.key(0), x))
+        tensors, [words] = loaded(WRITERS["to_bytes"](tmp_path / "a", {"mgu": variables["params"]}))
+        assert words.startswith(
+            "left out mgu.cell (flax.linen.MGUCell), which torch does not have\nwrite a jaxrnn.Cell"
+        )
+
+        def step(gates: Any, hidden: Any, state: Any) -> Any:
+            (f, n), (h,) = gates, state
+            f = jax.nn.sigmoid(f)
+            return ((1 - f) * jnp.tanh(n + f * hidden[0]) + f * h,)
+
+        spec = jaxrnn.Spec(jaxrnn.Cell("MGU", ("f", "n"), ("h",), step, apart=("n",)), F, H, batch_first=True)
+        a = {name.removeprefix("mgu.cell."): array for name, array in tensors.items()}
+        params = {f"weight_{s}h_l0": np.concatenate([a[f"{s}f.kernel"].T, a[f"{s}n.kernel"].T]) for s in "ih"}
+        params["bias_ih_l0"] = np.concatenate([a["if.bias"], a["in.bias"]])
+        params["bias_hh_l0"] = np.concatenate([np.zeros(H), a["hn.bias"]])
+        ours, _ = jaxrnn.apply(spec, jax.tree.map(jnp.asarray, params), jnp.asarray(x))
+        assert_close(ours, layer.apply(variables, x), atol=1e-13)
+
+
+@pytest.mark.libraries
+def test_haikus_gru_is_left_out_and_a_cell_computes_it(tmp_path: Path) -> None:
+    haiku = pytest.importorskip("haiku")
+    core = {"w_i": normal(F, 3 * H), "w_h": normal(H, 3 * H), "b": normal(3 * H)}
+    (tmp_path / "a.pkl").write_bytes(pickle.dumps({"core": core}))
     tensors, [words] = loaded(tmp_path / "a.pkl")
-    assert words.startswith("left out core (haiku.GRU), which torch does not have\nrun it with haiku")
-    assert tensors.keys() == {"core.w_i", "core.w_h", "core.b"}
+    assert words.startswith("left out core (haiku.GRU), which torch does not have\nit multiplies r * h by a matrix")
+    assert words.endswith("as examples/other_libraries.md does, with z and 1 - z exchanged")
+    assert_close(tensors, {f"core.{name}": array for name, array in core.items()}, atol=0)
+
+    def step(gates: Any, hidden: Any, state: Any) -> Any:
+        (z, r, n), (h,) = gates, state
+        z, r = jax.nn.sigmoid(z), jax.nn.sigmoid(r)
+        n = jnp.tanh(n + (r * h) @ tensors["core.w_h"][:, 2 * H :])
+        return ((1 - z) * h + z * n,)
+
+    spec = jaxrnn.Spec(jaxrnn.Cell("GRU", ("z", "r", "n"), ("h",), step, apart=("n",)), F, H)
+    arrays = tensors["core.w_i"].T, tensors["core.w_h"].T, tensors["core.b"], np.zeros(3 * H)
+    x = normal(T, N, F)
+    with jax.enable_x64(True):
+        run = haiku.transform(lambda x: haiku.dynamic_unroll(haiku.GRU(H, name="core"), x, jnp.zeros((N, H))))
+        ours, _ = jaxrnn.apply(spec, dict(zip(spec.shapes(), map(jnp.asarray, arrays), strict=True)), jnp.asarray(x))
+        assert_close(ours, run.apply({"core": core}, None, x)[0], atol=1e-13)
 
 
 def test_both_directions(tmp_path: Path) -> None:

@@ -187,6 +187,8 @@ NOT_MAPPED = {
         ("load_state_dict", "state_dict", "from_torch", "from_flax"), "moves arrays between host and module"
     ),
     "checkpoint": "reads and writes files",
+    **dict.fromkeys(("lstm_cell", "gru_cell", "rnn_cell"), "makes a Cell"),
+    "activations": "functions of one array, of which a Cell is made",
     "CheckpointError": "an error",
     "linen": "a module, whose classes are listed by themselves",
     "__version__": "a string",

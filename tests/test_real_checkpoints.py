@@ -17,6 +17,12 @@ FOLDER = Path(__file__).parents[2] / "shared" / "checkpoints"
 pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason=f"the published checkpoints are not at {FOLDER}")
 
 
+def _expected(name: str) -> dict[str, np.ndarray]:
+    """What torch computes."""
+    with np.load(FOLDER / name / "expected.npz") as file:
+        return dict(file)
+
+
 def _check(ours: tuple[jax.Array, jax.Array, jax.Array], expected: list[np.ndarray]) -> None:
     """Outputs and h within 5e-6, c within 2e-6 of its largest magnitude."""
     for name, array, truth in zip(("output", "h", "c"), ours, expected, strict=True):
@@ -25,7 +31,7 @@ def _check(ours: tuple[jax.Array, jax.Array, jax.Array], expected: list[np.ndarr
 
 
 def test_silero_vad_as_a_cell_and_as_a_layer() -> None:
-    expected = np.load(FOLDER / "silero_vad" / "expected.npz")
+    expected = _expected("silero_vad")
     x, h_n, c_n = (expected[name] for name in ("lstm_input", "h", "c"))
     tensors = checkpoint.load(FOLDER / "silero_vad" / "silero_vad_16k.safetensors")
     [found] = checkpoint.find_rnns(tensors)
@@ -47,7 +53,7 @@ def test_silero_vad_as_a_cell_and_as_a_layer() -> None:
 
 
 def test_the_four_lstms_of_dtln() -> None:
-    expected = np.load(FOLDER / "dtln" / "expected.npz")
+    expected = _expected("dtln")
     tensors = checkpoint.load(FOLDER / "dtln" / "model.pth")
     found = checkpoint.find_rnns(tensors)
     assert [rnn.prefix for rnn in found] == ["sep1.rnn1.", "sep1.rnn2.", "sep2.rnn1.", "sep2.rnn2."]
@@ -80,7 +86,7 @@ class _SileroVAD(nnx.Module):
 
 
 def test_silero_vad_from_end_to_end() -> None:
-    expected = np.load(FOLDER / "silero_vad" / "expected.npz")
+    expected = _expected("silero_vad")
     model = filled(lambda: _SileroVAD(nnx.Rngs(0)))
     tensors = checkpoint.load(FOLDER / "silero_vad" / "silero_vad_16k.safetensors")
     assert jaxrnn.load_state_dict(model, tensors) == ([], [])

@@ -17,6 +17,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from flax.traverse_util import flatten_dict
 
 import jaxrnn
 from jaxrnn import checkpoint
@@ -133,7 +134,7 @@ def test_interrupted_training_goes_on_bit_by_bit(tmp_path: Path, monkeypatch: py
             return batch(step)
 
         curve = run(Learner(), 9, batch_or_interrupt, None, tmp_path / directory, every=2)
-        tensors = checkpoint.load(tmp_path / directory / "9")
+        tensors = flatten_dict(checkpoint.load_tree(tmp_path / directory / "9"), sep=".")
         assert {"model.weight_hh", "optimizer.step", "h"} <= tensors.keys()
         return curve, {name: value.tobytes() for name, value in tensors.items()}
 

@@ -6,6 +6,11 @@ import os
 from collections.abc import Iterable, Iterator
 
 AGAIN = "download or copy it again"
+# What to do about a GRU that torch does not have.
+RESET_BEFORE = (
+    "multiplies r * h by a matrix within its step: write a jaxrnn.Cell with that matrix, as "
+    "examples/other_libraries.md does"
+)
 
 
 class CheckpointError(ValueError):

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from jaxrnn.checkpoint.arrays import to_numpy
 from jaxrnn.checkpoint.dialects import DIALECTS, Dialect
-from jaxrnn.checkpoint.errors import listed
+from jaxrnn.checkpoint.errors import RESET_BEFORE, listed
 from jaxrnn.checkpoint.named import Names, Origin, described_as
 from jaxrnn.spec import level_outside
 
@@ -37,7 +37,7 @@ _OPTIMIZERS = ("opt_state", "optimizer_state", "optimizer")
 _OWN_CELL = "write a jaxrnn.Cell for it: its weights keep their names"
 _LEFT_OUT = {
     frozenset({"if.kernel", "hf.kernel", "in.kernel", "hn.kernel"}): ("flax.linen.MGUCell", _OWN_CELL),
-    frozenset({"w_i", "w_h"}): ("haiku.GRU", "run it with haiku: it multiplies r by the state before W_h, torch after"),
+    frozenset({"w_i", "w_h"}): ("haiku.GRU", f"it {RESET_BEFORE}, with z and 1 - z exchanged"),
 }
 
 

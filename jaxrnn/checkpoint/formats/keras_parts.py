@@ -8,10 +8,10 @@ import numpy as np
 from jaxrnn.activations import Activation
 from jaxrnn.cells import Cell
 from jaxrnn.checkpoint.dialects import DIALECTS
-from jaxrnn.checkpoint.errors import CheckpointError
+from jaxrnn.checkpoint.errors import RESET_BEFORE, CheckpointError
 from jaxrnn.checkpoint.formats.keras_activations import MAKERS, activations_of, cell_of
 from jaxrnn.checkpoint.formats.keras_config import TABLES, GroupPath, KerasCell, shown
-from jaxrnn.checkpoint.formats.reading import RESET_BEFORE, words_on_cell
+from jaxrnn.checkpoint.formats.reading import words_on_cell
 from jaxrnn.checkpoint.tables import Finding
 
 _KINDS = {4: "LSTM", 3: "GRU", 1: "SimpleRNN"}  # by gates

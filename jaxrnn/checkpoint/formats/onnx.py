@@ -10,14 +10,14 @@ import numpy as np
 from jaxrnn.cells import LSTM_CELL
 from jaxrnn.checkpoint.arrays import NO_NUMBERS, dtype_of
 from jaxrnn.checkpoint.dialects import DIALECTS
-from jaxrnn.checkpoint.errors import AGAIN, CheckpointError, as_text, check_unicode, listed
+from jaxrnn.checkpoint.errors import AGAIN, RESET_BEFORE, CheckpointError, as_text, check_unicode, listed
 from jaxrnn.checkpoint.formats import onnx_run
 from jaxrnn.checkpoint.formats.bombs import Budget
 from jaxrnn.checkpoint.formats.onnx_activations import cell_of
 from jaxrnn.checkpoint.formats.onnx_graph import BUILTIN, LOOPS, File, Graph, library, value_of
 from jaxrnn.checkpoint.formats.onnx_modules import OnnxContents, OnnxLayer, put_layers
 from jaxrnn.checkpoint.formats.onnx_tables import FUNCTION, GRAPH, INPUTS, MODEL, NODE, OPERATORS, OUTPUTS
-from jaxrnn.checkpoint.formats.reading import RESET_BEFORE, Reading, said_of_cell, warn
+from jaxrnn.checkpoint.formats.reading import Reading, said_of_cell, warn
 from jaxrnn.checkpoint.named import Described, Names
 from jaxrnn.checkpoint.stored import Value, equal
 from jaxrnn.checkpoint.tables import Finding, Table

@@ -9,12 +9,6 @@ from jaxrnn.cells import GRU_CELL, LSTM_CELL, RNN_RELU, RNN_TANH, Cell
 from jaxrnn.checkpoint.errors import CheckpointError, printable
 from jaxrnn.spec import level_outside
 
-# What to do about a GRU that torch does not have.
-RESET_BEFORE = (
-    "multiplies r * h by a matrix within its step: write a jaxrnn.Cell with that matrix, as "
-    "examples/other_libraries.md does"
-)
-
 
 class Reading(NamedTuple):
     """What to read from a file.

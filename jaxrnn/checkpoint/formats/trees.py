@@ -38,7 +38,8 @@ def params_in(tree: Any, what: Reading, is_tensor: Callable[[Any], bool]) -> dic
         else:
             others.append(".".join(path))
     if not arrays:
-        raise CheckpointError(f"{place} has no arrays, but {listed(others) or 'nothing'}\ngive another file, or key=")
+        there = f", but {listed(others)}" if others else ""
+        raise CheckpointError(f"{place} has no arrays{there}\ngive another file, or the key of its arrays")
     names, left_out = chosen(arrays)
     if left_out or others:
         what.note(f"took the parameters, and left out {listed([*left_out, *others])}")
