@@ -1,9 +1,8 @@
 """Pickles of NumPy's and JAX's arrays in dicts and lists, as Haiku's users write them, read without running code."""
 
-import mmap
 import os
 import re
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -75,12 +74,30 @@ def read_tree(path: str | os.PathLike[str], key: str | None) -> Any:
 
 
 def _tree(path: str | os.PathLike[str], left_out: set[str] | None) -> Any:
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+    with open(path, "rb") as file:
+        size = os.path.getsize(path)
         try:
-            return build(data, _Arrays(Budget(len(data))), left_out)
+            return build(_UpToTheEnd(file, size), _Arrays(Budget(size)), left_out)
         except Refused as refusal:
             cause = f"a pickle that holds more than arrays in dicts and lists, and its code is not run: {refusal}"
             raise CheckpointError(f"{cause}\n{_REMEDY}, {_LEAVE}") from refusal
+
+
+class _UpToTheEnd:
+    """A file of which nobody reads more than there is: a pickle may say any length, for which Python makes room."""
+
+    def __init__(self, file: IO[bytes], size: int) -> None:
+        self._file, self._left = file, size
+
+    def read(self, count: int) -> bytes:
+        return self._counted(self._file.read(min(count, self._left)))
+
+    def readline(self) -> bytes:
+        return self._counted(self._file.readline())
+
+    def _counted(self, data: bytes) -> bytes:
+        self._left -= len(data)
+        return data
 
 
 def _is_array(value: Any) -> bool:
