@@ -3,6 +3,7 @@
 import io
 import pickle
 import pickletools
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import ml_dtypes
+import msgpack
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
@@ -26,7 +28,7 @@ from safetensors.numpy import save_file
 
 import jaxrnn
 from jaxrnn import checkpoint
-from jaxrnn.checkpoint import CheckpointError, find_rnns, load
+from jaxrnn.checkpoint import CheckpointError, find_rnns, load, load_tree
 from jaxrnn.checkpoint.check import check
 from jaxrnn.checkpoint.dialects import DIALECTS
 
@@ -475,3 +477,27 @@ def test_one_array_a_thousand_times(tmp_path: Path) -> None:
     path = tmp_path / "a.pkl"
     path.write_bytes(pickle.dumps([np.zeros(1 << 20, np.uint8)] * 1000))
     assert _refusal(path).startswith("a bomb: its numbers would fill over")
+
+
+def test_one_array_a_thousand_times_in_a_tree_is_one_array(tmp_path: Path) -> None:
+    path = tmp_path / "a.pkl"
+    path.write_bytes(pickle.dumps({"a": [np.zeros(1 << 20, np.uint8)] * 1000}))
+    assert len({*map(id, load_tree(path)["a"])}) == 1
+
+
+def test_long_names(tmp_path: Path) -> None:
+    """A name is copied for each value below it: a file of 1 MB could make terabytes."""
+    for data in (msgpack.packb({"k" * 1_000_000: [None] * 40_000}), pickle.dumps({"k" * 1_000_000: [1] * 40_000})):
+        (tmp_path / "a").write_bytes(data)
+        for read in (load, load_tree):
+            with pytest.raises(CheckpointError, match="or their keys have over 2000 characters"):
+                read(tmp_path / "a")
+    start = time.monotonic()
+    tensors = {"lstm" * 100_000 + ".x.w": np.ones(2)}
+    assert jaxrnn.checkpoint.find_rnns(tensors) == []
+    assert time.monotonic() - start < 2
+
+
+def test_a_name_that_is_not_unicode(tmp_path: Path) -> None:
+    (tmp_path / "a.pkl").write_bytes(pickle.dumps({"a\ud800": np.ones(2)}))
+    assert _refusal(tmp_path / "a.pkl") .startswith(r"the name a\ud800 is not valid Unicode")

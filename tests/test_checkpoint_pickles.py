@@ -396,3 +396,10 @@ def _fuzz(mutate: Callable[[np.random.RandomState], bytes], thorough: bool, tmp_
         loaded += 1
         assert all(isinstance(array, np.ndarray) for array in found.values())
     assert loaded < 0.8 * (20_000 if thorough else 1000)
+
+
+def test_calls_that_copy_one_list_again_and_again() -> None:
+    many = b"\x80\x04](" + b"K\x01" * 100_000 + b"e\x94ctorch\nSize\n\x94]\x94(" + b"h\x01h\x00\x85R" * 500 + b"e."
+    with pytest.raises(CheckpointError, match=r"^a bomb: calls in its pickle make far more than it holds"):
+        unpickle(many)
+    assert len(unpickle(many.replace(b"h\x01h\x00\x85R" * 499, b""))) == 1

@@ -27,8 +27,8 @@ _IN_RNN = re.compile(r"(?<![^.])cell\.$")
 _IN_BIDIRECTIONAL = re.compile(r"(?P<above>|.*\.)(?P<way>forward|backward)_rnn\.cell\.", re.S)
 # The state of an nnx.RNN's random numbers.
 RANDOM_STATE = re.compile(r"(?<![^.])rngs\.(key|count)$")
-# Haiku's default names of cells whose arrays have the names of any other layers.
-_IN_HAIKU = {"LSTM": re.compile(r"(?:.*\.)?[^.]*lstm[^.]*\."), "VanillaRNN": re.compile(r"(?:.*\.)?[^.]*rnn[^.]*\.")}
+# What is in Haiku's default names of cells. Their arrays have the names of any other layers'.
+_IN_HAIKU = {"LSTM": "lstm", "VanillaRNN": "rnn"}
 # What joins names, before that of an array in Flax or Haiku.
 _SEPARATED = re.compile(r"(?:.*\w)??(?P<separator>\W+|__)(kernel|w)", re.S)
 _COLLECTIONS = ("params", "batch_stats")  # variables of Linen that are weights or statistics
@@ -170,7 +170,7 @@ def _cells(groups: Mapping[str, dict[str, Any]]) -> dict[str, _Found]:
     found = {}
     for prefix, arrays in groups.items():
         for (library, name), dialect in DIALECTS.items():
-            if library == "haiku" and not _IN_HAIKU[name].fullmatch(prefix):
+            if library == "haiku" and _IN_HAIKU[name] not in prefix.removesuffix(".").rpartition(".")[2]:
                 continue
             if library == "haiku":
                 dialect = _with_biases(dialect, arrays)

@@ -12,6 +12,7 @@ from jaxrnn.checkpoint.arrays import NO_NUMBERS, dtype_of
 from jaxrnn.checkpoint.errors import AGAIN, CheckpointError, listed
 from jaxrnn.checkpoint.formats import trees
 from jaxrnn.checkpoint.formats.bombs import Budget
+from jaxrnn.checkpoint.formats.nested import at_key, mapped
 from jaxrnn.checkpoint.formats.pickle_machine import Global, LeftOut, Refused, Vocabulary, build, checked_key
 from jaxrnn.checkpoint.formats.reading import Reading, warn
 from jaxrnn.checkpoint.stored import Value
@@ -64,14 +65,16 @@ def read(path: str | os.PathLike[str], what: Reading) -> dict[str, Value]:
 def read_tree(path: str | os.PathLike[str], key: str | None) -> Any:
     """What is under a key of a file, or all of it."""
 
-    def leaf(value: Any) -> Any:
+    def leaf(name: str, value: Any) -> Any:
         if isinstance(value, LeftOut):
-            raise CheckpointError(f"it holds more than data, and its code is not run: {value.name}\n{_REMEDY}")
+            raise CheckpointError(
+                f"it holds more than data, and its code is not run: {name or key} is a {value.name}\n{_REMEDY}"
+            )
         if isinstance(value, Global | _DType):
             return value.name if isinstance(value, Global) else str(value.dtype)
         return np.array(_numbers(value), order="C") if _is_array(value) else value
 
-    return trees.resolved(trees.under(_tree(path, None if key is None else set()), key), leaf)
+    return mapped(at_key(_tree(path, None if key is None else set()), key), leaf)
 
 
 def _tree(path: str | os.PathLike[str], left_out: set[str] | None) -> Any:

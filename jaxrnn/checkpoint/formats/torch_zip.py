@@ -10,7 +10,7 @@ from typing import IO, Any
 from jaxrnn.checkpoint import stored
 from jaxrnn.checkpoint.errors import AGAIN, CheckpointError, listed
 from jaxrnn.checkpoint.formats import quantized, torch_export, torchscript
-from jaxrnn.checkpoint.formats.nested import choose, mapped, under_key
+from jaxrnn.checkpoint.formats.nested import at_key, choose, mapped
 from jaxrnn.checkpoint.formats.pickle_machine import Global, LeftOut
 from jaxrnn.checkpoint.formats.pickles import STATE_DICT, Other, StoredTensor, is_known, pickle_tensors, unpickle
 from jaxrnn.checkpoint.formats.reading import Reading, warn
@@ -74,7 +74,7 @@ def read_tree(path: str | os.PathLike[str], key: str | None) -> Any:
             tree = torchscript.tree(archive, left_out)
         else:
             tree = unpickle(_pickle(archive), left_out)
-        return _resolved(archive, tree if key is None else under_key(tree, key)[0], key)
+        return _resolved(archive, at_key(tree, key), key)
 
 
 def _resolved(archive: Archive, tree: Any, key: str | None) -> Any:
