@@ -7,6 +7,7 @@ a torch.save archive for all weights, and one for all constants.
 import contextlib
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -34,7 +35,7 @@ _MODEL = re.compile(r"models/([^/]+)\.json")
 _TARGET = re.compile(r"torch\.ops\.aten\.(?:(lstm|gru|rnn_tanh|rnn_relu)|(lstm|gru|rnn_tanh|rnn_relu)_cell)\.\w+")
 _SETTINGS = {"has_biases": "bias", **{name: name for name in ("num_layers", "dropout", "bidirectional", "batch_first")}}
 # JSON with other types or keys than torch writes.
-_DAMAGE = (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError, OverflowError)
+_DAMAGE = (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError, OverflowError, StopIteration)
 
 
 def are_its(names: list[str]) -> bool:
@@ -99,8 +100,8 @@ def _json(archive: Archive, name: str) -> Any:
     def unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) < len(pairs):
-            keys = [key for key, _ in pairs]
-            raise CheckpointError(f"damaged: {name} has {max(keys, key=keys.count)} twice\n{AGAIN}")
+            [(key, _)] = Counter(key for key, _ in pairs).most_common(1)
+            raise CheckpointError(f"damaged: {name} has {key} twice\n{AGAIN}")
         return found
 
     try:

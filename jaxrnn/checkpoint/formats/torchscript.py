@@ -29,7 +29,10 @@ _TAG = "torch.jit._pickle.restore_type_tag"
 _PACKED = ("__torch__.torch.classes.quantized.LinearPackedParamsBase", "__torch__.torch.classes.rnn.CellParamsBase")
 _TORCH_BIND = "__torch__.torch.classes."  # classes of C++
 _DEEPEST = 100  # modules in modules
-_MOST_MODULES = 100_000  # as often as they are reached
+# Characters in the names of attributes, counted as often as modules are reached: a small file may share modules so that
+# it has billions. Each attribute counts as a hundred more.
+_MOST, _EACH = 1 << 25, 100
+_MOST_CALLS = 200_000  # and weights in them
 _LAYERS = "_all_weight_values"  # of quantized layers
 _STATE = "__getstate__"  # what a class restores itself from, if not from attributes
 _PLAIN = (bool, int, float, str)
@@ -207,6 +210,7 @@ class _Model:
 
     def __init__(self, archive: Archive, root: Any) -> None:
         self._archive = archive
+        self._calls = 0
         self._code: dict[str, dict[str, Class]] = {}
         self.modules: dict[str, tuple[ScriptObject, Class]] = {}
         self.tensors = Names[Any](_RENAME)
@@ -233,26 +237,26 @@ class _Model:
     def _walk(self, root: ScriptObject) -> None:
         """Fill the attributes, without recursion: a file decides how deep modules go, and how often they are shared."""
         left: list[tuple[str, int, Any, Class]] = [("", 0, root, self._class(root.kind, "the model"))]
+        names = 0
         while left:
             prefix, depth, module, known = left.pop()
-            if depth > _DEEPEST or len(self.modules) == _MOST_MODULES:
-                limit = (
-                    f"are nested more than {_DEEPEST} deep" if depth > _DEEPEST else f"are more than {_MOST_MODULES}"
-                )
+            names += sum(len(prefix) + len(name) + _EACH * (1 + _held(value)) for name, value in module.items()) + _EACH
+            if depth > _DEEPEST or names > _MOST:
+                limit = f"are nested more than {_DEEPEST} deep" if depth > _DEEPEST else "have too many attributes"
                 raise CheckpointError(f"its modules {limit}\n{EXPORT}")
             if _STATE in module:
                 cause = f"{prefix[:-1] or 'the model'} is a {module.kind}, which its own code restores"
                 raise CheckpointError(f"{cause}: __setstate__ is not run\n{EXPORT}")
             self.modules[prefix] = module, known
             below: list[tuple[str, int, Any, Class]] = []
-            for names in (known.parameters, known.buffers):
+            for own in (known.parameters, known.buffers):
                 for name, value in module.items():
-                    if name in names and _is_tensor(value):
+                    if name in own and _is_tensor(value):
                         self.tensors.put(prefix + name, value, f"{name} of the {module.kind}")
             for name, value in module.items():
                 if type(value) is Packed:
                     self.tensors.put(prefix + name, value, f"{name} of the {module.kind}")
-                elif name not in known.parameters | known.buffers:
+                elif name not in known.parameters and name not in known.buffers:
                     self._put_beside(prefix + name, _inside(value))
                 if type(value) is not ScriptObject:
                     continue
@@ -285,7 +289,7 @@ class _Model:
         paths = call.weights
         if all(path[:1] == (CONSTANTS,) for path in paths):
             if names := constants.named(call, self.modules):
-                said.add_call(call.call, names, constants.weights)
+                said.add_call(call.call, names, {name: constants.weights[name] for name in names})
             return
         names = [prefix + ".".join(path) for path in paths]
         if not any(paths):  # all are arguments of the method: of a traced module that is called twice
@@ -299,6 +303,9 @@ class _Model:
                 return
             value = self.modules[owner][0].get(leaf)
             names = [owner + name for name in call.call.names(len(value) if type(value) is list else 0)]
+        self._calls += 1 + len(names)
+        if self._calls > _MOST_CALLS:
+            raise CheckpointError(f"its modules call recurrent layers more than {_MOST_CALLS} times\n{EXPORT}")
         if names and all(name in self.tensors for name in names):
             said.add_call(call.call, names, self.tensors)
 
@@ -364,6 +371,10 @@ class _Constants:
             self.weights |= {prefix + name: self.tensors[key] for name, key in zip(names, keys, strict=True)}
             self.used.update(keys)
         return [self._named[keys] + name for name in names]
+
+
+def _held(value: Any) -> int:
+    return len(value) if type(value) in (list, tuple, dict) else 0
 
 
 def _inside(value: Any) -> Iterator[tuple[str, Any]]:
