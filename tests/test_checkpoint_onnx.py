@@ -242,6 +242,14 @@ WRONG = {
     "unknown": ({"activations": ["Sigmoid", "Gelu", "Tanh"]}, "jaxrnn does not know gelu"),
     "too few": ({"activations": ["Sigmoid", "Tanh"]}, r"\(activations=\['Sigmoid', 'Tanh'\]\)"),
     "no list": ({"activations": "Sigmoid"}, r"\(activations=Sigmoid\)"),
+    "more numbers": (
+        {"activations": ["Elu", "Tanh", "Tanh"], "activation_alpha": [0.1, 0.2]},
+        "activation_alpha has more numbers than they take",
+    ),
+    "infinite": (
+        {"activations": ["Elu", "Tanh", "Tanh"], "activation_alpha": [float("inf")]},
+        r"activation_alpha=\[inf",
+    ),
     "no numbers": ({"activations": ["Elu", "Tanh", "Tanh"], "activation_alpha": ["x"]}, "activation_alpha="),
     "no clip": ({"clip": -1.0}, "clip=-1"),
     "clip of another type": ({"clip": 1}, "clip=1"),
