@@ -500,4 +500,4 @@ def test_long_names(tmp_path: Path) -> None:
 
 def test_a_name_that_is_not_unicode(tmp_path: Path) -> None:
     (tmp_path / "a.pkl").write_bytes(pickle.dumps({"a\ud800": np.ones(2)}))
-    assert _refusal(tmp_path / "a.pkl") .startswith(r"the name a\ud800 is not valid Unicode")
+    assert _refusal(tmp_path / "a.pkl").startswith(r"the name a\ud800 is not valid Unicode")
