@@ -31,6 +31,7 @@ from jaxrnn import checkpoint
 from jaxrnn.checkpoint import CheckpointError, find_rnns, load, load_tree
 from jaxrnn.checkpoint.check import check
 from jaxrnn.checkpoint.dialects import DIALECTS
+from jaxrnn.checkpoint.flax_names import with_torchs_names
 
 T, N, F, H = 5, 2, 3, 4
 CELLS = {"LSTM": jaxrnn.LSTM_CELL, "GRU": jaxrnn.GRU_CELL, "RNN": jaxrnn.RNN_TANH}
@@ -501,3 +502,36 @@ def test_long_names(tmp_path: Path) -> None:
 def test_a_name_that_is_not_unicode(tmp_path: Path) -> None:
     (tmp_path / "a.pkl").write_bytes(pickle.dumps({"a\ud800": np.ones(2)}))
     assert _refusal(tmp_path / "a.pkl").startswith(r"the name a\ud800 is not valid Unicode")
+
+
+def test_an_optimizer_alone(tmp_path: Path) -> None:
+    path = WRITERS["to_bytes"](tmp_path / "a", {"opt_state": {"mu": {"w": np.ones(2)}}, "step": 3})
+    assert list(load(path)) == ["opt_state.mu.w"]
+
+
+def test_two_keys_of_one_name(tmp_path: Path) -> None:
+    (tmp_path / "a.pkl").write_bytes(pickle.dumps({"a": {1: np.ones(2), "1": np.zeros(2)}}))
+    assert _refusal(tmp_path / "a.pkl").startswith("two keys are both read as a/1")
+
+
+def test_names_that_stay() -> None:
+    cell = flatten_dict(_cell("flax.linen", "GRUCell"), sep=".")
+    tensors = {f"enc.{name}": array for name, array in cell.items()}
+    assert with_torchs_names(tensors, keep=["enc.hn.bias"]) == tensors
+    # One name with dots and one with slashes are not one.
+    both = {name.replace(".", "/"): array for name, array in tensors.items()} | {"enc.hn.bias": np.ones(1)}
+    assert with_torchs_names(both) == both
+    # The state of other random numbers is a tensor like others.
+    tensors = {f"enc.cell.{name}": array for name, array in cell.items()}
+    found = with_torchs_names(tensors | {"enc.rngs.count": np.ones(1), "dec.rngs.count": np.ones(1)})
+    assert [name for name in found if "rngs" in name] == ["dec.rngs.count"]
+
+
+def test_two_layers_with_the_names_of_a_bidirectional_that_differ(tmp_path: Path) -> None:
+    tree = {
+        "forward_rnn": {"cell": _cell("flax.nnx", "LSTMCell")},
+        "backward_rnn": {"cell": _cell("flax.nnx", "GRUCell")},
+    }
+    tensors, words = loaded(WRITERS["to_bytes"](tmp_path / "a", {"enc": tree}))
+    assert words == []
+    assert {rnn.prefix for rnn in find_rnns(tensors)} == {"enc.forward_rnn.", "enc.backward_rnn."}

@@ -90,7 +90,9 @@ def test_hard_sigmoid_is_that_of_the_version_in_the_file(tmp_path: Path) -> None
         _compare(tensors, "a.", expected[0])
         assert len(words) == 1 + (not version)
         if not version:
-            assert words[1].startswith("a. has hard_sigmoid, and the file does not say its keras_version: assumed is")
+            assert words[1].startswith(
+                "a. has hard_sigmoid, and the file does not say its keras_version: jaxrnn assumes"
+            )
             other = eval(
                 found.spec.cell.name.replace("HardSigmoid(alpha=0.2, beta=0.5)", "'hard_sigmoid'"), vars(jaxrnn)
             )

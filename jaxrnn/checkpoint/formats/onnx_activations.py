@@ -101,7 +101,7 @@ def _by_place(names: Sequence[str], key: str, given: Sequence[float]) -> Sequenc
 
 
 def _clipped(functions: Sequence[Activation], clip: float) -> list[Activation]:
-    """With clip, as onnxruntime has it: before the activations of gates, and not of an LSTM's c."""
+    """Clip the inputs of the gates' activations, but not that of an LSTM's c, as onnxruntime does."""
     if clip >= _LARGE:
         return list(functions)
     return [each if place == 2 else Clipped(each, clip) for place, each in enumerate(functions)]

@@ -304,6 +304,15 @@ def checked_key(key: Any) -> Any:
     return key
 
 
+def bytes_of(text: Any = b"", encoding: Any = "latin1") -> bytes:
+    """The bytes that a call makes of bytes or text; not of a number, which would be how many to make."""
+    if type(text) in (bytes, bytearray):
+        return bytes(text)
+    if type(text) is not str or encoding not in ("latin1", "latin-1", "utf-8"):
+        raise ValueError("bytes in an unknown form")
+    return text.encode(encoding)
+
+
 def _left_out(kind: Any) -> LeftOut:
     if type(kind) is not LeftOut:
         raise Refused("it makes objects in an unusual way")

@@ -13,7 +13,7 @@ from jaxrnn.checkpoint.errors import AGAIN, CheckpointError, listed
 from jaxrnn.checkpoint.formats import trees
 from jaxrnn.checkpoint.formats.bombs import Budget
 from jaxrnn.checkpoint.formats.nested import at_key, mapped
-from jaxrnn.checkpoint.formats.pickle_machine import Global, LeftOut, Refused, Vocabulary, build, checked_key
+from jaxrnn.checkpoint.formats.pickle_machine import Global, LeftOut, Refused, Vocabulary, build, bytes_of, checked_key
 from jaxrnn.checkpoint.formats.reading import Reading, warn
 from jaxrnn.checkpoint.stored import Value
 
@@ -129,7 +129,7 @@ class _Arrays(Vocabulary):
             pairs = items.items() if isinstance(items, dict) else [(name, value) for name, value in items]
             return {checked_key(key): value for key, value in pairs}
         if name in _BYTES:
-            return _bytes(*arguments)
+            return bytes_of(*arguments)
         return super().call(name, arguments)
 
     def build(self, value: Any, state: Any) -> None:
@@ -158,12 +158,3 @@ def _named(name: Any) -> np.dtype:
     if dtype_of(np.empty(0, dtype)) == NO_NUMBERS:
         raise Refused(f"an array of {name!r}, which are not numbers")
     return dtype
-
-
-def _bytes(text: Any = b"", encoding: Any = "latin1") -> bytes:
-    """Not from a number, which would be how many bytes to make."""
-    if type(text) in (bytes, bytearray):
-        return bytes(text)
-    if type(text) is not str or encoding not in ("latin1", "latin-1", "utf-8"):
-        raise ValueError("bytes in an unknown form")
-    return text.encode(encoding)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from jaxrnn.checkpoint.errors import AGAIN, CheckpointError, check_unicode, listed
 from jaxrnn.checkpoint.formats.nested import choose
-from jaxrnn.checkpoint.formats.pickles import MOST_AXES, STATE_DICT, Other, Storage, StoredTensor, unpickle
+from jaxrnn.checkpoint.formats.pickles import MOST_AXES, STATE_DICT, Other, Storage, StoredTensor, is_tensor, unpickle
 from jaxrnn.checkpoint.formats.reading import Reading
 from jaxrnn.checkpoint.formats.recurrent_calls import Call, Said
 from jaxrnn.checkpoint.formats.torch_archive import TOP, Archive
@@ -56,7 +56,7 @@ def read(archive: Archive, what: Reading, warn: Callable[[str, str], None]) -> t
         programs = {name: _Program(archive, name, graph, stack) for name, graph in _graphs(archive).items()}
         trees = {name: {_STATE_DICT: each.weights, _CONSTANTS: each.constants} for name, each in programs.items()}
         tree: Any = trees if len(trees) > 1 else next(iter(trees.values()))
-        found = choose(tree, what, _is_tensor, warn)
+        found = choose(tree, what, is_tensor, warn)
         words = []
         arrays: dict[str, Any] = {}
         said: dict[str, dict[str, Any]] = {}
@@ -138,7 +138,7 @@ class _Program:
             found = unpickle(part.text("data.pkl"), set() if kind == _CONSTANTS else None)
             if not isinstance(found, dict) or not all(type(each) is str for each in found):
                 raise CheckpointError(f"damaged: its {saved[0]} has no tensors by name\n{AGAIN}")
-            tensors = {each: tensor for each, tensor in found.items() if _is_tensor(tensor)}
+            tensors = {each: tensor for each, tensor in found.items() if is_tensor(tensor)}
         else:
             part, tensors = archive, dict(_described(archive, kind, f"data/{kind}/{name}_{kind}_config.json"))
         self.parts.append((part, tensors))
@@ -214,7 +214,3 @@ def _weights(arguments: Mapping[str, Any]) -> list[str]:
         return [each["name"] for each in arguments["params"]["as_tensors"]]
     there = [arguments[name] for name in ("w_ih", "w_hh", "b_ih", "b_hh") if name in arguments]
     return [each["as_tensor"]["name"] for each in there if "as_tensor" in each]
-
-
-def _is_tensor(value: Any) -> bool:
-    return isinstance(value, StoredTensor | Other)

@@ -10,7 +10,7 @@ from typing import Any
 from jaxrnn.checkpoint.errors import AGAIN, CheckpointError, check_unicode, listed
 from jaxrnn.checkpoint.formats import script_code
 from jaxrnn.checkpoint.formats.pickle_machine import Refused, build
-from jaxrnn.checkpoint.formats.pickles import Other, Packed, StoredTensor, TorchSave
+from jaxrnn.checkpoint.formats.pickles import Other, Packed, StoredTensor, TorchSave, is_tensor
 from jaxrnn.checkpoint.formats.quantized import BEFORE, Plan
 from jaxrnn.checkpoint.formats.reading import Reading
 from jaxrnn.checkpoint.formats.recurrent_calls import Said
@@ -251,7 +251,7 @@ class _Model:
             below: list[tuple[str, int, Any, Class]] = []
             for own in (known.parameters, known.buffers):
                 for name, value in module.items():
-                    if name in own and _is_tensor(value):
+                    if name in own and is_tensor(value):
                         self.tensors.put(prefix + name, value, f"{name} of the {module.kind}")
             for name, value in module.items():
                 if type(value) is Packed:
@@ -346,7 +346,7 @@ class _Constants:
             raise CheckpointError(
                 f"damaged: its constants should be a tuple, and are a {type(constants).__name__}\n{AGAIN}"
             )
-        self.tensors = {f"{CONSTANTS}.c{index}": each for index, each in enumerate(constants) if _is_tensor(each)}
+        self.tensors = {f"{CONSTANTS}.c{index}": each for index, each in enumerate(constants) if is_tensor(each)}
         self.weights: dict[str, Any] = {}
         self.used: set[str] = set()
         self._named: dict[tuple[str, ...], str] = {}
@@ -379,12 +379,8 @@ def _held(value: Any) -> int:
 
 def _inside(value: Any) -> Iterator[tuple[str, Any]]:
     """The tensors in an attribute: itself, or those in a list or a dict, with what to add to its name."""
-    if _is_tensor(value):
+    if is_tensor(value):
         yield "", value
     elif type(value) in (list, tuple, dict):
         items = value.items() if type(value) is dict else enumerate(value)
-        yield from ((f".{key}", each) for key, each in items if _is_tensor(each))
-
-
-def _is_tensor(value: Any) -> bool:
-    return isinstance(value, StoredTensor | Other)
+        yield from ((f".{key}", each) for key, each in items if is_tensor(each))
