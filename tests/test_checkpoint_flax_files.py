@@ -31,7 +31,9 @@ from jaxrnn import checkpoint
 from jaxrnn.checkpoint import CheckpointError, find_rnns, load, load_tree
 from jaxrnn.checkpoint.check import check
 from jaxrnn.checkpoint.dialects import DIALECTS
+from jaxrnn.checkpoint.files import opened
 from jaxrnn.checkpoint.flax_names import with_torchs_names
+from jaxrnn.checkpoint.formats.reading import Reading
 
 T, N, F, H = 5, 2, 3, 4
 CELLS = {"LSTM": jaxrnn.LSTM_CELL, "GRU": jaxrnn.GRU_CELL, "RNN": jaxrnn.RNN_TANH}
@@ -494,8 +496,8 @@ def test_long_names(tmp_path: Path) -> None:
             with pytest.raises(CheckpointError, match="or their keys have over 2000 characters"):
                 read(tmp_path / "a")
     start = time.monotonic()
-    tensors = {"lstm" * 100_000 + ".x.w": np.ones(2)}
-    assert jaxrnn.checkpoint.find_rnns(tensors) == []
+    for tensors in ({"lstm" * 100_000 + ".x.w": np.ones(2)}, {"a" + "!" * n + "w": np.ones(2) for n in range(1, 2000)}):
+        assert find_rnns(tensors) == []
     assert time.monotonic() - start < 2
 
 
@@ -507,6 +509,17 @@ def test_a_name_that_is_not_unicode(tmp_path: Path) -> None:
 def test_an_optimizer_alone(tmp_path: Path) -> None:
     path = WRITERS["to_bytes"](tmp_path / "a", {"opt_state": {"mu": {"w": np.ones(2)}}, "step": 3})
     assert list(load(path)) == ["opt_state.mu.w"]
+
+
+def test_what_is_left_out_is_noted(tmp_path: Path) -> None:
+    path, notes = WRITERS["to_bytes"](tmp_path / "a", {"w": np.ones(2), "step": 3}), list[str]()
+    opened(path, Reading(note=notes.append))
+    assert notes == ["took the parameters, and left out step"]
+
+
+def test_bytes_after_the_end(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(serialization.to_bytes({"w": np.ones(2)}) + b"\xc0")
+    assert _refusal(tmp_path / "a").startswith("damaged: there are more bytes after its end")
 
 
 def test_two_keys_of_one_name(tmp_path: Path) -> None:
@@ -535,3 +548,13 @@ def test_two_layers_with_the_names_of_a_bidirectional_that_differ(tmp_path: Path
     tensors, words = loaded(WRITERS["to_bytes"](tmp_path / "a", {"enc": tree}))
     assert words == []
     assert {rnn.prefix for rnn in find_rnns(tensors)} == {"enc.forward_rnn.", "enc.backward_rnn."}
+
+
+def test_an_array_in_parts_with_other_keys(tmp_path: Path) -> None:
+    parts = {"__msgpack_chunked_array__": True, "shape": {"0": 2}, "chunks": {"0": np.ones(2)}}
+    for more, expected in (({}, ["a"]), ({"scale": 2.0}, None)):
+        path = WRITERS["msgpack_serialize"](tmp_path / "a", {"a": parts | more})
+        if expected is not None:
+            assert list(load(path)) == expected
+        else:
+            assert "an array in parts with other keys" in _refusal(path)

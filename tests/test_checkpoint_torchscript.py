@@ -507,3 +507,12 @@ def test_mutated_files(torch: ModuleType, thorough: bool, tmp_path: Path) -> Non
             except CheckpointError:
                 refused += 1
     assert 0.1 * files < refused < files
+
+
+def test_an_attribute_with_the_name_of_the_constants(tmp_path: Path) -> None:
+    constants = b"\x80\x02" + TENSOR + b"\x85."
+    for name, cause in (("w", "its keys: c0"), ("CONSTANTS", "the model has an attribute CONSTANTS, which is also")):
+        data = script_archive(script_object(b"}" + text(name) + TENSOR + b"s"), constants=constants)
+        (tmp_path / "a.pt").write_bytes(data)
+        with pytest.raises(CheckpointError, match=cause):
+            load_tree(tmp_path / "a.pt", "CONSTANTS.c9")

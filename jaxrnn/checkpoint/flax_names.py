@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import re
 import warnings
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -31,6 +32,7 @@ RANDOM_STATE = re.compile(r"(?<![^.])rngs\.(key|count)$")
 _IN_HAIKU = {"LSTM": "lstm", "VanillaRNN": "rnn"}
 # What joins names, before that of an array in Flax or Haiku.
 _SEPARATED = re.compile(r"(?:.*\w)??(?P<separator>\W+|__)(kernel|w)", re.S)
+_MOST_SEPARATORS = 4  # to try: each costs a look at all names
 _COLLECTIONS = ("params", "batch_stats")  # variables of Linen that are weights or statistics
 _OPTIMIZERS = ("opt_state", "optimizer_state", "optimizer")
 # Cells that torch does not have, by the names of their arrays, with what to do.
@@ -192,8 +194,8 @@ def _joined_by_dots(
 ) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     """The parameters, by names joined by dots, if there are cells among them; else all as they are. And `_groups`."""
     names = [name for name in tensors if isinstance(name, str)]
-    separators = {match["separator"] for name in names if (match := _SEPARATED.fullmatch(name))}
-    for separator in dict.fromkeys([".", "/", *sorted(separators)]):
+    separators = Counter(match["separator"] for name in names if (match := _SEPARATED.fullmatch(name)))
+    for separator in dict.fromkeys([".", "/", *(each for each, _ in separators.most_common(_MOST_SEPARATORS))]):
         dotted = {name.replace(separator, "."): tensors[name] for name in names}
         if len(dotted) == len(names) and _cells(_groups(dotted)):
             params, left_out = chosen({tuple(name.split(".")): value for name, value in dotted.items()})

@@ -102,5 +102,7 @@ class _Reader:
 
 def _joined(parts: dict[Any, Any]) -> np.ndarray:
     """The array that Flax cut into parts."""
+    if parts.keys() != {_CHUNKED, "shape", "chunks"}:
+        raise ValueError("an array in parts with other keys")
     shape, chunks = ([each[str(index)] for index in range(len(each))] for each in (parts["shape"], parts["chunks"]))
     return np.concatenate(chunks).reshape(shape)

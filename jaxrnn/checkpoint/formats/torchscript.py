@@ -115,7 +115,10 @@ def tree(archive: Archive, left_out: set[str] | None = None) -> Any:
     root = _unpickled(archive, "data", left_out, False)
     constants = _Constants(_unpickled(archive, "constants", left_out, False)).tensors
     if type(root) is ScriptObject and constants:
-        root.setdefault(CONSTANTS, {name.partition(".")[2]: tensor for name, tensor in constants.items()})
+        if CONSTANTS in root:
+            cause = f"the model has an attribute {CONSTANTS}, which is also the name of the code's constants"
+            raise CheckpointError(f"{cause}\n{_RENAME}")
+        root[CONSTANTS] = {name.partition(".")[2]: tensor for name, tensor in constants.items()}
     return root
 
 
@@ -179,18 +182,17 @@ def read(archive: Archive, what: Reading) -> tuple[Described, list[tuple[str, st
 def _run(path: str, prefix: str, batch_first: bool, x: Any, states: Any) -> list[Any]:
     """Run a module's own code: see `named.Origin`."""
     torch = importlib.import_module("torch")
-    model = torch.jit.load(path, map_location="cpu").double().eval()
-    module = dict(model.named_modules())[prefix.removesuffix(".")]
-    forward = (
-        getattr(module, "forward__0", None) or module.forward
-    )  # torch's layers have several, by what they are given
     swap = batch_first and x.ndim > 2
     given = torch.tensor(x.swapaxes(0, 1) if swap else x)
     hx = tuple(map(torch.tensor, states))
     try:
+        model = torch.jit.load(path, map_location="cpu").double().eval()
+        module = dict(model.named_modules())[prefix.removesuffix(".")]
+        # torch's layers have several methods, by what they are given.
+        forward = getattr(module, "forward__0", None) or module.forward
         with torch.no_grad():
             returned = forward(given, hx if len(hx) > 1 else hx[0])
-    except RuntimeError as error:  # of a module that was traced with other arguments
+    except RuntimeError as error:  # of a module that was traced with other arguments, or a file that this torch refuses
         raise NotImplementedError from error
     output, state = returned if x.ndim > 2 else (None, returned)
     found = [each.numpy() for each in (state if isinstance(state, tuple) else (state,))]
