@@ -3,7 +3,6 @@
 import io
 import pickle
 import pickletools
-import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +11,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import ml_dtypes
-import msgpack
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
@@ -28,12 +26,9 @@ from safetensors.numpy import save_file
 
 import jaxrnn
 from jaxrnn import checkpoint
-from jaxrnn.checkpoint import CheckpointError, find_rnns, load, load_tree
+from jaxrnn.checkpoint import CheckpointError, find_rnns, load
 from jaxrnn.checkpoint.check import check
 from jaxrnn.checkpoint.dialects import DIALECTS
-from jaxrnn.checkpoint.files import opened
-from jaxrnn.checkpoint.flax_names import with_torchs_names
-from jaxrnn.checkpoint.formats.reading import Reading
 
 T, N, F, H = 5, 2, 3, 4
 CELLS = {"LSTM": jaxrnn.LSTM_CELL, "GRU": jaxrnn.GRU_CELL, "RNN": jaxrnn.RNN_TANH}
@@ -480,81 +475,3 @@ def test_one_array_a_thousand_times(tmp_path: Path) -> None:
     path = tmp_path / "a.pkl"
     path.write_bytes(pickle.dumps([np.zeros(1 << 20, np.uint8)] * 1000))
     assert _refusal(path).startswith("a bomb: its numbers would fill over")
-
-
-def test_one_array_a_thousand_times_in_a_tree_is_one_array(tmp_path: Path) -> None:
-    path = tmp_path / "a.pkl"
-    path.write_bytes(pickle.dumps({"a": [np.zeros(1 << 20, np.uint8)] * 1000}))
-    assert len({*map(id, load_tree(path)["a"])}) == 1
-
-
-def test_long_names(tmp_path: Path) -> None:
-    """A name is copied for each value below it: a file of 1 MB could make terabytes."""
-    for data in (msgpack.packb({"k" * 1_000_000: [None] * 40_000}), pickle.dumps({"k" * 1_000_000: [1] * 40_000})):
-        (tmp_path / "a").write_bytes(data)
-        for read in (load, load_tree):
-            with pytest.raises(CheckpointError, match="or their keys have over 2000 characters"):
-                read(tmp_path / "a")
-    start = time.monotonic()
-    for tensors in ({"lstm" * 100_000 + ".x.w": np.ones(2)}, {"a" + "!" * n + "w": np.ones(2) for n in range(1, 2000)}):
-        assert find_rnns(tensors) == []
-    assert time.monotonic() - start < 2
-
-
-def test_a_name_that_is_not_unicode(tmp_path: Path) -> None:
-    (tmp_path / "a.pkl").write_bytes(pickle.dumps({"a\ud800": np.ones(2)}))
-    assert _refusal(tmp_path / "a.pkl").startswith(r"the name a\ud800 is not valid Unicode")
-
-
-def test_an_optimizer_alone(tmp_path: Path) -> None:
-    path = WRITERS["to_bytes"](tmp_path / "a", {"opt_state": {"mu": {"w": np.ones(2)}}, "step": 3})
-    assert list(load(path)) == ["opt_state.mu.w"]
-
-
-def test_what_is_left_out_is_noted(tmp_path: Path) -> None:
-    path, notes = WRITERS["to_bytes"](tmp_path / "a", {"w": np.ones(2), "step": 3}), list[str]()
-    opened(path, Reading(note=notes.append))
-    assert notes == ["took the parameters, and left out step"]
-
-
-def test_bytes_after_the_end(tmp_path: Path) -> None:
-    (tmp_path / "a").write_bytes(serialization.to_bytes({"w": np.ones(2)}) + b"\xc0")
-    assert _refusal(tmp_path / "a").startswith("damaged: there are more bytes after its end")
-
-
-def test_two_keys_of_one_name(tmp_path: Path) -> None:
-    (tmp_path / "a.pkl").write_bytes(pickle.dumps({"a": {1: np.ones(2), "1": np.zeros(2)}}))
-    assert _refusal(tmp_path / "a.pkl").startswith("two keys are both read as a/1")
-
-
-def test_names_that_stay() -> None:
-    cell = flatten_dict(_cell("flax.linen", "GRUCell"), sep=".")
-    tensors = {f"enc.{name}": array for name, array in cell.items()}
-    assert with_torchs_names(tensors, keep=["enc.hn.bias"]) == tensors
-    # One name with dots and one with slashes are not one.
-    both = {name.replace(".", "/"): array for name, array in tensors.items()} | {"enc.hn.bias": np.ones(1)}
-    assert with_torchs_names(both) == both
-    # The state of other random numbers is a tensor like others.
-    tensors = {f"enc.cell.{name}": array for name, array in cell.items()}
-    found = with_torchs_names(tensors | {"enc.rngs.count": np.ones(1), "dec.rngs.count": np.ones(1)})
-    assert [name for name in found if "rngs" in name] == ["dec.rngs.count"]
-
-
-def test_two_layers_with_the_names_of_a_bidirectional_that_differ(tmp_path: Path) -> None:
-    tree = {
-        "forward_rnn": {"cell": _cell("flax.nnx", "LSTMCell")},
-        "backward_rnn": {"cell": _cell("flax.nnx", "GRUCell")},
-    }
-    tensors, words = loaded(WRITERS["to_bytes"](tmp_path / "a", {"enc": tree}))
-    assert words == []
-    assert {rnn.prefix for rnn in find_rnns(tensors)} == {"enc.forward_rnn.", "enc.backward_rnn."}
-
-
-def test_an_array_in_parts_with_other_keys(tmp_path: Path) -> None:
-    parts = {"__msgpack_chunked_array__": True, "shape": {"0": 2}, "chunks": {"0": np.ones(2)}}
-    for more, expected in (({}, ["a"]), ({"scale": 2.0}, None)):
-        path = WRITERS["msgpack_serialize"](tmp_path / "a", {"a": parts | more})
-        if expected is not None:
-            assert list(load(path)) == expected
-        else:
-            assert "an array in parts with other keys" in _refusal(path)

@@ -101,14 +101,14 @@ def with_torchs_names(
 ) -> dict[str, Any]:
     """A flat dict in which the weights of the cells of Flax and Haiku have torch's names and layouts, each as a layer.
 
-    The two of a Bidirectional are one layer, if they are alike. Its prefix, and that of an RNN, is without the names
-    inside it. If there is a cell, other names are those of parameters, joined by dots: see `chosen`.
+    The two cells of a Bidirectional become one layer, if they are alike. The prefix of a layer leaves out the names
+    that RNN and Bidirectional add. If there is a cell, `chosen` names the other parameters.
 
     Args:
         tensors: by name, joined by dots, or by whatever flax.traverse_util.flatten_dict was given.
         keep: names of weights that stay.
-        note: is told what was left out.
-        warn: is told of what is in doubt, with what to do, and of cells that torch does not have.
+        note: gets a sentence about what was left out.
+        warn: gets warnings with their remedies: of what is in doubt, and of cells that torch does not have.
 
     Raises:
         CheckpointError: two weights get the same name.

@@ -46,7 +46,7 @@ class Made(NamedTuple):
 
 
 class Numbers(NamedTuple):
-    """What has numbers for names. `kind` is "list", "dict", or of NNX "sequential"."""
+    """A level whose names are numbers. `kind` is "list", "dict", or in NNX "sequential"."""
 
     kind: str
     items: dict[int, "Item"]
@@ -76,7 +76,7 @@ class _Class(NamedTuple):
 
 
 class Program:
-    """What a program is made of.
+    """The classes of a program.
 
     Attributes:
         linen: whether its modules are Linen's.

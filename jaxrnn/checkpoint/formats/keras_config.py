@@ -172,15 +172,15 @@ class KerasCell(NamedTuple):
 
     Attributes:
         module: the path of the outermost recurrent layer that it is in.
-        chain: what it is in, from that layer to the cell.
+        chain: the layers around it, from that layer to the cell itself.
         side: the attribute of its Bidirectional that has it; "" outside.
         level: its place among stacked cells.
         levels: how many there are.
         mask: what may mask its input, as words: "comes after pads (Masking)".
         trains: whether it, or a model that it is in, is called with training=True.
         words: other warnings.
-        names: for each layer that it is in, and itself, the names that Keras may give its weights.
-        depth: how many of these are of the outermost recurrent layer, and what that is in.
+        names: the names that Keras may give the weights: a tuple for each layer around the cell, and one for the cell.
+        depth: how many of `names` are those of the outermost recurrent layer and of the models around it.
         version: the version of Keras that wrote the file, if that says it.
     """
 

@@ -60,7 +60,7 @@ class _Reader:
     """Reads value by value. msgpack, given a whole file, makes room for as many items as it says there are."""
 
     def __init__(self, file: IO[bytes], data: mmap.mmap) -> None:
-        self.data, self.count, self.budget = data, 0, Budget(len(data))
+        self.data, self.count = data, 0
         self.unpacker = msgpack.Unpacker(
             file, max_buffer_size=max(len(data), 1 << 20), raw=False, ext_hook=self._extension
         )
@@ -95,9 +95,7 @@ class _Reader:
         if dtype_of(np.empty(0, dtype)) == NO_NUMBERS:
             cause = f"it holds an array of {dtype}, which are not numbers"
             raise CheckpointError(f"{cause}\nsave the arrays of numbers alone")
-        array = np.frombuffer(numbers, dtype).reshape(shape)
-        self.budget.spend(array.nbytes)
-        return array
+        return np.frombuffer(numbers, dtype).reshape(shape)
 
 
 def _joined(parts: dict[Any, Any]) -> np.ndarray:

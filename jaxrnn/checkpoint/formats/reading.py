@@ -17,7 +17,7 @@ class Reading(NamedTuple):
         key: the key of nested dicts under which the tensors are; None for those at the top.
         only_tensors: whether to leave out objects beside the tensors.
         dequantize: whether to compute the weights of quantized modules.
-        note: is told in words which of nested dicts was taken, and what was left out.
+        note: gets a sentence about the nested dict that was taken, and about what was left out.
     """
 
     key: str | None = None

@@ -43,7 +43,7 @@ class Said:
 
     Attributes:
         by_prefix: the settings, by the prefix of a module, as `named.Described.said`.
-        words: what contradicts itself, and what to do about it.
+        words: contradictions, with remedies.
     """
 
     def __init__(self) -> None:

@@ -32,8 +32,8 @@ class CodeCall(NamedTuple):
 
     Attributes:
         call: the function and its settings.
-        weights: where the weights are, in torch's order; or where the list of them is, alone. Those that come from
-            elsewhere, such as arguments of the method, are empty.
+        weights: the paths of the weights, in torch's order; or one path, that of a list of them. The path of a weight
+            from elsewhere, such as an argument of the method, is empty.
         title: what the code calls the list of weights.
     """
 

@@ -135,8 +135,8 @@ def _unpickled(archive: Archive, name: str, left_out: set[str] | None, dequantiz
 def read(archive: Archive, what: Reading) -> tuple[Described, list[tuple[str, str]]]:
     """The tensors of `state_dict()`, and what to warn of, with remedies.
 
-    Without any, as torch.jit.freeze leaves a model, those of attributes and constants: recurrent weights by torch's
-    names.
+    A model after torch.jit.freeze has none. Then the tensors are those of its attributes and constants, with torch's
+    names for recurrent weights.
     """
     what.check_no_key("a TorchScript archive")
     left_out: set[str] | None = set() if what.only_tensors else None

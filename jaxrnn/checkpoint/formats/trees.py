@@ -61,7 +61,7 @@ def leaves(tree: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
 
 
 def owned(arrays: dict[str, Any], array_of: Callable[[Any], np.ndarray], budget: Budget) -> dict[str, np.ndarray]:
-    """Contiguous copies that may be written to. Each replaces what it is a copy of, which may be freed."""
+    """Contiguous copies that can be written to. Each replaces its original in `arrays`, which can then be freed."""
     for name in arrays:
         array = array_of(arrays[name])
         budget.spend(array.nbytes)
