@@ -84,7 +84,7 @@ class ThresholdedRelu:
 
 @dataclasses.dataclass(frozen=True)
 class Clipped:
-    """Another activation of x between `-limit` and `limit`, as ONNX's attribute clip has it."""
+    """`activation(x)`, with x cut off at `-limit` and `limit`, as by ONNX's attribute clip."""
 
     activation: Activation
     limit: float

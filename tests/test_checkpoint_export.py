@@ -120,6 +120,7 @@ HUGE = {"as_int": 1 << 40}
         ),
         ({"config": {"w": {"path_name": "../../x", "use_pickle": False, "tensor_meta": _meta(0)}}}, "none are there"),
         (b'{"config": {"w": 1, "w": 2}}', "has w twice"),
+        (b"{" + b"".join(b'"%d": 0, ' % i for i in range(40_000)) + b'"w": 1, "w": 2}', "has w twice"),
         (b"[" * 100_000, "is not JSON"),
         (b'{"config": ' + b"9" * 5000 + b"}", "is not JSON"),
         (b"", "is not JSON"),
@@ -190,6 +191,10 @@ def test_settings(changes: Any, expected: Any, cause: str, tmp_path: Path) -> No
 def test_graphs_that_torch_does_not_write(graph: bytes, tmp_path: Path) -> None:
     data = _archive(_config(w=_meta(4)), **{"models/model.json": graph})
     assert "damaged: its " in _refusal(tmp_path / "a.pt2", data)
+
+
+def test_an_argument_without_a_value(tmp_path: Path) -> None:
+    assert _refusal(tmp_path / "a.pt2", _lstm(batch_first={})).startswith("damaged: its graph is not one of")
 
 
 def _old(tensors: bytes, name: str = "serialized_state_dict.pt") -> bytes:

@@ -184,8 +184,8 @@ SAID: dict[str, tuple[dict[str, str], list[dict[str, Any]], list[str]]] = {
         [_layer("GRU", "a", recurrent_activation="hard_sigmoid", reset_after=True)],
         [
             _other("gru_cell(recurrent_activation=HardSigmoid(alpha=0.2, beta=0.5))"),
-            "a. has hard_sigmoid, and the file does not say its keras_version: assumed is that of Keras 2; for that of "
-            "Keras 3 make the cell with 'hard_sigmoid' in place of HardSigmoid(alpha=0.2, beta=0.5)",
+            "a. has hard_sigmoid, and the file does not say its keras_version: jaxrnn assumes that of Keras 2; for "
+            "that of Keras 3 make the cell with 'hard_sigmoid' in place of HardSigmoid(alpha=0.2, beta=0.5)",
         ],
     ),
     "reset_after": (
@@ -290,7 +290,7 @@ def test_a_gru_from_before_reset_after(tmp_path: Path) -> None:
     assert remedy == f"old {_BEFORE}"
     found, [text] = _read(tmp_path, {"old/old": arrays}, None)
     assert "old." in found
-    assert "assumed are Keras's default activations, go_backwards=False, no mask, reset_after=True" in text
+    assert "jaxrnn assumes Keras's default activations, go_backwards=False, no mask, reset_after=True" in text
 
 
 def test_masks_and_states_in_functional_models_of_keras_2(tmp_path: Path) -> None:
@@ -365,7 +365,7 @@ def test_layers_in_a_layer_of_ones_own(tmp_path: Path) -> None:
         "lstm_cell_1.": False, "lstm_cell_2.": False, "forward_x.": False, "backward_x.": False,
         "my_backward_rnn.": False,
     }  # fmt: skip
-    assert "or not where jaxrnn finds them: assumed are Keras's default activations" in text
+    assert "or not where jaxrnn finds them: jaxrnn assumes Keras's default activations" in text
     assert all(rnn.said == {"batch_first": True} for rnn in found.values())
     found, [text] = _read(tmp_path, *_encoder(**{"lstm/lstm_cell": "LSTM"}))
     assert [*found] == ["enc."]

@@ -27,6 +27,7 @@ from jaxrnn.activations import Affine
 from jaxrnn.checkpoint import CheckpointError, find_rnns, load, to_onnx
 from jaxrnn.checkpoint.check import check
 from jaxrnn.checkpoint.dialects import DIALECTS
+from jaxrnn.checkpoint.formats import onnx_modules
 
 pytest_plugins = "shared_fixtures"
 pytestmark = [pytest.mark.libraries, pytest.mark.usefixtures("compiled_once")]
@@ -242,6 +243,14 @@ WRONG = {
     "unknown": ({"activations": ["Sigmoid", "Gelu", "Tanh"]}, "jaxrnn does not know gelu"),
     "too few": ({"activations": ["Sigmoid", "Tanh"]}, r"\(activations=\['Sigmoid', 'Tanh'\]\)"),
     "no list": ({"activations": "Sigmoid"}, r"\(activations=Sigmoid\)"),
+    "more numbers": (
+        {"activations": ["Elu", "Tanh", "Tanh"], "activation_alpha": [0.1, 0.2]},
+        "activation_alpha has more numbers than they take",
+    ),
+    "infinite": (
+        {"activations": ["Elu", "Tanh", "Tanh"], "activation_alpha": [float("inf")]},
+        r"activation_alpha=\[inf",
+    ),
     "no numbers": ({"activations": ["Elu", "Tanh", "Tanh"], "activation_alpha": ["x"]}, "activation_alpha="),
     "no clip": ({"clip": -1.0}, "clip=-1"),
     "clip of another type": ({"clip": 1}, "clip=1"),
@@ -468,3 +477,13 @@ def test_check_compares_with_onnxruntime(tmp_path: Path) -> None:
         assert result.difference < 2e-6, rnn.prefix
         tensors[f"{rnn.prefix}weight_hh_l0"] += 0.1
         assert not check(rnn, tensors, None).equal
+
+
+def test_recurrent_nodes_that_are_too_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes = [recurrent("RNN", name) for name in ("one", "two")]
+    nodes[1].output[0] = "Z"
+    path = _saved(tmp_path, nodes, node_weights("RNN", "one") | node_weights("RNN", "two"))
+    assert len(find_rnns(load(path))) == 2
+    monkeypatch.setattr(onnx_modules, "_MOST", 1)
+    with pytest.raises(CheckpointError, match=r"it has 2 recurrent nodes, and 1 are the most that are read\nsave"):
+        load(path)

@@ -229,7 +229,7 @@ def test_a_pickle_by_hand(tmp_path: Path) -> None:
         (b"\x80\x04\x8f(]\x90.", "a dict or a set in it has a key of type list"),
         (
             b"\x80\x02cbuiltins\nbytearray\n\x8a\x06\xff\xff\xff\xff\xff\x00\x85R.",
-            "(a value is not text, and should be)",
+            "(bytes in an unknown form)",
         ),
         (b"\x80\x02cbuiltins\ncomplex\nX\x01\x00\x00\x00ax\x85R.", "truncated or damaged"),
         (b"\x80\x02ctorch._tensor\n_rebuild_from_type_v2\n2.", "has the operation DUP"),
@@ -396,3 +396,10 @@ def _fuzz(mutate: Callable[[np.random.RandomState], bytes], thorough: bool, tmp_
         loaded += 1
         assert all(isinstance(array, np.ndarray) for array in found.values())
     assert loaded < 0.8 * (20_000 if thorough else 1000)
+
+
+def test_calls_that_copy_one_list_again_and_again() -> None:
+    many = b"\x80\x04](" + b"K\x01" * 100_000 + b"e\x94ctorch\nSize\n\x94]\x94(" + b"h\x01h\x00\x85R" * 500 + b"e."
+    with pytest.raises(CheckpointError, match=r"^a bomb: calls in its pickle make far more than it holds"):
+        unpickle(many)
+    assert len(unpickle(many.replace(b"h\x01h\x00\x85R" * 499, b""))) == 1

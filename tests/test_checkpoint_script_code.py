@@ -1,6 +1,7 @@
 """What the code in TorchScript archives says of settings, and code that says nothing."""
 
 import pickle
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ from reading import loaded
 from script_archives import TENSOR, script_archive, script_object, text
 
 import jaxrnn
-from jaxrnn.checkpoint import find_rnns
+from jaxrnn.checkpoint import CheckpointError, find_rnns
+from jaxrnn.checkpoint.formats import torchscript
+from jaxrnn.checkpoint.formats.recurrent_calls import Call, Said
 
 
 def _lstm(code: str, folder: Path, kind: str = "LSTM", layers: int = 2) -> tuple[Any, list[str]]:
@@ -106,3 +109,39 @@ def test_other_code_says_nothing(code: str, tmp_path: Path) -> None:
     assert said == []
     [found] = find_rnns(tensors)
     assert found.said == {}
+
+
+def test_lines_that_could_take_forever(tmp_path: Path) -> None:
+    spaces, quotes = " " * 100_000, '  __parameters__ = ["' + '\\"' * 100_000 + "]"
+    start = time.monotonic()
+    for line in (spaces, quotes):
+        (tmp_path / "a.pt").write_bytes(script_archive(script_object(b"}"), f"class M(Module):\n{line}\n"))
+        assert loaded(tmp_path / "a.pt") == ({}, [])
+    assert time.monotonic() - start < 2
+
+
+def test_a_call_of_many_layers_in_a_shared_module() -> None:
+    settings = {"num_layers": 10**6, "bias": False, "bidirectional": False}
+    start = time.monotonic()
+    assert all(Call("lstm", settings).names(4) == [] for _ in range(100))
+    tensors = {f"{index}.{name}": name for index in range(5000) for name in ("weight_ih", "weight_hh")}
+    said = Said()
+    for index in range(5000):
+        said.add_call(Call("rnn_relu", {}, True), [f"{index}.weight_ih", f"{index}.weight_hh"], tensors)
+    assert said.settings() == {f"{index}.": {"nonlinearity": "relu"} for index in range(5000)}
+    assert time.monotonic() - start < 2
+
+
+def test_calls_that_are_too_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torchscript, "_MOST_CALLS", 9)
+    _lstm(BY_CALL, tmp_path)
+    monkeypatch.setattr(torchscript, "_MOST_CALLS", 8)
+    with pytest.raises(CheckpointError, match="its modules call recurrent layers more than 8 times"):
+        _lstm(BY_CALL, tmp_path)
+
+
+def test_a_nonlinearity_of_a_cell_with_gates() -> None:
+    for rows, expected in ((1, {"": {"nonlinearity": "relu"}}), (4, {})):
+        said = Said()
+        said.add_module("", {"nonlinearity": "relu"}, {"weight_ih": (rows, 2), "weight_hh": (rows, 1)})
+        assert said.settings() == expected

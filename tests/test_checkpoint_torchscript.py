@@ -144,10 +144,22 @@ BOMBS: dict[str, tuple[Callable[[], bytes], str]] = {
         lambda: script_archive(b"c__torch__\nM\n)\x81q\x00}" + text("m") + b"h\x00sb"),
         "its modules are nested more than 100 deep",
     ),
-    "shared modules": (lambda: script_archive(_shared(60)), "its modules are more than 100000"),
+    "shared modules": (lambda: script_archive(_shared(60)), "its modules have too many attributes"),
     "shared modules, and tensors": (
         lambda: script_archive(_shared(60).replace(b"}", b"}" + text("w") + TENSOR + b"s", 1)),
-        "its modules are more than 100000",
+        "its modules have too many attributes",
+    ),
+    "shared modules of many weights": (
+        lambda: script_archive(
+            _shared(10).replace(b"}", b"}(" + b"".join(text(f"w{i}") + TENSOR for i in range(1000)) + b"u", 1)
+        ),
+        "its modules have too many attributes",
+    ),
+    "a list of tensors in shared modules": (
+        lambda: script_archive(
+            _shared(10).replace(b"}", b"}" + text("l") + b"](" + TENSOR + b"q\xc8" + b"h\xc8" * 1000 + b"es", 1)
+        ),
+        "its modules have too many attributes",
     ),
     "a pickle": (lambda: _zipped("data.pkl", 60_000_000), "a zip bomb: its entry model/data.pkl inflates to 60000000"),
     "code": (lambda: _zipped("code/__torch__.py", 60_000_000), "a zip bomb: its entry model/code/__torch__.py"),
@@ -495,3 +507,12 @@ def test_mutated_files(torch: ModuleType, thorough: bool, tmp_path: Path) -> Non
             except CheckpointError:
                 refused += 1
     assert 0.1 * files < refused < files
+
+
+def test_an_attribute_with_the_name_of_the_constants(tmp_path: Path) -> None:
+    constants = b"\x80\x02" + TENSOR + b"\x85."
+    for name, cause in (("w", "its keys: c0"), ("CONSTANTS", "the model has an attribute CONSTANTS, which is also")):
+        data = script_archive(script_object(b"}" + text(name) + TENSOR + b"s"), constants=constants)
+        (tmp_path / "a.pt").write_bytes(data)
+        with pytest.raises(CheckpointError, match=cause):
+            load_tree(tmp_path / "a.pt", "CONSTANTS.c9")

@@ -19,9 +19,10 @@ from reading import loaded
 
 import jaxrnn
 from jaxrnn.__main__ import main
-from jaxrnn.activations import FUNCTIONS, SYNONYMS, HardSigmoid
+from jaxrnn.activations import FUNCTIONS, SYNONYMS, HardSigmoid, LeakyRelu
 from jaxrnn.checkpoint import find_rnns, load
 from jaxrnn.checkpoint.check import check
+from jaxrnn.checkpoint.formats.keras_activations import activations_of
 
 pytest_plugins = "shared_fixtures"
 pytestmark = MARKS
@@ -89,7 +90,9 @@ def test_hard_sigmoid_is_that_of_the_version_in_the_file(tmp_path: Path) -> None
         _compare(tensors, "a.", expected[0])
         assert len(words) == 1 + (not version)
         if not version:
-            assert words[1].startswith("a. has hard_sigmoid, and the file does not say its keras_version: assumed is")
+            assert words[1].startswith(
+                "a. has hard_sigmoid, and the file does not say its keras_version: jaxrnn assumes"
+            )
             other = eval(
                 found.spec.cell.name.replace("HardSigmoid(alpha=0.2, beta=0.5)", "'hard_sigmoid'"), vars(jaxrnn)
             )
@@ -172,3 +175,38 @@ def test_check_compares_with_keras(tmp_path: Path) -> None:
             tensors[f"{found.prefix}weight_hh_l0"] += 0.1
             assert not check(found, tensors, None).equal
         layers = [rnn_layer("GRU", recurrent_activation="hard_sigmoid", activation="softsign", name="hard")]
+
+
+@pytest.mark.parametrize(
+    ("changes", "settings"),
+    [
+        ({"module": "this", "registered_name": "LeakyReLU"}, {}),
+        ({"registered_name": "mine>LeakyReLU", "class_name": "mine>LeakyReLU"}, {}),
+        ({}, {"threshold": 0.5}),
+        ({}, {"negative_slope": float("inf")}),
+    ],
+)
+def test_a_layer_that_may_be_something_else(changes: Any, settings: Any) -> None:
+    raw = {"class_name": "LeakyReLU", "config": {"name": "a", "negative_slope": 0.5}, "module": "keras.layers"}
+    assert activations_of("SimpleRNN", {"activation": raw}, "3.0") == {"activation": LeakyRelu(0.5)}
+    raw = raw | changes | {"config": raw["config"] | settings}  # type: ignore[operator]
+    assert activations_of("SimpleRNN", {"activation": raw}, "3.0") == {"activation": None}
+
+
+def test_keras_gets_no_classes_from_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    keras = load_keras()
+    layers = [
+        rnn_layer("LSTM", activation=keras.layers.LeakyReLU(0.3), name="a"),
+        rnn_layer("GRU", activation=keras.layers.ELU(0.7), name="b"),
+        rnn_layer("GRU", recurrent_activation="hard_sigmoid", name="c"),
+    ]
+    tensors = [loaded(_saved(tmp_path / "a.keras", layers, version)[0])[0] for version in ("3.0", "2.0")]
+    given: list[Any] = []
+    get = keras.activations.get
+    monkeypatch.setattr(keras.activations, "get", lambda each: given.append(each) or get(each))
+    for each in tensors:
+        for found in find_rnns(each):
+            result = check(found, each, None)
+            assert result.original.startswith("keras.layers."), found
+            assert result.equal, found
+    assert all(each is None or isinstance(each, str) or callable(each) for each in given)

@@ -322,7 +322,7 @@ def test_weights_alone_say_nothing(tmp_path: Path) -> None:
     model = _sequential(layers.Bidirectional(rnn_layer("SimpleRNN", activation="relu"), merge_mode="sum", name="odd"))
     [(_, tensors, [text])] = _recurrent(model, ".weights.h5", path=tmp_path)
     assert text == (
-        "the file does not say the settings of odd., but weights alone: assumed are Keras's default activations, "
+        "the file does not say the settings of odd., but weights alone: jaxrnn assumes Keras's default activations, "
         "go_backwards=False, no mask, merge_mode='concat'; read a file of model.save(path) instead, or compare the "
         "outputs with Keras's"
     )

@@ -19,7 +19,7 @@ from jaxrnn.checkpoint.named import origins_of
 from jaxrnn.checkpoint.nnx import load_state_dict
 
 _STEPS, _BATCH = 7, 3
-# Far above rounding in float64, and far below the effect of any mistake; and where the original has float32 alone.
+# Far above rounding, and far below the effect of any mistake: in float64, and for originals that have float32 alone.
 LIMIT, LIMIT_32 = 1e-9, 1e-4
 
 

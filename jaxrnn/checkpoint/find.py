@@ -131,8 +131,8 @@ class FoundRNN:
 def find_rnns(tensors: Mapping[str, Any], cells: Sequence[Cell] = ()) -> list[FoundRNN]:
     """Find every torch.nn.RNN, LSTM, GRU, RNNCell, LSTMCell and GRUCell in a flat dict of tensors.
 
-    Layers of `jaxrnn.Recurrent` are found, too, if their cell has parameters of its own, by which it is known, or if
-    the file says the cell, as those of Keras and ONNX do by their activations.
+    Layers of `jaxrnn.Recurrent` are found, too, if their cell has parameters of its own, whose names tell it, or if the
+    file says the cell: files of Keras and ONNX say their activations.
 
     A key that ends in the name of a layer's weight, such as `weight_hh_l0`, belongs to layers, whose weights must be
     complete. Other modules, too, have names like a cell's `weight_hh`. They are taken for a cell only if their shapes

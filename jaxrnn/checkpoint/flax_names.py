@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import re
 import warnings
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -27,10 +28,11 @@ _IN_RNN = re.compile(r"(?<![^.])cell\.$")
 _IN_BIDIRECTIONAL = re.compile(r"(?P<above>|.*\.)(?P<way>forward|backward)_rnn\.cell\.", re.S)
 # The state of an nnx.RNN's random numbers.
 RANDOM_STATE = re.compile(r"(?<![^.])rngs\.(key|count)$")
-# Haiku's default names of cells whose arrays have the names of any other layers.
-_IN_HAIKU = {"LSTM": re.compile(r"(?:.*\.)?[^.]*lstm[^.]*\."), "VanillaRNN": re.compile(r"(?:.*\.)?[^.]*rnn[^.]*\.")}
+# What is in Haiku's default names of cells. Their arrays have the names of any other layers'.
+_IN_HAIKU = {"LSTM": "lstm", "VanillaRNN": "rnn"}
 # What joins names, before that of an array in Flax or Haiku.
 _SEPARATED = re.compile(r"(?:.*\w)??(?P<separator>\W+|__)(kernel|w)", re.S)
+_MOST_SEPARATORS = 4  # to try: each costs a look at all names
 _COLLECTIONS = ("params", "batch_stats")  # variables of Linen that are weights or statistics
 _OPTIMIZERS = ("opt_state", "optimizer_state", "optimizer")
 # Cells that torch does not have, by the names of their arrays, with what to do.
@@ -99,14 +101,14 @@ def with_torchs_names(
 ) -> dict[str, Any]:
     """A flat dict in which the weights of the cells of Flax and Haiku have torch's names and layouts, each as a layer.
 
-    The two of a Bidirectional are one layer, if they are alike. Its prefix, and that of an RNN, is without the names
-    inside it. If there is a cell, other names are those of parameters, joined by dots: see `chosen`.
+    The two cells of a Bidirectional become one layer, if they are alike. The prefix of a layer leaves out the names
+    that RNN and Bidirectional add. If there is a cell, `chosen` names the other parameters.
 
     Args:
         tensors: by name, joined by dots, or by whatever flax.traverse_util.flatten_dict was given.
         keep: names of weights that stay.
-        note: is told what was left out.
-        warn: is told of what is in doubt, with what to do, and of cells that torch does not have.
+        note: gets a sentence about what was left out.
+        warn: gets warnings with their remedies: of what is in doubt, and of cells that torch does not have.
 
     Raises:
         CheckpointError: two weights get the same name.
@@ -170,7 +172,7 @@ def _cells(groups: Mapping[str, dict[str, Any]]) -> dict[str, _Found]:
     found = {}
     for prefix, arrays in groups.items():
         for (library, name), dialect in DIALECTS.items():
-            if library == "haiku" and not _IN_HAIKU[name].fullmatch(prefix):
+            if library == "haiku" and _IN_HAIKU[name] not in prefix.removesuffix(".").rpartition(".")[2]:
                 continue
             if library == "haiku":
                 dialect = _with_biases(dialect, arrays)
@@ -192,8 +194,8 @@ def _joined_by_dots(
 ) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     """The parameters, by names joined by dots, if there are cells among them; else all as they are. And `_groups`."""
     names = [name for name in tensors if isinstance(name, str)]
-    separators = {match["separator"] for name in names if (match := _SEPARATED.fullmatch(name))}
-    for separator in dict.fromkeys([".", "/", *sorted(separators)]):
+    separators = Counter(match["separator"] for name in names if (match := _SEPARATED.fullmatch(name)))
+    for separator in dict.fromkeys([".", "/", *(each for each, _ in separators.most_common(_MOST_SEPARATORS))]):
         dotted = {name.replace(separator, "."): tensors[name] for name in names}
         if len(dotted) == len(names) and _cells(_groups(dotted)):
             params, left_out = chosen({tuple(name.split(".")): value for name, value in dotted.items()})

@@ -245,7 +245,7 @@ def _too_large(large: Mapping[str, float], values: Mapping[str, Any], arrays: Ma
 def _contradicted(
     owner: str, params: Mapping[str, ModuleParameter], said: Mapping[str, Mapping[str, Any]]
 ) -> Iterator[str]:
-    """Warnings about settings of recurrent modules that a file says, and that the module has otherwise."""
+    """Warnings about recurrent modules whose settings differ from those that the file says."""
     layers = {param.prefix_of(name): param.layer for name, param in params.items()}
     for path, settings in said.items():
         place = path if path in layers else unwrapped(path)

@@ -16,11 +16,10 @@ class Origin(NamedTuple):
     Attributes:
         title: the class there, such as "flax.linen.GRUCell".
         usual: the arguments of our constructor that fit the usual settings there, if the file does not say them.
-        run: compute with the original, of an input of shape (time, batch, features) and the first states, each of shape
-            (layers * directions, batch, features), as torch's, or of a cell without the first axis; returns the output
-            and the last states, in these shapes, and of a cell the states alone.
-            It raises ImportError where the library is not installed, and NotImplementedError where the original cannot
-            be called so. None if there is no such function.
+        run: call the original; None if there is no such function. It takes the input, of shape (time, batch, features),
+            and the first states, each of shape (layers * directions, batch, features) as in torch. It returns the
+            output and the last states. A cell has no first axis, and returns the states alone. It raises ImportError if
+            the library is not installed, and NotImplementedError if the original cannot be called in this way.
         exact: whether it computes in float64.
         runs_code: whether it runs code of the file.
     """

@@ -16,6 +16,7 @@ from jaxrnn.checkpoint.stored import Stored, equal, pieces, read
 
 _TITLE = '"""A Flax model that the weights of a file fit. Each `__call__` is left to write."""'
 _MOST_TIES = 8
+_MOST_ALIKE = 50  # tensors of one beginning with which another is compared
 _BEGINNING = 4096  # bytes, by which tensors that differ are told apart
 _PLACEHOLDER = f"""
 
@@ -145,7 +146,7 @@ def _equal(tensors: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for key, tensor in tensors.items():
         value = tensor if isinstance(tensor, Stored) else to_numpy(key, tensor)
         others = alike.setdefault(bytes(next(iter(pieces(value)))[:_BEGINNING]), [])
-        for other in others:
+        for other in others[:_MOST_ALIKE]:
             theirs = tensors[other]
             if equal(value, theirs if isinstance(theirs, Stored) else to_numpy(other, theirs)):
                 array = read(value)

@@ -26,7 +26,7 @@ EMBED, CONV, NORM, RNN, LINEAR = range(5)
 
 
 class Tensor(NamedTuple):
-    """What the code says of a tensor."""
+    """A tensor of the file."""
 
     key: str
     dtype: np.dtype

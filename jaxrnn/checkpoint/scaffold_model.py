@@ -46,7 +46,7 @@ class Made(NamedTuple):
 
 
 class Numbers(NamedTuple):
-    """What has numbers for names. `kind` is "list", "dict", or of NNX "sequential"."""
+    """A level whose names are numbers. `kind` is "list", "dict", or in NNX "sequential"."""
 
     kind: str
     items: dict[int, "Item"]
@@ -76,7 +76,7 @@ class _Class(NamedTuple):
 
 
 class Program:
-    """What a program is made of.
+    """The classes of a program.
 
     Attributes:
         linen: whether its modules are Linen's.
@@ -262,7 +262,7 @@ class Program:
                     yield from laid_out("", code, "", 2) if len(lines) == 1 else [f"        {line}" for line in lines]
 
     def counts(self) -> Counter[str]:
-        """How many statements each note is about."""
+        """The number of statements that have each note."""
         return Counter(note for each in self._classes.values() for line in each.statements for note in line.notes)
 
 
@@ -350,7 +350,7 @@ def _repeated(codes: list[Code]) -> list[Code]:
 
 
 def notes_of(item: Item) -> tuple[str, ...]:
-    """Comments about an item, each of which is written once for all that it is about."""
+    """Comments about an item. A comment that several items have is written once."""
     notes: list[str] = []
     if isinstance(item, Layer):
         notes += item.notes

@@ -18,7 +18,7 @@ from jaxrnn.checkpoint.formats.keras_config import (
     Config,
     GroupPath,
     KerasCell,
-    said_of,
+    sentence_of,
 )
 from jaxrnn.checkpoint.formats.keras_names import RECURRENT, layers_in, names_in, names_of
 from jaxrnn.checkpoint.formats.keras_parts import (
@@ -50,7 +50,7 @@ def read(path: str | os.PathLike[str], what: Reading) -> dict[str, Value]:
     has one, says what weights do not.
 
     Warns:
-        UserWarning: layers that compute what torch has not, and are left out; settings to give to the module.
+        UserWarning: layers that torch does not have, which are left out; settings to give to the module.
     """
     what.check_no_key("a file of Keras")
     config, version, variables = contents(path)
@@ -77,7 +77,7 @@ def _config(config: Any, version: str | None = None) -> Config | None:
 
 
 class _KerasModule(NamedTuple):
-    """A recurrent layer: what torch has as a module.
+    """A recurrent layer, which becomes one of torch's modules.
 
     Attributes:
         where: the names of groups down to its own.
@@ -124,7 +124,7 @@ def _convolves(group: list[Variable]) -> bool:
 
 
 def _converted(variables: list[Variable], config: Config | None) -> tuple[Described, list[str]]:
-    """The weights, and what there is to say of them."""
+    """The weights, and warnings."""
     groups: dict[GroupPath, list[Variable]] = {}
     if config is not None:
         variables = sorted(variables, key=lambda each: _order(each, config))
@@ -276,7 +276,7 @@ def _names_of(module: _KerasModule, tops: Mapping[str, int]) -> GroupPath:
 
 
 def _reasons(parts: Parts) -> dict[str, str]:
-    """What of a module torch does not have, and what to do about each if there is more to say than that."""
+    """Why torch does not have a module: the reasons, each with a remedy or ""."""
     sides = {side for side, _ in parts}
     found: dict[tuple[str, str], set[str]] = {}
     for (side, _), part in parts.items():
@@ -320,7 +320,7 @@ def _fit(parts: Parts) -> bool:
 
 
 def _said(parts: Parts) -> dict[str, Any]:
-    """What the configuration says of a module, and weights do not."""
+    """The settings of a module that the configuration says, and weights do not."""
     settings = [part.settings for part in parts.values()]
     if any(part.cell is None for part in parts.values()):
         return {"batch_first": True}  # as in Keras 3 always, and in Keras 2 but for time_major
@@ -332,7 +332,7 @@ def _said(parts: Parts) -> dict[str, Any]:
 
 
 class _Notes:
-    """What is to be said of a file.
+    """The warnings about a file.
 
     Attributes:
         left_out: layers that torch does not have.
@@ -353,13 +353,13 @@ class _Notes:
         self._assumed: dict[str, None] = {}
 
     def leave_out(self, prefix: str, reasons: Mapping[str, str]) -> None:
-        """Note what torch does not have, and what to do about it."""
+        """Note a layer that torch does not have, and why."""
         name = prefix.removesuffix(".")
         self.left_out[f"{name} ({', '.join(reasons)})"] = None
         self._words |= {f"{name} {remedy}": None for remedy in reasons.values() if remedy}
 
     def add(self, prefix: str, parts: Parts, modules: list[str]) -> None:
-        """Note what is to be said of a module that was read as these."""
+        """Note the warnings about a layer that was read as these modules."""
         words: dict[str, None] = {}
         for part in parts.values():
             words |= dict.fromkeys(part.cell.words if part.cell else ())
@@ -369,7 +369,7 @@ class _Notes:
                 )
             for finding in findings(part):
                 if finding.name != "go_backwards":
-                    words[said_of(finding)] = None
+                    words[sentence_of(finding)] = None
             words |= dict.fromkeys(words_on_activations(part))
             if part.cell and part.levels > 1 and (dropouts := drops(part)):
                 how = "in training acts on the inputs or states of its cells, by one mask for all steps"
@@ -391,7 +391,7 @@ class _Notes:
             self._assumed |= dict.fromkeys(_assumed(parts))
 
     def words(self) -> list[str]:
-        """All of it, a line for each thing."""
+        """All warnings, a line each."""
         words = [
             f"several layers are named {each}: of these, {listed(new)} are read by their paths in the file"
             for each, new in self.renamed.items()
@@ -400,7 +400,7 @@ class _Notes:
             whole = "" if self._configured else "read a file of model.save(path) instead, or "
             words.append(
                 f"the file does not say the settings of {listed(self._unknown)}, "
-                f"{'or not where jaxrnn finds them' if self._configured else 'but weights alone'}: assumed are "
+                f"{'or not where jaxrnn finds them' if self._configured else 'but weights alone'}: jaxrnn assumes "
                 f"{', '.join(self._assumed)}; {whole}compare the outputs with Keras's"
             )
         if self.without:

@@ -1,5 +1,6 @@
 """The activations of Keras's recurrent layers, and the cells that have them."""
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,8 +16,15 @@ from jaxrnn.activations import (
     rnn_cell,
 )
 from jaxrnn.cells import Cell
+from jaxrnn.checkpoint.formats.keras_config import node_of
 
 MAKERS: dict[str, Callable[..., Cell]] = {"SimpleRNN": rnn_cell, "LSTM": lstm_cell, "GRU": gru_cell}
+# Layers that are activations: what they are here, their default, and what their argument is called in Keras 3 and 2.
+_SLOPES: dict[str, tuple[Callable[[float], Activation], float, tuple[str, ...]]] = {
+    "LeakyReLU": (LeakyRelu, 0.3, ("negative_slope", "alpha")),
+    "ELU": (Elu, 1.0, ("alpha",)),
+}
+_OF_LAYERS = ("name", "trainable", "dtype", "negative_slope", "alpha")
 _USUAL = {"activation": "tanh", "recurrent_activation": "sigmoid"}
 
 
@@ -41,24 +49,17 @@ def _activation(value: Any, version: str | None) -> Activation | None:
     if value is None:
         return "linear"
     if value == "hard_sigmoid":
-        return HardSigmoid() if is_old(version) else value
+        return HardSigmoid() if _is_old(version) else value
     if isinstance(value, str):
         return value if value in FUNCTIONS or value in SYNONYMS else None
-    settings = value.get("config") if isinstance(value, dict) else None
-    return _of_layer(value["class_name"], settings) if isinstance(settings, dict) and "class_name" in value else None
+    node = node_of(value)  # a layer that is an activation
+    if node is None or node.kind not in _SLOPES or node.settings.keys() - {*_OF_LAYERS}:
+        return None
+    make, usual, names = _SLOPES[node.kind]
+    slope = next((node.settings[name] for name in names if name in node.settings), usual)
+    return make(slope) if isinstance(slope, float) and math.isfinite(slope) else None
 
 
-def is_old(version: str | None) -> bool:
+def _is_old(version: str | None) -> bool:
     """Whether hard_sigmoid is that of Keras 1 and 2. A file that does not say its version is taken for one of these."""
     return version is None or version.partition(".")[0] in ("1", "2")
-
-
-def _of_layer(kind: Any, settings: Mapping[str, Any]) -> Activation | None:
-    """A layer that is an activation."""
-    if kind == "LeakyReLU":  # whose argument was called alpha in Keras 2
-        slope = settings.get("negative_slope", settings.get("alpha", 0.3))
-        return LeakyRelu(slope) if isinstance(slope, float) else None
-    if kind == "ELU":
-        alpha = settings.get("alpha", 1.0)
-        return Elu(alpha) if isinstance(alpha, float) else None
-    return None

@@ -172,15 +172,15 @@ class KerasCell(NamedTuple):
 
     Attributes:
         module: the path of the outermost recurrent layer that it is in.
-        chain: what it is in, from that layer to the cell.
+        chain: the layers around it, from that layer to the cell itself.
         side: the attribute of its Bidirectional that has it; "" outside.
         level: its place among stacked cells.
         levels: how many there are.
         mask: what may mask its input, as words: "comes after pads (Masking)".
         trains: whether it, or a model that it is in, is called with training=True.
-        words: what else is to be said.
-        names: for each layer that it is in, and itself, the names that Keras may give its weights.
-        depth: how many of these are of the outermost recurrent layer, and what that is in.
+        words: other warnings.
+        names: the names that Keras may give the weights: a tuple for each layer around the cell, and one for the cell.
+        depth: how many of `names` are those of the outermost recurrent layer and of the models around it.
         version: the version of Keras that wrote the file, if that says it.
     """
 
@@ -347,7 +347,7 @@ class Config:
                 yield layer, (*path, side), place._replace(side=side, names=(*place.names, tuple(names)))
         elif node.kind == "TimeDistributed":
             words = ["is in a TimeDistributed: merge the first two axes of its input"]
-            words += [said_of(finding) for finding in TABLES[node.kind].findings(node.settings)]
+            words += [sentence_of(finding) for finding in TABLES[node.kind].findings(node.settings)]
             below = place._replace(chain=(), words=(*place.words, *words))
             if inner and inner.layers is not None:
                 below = below._replace(names=(*place.names, (inner.name,)))
@@ -479,7 +479,7 @@ def _called(node: Node) -> tuple[list[str], str, bool | None]:
     """How a functional model calls a recurrent layer or a model.
 
     Returns:
-        What is to be said of arguments; words on a mask among them; the argument training, None if there is none.
+        Warnings about arguments; words on a mask among them; the argument training, None if there is none.
     """
     inner = node_of(node.settings.get("layer")) if node.kind in ("Bidirectional", "TimeDistributed") else node
     model = inner is not None and inner.layers is not None
@@ -516,8 +516,8 @@ def _given(call: Any, positions: Iterable[str]) -> dict[str, Any]:
     return (given if isinstance(given, dict) else {}) | more
 
 
-def said_of(finding: Finding) -> str:
-    """What a warning says of a setting."""
+def sentence_of(finding: Finding) -> str:
+    """A warning about a setting, without the name of the layer, which comes first."""
     return f"has {shown(finding.name, finding.value)}: {finding.row.words}"
 
 

@@ -46,7 +46,7 @@ def names_in(path: GroupPath, titles: Iterable[str | None]) -> GroupPath:
 
 
 def names_of(variables: Sequence[Variable], taken: Container[str], config: Config | None) -> list[str]:
-    """A name for each variable: short, such as "head.kernel", or its whole path if the short one is not its alone."""
+    """A name for each variable: short, such as "head.kernel", or its whole path if the short one is taken."""
     groups: dict[GroupPath, list[Variable]] = {}
     for each in variables:
         groups.setdefault(each.path[:-1], []).append(each)

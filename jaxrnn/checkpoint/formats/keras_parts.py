@@ -76,7 +76,7 @@ Parts = dict[tuple[str, int], Part]  # by the attribute of a Bidirectional that 
 
 
 def lacking(part: Part) -> dict[str, str]:
-    """What of a cell torch does not have, and what to do about it."""
+    """Why torch does not have a cell: the reasons, each with a remedy or ""."""
     hidden, columns = part.arrays["recurrent_kernel"].shape
     bias, settings = part.arrays.get("bias"), part.settings
     kind = part.cell.chain[-1].kind if part.cell else part.kind
@@ -108,12 +108,12 @@ def findings(part: Part) -> Iterator[Finding]:
 
 
 def words_on_activations(part: Part) -> Iterator[str]:
-    """What to do about activations that torch's module of this kind has not by default."""
+    """Warnings about activations other than those of torch's module of this kind."""
     yield from words_on_cell(part.rnn)
     if part.cell and part.cell.version is None and "hard_sigmoid" in map(part.settings.get, part.activations):
         yield (
-            "has hard_sigmoid, and the file does not say its keras_version: assumed is that of Keras 2; for that of "
-            "Keras 3 make the cell with 'hard_sigmoid' in place of HardSigmoid(alpha=0.2, beta=0.5)"
+            "has hard_sigmoid, and the file does not say its keras_version: jaxrnn assumes that of Keras 2; for "
+            "that of Keras 3 make the cell with 'hard_sigmoid' in place of HardSigmoid(alpha=0.2, beta=0.5)"
         )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxrnn.activations import Activation, Elu, HardSigmoid, LeakyRelu
 from jaxrnn.checkpoint.formats.keras_parts import Part, Parts
 
 _BACKENDS = {"jax": "jax.numpy", "torch": "torch", "tensorflow": "tensorflow"}
@@ -46,8 +47,9 @@ def run(parts: Parts, x: np.ndarray, states: Sequence[np.ndarray]) -> list[np.nd
 def _layer(keras: ModuleType, part: Part, x: np.ndarray, start: list[np.ndarray]) -> list[np.ndarray]:
     """The output and the last states of one cell, run over all steps."""
     settings: dict[str, Any] = {"reset_after": True} if part.kind == "GRU" else {}
-    for name, usual in zip(part.activations, ("tanh", "sigmoid"), strict=False):
-        settings[name] = _activation(keras, part, part.settings.get(name, usual))
+    known = part.activations
+    for name in known:
+        settings[name] = _activation(keras, known[name])
     try:
         layer = getattr(keras.layers, part.kind)(
             start[0].shape[-1],
@@ -68,11 +70,14 @@ def _layer(keras: ModuleType, part: Part, x: np.ndarray, start: list[np.ndarray]
     return [np.swapaxes(output, 0, 1), *last]
 
 
-def _activation(keras: ModuleType, part: Part, given: Any) -> Any:
-    """An activation of the version of Keras that wrote the file."""
-    old = part.cell is not None and not str(part.cell.version or "2").startswith("3")
-    if given == "hard_sigmoid" and old:
-        return lambda x: keras.ops.clip(0.2 * x + 0.5, 0.0, 1.0)
-    if given == "tanh":  # Keras 3's rounds to float32
+def _activation(keras: ModuleType, known: Activation | None) -> Any:
+    """Keras's function for an activation. Keras gets nothing else of the file's words: they may name code."""
+    if isinstance(known, HardSigmoid):  # of Keras 2
+        return lambda x: keras.ops.clip(known.alpha * x + known.beta, 0.0, 1.0)
+    if isinstance(known, LeakyRelu):
+        return lambda x: keras.ops.leaky_relu(x, known.alpha)
+    if isinstance(known, Elu):
+        return lambda x: keras.ops.elu(x, known.alpha)
+    if known == "tanh":  # Keras 3's rounds to float32
         return importlib.import_module(_BACKENDS[keras.backend.backend()]).tanh
-    return keras.activations.get(given)
+    return keras.activations.get(known)

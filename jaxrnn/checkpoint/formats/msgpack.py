@@ -12,6 +12,7 @@ from jaxrnn.checkpoint.arrays import NO_NUMBERS, dtype_of
 from jaxrnn.checkpoint.errors import AGAIN, CheckpointError
 from jaxrnn.checkpoint.formats import trees
 from jaxrnn.checkpoint.formats.bombs import Budget
+from jaxrnn.checkpoint.formats.nested import DEEPEST, at_key, mapped
 from jaxrnn.checkpoint.formats.reading import Reading
 from jaxrnn.checkpoint.stored import Value
 
@@ -33,7 +34,7 @@ def read(path: str | os.PathLike[str], what: Reading) -> dict[str, Value]:
 
 def read_tree(path: str | os.PathLike[str], key: str | None) -> Any:
     """What is under a key of a file, or all of it."""
-    return trees.resolved(trees.under(_tree(path), key), lambda leaf: np.array(leaf) if trees.is_array(leaf) else leaf)
+    return mapped(at_key(_tree(path), key), lambda _, leaf: np.array(leaf) if trees.is_array(leaf) else leaf)
 
 
 def _tree(path: str | os.PathLike[str]) -> Any:
@@ -59,15 +60,17 @@ class _Reader:
     """Reads value by value. msgpack, given a whole file, makes room for as many items as it says there are."""
 
     def __init__(self, file: IO[bytes], data: mmap.mmap) -> None:
-        self.data, self.count, self.budget = data, 0, Budget(len(data))
+        self.data, self.count = data, 0
         self.unpacker = msgpack.Unpacker(
             file, max_buffer_size=max(len(data), 1 << 20), raw=False, ext_hook=self._extension
         )
 
     def value(self, depth: int = 0) -> Any:
         self.count += 1
-        if depth > trees.DEEPEST or self.count > trees.MOST:
+        if self.count > trees.MOST:
             raise CheckpointError(trees.TOO_MUCH)
+        if depth > DEEPEST:
+            raise CheckpointError(f"its dicts and lists are nested more than {DEEPEST} deep\nsave the parameters alone")
         first = self.data[self.unpacker.tell()]
         if 0x90 <= first <= 0x9F or first in (0xDC, 0xDD):
             return [self.value(depth + 1) for _ in range(self.unpacker.read_array_header())]
@@ -92,12 +95,12 @@ class _Reader:
         if dtype_of(np.empty(0, dtype)) == NO_NUMBERS:
             cause = f"it holds an array of {dtype}, which are not numbers"
             raise CheckpointError(f"{cause}\nsave the arrays of numbers alone")
-        array = np.frombuffer(numbers, dtype).reshape(shape)
-        self.budget.spend(array.nbytes)
-        return array
+        return np.frombuffer(numbers, dtype).reshape(shape)
 
 
 def _joined(parts: dict[Any, Any]) -> np.ndarray:
     """The array that Flax cut into parts."""
+    if parts.keys() != {_CHUNKED, "shape", "chunks"}:
+        raise ValueError("an array in parts with other keys")
     shape, chunks = ([each[str(index)] for index in range(len(each))] for each in (parts["shape"], parts["chunks"]))
     return np.concatenate(chunks).reshape(shape)

@@ -22,7 +22,8 @@ METADATA = Table(
         "spectral_norm": neutral("of the first version, which has no weight_v, fold says that parts are missing"),
     },
 )
-_DEEPEST = 100  # nested dicts and lists; a state dict has a handful
+DEEPEST = 100  # nested dicts and lists; a state dict has a handful
+LONGEST = 2_000  # characters in the keys down to a value: each value may get a name of them all
 # The usual keys of a model's state dict beside an optimizer's.
 _USUAL_KEYS = ("state_dict", "model_state_dict", "model_state", "model")
 
@@ -137,6 +138,20 @@ def _holds(value: Any, is_tensor: Callable[[Any], bool]) -> bool:
     return False
 
 
+def at_key(tree: Any, key: str | None) -> Any:
+    """What is under a key of nested dicts and lists, or all of it."""
+    return tree if key is None else under_key(tree, key)[0]
+
+
+def deeper(path: tuple[str, ...], name: Any) -> tuple[str, ...]:
+    """The keys down to what a dict or a list holds, after checks that they are not too many, and not too long."""
+    path = (*path, str(name))
+    if len(path) > DEEPEST or sum(map(len, path)) > LONGEST:
+        cause = f"nested more than {DEEPEST} deep, or their keys have over {LONGEST} characters"
+        raise CheckpointError(f"its dicts and lists are {cause}\nsave the tensors alone, by shorter names")
+    return path
+
+
 def mapped(value: Any, function: Callable[[str, Any], Any]) -> Any:
     """Copy nested dicts, lists and tuples, with `function(name, leaf)` for each leaf; names are keys joined by dots.
 
@@ -145,18 +160,16 @@ def mapped(value: Any, function: Callable[[str, Any], Any]) -> Any:
     copies: dict[int, Any] = {}
 
     def copy(value: Any, path: tuple[str, ...]) -> Any:
-        if len(path) > _DEEPEST:
-            raise CheckpointError(f"its dicts and lists are nested more than {_DEEPEST} deep\n{STATE_DICT}")
         if id(value) in copies:
             return copies[id(value)]
         if isinstance(value, dict):
             copies[id(value)] = {}
-            copies[id(value)].update((key, copy(item, (*path, str(key)))) for key, item in value.items())
+            copies[id(value)].update((key, copy(item, deeper(path, key))) for key, item in value.items())
         elif type(value) is list:
             copies[id(value)] = []
-            copies[id(value)].extend(copy(item, (*path, str(index))) for index, item in enumerate(value))
+            copies[id(value)].extend(copy(item, deeper(path, index)) for index, item in enumerate(value))
         elif type(value) is tuple:
-            copies[id(value)] = tuple(copy(item, (*path, str(index))) for index, item in enumerate(value))
+            copies[id(value)] = tuple(copy(item, deeper(path, index)) for index, item in enumerate(value))
         else:
             copies[id(value)] = function(".".join(path), value)
         return copies[id(value)]
@@ -188,7 +201,7 @@ def _dicts(tree: Any, path: list[str], is_tensor: Callable[[Any], bool]) -> Iter
     left = [(path, tree)]
     while left:
         path, value = left.pop()
-        if type(value) not in _NESTING or id(value) in seen or len(path) > _DEEPEST:
+        if type(value) not in _NESTING or id(value) in seen or len(path) > DEEPEST:
             continue
         seen.add(id(value))
         if isinstance(value, dict) and any(map(is_tensor, value.values())) and not _nested(value, is_tensor):

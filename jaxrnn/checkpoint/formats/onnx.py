@@ -43,7 +43,7 @@ def read(path: str | os.PathLike[str], what: Reading) -> dict[str, Value]:
     layers of one module are one again. What nodes say of nonlinearity and batch_first is in `Described.said`.
 
     Warns:
-        UserWarning: nodes that compute what torch has not, and are left out; what no weights hold: a nonlinearity,
+        UserWarning: nodes that torch has no layer for, which are left out; what no weights hold: a nonlinearity,
             batch_first, an initial state, lengths; what jaxrnn does not know; a prefix that two nodes have.
     """
     what.check_no_key("an ONNX file")
@@ -244,7 +244,7 @@ def _add_recurrent(graph: Graph, node: Any, name: str, found: OnnxContents) -> N
             above,
             output,
             starts,
-            onnx_run.Node(
+            onnx_run.OnnxNode(
                 operator,
                 graph.attributes_of(node),
                 {key: a for key, a in arrays.items() if a is not None},
@@ -275,7 +275,7 @@ def _is(constant: np.ndarray | None, array: np.ndarray) -> bool:
 
 
 def _settings(graph: Graph, node: Any, attributes: Mapping[str, Any], inputs: Mapping[str, str]) -> dict[str, Any]:
-    """What of a node the table of its operator is about, in the terms of the table."""
+    """The attributes, inputs and outputs of a node, by their names in the table of its operator."""
     table = OPERATORS[node.op_type]
     batch_first = bool(attributes.get("layout"))
     others = {*INPUTS, *OUTPUTS, "since_version"}  # names in the table that no attribute has
@@ -315,7 +315,7 @@ def _reason(finding: Finding) -> str:
 
 
 def _sentence(finding: Finding) -> str:
-    """What is to be said of a node with a finding, after the node's name."""
+    """A warning about a finding, without the name of the node, which comes first."""
     what = f"{_VERBS[finding.name]} {finding.value}" if finding.name in _VERBS else f"has {finding}"
     return f"{what}: {finding.row.words}"
 

@@ -1,6 +1,7 @@
 """The activations of ONNX's recurrent nodes, and the cells that have them."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -48,10 +49,13 @@ def cell_of(kind: str, attributes: Mapping[str, Any]) -> Cell | str:
     numbers: dict[str, list[float]] = {}
     for key in ("alpha", "beta"):
         given = attributes.get(f"activation_{key}", [])
-        if not isinstance(given, list) or not all(isinstance(each, float) for each in given):
+        if not isinstance(given, list) or not all(isinstance(each, float) and math.isfinite(each) for each in given):
             return f"activation_{key}={given!r}"[:80]
         numbers[key] = given
     lower = [str(name).lower() for name in names or usual]
+    for key, given in numbers.items():
+        if len(given) not in (0, len(lower)) and len(given) > sum(key in _keys(name) for name in lower):
+            return f"{reason}: activation_{key} has more numbers than they take"
     functions = _functions(lower, numbers)
     if isinstance(functions, str):
         return f"{reason}: {functions}"
@@ -97,7 +101,7 @@ def _by_place(names: Sequence[str], key: str, given: Sequence[float]) -> Sequenc
 
 
 def _clipped(functions: Sequence[Activation], clip: float) -> list[Activation]:
-    """With clip, as onnxruntime has it: before the activations of gates, and not of an LSTM's c."""
+    """Clip the inputs of the gates' activations, but not that of an LSTM's c, as onnxruntime does."""
     if clip >= _LARGE:
         return list(functions)
     return [each if place == 2 else Clipped(each, clip) for place, each in enumerate(functions)]

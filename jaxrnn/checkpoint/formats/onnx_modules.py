@@ -8,11 +8,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxrnn.cells import Cell
+from jaxrnn.checkpoint.errors import CheckpointError
 from jaxrnn.checkpoint.formats import onnx_run
 from jaxrnn.checkpoint.formats.onnx_graph import Graph
 from jaxrnn.checkpoint.formats.reading import words_on_cell
 from jaxrnn.checkpoint.named import Names, Origin
 from jaxrnn.checkpoint.stored import equal
+
+_MOST = 2_000
 
 
 class OnnxLayer(NamedTuple):
@@ -23,8 +26,8 @@ class OnnxLayer(NamedTuple):
         prefix: what the names of its weights start with.
         level: which layer of torch's module it is, if the names of its weights in the file say it.
         kind: "LSTM", "GRU" or "RNN".
-        cell: which computes the same.
-        said: what it says of that and of batch_first.
+        cell: the `jaxrnn.Cell` that computes the same.
+        said: its settings, as `Described.said` has them.
         places: the graphs and names of its weights.
         weights: torch's, by name without the layer, for each direction.
         lengths: the graph and name of its sequence_lens.
@@ -48,7 +51,7 @@ class OnnxLayer(NamedTuple):
     above: tuple[Graph, str] | None
     output: tuple[Graph, str]
     starts: tuple[tuple[Graph, str], ...]
-    original: onnx_run.Node
+    original: onnx_run.OnnxNode
 
     def continues(self, other: "OnnxLayer") -> bool:
         """Whether torch has both as layers of one module."""
@@ -85,10 +88,10 @@ class OnnxContents(NamedTuple):
     Attributes:
         layers: recurrent nodes.
         left_out: other recurrent nodes, and why.
-        odd: the prefixes of those that compute what torch has not.
+        odd: the prefixes of nodes that torch has no layer for.
         loops: nodes that may be recurrences, and whether there are products of matrices in them.
         activations: for each path of a module, the operators Tanh and Relu in it.
-        words: what there is to say.
+        words: warnings.
     """
 
     layers: list[OnnxLayer]
@@ -101,6 +104,9 @@ class OnnxContents(NamedTuple):
 
 def put_layers(found: OnnxContents, tensors: Names[Any]) -> tuple[dict[str, dict[str, Any]], dict[str, Origin]]:
     """Put the weights of all layers under torch's names; return what the file says of modules, and the originals."""
+    if len(found.layers) > _MOST:  # each is compared with all
+        cause = f"it has {len(found.layers)} recurrent nodes, and {_MOST} are the most that are read"
+        raise CheckpointError(f"{cause}\nsave the weights in another format, such as .safetensors")
     modules: list[list[OnnxLayer]] = []
     for layer in found.layers:
         stack = next((stack for stack in modules if layer.continues(stack[-1])), None)  # with the same weights, too

@@ -9,7 +9,7 @@ import numpy as np
 _UNUSED = ("direction", "layout", "hidden_size")
 
 
-class Node(NamedTuple):
+class OnnxNode(NamedTuple):
     """A recurrent node.
 
     Attributes:
@@ -25,7 +25,7 @@ class Node(NamedTuple):
     opsets: Any
 
 
-def run(nodes: Sequence[Node], x: np.ndarray, states: Sequence[np.ndarray]) -> list[np.ndarray]:
+def run(nodes: Sequence[OnnxNode], x: np.ndarray, states: Sequence[np.ndarray]) -> list[np.ndarray]:
     """Compute with the nodes, each of which is one layer on top of the one before."""
     runtime, helper = importlib.import_module("onnxruntime"), importlib.import_module("onnx.helper")
     lasts = []

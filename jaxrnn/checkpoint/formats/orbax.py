@@ -20,6 +20,7 @@ from jaxrnn.checkpoint import stored
 from jaxrnn.checkpoint.errors import AGAIN, CheckpointError, check_unicode, listed
 from jaxrnn.checkpoint.formats import trees
 from jaxrnn.checkpoint.formats.bombs import largest
+from jaxrnn.checkpoint.formats.nested import at_key, mapped
 from jaxrnn.checkpoint.formats.reading import Reading
 from jaxrnn.checkpoint.stored import Value
 
@@ -34,7 +35,7 @@ def read(path: str | os.PathLike[str], what: Reading) -> dict[str, Value]:
 
 def read_tree(path: str | os.PathLike[str], key: str | None) -> Any:
     """What is under a key of a checkpoint, or all of it."""
-    return trees.resolved(trees.under(_tree(path), key), np.asarray)
+    return mapped(at_key(_tree(path), key), lambda _, leaf: np.asarray(leaf))
 
 
 def _tree(path: str | os.PathLike[str]) -> Any:

@@ -18,8 +18,10 @@ _ARGUMENTS = {
     "BINUNICODE", "BINUNICODE8", "STRING", "BINSTRING", "SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8",
     "BYTEARRAY8",
 }  # fmt: skip
+_SIZED = (str, bytes, tuple, list, dict, set)  # what calls make
 _OBJECTS = {"NEWOBJ_EX", "OBJ", "INST"}  # NEWOBJ is for the vocabulary to allow
 _LONGEST_KEY = 64  # of a tuple that is a key
+_ITEMS = 4  # that a call may make of each item or character in a pickle: as many bytes has one in UTF-8
 # A damaged or hostile pickle can raise these here and in pickletools; the last where warnings are errors.
 DAMAGE = (
     ValueError, TypeError, IndexError, KeyError, AttributeError, OverflowError, EOFError, struct.error,
@@ -90,6 +92,8 @@ def build(data: Any, vocabulary: Vocabulary, left_out: set[str] | None = None) -
     """
     try:
         return _Machine(vocabulary, left_out).run(pickletools.genops(data))
+    except CheckpointError:
+        raise
     except DAMAGE as damage:
         cause = str(damage).partition("\n")[0][:100]
         raise CheckpointError(f"truncated or damaged: its pickle cannot be read ({cause})\n{AGAIN}") from damage
@@ -104,11 +108,13 @@ class _Machine:
         self.stack: list[Any] = []
         self.marked: list[list[Any]] = []
         self.memo: dict[int, Any] = {}
+        self.most = 1 << 20  # items and characters that calls may make: no more than the pickle has, but for sharing
 
     def run(self, operations: Iterator) -> Any:
         for opcode, argument, _ in operations:
             if opcode.name == "STOP":
                 return self.stack.pop()
+            self.most += _ITEMS * (1 + len(argument) if type(argument) in (str, bytes, bytearray) else 1)
             if opcode.name in _ARGUMENTS:
                 self.stack.append(argument)
             elif opcode.name in _CONSTANTS:
@@ -276,7 +282,12 @@ class _Machine:
             raise ValueError("it calls something that is not a function")
         if type(arguments) is not tuple:
             arguments = self.vocabulary.bare(function.name, arguments)
-        return self.vocabulary.call(function.name, arguments)
+        made = self.vocabulary.call(function.name, arguments)
+        self.most -= len(made) if isinstance(made, _SIZED) else 0
+        if self.most < 0:
+            cause = "a bomb: calls in its pickle make far more than it holds"
+            raise CheckpointError(f"{cause}\nget the file from a source that you trust")
+        return made
 
     def _build(self, _: None) -> None:
         state = self.stack.pop()
@@ -291,6 +302,15 @@ def checked_key(key: Any) -> Any:
         if type(part) not in (str, bytes, bool, float, type(None)) and not (type(part) is int and abs(part) < 2**60):
             raise Refused(f"a dict or a set in it has a key of type {type(part).__name__}")
     return key
+
+
+def bytes_of(text: Any = b"", encoding: Any = "latin1") -> bytes:
+    """The bytes that a call makes of bytes or text; not of a number, which would be how many to make."""
+    if type(text) in (bytes, bytearray):
+        return bytes(text)
+    if type(text) is not str or encoding not in ("latin1", "latin-1", "utf-8"):
+        raise ValueError("bytes in an unknown form")
+    return text.encode(encoding)
 
 
 def _left_out(kind: Any) -> LeftOut:

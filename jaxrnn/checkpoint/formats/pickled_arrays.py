@@ -11,7 +11,8 @@ from jaxrnn.checkpoint.arrays import NO_NUMBERS, dtype_of
 from jaxrnn.checkpoint.errors import AGAIN, CheckpointError, listed
 from jaxrnn.checkpoint.formats import trees
 from jaxrnn.checkpoint.formats.bombs import Budget
-from jaxrnn.checkpoint.formats.pickle_machine import Global, LeftOut, Refused, Vocabulary, build, checked_key
+from jaxrnn.checkpoint.formats.nested import at_key, mapped
+from jaxrnn.checkpoint.formats.pickle_machine import Global, LeftOut, Refused, Vocabulary, build, bytes_of, checked_key
 from jaxrnn.checkpoint.formats.reading import Reading, warn
 from jaxrnn.checkpoint.stored import Value
 
@@ -63,14 +64,16 @@ def read(path: str | os.PathLike[str], what: Reading) -> dict[str, Value]:
 def read_tree(path: str | os.PathLike[str], key: str | None) -> Any:
     """What is under a key of a file, or all of it."""
 
-    def leaf(value: Any) -> Any:
+    def leaf(name: str, value: Any) -> Any:
         if isinstance(value, LeftOut):
-            raise CheckpointError(f"it holds more than data, and its code is not run: {value.name}\n{_REMEDY}")
+            raise CheckpointError(
+                f"it holds more than data, and its code is not run: {name or key} is a {value.name}\n{_REMEDY}"
+            )
         if isinstance(value, Global | _DType):
             return value.name if isinstance(value, Global) else str(value.dtype)
         return np.array(_numbers(value), order="C") if _is_array(value) else value
 
-    return trees.resolved(trees.under(_tree(path, None if key is None else set()), key), leaf)
+    return mapped(at_key(_tree(path, None if key is None else set()), key), leaf)
 
 
 def _tree(path: str | os.PathLike[str], left_out: set[str] | None) -> Any:
@@ -143,7 +146,7 @@ class _Arrays(Vocabulary):
             pairs = items.items() if isinstance(items, dict) else [(name, value) for name, value in items]
             return {checked_key(key): value for key, value in pairs}
         if name in _BYTES:
-            return _bytes(*arguments)
+            return bytes_of(*arguments)
         return super().call(name, arguments)
 
     def build(self, value: Any, state: Any) -> None:
@@ -172,12 +175,3 @@ def _named(name: Any) -> np.dtype:
     if dtype_of(np.empty(0, dtype)) == NO_NUMBERS:
         raise Refused(f"an array of {name!r}, which are not numbers")
     return dtype
-
-
-def _bytes(text: Any = b"", encoding: Any = "latin1") -> bytes:
-    """Not from a number, which would be how many bytes to make."""
-    if type(text) in (bytes, bytearray):
-        return bytes(text)
-    if type(text) is not str or encoding not in ("latin1", "latin-1", "utf-8"):
-        raise ValueError("bytes in an unknown form")
-    return text.encode(encoding)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrnn.checkpoint.errors import CheckpointError
-from jaxrnn.checkpoint.formats.pickle_machine import DAMAGE, Global, Refused, Vocabulary, build, checked_key
+from jaxrnn.checkpoint.formats.pickle_machine import DAMAGE, Global, Refused, Vocabulary, build, bytes_of, checked_key
 from jaxrnn.checkpoint.stored import Value
 
 STATE_DICT = "save only the tensors: torch.save(model.state_dict(), path)"
@@ -49,7 +49,6 @@ _TENSOR_CALLS = {
     "torch._utils._rebuild_parameter_with_state",
     "torch._tensor._rebuild_from_type_v2",
 }
-_CODECS = {"latin1": "latin1", "latin-1": "latin1", "utf-8": "utf-8"}
 # Calls whose results are plain data.
 _DATA_CALLS: dict[str, Callable[..., Any]] = {
     "collections.OrderedDict": lambda items=(): OrderedDict(_pairs(items)),
@@ -59,10 +58,10 @@ _DATA_CALLS: dict[str, Callable[..., Any]] = {
         name.removeprefix("torch.") if type(name) is str else "layout"
     ),
     "torch.device": lambda kind, index=None: _text(kind) + ("" if index is None else f":{_number(index)}"),
-    "_codecs.encode": lambda text, encoding: _text(text).encode(_CODECS[encoding]),
+    "_codecs.encode": lambda text, encoding: bytes_of(text, encoding),
     **dict.fromkeys(("__builtin__.set", "builtins.set"), lambda items=(): {checked_key(item) for item in items}),
     **dict.fromkeys(("__builtin__.complex", "builtins.complex"), lambda a, b: complex(_number(a), _number(b))),
-    **dict.fromkeys(("__builtin__.bytearray", "builtins.bytearray"), lambda *text: _bytes(*text)),
+    **dict.fromkeys(("__builtin__.bytearray", "builtins.bytearray"), bytes_of),
 }
 _CALLS = _TENSOR_CALLS | _OTHER_CALLS.keys() | _DATA_CALLS.keys()
 _TENSOR_TYPES = ("torch.Tensor", "torch.nn.parameter.Parameter", "torch.nn.parameter.Buffer")
@@ -134,6 +133,11 @@ class StoredTensor(NamedTuple):
         """Whether it is all of its storage, in order."""
         whole = self.offset == 0 and self.nbytes == self.storage.nbytes and not self.bits
         return whole and self.strides == contiguous_strides(self.shape)
+
+
+def is_tensor(value: Any) -> bool:
+    """Whether it is a tensor, of numbers or not."""
+    return isinstance(value, StoredTensor | Other)
 
 
 def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -235,11 +239,6 @@ def _number(value: Any) -> Any:
     if type(value) not in (int, float):
         raise ValueError("a value is not a number, and should be")
     return value
-
-
-def _bytes(text: Any = b"", encoding: Any = "latin1") -> bytes:
-    """Not from a number, which would be how many bytes to make."""
-    return text if type(text) is bytes else _text(text).encode(_CODECS[encoding])
 
 
 def _call(name: str, arguments: tuple[Any, ...]) -> Any:

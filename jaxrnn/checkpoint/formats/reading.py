@@ -17,7 +17,7 @@ class Reading(NamedTuple):
         key: the key of nested dicts under which the tensors are; None for those at the top.
         only_tensors: whether to leave out objects beside the tensors.
         dequantize: whether to compute the weights of quantized modules.
-        note: is told in words which of nested dicts was taken, and what was left out.
+        note: gets a sentence about the nested dict that was taken, and about what was left out.
     """
 
     key: str | None = None
@@ -40,14 +40,14 @@ def warn(path: str | os.PathLike[str], text: str, remedy: str = "") -> None:
 
 
 def said_of_cell(cell: Cell) -> dict[str, Any]:
-    """What a file says by a layer's activations, and weights do not, as `Described.said` has it."""
+    """The settings that a layer's activations imply, and weights do not: an entry of `Described.said`."""
     if cell in (RNN_TANH, RNN_RELU):
         return {"nonlinearity": "relu" if cell == RNN_RELU else "tanh"}
     return {} if cell in (LSTM_CELL, GRU_CELL) else {"cell": cell}
 
 
 def words_on_cell(cell: Cell) -> list[str]:
-    """What to do about activations that torch's module of this kind has not by default."""
+    """Warnings about activations other than those of torch's module of this kind."""
     if cell == RNN_RELU:
         return ["has relu, which weights do not say: make the module with nonlinearity='relu'"]
     if "cell" not in said_of_cell(cell):

@@ -9,7 +9,6 @@ from jaxrnn.checkpoint.tables import UNKNOWN
 _GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
 _MODES = {"LSTM": "lstm", "GRU": "gru", "RNN_TANH": "rnn_tanh", "RNN_RELU": "rnn_relu"}  # of torch's classes
 _NAME = re.compile(r"(?:parametrizations\.)?(weight|bias)_(ih|hh|hr)_l(\d{1,9})(_reverse)?")
-_MOST_LAYERS = 10_000
 
 
 class Call(NamedTuple):
@@ -31,17 +30,12 @@ class Call(NamedTuple):
         if self.is_cell:
             return roles[:count] if count in (2, 4) else []
         layers, biased, both = (self.settings.get(name) for name in ("num_layers", "bias", "bidirectional"))
-        if (
-            type(layers) is not int
-            or not 0 < layers < _MOST_LAYERS
-            or type(biased) is not bool
-            or type(both) is not bool
-        ):
+        if type(layers) is not int or layers < 1 or type(biased) is not bool or type(both) is not bool:
             return []
         plain = roles[:4] if biased else roles[:2]
-        suffixes = [f"_l{layer}{end}" for layer in range(layers) for end in ("", "_reverse")[: 1 + both]]
-        fits = [each for each in (plain, [*plain, "weight_hr"]) if len(each) * len(suffixes) == count]
-        return [role + suffix for suffix in suffixes for role in fits[0]] if fits else []
+        ends = ("", "_reverse")[: 1 + both]
+        fits = [each for each in (plain, [*plain, "weight_hr"]) if len(each) * layers * len(ends) == count]
+        return [f"{role}_l{layer}{end}" for layer in range(layers) for end in ends for role in fits[0]] if fits else []
 
 
 class Said:
@@ -49,13 +43,15 @@ class Said:
 
     Attributes:
         by_prefix: the settings, by the prefix of a module, as `named.Described.said`.
-        words: what contradicts itself, and what to do about it.
+        words: contradictions, with remedies.
     """
 
     def __init__(self) -> None:
         self.by_prefix: dict[str, dict[str, Any]] = {}
         self.words: list[tuple[str, str]] = []
         self._in_doubt: set[str] = set()
+        self._heard: set[str] = set()
+        self._leaves: tuple[Mapping[str, Any], int, dict[str, list[str]]] = {}, 0, {}  # of tensors, and how many
 
     def add_call(self, call: Call, weights: Sequence[str], tensors: Mapping[str, Any]) -> None:
         """Take the settings from a call with weights of these names, if they are those of one module.
@@ -66,11 +62,14 @@ class Said:
         names = call.names(len(weights))
         prefix = weights[0].removesuffix(names[0]) if names else ""
         if names and list(weights) == [prefix + name for name in names]:
-            for name in tensors:
-                if name.endswith(names[0]) and tensors[name] == tensors[weights[0]]:
-                    other = name.removesuffix(names[0])
-                    if all(tensors.get(other + each) == tensors[prefix + each] for each in names):
-                        self._add(other, call.op, call.settings, call.settings.get("num_layers", 1))
+            heard = repr((call, names, [tensors[name] for name in weights]))
+            if heard in self._heard:  # of a shared module
+                return
+            self._heard.add(heard)
+            for name in self._ending(names[0], tensors):
+                other = name.removesuffix(names[0])
+                if all(tensors.get(other + each) == tensors[prefix + each] for each in names):
+                    self._add(other, call.op, call.settings, call.settings.get("num_layers", 1))
         else:
             owners = {name.rpartition(".")[0] for name in weights}
             if len(owners) == 1 and _NAME.fullmatch(weights[0].rpartition(".")[2]):
@@ -89,7 +88,9 @@ class Said:
         mode = settings.get("mode")
         op = _MODES.get(mode) if type(mode) is str else None
         if not parts or op is None:
-            if settings.get("nonlinearity") in ("tanh", "relu") and shapes.keys() >= {"weight_ih", "weight_hh"}:
+            state = shapes.get("weight_hh", ())
+            simple = "weight_ih" in shapes and len(state) == 2 and state[0] == state[1]  # no gates
+            if simple and settings.get("nonlinearity") in ("tanh", "relu"):
                 self._add(prefix, f"rnn_{settings['nonlinearity']}", {}, 1)
             return
         there = {
@@ -110,6 +111,16 @@ class Said:
             self._doubt(prefix, f"its class says {', '.join(wrong)}, which does not fit its weights")
         else:
             self._add(prefix, op, settings, there["num_layers"])
+
+    def _ending(self, leaf: str, tensors: Mapping[str, Any]) -> list[str]:
+        """The names of tensors that have this one as their last."""
+        of, count, leaves = self._leaves
+        if of is not tensors or count != len(tensors):
+            leaves = {}
+            for name in tensors:
+                leaves.setdefault(name.rpartition(".")[2], []).append(name)
+            self._leaves = tensors, len(tensors), leaves
+        return leaves.get(leaf, [])
 
     def _add(self, prefix: str, op: str, settings: Mapping[str, Any], num_layers: Any) -> None:
         said: dict[str, Any] = {}

@@ -14,13 +14,15 @@ Path = tuple[str, ...]  # names of attributes, from a module down; of a constant
 
 CONSTANTS = "CONSTANTS"
 _CLASS = re.compile(r"class (\w+)(?:\((\w+)\))?:")
-_NAMES = re.compile(r"  (__parameters__|__buffers__) = \[(.*)\]")
+_NAMES = re.compile(r'  (__parameters__|__buffers__) = \[((?:"(?:[^"\\]|\\.)*", )*)\]')
 _QUOTED = re.compile(r'"((?:[^"\\]|\\.)*)"')
 _FINAL = re.compile(r"  (\w+) : Final\[(?:bool|int|float|str)\] = (.+)")
 _DEF = re.compile(r"  def \w+\((\w+): ")
 _ATTRIBUTE = re.compile(r'    +(\w+) = (?:(\w+)\.(\w+)|getattr\((\w+), "((?:[^"\\]|\\.)*)"\))')
 _LIST = re.compile(r"    +(\w+) = (\[[\w., ]*\])")
-_CALL = re.compile(r"    +[\w, ]+ = torch\.(?:(lstm|gru|rnn_tanh|rnn_relu)|(lstm|gru|rnn_tanh|rnn_relu)_cell)\((.*)\)")
+_CALL = re.compile(
+    r"    +\w[\w, ]* = torch\.(?:(lstm|gru|rnn_tanh|rnn_relu)|(lstm|gru|rnn_tanh|rnn_relu)_cell)\((.*)\)"
+)
 _ARGUMENT = re.compile(r"(?:^|, )([\w.+-]+|\[[\w., ]*\])(?=, |$)")
 _ESCAPE = re.compile(rb"\\([0-7]{3}|.)", re.DOTALL)
 
@@ -30,8 +32,8 @@ class CodeCall(NamedTuple):
 
     Attributes:
         call: the function and its settings.
-        weights: where the weights are, in torch's order; or where the list of them is, alone. Those that come from
-            elsewhere, such as arguments of the method, are empty.
+        weights: the paths of the weights, in torch's order; or one path, that of a list of them. The path of a weight
+            from elsewhere, such as an argument of the method, is empty.
         title: what the code calls the list of weights.
     """
 

@@ -187,7 +187,7 @@ class _Window(io.RawIOBase):
 
 
 @contextlib.contextmanager
-def opened(path: str | os.PathLike[str], what_else: Callable[[list[str]], str | None]) -> Iterator[Archive]:
+def opened_archive(path: str | os.PathLike[str], what_else: Callable[[list[str]], str | None]) -> Iterator[Archive]:
     """Open a file, whose damage becomes a CheckpointError.
 
     Args:

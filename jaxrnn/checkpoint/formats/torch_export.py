@@ -7,6 +7,7 @@ a torch.save archive for all weights, and one for all constants.
 import contextlib
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 
 from jaxrnn.checkpoint.errors import AGAIN, CheckpointError, check_unicode, listed
 from jaxrnn.checkpoint.formats.nested import choose
-from jaxrnn.checkpoint.formats.pickles import MOST_AXES, STATE_DICT, Other, Storage, StoredTensor, unpickle
+from jaxrnn.checkpoint.formats.pickles import MOST_AXES, STATE_DICT, Other, Storage, StoredTensor, is_tensor, unpickle
 from jaxrnn.checkpoint.formats.reading import Reading
 from jaxrnn.checkpoint.formats.recurrent_calls import Call, Said
 from jaxrnn.checkpoint.formats.torch_archive import TOP, Archive
@@ -34,7 +35,7 @@ _MODEL = re.compile(r"models/([^/]+)\.json")
 _TARGET = re.compile(r"torch\.ops\.aten\.(?:(lstm|gru|rnn_tanh|rnn_relu)|(lstm|gru|rnn_tanh|rnn_relu)_cell)\.\w+")
 _SETTINGS = {"has_biases": "bias", **{name: name for name in ("num_layers", "dropout", "bidirectional", "batch_first")}}
 # JSON with other types or keys than torch writes.
-_DAMAGE = (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError, OverflowError)
+_DAMAGE = (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError, OverflowError, StopIteration)
 
 
 def are_its(names: list[str]) -> bool:
@@ -55,7 +56,7 @@ def read(archive: Archive, what: Reading, warn: Callable[[str, str], None]) -> t
         programs = {name: _Program(archive, name, graph, stack) for name, graph in _graphs(archive).items()}
         trees = {name: {_STATE_DICT: each.weights, _CONSTANTS: each.constants} for name, each in programs.items()}
         tree: Any = trees if len(trees) > 1 else next(iter(trees.values()))
-        found = choose(tree, what, _is_tensor, warn)
+        found = choose(tree, what, is_tensor, warn)
         words = []
         arrays: dict[str, Any] = {}
         said: dict[str, dict[str, Any]] = {}
@@ -99,8 +100,8 @@ def _json(archive: Archive, name: str) -> Any:
     def unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) < len(pairs):
-            keys = [key for key, _ in pairs]
-            raise CheckpointError(f"damaged: {name} has {max(keys, key=keys.count)} twice\n{AGAIN}")
+            [(key, _)] = Counter(key for key, _ in pairs).most_common(1)
+            raise CheckpointError(f"damaged: {name} has {key} twice\n{AGAIN}")
         return found
 
     try:
@@ -137,7 +138,7 @@ class _Program:
             found = unpickle(part.text("data.pkl"), set() if kind == _CONSTANTS else None)
             if not isinstance(found, dict) or not all(type(each) is str for each in found):
                 raise CheckpointError(f"damaged: its {saved[0]} has no tensors by name\n{AGAIN}")
-            tensors = {each: tensor for each, tensor in found.items() if _is_tensor(tensor)}
+            tensors = {each: tensor for each, tensor in found.items() if is_tensor(tensor)}
         else:
             part, tensors = archive, dict(_described(archive, kind, f"data/{kind}/{name}_{kind}_config.json"))
         self.parts.append((part, tensors))
@@ -213,7 +214,3 @@ def _weights(arguments: Mapping[str, Any]) -> list[str]:
         return [each["name"] for each in arguments["params"]["as_tensors"]]
     there = [arguments[name] for name in ("w_ih", "w_hh", "b_ih", "b_hh") if name in arguments]
     return [each["as_tensor"]["name"] for each in there if "as_tensor" in each]
-
-
-def _is_tensor(value: Any) -> bool:
-    return isinstance(value, StoredTensor | Other)

@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxrnn.checkpoint.arrays import is_torch_tensor, to_numpy
 from jaxrnn.checkpoint.errors import AGAIN, CheckpointError
-from jaxrnn.checkpoint.formats.nested import check_expanded, choose, mapped, under_key
+from jaxrnn.checkpoint.formats.nested import at_key, check_expanded, choose, mapped
 from jaxrnn.checkpoint.formats.pickles import STATE_DICT, is_object
 from jaxrnn.checkpoint.formats.reading import Reading, warn
 from jaxrnn.checkpoint.named import Described, modules_of
@@ -67,7 +67,7 @@ def read_tree(path: str | os.PathLike[str], key: str | None) -> Any:
         return value
 
     tree = _load_legacy(path)
-    return mapped(tree if key is None else under_key(tree, key)[0], to_array)
+    return mapped(at_key(tree, key), to_array)
 
 
 def _import_torch() -> ModuleType:

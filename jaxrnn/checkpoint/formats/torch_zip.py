@@ -10,11 +10,11 @@ from typing import IO, Any
 from jaxrnn.checkpoint import stored
 from jaxrnn.checkpoint.errors import AGAIN, CheckpointError, listed
 from jaxrnn.checkpoint.formats import quantized, torch_export, torchscript
-from jaxrnn.checkpoint.formats.nested import choose, mapped, under_key
+from jaxrnn.checkpoint.formats.nested import at_key, choose, mapped
 from jaxrnn.checkpoint.formats.pickle_machine import Global, LeftOut
-from jaxrnn.checkpoint.formats.pickles import STATE_DICT, Other, StoredTensor, is_known, pickle_tensors, unpickle
+from jaxrnn.checkpoint.formats.pickles import STATE_DICT, is_known, is_tensor, pickle_tensors, unpickle
 from jaxrnn.checkpoint.formats.reading import Reading, warn
-from jaxrnn.checkpoint.formats.torch_archive import Archive, opened
+from jaxrnn.checkpoint.formats.torch_archive import Archive, opened_archive
 from jaxrnn.checkpoint.named import Described, modules_of
 from jaxrnn.checkpoint.stored import Value, pieces
 
@@ -26,7 +26,7 @@ def sniff(head: bytes) -> bool:
 
 
 def read(path: str | os.PathLike[str], what: Reading) -> dict[str, Value]:
-    with opened(path, _what_else) as archive:
+    with opened_archive(path, _what_else) as archive:
         tensors, words = _read(archive, what, functools.partial(warn, path))
     for text, remedy in words:
         warn(path, text, remedy)
@@ -43,7 +43,7 @@ def _read(
         return torch_export.read(archive, what, warn)
     left_out: set[str] | None = set() if what.only_tensors else None
     checkpoint = unpickle(_pickle(archive), left_out, what.dequantize)
-    wanted = (lambda value: _is_tensor(value) or quantized.is_packed(value)) if what.dequantize else _is_tensor
+    wanted = (lambda value: is_tensor(value) or quantized.is_packed(value)) if what.dequantize else is_tensor
     found = choose(checkpoint, what, wanted, warn)
     plan = quantized.Plan.of(found) if what.dequantize else quantized.Plan(dict(found))
     tensors, words = plan.dequantized(archive.arrays(plan.stored))
@@ -58,13 +58,9 @@ def _pickle(archive: Archive) -> bytes:
     return archive.text("data.pkl")
 
 
-def _is_tensor(value: Any) -> bool:
-    return isinstance(value, StoredTensor | Other)
-
-
 def read_tree(path: str | os.PathLike[str], key: str | None) -> Any:
     """What is under a key in a file's pickle, or all of it, with NumPy arrays for tensors."""
-    with opened(path, _what_else) as archive:
+    with opened_archive(path, _what_else) as archive:
         if torch_export.is_one(archive):
             raise CheckpointError(
                 "a file of torch.export, which holds tensors only\nread it with jaxrnn.checkpoint.load"
@@ -74,7 +70,7 @@ def read_tree(path: str | os.PathLike[str], key: str | None) -> Any:
             tree = torchscript.tree(archive, left_out)
         else:
             tree = unpickle(_pickle(archive), left_out)
-        return _resolved(archive, tree if key is None else under_key(tree, key)[0], key)
+        return _resolved(archive, at_key(tree, key), key)
 
 
 def _resolved(archive: Archive, tree: Any, key: str | None) -> Any:
@@ -87,7 +83,7 @@ def _resolved(archive: Archive, tree: Any, key: str | None) -> Any:
             raise CheckpointError(
                 f"it holds more than data, and its code is not run: {name or key} is a {value.name}\n{STATE_DICT}"
             )
-        if _is_tensor(value):
+        if is_tensor(value):
             name += "" if name not in tensors else f" ({len(tensors)})"  # the keys 0 and "0" differ
             found[id(value)] = name
             tensors[name] = value

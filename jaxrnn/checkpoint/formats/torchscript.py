@@ -10,7 +10,7 @@ from typing import Any
 from jaxrnn.checkpoint.errors import AGAIN, CheckpointError, check_unicode, listed
 from jaxrnn.checkpoint.formats import script_code
 from jaxrnn.checkpoint.formats.pickle_machine import Refused, build
-from jaxrnn.checkpoint.formats.pickles import Other, Packed, StoredTensor, TorchSave
+from jaxrnn.checkpoint.formats.pickles import Other, Packed, StoredTensor, TorchSave, is_tensor
 from jaxrnn.checkpoint.formats.quantized import BEFORE, Plan
 from jaxrnn.checkpoint.formats.reading import Reading
 from jaxrnn.checkpoint.formats.recurrent_calls import Said
@@ -29,7 +29,10 @@ _TAG = "torch.jit._pickle.restore_type_tag"
 _PACKED = ("__torch__.torch.classes.quantized.LinearPackedParamsBase", "__torch__.torch.classes.rnn.CellParamsBase")
 _TORCH_BIND = "__torch__.torch.classes."  # classes of C++
 _DEEPEST = 100  # modules in modules
-_MOST_MODULES = 100_000  # as often as they are reached
+# Characters in the names of attributes, counted as often as modules are reached: a small file may share modules so that
+# it has billions. Each attribute counts as a hundred more.
+_MOST, _EACH = 1 << 25, 100
+_MOST_CALLS = 200_000  # and weights in them
 _LAYERS = "_all_weight_values"  # of quantized layers
 _STATE = "__getstate__"  # what a class restores itself from, if not from attributes
 _PLAIN = (bool, int, float, str)
@@ -112,7 +115,10 @@ def tree(archive: Archive, left_out: set[str] | None = None) -> Any:
     root = _unpickled(archive, "data", left_out, False)
     constants = _Constants(_unpickled(archive, "constants", left_out, False)).tensors
     if type(root) is ScriptObject and constants:
-        root.setdefault(CONSTANTS, {name.partition(".")[2]: tensor for name, tensor in constants.items()})
+        if CONSTANTS in root:
+            cause = f"the model has an attribute {CONSTANTS}, which is also the name of the code's constants"
+            raise CheckpointError(f"{cause}\n{_RENAME}")
+        root[CONSTANTS] = {name.partition(".")[2]: tensor for name, tensor in constants.items()}
     return root
 
 
@@ -129,8 +135,8 @@ def _unpickled(archive: Archive, name: str, left_out: set[str] | None, dequantiz
 def read(archive: Archive, what: Reading) -> tuple[Described, list[tuple[str, str]]]:
     """The tensors of `state_dict()`, and what to warn of, with remedies.
 
-    Without any, as torch.jit.freeze leaves a model, those of attributes and constants: recurrent weights by torch's
-    names.
+    A model after torch.jit.freeze has none. Then the tensors are those of its attributes and constants, with torch's
+    names for recurrent weights.
     """
     what.check_no_key("a TorchScript archive")
     left_out: set[str] | None = set() if what.only_tensors else None
@@ -176,18 +182,17 @@ def read(archive: Archive, what: Reading) -> tuple[Described, list[tuple[str, st
 def _run(path: str, prefix: str, batch_first: bool, x: Any, states: Any) -> list[Any]:
     """Run a module's own code: see `named.Origin`."""
     torch = importlib.import_module("torch")
-    model = torch.jit.load(path, map_location="cpu").double().eval()
-    module = dict(model.named_modules())[prefix.removesuffix(".")]
-    forward = (
-        getattr(module, "forward__0", None) or module.forward
-    )  # torch's layers have several, by what they are given
     swap = batch_first and x.ndim > 2
     given = torch.tensor(x.swapaxes(0, 1) if swap else x)
     hx = tuple(map(torch.tensor, states))
     try:
+        model = torch.jit.load(path, map_location="cpu").double().eval()
+        module = dict(model.named_modules())[prefix.removesuffix(".")]
+        # torch's layers have several methods, by what they are given.
+        forward = getattr(module, "forward__0", None) or module.forward
         with torch.no_grad():
             returned = forward(given, hx if len(hx) > 1 else hx[0])
-    except RuntimeError as error:  # of a module that was traced with other arguments
+    except RuntimeError as error:  # of a module that was traced with other arguments, or a file that this torch refuses
         raise NotImplementedError from error
     output, state = returned if x.ndim > 2 else (None, returned)
     found = [each.numpy() for each in (state if isinstance(state, tuple) else (state,))]
@@ -207,6 +212,7 @@ class _Model:
 
     def __init__(self, archive: Archive, root: Any) -> None:
         self._archive = archive
+        self._calls = 0
         self._code: dict[str, dict[str, Class]] = {}
         self.modules: dict[str, tuple[ScriptObject, Class]] = {}
         self.tensors = Names[Any](_RENAME)
@@ -233,26 +239,26 @@ class _Model:
     def _walk(self, root: ScriptObject) -> None:
         """Fill the attributes, without recursion: a file decides how deep modules go, and how often they are shared."""
         left: list[tuple[str, int, Any, Class]] = [("", 0, root, self._class(root.kind, "the model"))]
+        names = 0
         while left:
             prefix, depth, module, known = left.pop()
-            if depth > _DEEPEST or len(self.modules) == _MOST_MODULES:
-                limit = (
-                    f"are nested more than {_DEEPEST} deep" if depth > _DEEPEST else f"are more than {_MOST_MODULES}"
-                )
+            names += sum(len(prefix) + len(name) + _EACH * (1 + _held(value)) for name, value in module.items()) + _EACH
+            if depth > _DEEPEST or names > _MOST:
+                limit = f"are nested more than {_DEEPEST} deep" if depth > _DEEPEST else "have too many attributes"
                 raise CheckpointError(f"its modules {limit}\n{EXPORT}")
             if _STATE in module:
                 cause = f"{prefix[:-1] or 'the model'} is a {module.kind}, which its own code restores"
                 raise CheckpointError(f"{cause}: __setstate__ is not run\n{EXPORT}")
             self.modules[prefix] = module, known
             below: list[tuple[str, int, Any, Class]] = []
-            for names in (known.parameters, known.buffers):
+            for own in (known.parameters, known.buffers):
                 for name, value in module.items():
-                    if name in names and _is_tensor(value):
+                    if name in own and is_tensor(value):
                         self.tensors.put(prefix + name, value, f"{name} of the {module.kind}")
             for name, value in module.items():
                 if type(value) is Packed:
                     self.tensors.put(prefix + name, value, f"{name} of the {module.kind}")
-                elif name not in known.parameters | known.buffers:
+                elif name not in known.parameters and name not in known.buffers:
                     self._put_beside(prefix + name, _inside(value))
                 if type(value) is not ScriptObject:
                     continue
@@ -285,7 +291,7 @@ class _Model:
         paths = call.weights
         if all(path[:1] == (CONSTANTS,) for path in paths):
             if names := constants.named(call, self.modules):
-                said.add_call(call.call, names, constants.weights)
+                said.add_call(call.call, names, {name: constants.weights[name] for name in names})
             return
         names = [prefix + ".".join(path) for path in paths]
         if not any(paths):  # all are arguments of the method: of a traced module that is called twice
@@ -299,6 +305,9 @@ class _Model:
                 return
             value = self.modules[owner][0].get(leaf)
             names = [owner + name for name in call.call.names(len(value) if type(value) is list else 0)]
+        self._calls += 1 + len(names)
+        if self._calls > _MOST_CALLS:
+            raise CheckpointError(f"its modules call recurrent layers more than {_MOST_CALLS} times\n{EXPORT}")
         if names and all(name in self.tensors for name in names):
             said.add_call(call.call, names, self.tensors)
 
@@ -339,7 +348,7 @@ class _Constants:
             raise CheckpointError(
                 f"damaged: its constants should be a tuple, and are a {type(constants).__name__}\n{AGAIN}"
             )
-        self.tensors = {f"{CONSTANTS}.c{index}": each for index, each in enumerate(constants) if _is_tensor(each)}
+        self.tensors = {f"{CONSTANTS}.c{index}": each for index, each in enumerate(constants) if is_tensor(each)}
         self.weights: dict[str, Any] = {}
         self.used: set[str] = set()
         self._named: dict[tuple[str, ...], str] = {}
@@ -366,14 +375,14 @@ class _Constants:
         return [self._named[keys] + name for name in names]
 
 
+def _held(value: Any) -> int:
+    return len(value) if type(value) in (list, tuple, dict) else 0
+
+
 def _inside(value: Any) -> Iterator[tuple[str, Any]]:
     """The tensors in an attribute: itself, or those in a list or a dict, with what to add to its name."""
-    if _is_tensor(value):
+    if is_tensor(value):
         yield "", value
     elif type(value) in (list, tuple, dict):
         items = value.items() if type(value) is dict else enumerate(value)
-        yield from ((f".{key}", each) for key, each in items if _is_tensor(each))
-
-
-def _is_tensor(value: Any) -> bool:
-    return isinstance(value, StoredTensor | Other)
+        yield from ((f".{key}", each) for key, each in items if is_tensor(each))

@@ -5,25 +5,21 @@ from typing import Any
 
 import numpy as np
 
-from jaxrnn.checkpoint.errors import CheckpointError, listed
+from jaxrnn.checkpoint.errors import CheckpointError, check_unicode, listed
 from jaxrnn.checkpoint.flax_names import chosen
 from jaxrnn.checkpoint.formats.bombs import Budget
-from jaxrnn.checkpoint.formats.nested import under_key
+from jaxrnn.checkpoint.formats.nested import at_key, deeper
 from jaxrnn.checkpoint.formats.reading import Reading
 
-DEEPEST, MOST = 100, 50_000  # of dicts in dicts, and of values in all
-TOO_MUCH = (
-    f"its dicts and lists are nested more than {DEEPEST} deep, or hold more than {MOST} values\n"
-    "save the parameters alone"
-)
+MOST = 50_000  # values in all
+TOO_MUCH = f"its dicts and lists hold more than {MOST} values\nsave the parameters alone"
 _CONTAINERS = (dict, list, tuple)
 
 
 def params_in(tree: Any, what: Reading, is_tensor: Callable[[Any], bool]) -> dict[str, Any]:
     """The parameters in a tree, or in what is under a key of it, by names joined by dots: see `flax_names.chosen`."""
     place = "it" if what.key is None else f"its {what.key!r}"
-    if what.key is not None:
-        tree, _ = under_key(tree, what.key)
+    tree = at_key(tree, what.key)
     if not isinstance(tree, _CONTAINERS):
         got = "one array" if is_tensor(tree) else f"of type {type(tree).__name__}"
         raise CheckpointError(f"{place} is {got}, not a dict of arrays\nread it with jaxrnn.checkpoint.load_tree(path)")
@@ -43,6 +39,8 @@ def params_in(tree: Any, what: Reading, is_tensor: Callable[[Any], bool]) -> dic
     names, left_out = chosen(arrays)
     if left_out or others:
         what.note(f"took the parameters, and left out {listed([*left_out, *others])}")
+    for name in names:
+        check_unicode(name)
     return names
 
 
@@ -57,38 +55,18 @@ def leaves(tree: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
             continue
         items = list(value.items() if isinstance(value, dict) else enumerate(value))
         count += len(items)
-        if len(path) > DEEPEST or count > MOST:
+        if count > MOST:
             raise CheckpointError(TOO_MUCH)
-        left += [((*path, str(name)), item) for name, item in reversed(items)]
-
-
-def resolved(tree: Any, array_of: Callable[[Any], Any]) -> Any:
-    """A tree with `array_of(leaf)` for each leaf."""
-
-    def at(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {name: at(item) for name, item in value.items()}
-        if isinstance(value, list | tuple):
-            return type(value)(map(at, value))
-        return array_of(value)
-
-    for _ in leaves(tree):  # which are not too many, and not too deep
-        pass
-    return at(tree)
+        left += [(deeper(path, name), item) for name, item in reversed(items)]
 
 
 def owned(arrays: dict[str, Any], array_of: Callable[[Any], np.ndarray], budget: Budget) -> dict[str, np.ndarray]:
-    """Contiguous copies that may be written to. Each replaces what it is a copy of, which may be freed."""
+    """Contiguous copies that can be written to. Each replaces its original in `arrays`, which can then be freed."""
     for name in arrays:
         array = array_of(arrays[name])
         budget.spend(array.nbytes)
         arrays[name] = np.array(array, order="C")
     return arrays
-
-
-def under(tree: Any, key: str | None) -> Any:
-    """What is under a key, or all of a tree."""
-    return tree if key is None else under_key(tree, key)[0]
 
 
 def is_array(value: Any) -> bool:
