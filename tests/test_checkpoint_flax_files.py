@@ -174,6 +174,31 @@ def test_haikus_names_of_other_layers_are_no_cells(tmp_path: Path) -> None:
     assert find_rnns(load(tmp_path / "a.pkl")) == []
 
 
+@pytest.mark.parametrize("axes", [1, 2])
+@pytest.mark.parametrize("writer", ["safetensors, ','", "to_bytes"])
+def test_stacked_seeds_are_named_and_the_remedy_reads_one(
+    writer: str, axes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What jax.vmap made of several seeds, and of several agents."""
+    monkeypatch.chdir(tmp_path)
+    tree = POLICY
+    for _ in range(axes):
+        tree = jax.tree.map(lambda *arrays: np.stack(arrays), tree, jax.tree.map(lambda a: a + 1, tree))
+    path = WRITERS[writer](tmp_path / "seeds", {"params": tree})
+    for _ in range(axes):
+        tensors, [words] = loaded(path)
+        assert find_rnns(tensors) == []
+        cause, remedy = words.split("\n")
+        assert cause.startswith("ScannedRNN_0.GRUCell_0 is 2 cells, one for each index of its arrays' first axis, as ")
+        _, _, code = remedy.partition("write a file of one, and read that: ")
+        with pytest.warns(UserWarning, match="not converted"):
+            exec(code, {"jaxrnn": jaxrnn, "numpy": np, "path": path})
+        path = tmp_path / "one.npz"
+    tensors, said = loaded(path)
+    assert said == []
+    assert_close(tensors, _torchs(POLICY), atol=0)
+
+
 def test_a_minimal_gated_unit_is_left_out_and_a_cell_computes_it(tmp_path: Path) -> None:
     layer, x = linen.RNN(linen.MGUCell(H, param_dtype=jnp.float64)), normal(N, T, F)
     with jax.enable_x64(True):

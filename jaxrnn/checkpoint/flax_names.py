@@ -31,6 +31,7 @@ RANDOM_STATE = re.compile(r"(?<![^.])rngs\.(key|count)$")
 _IN_HAIKU = {"LSTM": re.compile(r"(?:.*\.)?[^.]*lstm[^.]*\."), "VanillaRNN": re.compile(r"(?:.*\.)?[^.]*rnn[^.]*\.")}
 # What joins names, before that of an array in Flax or Haiku.
 _SEPARATED = re.compile(r"(?:.*\w)??(?P<separator>\W+|__)(kernel|w)", re.S)
+_MOST_AXES = 3  # before those of a cell: of seeds, agents and layers
 _COLLECTIONS = ("params", "batch_stats")  # variables of Linen that are weights or statistics
 _OPTIMIZERS = ("opt_state", "optimizer_state", "optimizer")
 # Cells that torch does not have, by the names of their arrays, with what to do.
@@ -121,6 +122,8 @@ def with_torchs_names(
         for names, (title, remedy) in _LEFT_OUT.items():
             if warn is not None and arrays.keys() >= names:
                 warn(f"left out {prefix.removesuffix('.') or 'a cell'} ({title}), which torch does not have", remedy)
+    if warn is not None and (stacked := _stacked(groups)):
+        _warn_of_stacked(stacked, warn)
     if not cells:
         return tensors
     places = _places(cells, warn or _warn)
@@ -180,6 +183,31 @@ def _cells(groups: Mapping[str, dict[str, Any]]) -> dict[str, _Found]:
     return found
 
 
+def _stacked(groups: Mapping[str, dict[str, Any]]) -> dict[str, int]:
+    """The cells whose arrays all have more axes first, and the size of the first: the numbers of several cells."""
+    found = {}
+    for axes in range(1, _MOST_AXES + 1):
+        shapes = {
+            prefix: {name: np.shape(array) for name, array in arrays.items()} for prefix, arrays in groups.items()
+        }
+        firsts = {
+            prefix: {name: np.broadcast_to(0, shape[axes:]) for name, shape in each.items()}
+            for prefix, each in shapes.items()
+            if len({shape[:axes] for shape in each.values()}) == 1 and min(map(len, each.values())) > axes
+        }
+        found |= {prefix: next(iter(shapes[prefix].values()))[0] for prefix in _cells(firsts)}
+    return found
+
+
+def _warn_of_stacked(stacked: Mapping[str, int], warn: Callable[[str, str], None]) -> None:
+    (prefix, number), *others = stacked.items()
+    cause = f"{prefix.removesuffix('.') or 'a cell'} is {number} cells, one for each index of its arrays' first axis"
+    also = f", and so are {len(others)} more" if others else ""
+    one = "{name: array[0] for name, array in jaxrnn.checkpoint.load(path).items() if array.ndim}"
+    remedy = f"write a file of one, and read that: numpy.savez('one.npz', **{one})"
+    warn(f"{cause}, as jax.vmap makes them{also}: not converted", remedy)
+
+
 def _with_biases(dialect: Dialect, arrays: Mapping[str, Any]) -> Dialect:
     """The same dialect without the last bias, if that is not there: of haiku.VanillaRNN(double_bias=False)."""
     last = dialect.entries[-1]
@@ -195,7 +223,7 @@ def _joined_by_dots(
     separators = {match["separator"] for name in names if (match := _SEPARATED.fullmatch(name))}
     for separator in dict.fromkeys([".", "/", *sorted(separators)]):
         dotted = {name.replace(separator, "."): tensors[name] for name in names}
-        if len(dotted) == len(names) and _cells(_groups(dotted)):
+        if len(dotted) == len(names) and (_cells(groups := _groups(dotted)) or _stacked(groups)):
             params, left_out = chosen({tuple(name.split(".")): value for name, value in dotted.items()})
             if left_out:
                 note(f"took the parameters, and left out {listed(left_out)}")
