@@ -26,6 +26,7 @@ from safetensors.numpy import save_file
 
 import jaxrnn
 from jaxrnn import checkpoint
+from jaxrnn.__main__ import main
 from jaxrnn.checkpoint import CheckpointError, find_rnns, load
 from jaxrnn.checkpoint.check import check
 from jaxrnn.checkpoint.dialects import DIALECTS
@@ -197,6 +198,19 @@ def test_stacked_seeds_are_named_and_the_remedy_reads_one(
     tensors, said = loaded(path)
     assert said == []
     assert_close(tensors, _torchs(POLICY), atol=0)
+
+
+def test_lstms_of_haiku_with_a_name_of_the_users(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What the message says to type finds them."""
+    tree = {f"net/{name}/linear": _cell("haiku", "LSTM")["linear"] for name in ("core", "core2")}
+    tree["net/linear"] = {"w": normal(3, 5), "b": normal(5)}  # of another module
+    (tmp_path / "a.pkl").write_bytes(pickle.dumps(tree))
+    assert main(["inspect", str(tmp_path / "a.pkl")]) == 2
+    words = " ".join(capsys.readouterr().err.split())
+    _, _, typed = words.partition("if these are LSTMs of Haiku, put lstm in their names: jaxrnn ")
+    out = str(tmp_path / "renamed.safetensors")
+    assert main([out if word == "OUT" else word for word in typed.split()]) == 0
+    assert [rnn.prefix for rnn in find_rnns(load(out))] == ["net.core_lstm.", "net.core2_lstm."]
 
 
 def test_a_minimal_gated_unit_is_left_out_and_a_cell_computes_it(tmp_path: Path) -> None:

@@ -215,6 +215,16 @@ def _with_biases(dialect: Dialect, arrays: Mapping[str, Any]) -> Dialect:
     return dataclasses.replace(dialect, entries=dialect.entries[:-1]) if one else dialect
 
 
+def maybe_haikus_lstms(tensors: Mapping[str, Any]) -> list[str]:
+    """Prefixes of arrays that an LSTM of Haiku may have, whose name does not say it: any other module may, too."""
+    dialect, found = DIALECTS["haiku", "LSTM"], []
+    for name in tensors:
+        prefix, arrays = name.removesuffix("linear.w"), {f"linear.{leaf}": f"{name[:-1]}{leaf}" for leaf in "wb"}
+        if prefix.endswith("/") and arrays["linear.b"] in tensors:
+            found += [prefix] if dialect.fits({leaf: tensors[each] for leaf, each in arrays.items()}) else []
+    return found
+
+
 def _joined_by_dots(
     tensors: Mapping[str, Any], note: Callable[[str], None]
 ) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
