@@ -1,6 +1,7 @@
 """Files of Flax, Haiku and plain JAX: read alike, whatever wrote them, and equal to what the original computes."""
 
 import io
+import pathlib
 import pickle
 import pickletools
 import warnings
@@ -425,15 +426,56 @@ def test_what_a_pickle_holds_beside_arrays(tmp_path: Path, capsys: pytest.Captur
     params = pickle.loads(path.read_bytes())["params"]
     import flax
 
-    call = call.replace("weights.safetensors", str(tmp_path / "weights.safetensors"))
-    eval(call, {"jaxrnn": jaxrnn, "flax": flax, "params": params})
-    assert_close(load(tmp_path / "weights.safetensors"), _torchs(POLICY), atol=0)
+    eval(
+        call.replace("weights.msgpack", str(tmp_path / "weights.msgpack")),
+        {"flax": flax, "params": params, "pathlib": pathlib},
+    )
+    assert_close(load(tmp_path / "weights.msgpack"), _torchs(POLICY), atol=0)
     for value in ({"a": np.ones(2), "b": _Anything()}, _Anything(), {"a": np.array([{}], object)}):
         path.write_bytes(pickle.dumps(value))
         assert "its code is not run" in _refusal(path)
     path.write_bytes(pickle.dumps({"a": np.zeros(2, [("x", "f4")])}))
     assert "array of 'V4', which are not numbers" in _refusal(path)
     assert capsys.readouterr().out == ""
+
+
+class _Tagger(nnx.Module):
+    """With random numbers in several places, as Dropout and Flax's layers have them, and items of a list."""
+
+    def __init__(self, rngs: nnx.Rngs, port: bool = False) -> None:
+        forward, backward = (nnx.RNN(nnx.LSTMCell(F, H, rngs=rngs)) for _ in range(2))
+        self.bi: Any = nnx.Bidirectional(forward, backward, rngs=rngs)
+        if port:
+            self.bi = jaxrnn.LSTM(F, H, bidirectional=True, batch_first=True, rngs=rngs)
+        self.drop = nnx.Dropout(0.5, rngs=rngs)
+        self.layers = nnx.List([nnx.Linear(2 * H, 2, rngs=rngs)])
+        self.rngs = rngs
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        output = self.bi(x)
+        return self.layers[0](self.drop(output[0] if isinstance(output, tuple) else output))
+
+
+@pytest.mark.filterwarnings("ignore:.* are read as a Bidirectional")
+def test_an_nnx_state_without_its_random_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import flax
+
+    trained = nnx.view(_Tagger(nnx.Rngs(0)), deterministic=True)
+    state = nnx.state(trained)
+    _orbax(tmp_path / "orbax", state)
+    (tmp_path / "a.pkl").write_bytes(pickle.dumps(state))
+    cause, remedy = _refusal(tmp_path / "a.pkl").split("\n")
+    assert "it names flax.nnx" in cause
+    call = remedy.partition("save what is in it: ")[2].replace("weights.msgpack", str(tmp_path / "weights.msgpack"))
+    state = pickle.loads((tmp_path / "a.pkl").read_bytes())
+    eval(call, {"flax": flax, "state": state, "pathlib": pathlib})
+    x = jnp.asarray(normal(N, T, F), jnp.float32)
+    for name in ("orbax", "weights.msgpack"):
+        ours = nnx.view(_Tagger(nnx.Rngs(1), port=True), deterministic=True)
+        assert jaxrnn.load_state_dict(ours, load(tmp_path / name)) == ([], [])
+        assert_close(ours(x), trained(x), atol=1e-6)
+    main(["inspect", str(tmp_path / "orbax")])
+    assert "left out states of random numbers: bi." in " ".join(capsys.readouterr().err.split())
 
 
 def test_planted_calls_and_every_opcode(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

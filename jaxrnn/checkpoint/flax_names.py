@@ -25,8 +25,8 @@ _LIBRARIES = {"flax.linen": linen, "flax.nnx": nnx}
 # What RNN and Bidirectional add to names.
 _IN_RNN = re.compile(r"(?<![^.])cell\.$")
 _IN_BIDIRECTIONAL = re.compile(r"(?P<above>|.*\.)(?P<way>forward|backward)_rnn\.cell\.", re.S)
-# The state of an nnx.RNN's random numbers.
-RANDOM_STATE = re.compile(r"(?<![^.])rngs\.(key|count)$")
+# The state of random numbers that NNX modules have, such as a Dropout.
+RANDOM_STATE = re.compile(r"(?<![^.])rngs\.(?:[^.]*\.)?(key|count)$")
 # Haiku's default names of cells whose arrays have the names of any other layers.
 _IN_HAIKU = {"LSTM": re.compile(r"(?:.*\.)?[^.]*lstm[^.]*\."), "VanillaRNN": re.compile(r"(?:.*\.)?[^.]*rnn[^.]*\.")}
 # What joins names, before that of an array in Flax or Haiku.
@@ -128,13 +128,14 @@ def with_torchs_names(
         return tensors
     places = _places(cells, warn or _warn)
     of_cell = {prefix + name: prefix for prefix, cell in cells.items() for name in cell.arrays}
-    around = {_IN_RNN.sub("", prefix) for prefix in cells}
+    random = [name for name, value in tensors.items() if RANDOM_STATE.search(name) and value.dtype.kind in "iu"]
+    if random:
+        note(f"left out states of random numbers: {listed(random)}")
     new = Names[Any](_ONE_PART)
     alone: dict[str, list[_Found]] = {}
     left = dict(cells)
     for name, value in tensors.items():
-        random = RANDOM_STATE.search(name)
-        if name not in of_cell and not (random and name[: random.start()] in around):
+        if name not in of_cell and name not in random:
             new.put(name, value, name)
         elif (cell := left.pop(prefix := of_cell.get(name, ""), None)) is not None:
             short, suffix = places[prefix]
