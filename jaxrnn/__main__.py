@@ -26,6 +26,7 @@ from jaxrnn.checkpoint import CheckpointError, FoundRNN, find_rnns, fold, save, 
 from jaxrnn.checkpoint.check import LIMIT, check, installed_torch
 from jaxrnn.checkpoint.errors import about, listed, printable
 from jaxrnn.checkpoint.files import Tensors, opened
+from jaxrnn.checkpoint.flax_names import maybe_haikus_lstms
 from jaxrnn.checkpoint.formats.reading import Reading
 from jaxrnn.checkpoint.named import described_as, origins_of
 from jaxrnn.checkpoint.names import under
@@ -261,6 +262,9 @@ def _found(path: str, tensors: Tensors) -> list[FoundRNN]:
     if not found:
         keys = f"its keys: {listed(tensors)}" if tensors else "it has no tensors at all"
         cause = "no recurrent weights: no key ends as torch.nn's do, such as weight_ih_l0 and weight_hh_l0"
+        if maybe := maybe_haikus_lstms(tensors):
+            names = " ".join(f"--rename {prefix}={prefix[:-1]}_lstm/" for prefix in maybe)
+            keys += f"\nif these are LSTMs of Haiku, put lstm in their names: jaxrnn convert {path} OUT {names}"
         raise CheckpointError(f"{path}: {cause}\n{keys}")
     return found
 

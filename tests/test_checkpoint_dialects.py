@@ -166,6 +166,17 @@ def test_there_and_back(library: str, name: str) -> None:
         assert_close(dialect.read({name: a for name, a in written.items() if name not in biases}), without, atol=0)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_what_a_library_adds_is_not_rounded_into_a_bias(dtype: str) -> None:
+    arrays = {"linear.w": normal(F + H, 4 * H).astype(dtype), "linear.b": (normal(4 * H) / 100).astype(dtype)}
+    weights = DIALECTS["haiku", "LSTM"].read(arrays)
+    assert {array.dtype.name for array in weights.values()} == {dtype}
+    assert np.sort(weights["bias_ih"]).tobytes() == np.sort(arrays["linear.b"]).tobytes()
+    assert weights["bias_hh"].tolist() == [0.0] * H + [1.0] * H + [0.0] * 2 * H
+    back = DIALECTS["haiku", "LSTM"].write(weights)
+    assert {name: array.tobytes() for name, array in back.items()} == {n: a.tobytes() for n, a in arrays.items()}
+
+
 def test_what_does_not_fit_is_refused() -> None:
     keras = DIALECTS["keras", "LSTM"]
     arrays = keras.write(_weights("LSTM"))

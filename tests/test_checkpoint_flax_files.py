@@ -1,6 +1,7 @@
 """Files of Flax, Haiku and plain JAX: read alike, whatever wrote them, and equal to what the original computes."""
 
 import io
+import pathlib
 import pickle
 import pickletools
 import warnings
@@ -26,6 +27,7 @@ from safetensors.numpy import save_file
 
 import jaxrnn
 from jaxrnn import checkpoint
+from jaxrnn.__main__ import main
 from jaxrnn.checkpoint import CheckpointError, find_rnns, load
 from jaxrnn.checkpoint.check import check
 from jaxrnn.checkpoint.dialects import DIALECTS
@@ -172,6 +174,44 @@ def test_haikus_names_of_other_layers_are_no_cells(tmp_path: Path) -> None:
     tree: Any = {"critic/~/linear": {"w": normal(F + H, 4 * H), "b": normal(4 * H)}}
     (tmp_path / "a.pkl").write_bytes(pickle.dumps(tree))
     assert find_rnns(load(tmp_path / "a.pkl")) == []
+
+
+@pytest.mark.parametrize("axes", [1, 2])
+@pytest.mark.parametrize("writer", ["safetensors, ','", "to_bytes"])
+def test_stacked_seeds_are_named_and_the_remedy_reads_one(
+    writer: str, axes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What jax.vmap made of several seeds, and of several agents."""
+    monkeypatch.chdir(tmp_path)
+    tree = POLICY
+    for _ in range(axes):
+        tree = jax.tree.map(lambda *arrays: np.stack(arrays), tree, jax.tree.map(lambda a: a + 1, tree))
+    path = WRITERS[writer](tmp_path / "seeds", {"params": tree})
+    for _ in range(axes):
+        tensors, [words] = loaded(path)
+        assert find_rnns(tensors) == []
+        cause, remedy = words.split("\n")
+        assert cause.startswith("ScannedRNN_0.GRUCell_0 is 2 cells, one for each index of its arrays' first axis, as ")
+        _, _, code = remedy.partition("write a file of one, and read that: ")
+        with pytest.warns(UserWarning, match="not converted"):
+            exec(code, {"jaxrnn": jaxrnn, "numpy": np, "path": path})
+        path = tmp_path / "one.npz"
+    tensors, said = loaded(path)
+    assert said == []
+    assert_close(tensors, _torchs(POLICY), atol=0)
+
+
+def test_lstms_of_haiku_with_a_name_of_the_users(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What the message says to type finds them."""
+    tree = {f"net/{name}/linear": _cell("haiku", "LSTM")["linear"] for name in ("core", "core2")}
+    tree["net/linear"] = {"w": normal(3, 5), "b": normal(5)}  # of another module
+    (tmp_path / "a.pkl").write_bytes(pickle.dumps(tree))
+    assert main(["inspect", str(tmp_path / "a.pkl")]) == 2
+    words = " ".join(capsys.readouterr().err.split())
+    _, _, typed = words.partition("if these are LSTMs of Haiku, put lstm in their names: jaxrnn ")
+    out = str(tmp_path / "renamed.safetensors")
+    assert main([out if word == "OUT" else word for word in typed.split()]) == 0
+    assert [rnn.prefix for rnn in find_rnns(load(out))] == ["net.core_lstm.", "net.core2_lstm."]
 
 
 def test_a_minimal_gated_unit_is_left_out_and_a_cell_computes_it(tmp_path: Path) -> None:
@@ -386,15 +426,56 @@ def test_what_a_pickle_holds_beside_arrays(tmp_path: Path, capsys: pytest.Captur
     params = pickle.loads(path.read_bytes())["params"]
     import flax
 
-    call = call.replace("weights.safetensors", str(tmp_path / "weights.safetensors"))
-    eval(call, {"jaxrnn": jaxrnn, "flax": flax, "params": params})
-    assert_close(load(tmp_path / "weights.safetensors"), _torchs(POLICY), atol=0)
+    eval(
+        call.replace("weights.msgpack", str(tmp_path / "weights.msgpack")),
+        {"flax": flax, "params": params, "pathlib": pathlib},
+    )
+    assert_close(load(tmp_path / "weights.msgpack"), _torchs(POLICY), atol=0)
     for value in ({"a": np.ones(2), "b": _Anything()}, _Anything(), {"a": np.array([{}], object)}):
         path.write_bytes(pickle.dumps(value))
         assert "its code is not run" in _refusal(path)
     path.write_bytes(pickle.dumps({"a": np.zeros(2, [("x", "f4")])}))
     assert "array of 'V4', which are not numbers" in _refusal(path)
     assert capsys.readouterr().out == ""
+
+
+class _Tagger(nnx.Module):
+    """With random numbers in several places, as Dropout and Flax's layers have them, and items of a list."""
+
+    def __init__(self, rngs: nnx.Rngs, port: bool = False) -> None:
+        forward, backward = (nnx.RNN(nnx.LSTMCell(F, H, rngs=rngs)) for _ in range(2))
+        self.bi: Any = nnx.Bidirectional(forward, backward, rngs=rngs)
+        if port:
+            self.bi = jaxrnn.LSTM(F, H, bidirectional=True, batch_first=True, rngs=rngs)
+        self.drop = nnx.Dropout(0.5, rngs=rngs)
+        self.layers = nnx.List([nnx.Linear(2 * H, 2, rngs=rngs)])
+        self.rngs = rngs
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        output = self.bi(x)
+        return self.layers[0](self.drop(output[0] if isinstance(output, tuple) else output))
+
+
+@pytest.mark.filterwarnings("ignore:.* are read as a Bidirectional")
+def test_an_nnx_state_without_its_random_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import flax
+
+    trained = nnx.view(_Tagger(nnx.Rngs(0)), deterministic=True)
+    state = nnx.state(trained)
+    _orbax(tmp_path / "orbax", state)
+    (tmp_path / "a.pkl").write_bytes(pickle.dumps(state))
+    cause, remedy = _refusal(tmp_path / "a.pkl").split("\n")
+    assert "it names flax.nnx" in cause
+    call = remedy.partition("save what is in it: ")[2].replace("weights.msgpack", str(tmp_path / "weights.msgpack"))
+    state = pickle.loads((tmp_path / "a.pkl").read_bytes())
+    eval(call, {"flax": flax, "state": state, "pathlib": pathlib})
+    x = jnp.asarray(normal(N, T, F), jnp.float32)
+    for name in ("orbax", "weights.msgpack"):
+        ours = nnx.view(_Tagger(nnx.Rngs(1), port=True), deterministic=True)
+        assert jaxrnn.load_state_dict(ours, load(tmp_path / name)) == ([], [])
+        assert_close(ours(x), trained(x), atol=1e-6)
+    main(["inspect", str(tmp_path / "orbax")])
+    assert "left out states of random numbers: bi." in " ".join(capsys.readouterr().err.split())
 
 
 def test_planted_calls_and_every_opcode(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

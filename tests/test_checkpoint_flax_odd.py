@@ -139,7 +139,7 @@ def test_what_npz_may_not_hold(tmp_path: Path) -> None:
         assert _refusal(tmp_path / "a").startswith(cause)
     (tmp_path / "a").write_bytes(_npz(a=good))
     assert load(tmp_path / "a")["a"].tolist() == [1, 1]
-    with pytest.raises(CheckpointError, match="an .npz file has no dicts in it"):
+    with pytest.raises(CheckpointError, match=r"an \.npz file has no dicts in it"):
         load(tmp_path / "a", "a")
 
 

@@ -11,12 +11,15 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import orbax.checkpoint as ocp
 import pytest
 from flax import linen, nnx
+from flax.training import train_state
 
 import jaxrnn
 from jaxrnn import checkpoint
+from jaxrnn.__main__ import main
 from jaxrnn.checkpoint import CheckpointError
 from jaxrnn.checkpoint.formats.safetensors import DTYPES
 
@@ -166,12 +169,25 @@ def test_an_array_far_larger_than_its_files(tmp_path: Path, refusal: Callable[[P
     assert re.fullmatch(r"a bomb: its tensors have 80000000 bytes, in files of \d{4,5}", refusal(tmp_path / "bomb"))
 
 
-def test_leaves_that_are_no_arrays(tmp_path: Path, refusal: Callable[[Path], str]) -> None:
+def test_leaves_that_are_no_arrays(
+    tmp_path: Path, refusal: Callable[[Path], str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Orbax writes None for a state without numbers, as clip_by_global_norm has it.
+    optimizer = optax.chain(optax.clip_by_global_norm(0.5), optax.adam(1e-3))
+    params = linen.RNN(linen.GRUCell(4)).init(jax.random.key(0), jnp.ones((2, 5, 3), jnp.float32))["params"]
+    state = train_state.TrainState.create(apply_fn=None, params=params, tx=optimizer)
     with ocp.PyTreeCheckpointer() as checkpointer:
-        checkpointer.save(tmp_path / "a", {"x": np.ones(2), "name": "GRU"})
-    assert refusal(tmp_path / "a") == "name is of type string, not an array"
+        checkpointer.save(tmp_path / "a", {"state": state, "config": {"name": "GRU", "rate": None}})
+        checkpointer.save(tmp_path / "b", {"name": "GRU", "rate": None})
+    assert main(["inspect", str(tmp_path / "a")]) == 0
+    left_out = "left out state.opt_state, state.step, config.name, config.rate"
+    assert left_out in " ".join(capsys.readouterr().err.split())
+    assert len(checkpoint.load(tmp_path / "a")) == 4
+    assert checkpoint.load_tree(tmp_path / "a", "config") == {"name": "GRU", "rate": None}
+    assert checkpoint.load_tree(tmp_path / "a", "state.opt_state")[0] is None
+    assert refusal(tmp_path / "b") == "it has no arrays, but name, rate"
     metadata = json.loads((tmp_path / "a" / "_METADATA").read_text())
-    assert "('name',)" in metadata["tree_metadata"]
+    assert "('config', 'name')" in metadata["tree_metadata"]
 
 
 def test_values_of_variables_and_things_called_value(tmp_path: Path) -> None:

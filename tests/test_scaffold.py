@@ -336,6 +336,7 @@ def test_names_and_layouts_of_flax(linen: bool) -> None:
             "conv = nnx.Conv(\n            4, 6, ",
         ):
             assert f"self.{line}" in text
+        assert 'padding="SAME"' in text  # the default of Flax
 
 
 def test_equal_tensors_are_named(torch: types.ModuleType) -> None:

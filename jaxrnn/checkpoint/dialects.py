@@ -89,9 +89,6 @@ class Dialect:
                 parts |= {(source, gate, bias): part for gate, part in each}
         for gate in gates:
             self._join_biases(gate, parts)
-        for gate, amount in self.added.items():
-            holder = self._holders(gate)[0], gate, True
-            parts[holder] = parts[holder] - amount
         return {entry.name: _joined(entry, parts) for entry in self.entries}
 
     def read(self, arrays: Mapping[str, Any]) -> Weights:
@@ -120,9 +117,9 @@ class Dialect:
                 cause = f"{entry.name} of {self.title} is {shape}, which does not fit hidden_size={hidden}"
                 raise CheckpointError(f"{cause}\ngive the arrays of one layer in one direction") from error
         zero = np.zeros(hidden, next(iter(parts.values())).dtype)
-        for gate, amount in self.added.items():
-            holder = self._holders(gate)[0], gate, True
-            parts[holder] = parts[holder] + amount
+        for gate, amount in self.added.items():  # in the bias that only torch has: a sum would be rounded
+            other = "h" if self._holders(gate) == ["i"] else "i"
+            parts[other, gate, True] = np.full_like(zero, amount)
         return {
             f"{'bias' if bias else 'weight'}_{source}h": np.concatenate(
                 [parts.get((source, gate, bias), zero) for gate in gates]
@@ -154,7 +151,8 @@ class Dialect:
     def has(self, params: Mapping[str, Any]) -> dict[str, NDArray[np.bool_]]:
         """Where the library has a number of its own, too: everywhere but in the biases that only torch has.
 
-        These are zeros after `read`. To train as the library does, keep their gradients 0: see examples/from_flax.md.
+        These are zeros after `read`, or the constant that the library adds. To train as the library does, keep their
+        gradients 0: see examples/from_flax.md.
 
         Args:
             params: those of one of our modules, by torch's names; only the shapes are read.
@@ -179,18 +177,19 @@ class Dialect:
         return found
 
     def _join_biases(self, gate: str, parts: dict[tuple[str, str, bool], NDArray[Any]]) -> None:
-        """Where the library has one bias for a gate, add the other to it, or refuse to lose it."""
+        """Where the library has one bias for a gate, add the other to it, or refuse to lose it; less what it adds."""
         holders = self._holders(gate)
         if len(holders) == 2:
             return
         held, other = (holders[0], gate, True), ("h" if holders == ["i"] else "i", gate, True)
-        if not np.any(parts[other] != 0):
+        amount = self.added.get(gate, 0)
+        if not amount and not np.any(parts[other] != 0):
             return
         if gate in _APART.get(self.kind, ""):
             worst = float(np.max(np.abs(parts[other])))
             cause = f"{self.title} has no second bias for the gate {gate}: numbers up to {worst:.3g} would be lost"
             raise CheckpointError(f"{cause}\nuse a cell that has it, such as flax.linen.GRUCell")
-        parts[held] = (parts[held].astype(np.float64) + parts[other]).astype(parts[held].dtype)
+        parts[held] = (parts[held].astype(np.float64) + parts[other] - amount).astype(parts[held].dtype)
 
     def _holders(self, gate: str) -> list[str]:
         """Which of "i" and "h" have a bias for this gate."""

@@ -26,13 +26,14 @@ _LIBRARIES = {"flax.linen": linen, "flax.nnx": nnx}
 # What RNN and Bidirectional add to names.
 _IN_RNN = re.compile(r"(?<![^.])cell\.$")
 _IN_BIDIRECTIONAL = re.compile(r"(?P<above>|.*\.)(?P<way>forward|backward)_rnn\.cell\.", re.S)
-# The state of an nnx.RNN's random numbers.
-RANDOM_STATE = re.compile(r"(?<![^.])rngs\.(key|count)$")
+# The state of random numbers that NNX modules have, such as a Dropout.
+RANDOM_STATE = re.compile(r"(?<![^.])rngs\.(?:[^.]*\.)?(key|count)$")
 # What is in Haiku's default names of cells. Their arrays have the names of any other layers'.
 _IN_HAIKU = {"LSTM": "lstm", "VanillaRNN": "rnn"}
 # What joins names, before that of an array in Flax or Haiku.
 _SEPARATED = re.compile(r"(?:.*\w)??(?P<separator>\W+|__)(kernel|w)", re.S)
 _MOST_SEPARATORS = 4  # to try: each costs a look at all names
+_MOST_AXES = 3  # before those of a cell: of seeds, agents and layers
 _COLLECTIONS = ("params", "batch_stats")  # variables of Linen that are weights or statistics
 _OPTIMIZERS = ("opt_state", "optimizer_state", "optimizer")
 # Cells that torch does not have, by the names of their arrays, with what to do.
@@ -123,17 +124,20 @@ def with_torchs_names(
         for names, (title, remedy) in _LEFT_OUT.items():
             if warn is not None and arrays.keys() >= names:
                 warn(f"left out {prefix.removesuffix('.') or 'a cell'} ({title}), which torch does not have", remedy)
+    if warn is not None and (stacked := _stacked(groups)):
+        _warn_of_stacked(stacked, warn)
     if not cells:
         return tensors
     places = _places(cells, warn or _warn)
     of_cell = {prefix + name: prefix for prefix, cell in cells.items() for name in cell.arrays}
-    around = {_IN_RNN.sub("", prefix) for prefix in cells}
+    random = [name for name, value in tensors.items() if RANDOM_STATE.search(name) and value.dtype.kind in "iu"]
+    if random:
+        note(f"left out states of random numbers: {listed(random)}")
     new = Names[Any](_ONE_PART)
     alone: dict[str, list[_Found]] = {}
     left = dict(cells)
     for name, value in tensors.items():
-        random = RANDOM_STATE.search(name)
-        if name not in of_cell and not (random and name[: random.start()] in around):
+        if name not in of_cell and name not in random:
             new.put(name, value, name)
         elif (cell := left.pop(prefix := of_cell.get(name, ""), None)) is not None:
             short, suffix = places[prefix]
@@ -182,11 +186,46 @@ def _cells(groups: Mapping[str, dict[str, Any]]) -> dict[str, _Found]:
     return found
 
 
+def _stacked(groups: Mapping[str, dict[str, Any]]) -> dict[str, int]:
+    """The cells whose arrays all have more axes first, and the size of the first: the numbers of several cells."""
+    found: dict[str, int] = {}
+    for axes in range(1, _MOST_AXES + 1):
+        shapes = {
+            prefix: {name: np.shape(array) for name, array in arrays.items()} for prefix, arrays in groups.items()
+        }
+        firsts = {
+            prefix: {name: np.broadcast_to(0, shape[axes:]) for name, shape in each.items()}
+            for prefix, each in shapes.items()
+            if len({shape[:axes] for shape in each.values()}) == 1 and min(map(len, each.values())) > axes
+        }
+        found |= {prefix: next(iter(shapes[prefix].values()))[0] for prefix in _cells(firsts)}
+    return found
+
+
+def _warn_of_stacked(stacked: Mapping[str, int], warn: Callable[[str, str], None]) -> None:
+    (prefix, number), *others = stacked.items()
+    cause = f"{prefix.removesuffix('.') or 'a cell'} is {number} cells, one for each index of its arrays' first axis"
+    also = f", and so are {len(others)} more" if others else ""
+    one = "{name: array[0] for name, array in jaxrnn.checkpoint.load(path).items() if array.ndim}"
+    remedy = f"write a file of one, and read that: numpy.savez('one.npz', **{one})"
+    warn(f"{cause}, as jax.vmap makes them{also}: not converted", remedy)
+
+
 def _with_biases(dialect: Dialect, arrays: Mapping[str, Any]) -> Dialect:
     """The same dialect without the last bias, if that is not there: of haiku.VanillaRNN(double_bias=False)."""
     last = dialect.entries[-1]
     one = last.bias and last.name not in arrays and sum(entry.bias for entry in dialect.entries) > 1
     return dataclasses.replace(dialect, entries=dialect.entries[:-1]) if one else dialect
+
+
+def maybe_haikus_lstms(tensors: Mapping[str, Any]) -> list[str]:
+    """Prefixes of arrays that an LSTM of Haiku may have, whose name does not say it: any other module may, too."""
+    dialect, found = DIALECTS["haiku", "LSTM"], []
+    for name in tensors:
+        prefix, arrays = name.removesuffix("linear.w"), {f"linear.{leaf}": f"{name[:-1]}{leaf}" for leaf in "wb"}
+        if prefix.endswith("/") and arrays["linear.b"] in tensors:
+            found += [prefix] if dialect.fits({leaf: tensors[each] for leaf, each in arrays.items()}) else []
+    return found
 
 
 def _joined_by_dots(
@@ -197,7 +236,7 @@ def _joined_by_dots(
     separators = Counter(match["separator"] for name in names if (match := _SEPARATED.fullmatch(name)))
     for separator in dict.fromkeys([".", "/", *(each for each, _ in separators.most_common(_MOST_SEPARATORS))]):
         dotted = {name.replace(separator, "."): tensors[name] for name in names}
-        if len(dotted) == len(names) and _cells(_groups(dotted)):
+        if len(dotted) == len(names) and (_cells(groups := _groups(dotted)) or _stacked(groups)):
             params, left_out = chosen({tuple(name.split(".")): value for name, value in dotted.items()})
             if left_out:
                 note(f"took the parameters, and left out {listed(left_out)}")

@@ -191,7 +191,11 @@ def _of_kernel(kernel: Shape, bias: Shape | None, dtype: np.dtype) -> Layer | No
     *spatial, inputs, outputs = kernel
     if not spatial:
         return _linear(inputs, outputs, bias is not None, dtype)
-    return _conv(inputs, outputs, spatial, bias is not None, dtype)
+    layer = _conv(inputs, outputs, spatial, bias is not None, dtype)
+    settings = tuple('padding="SAME"' if each == "padding=0" else each for each in layer.settings)
+    names = _and("strides", "padding", "kernel_dilation", "feature_group_count")
+    note = f'The file does not say {names}: these are Flax\'s defaults, and Keras has padding="VALID"'
+    return layer._replace(settings=settings, notes=(note,))
 
 
 def _norm_of_weight(name: str, features: int, bias: bool, dtype: np.dtype) -> Layer | None:

@@ -20,7 +20,7 @@ from jaxrnn.checkpoint import stored
 from jaxrnn.checkpoint.errors import AGAIN, CheckpointError, check_unicode, listed
 from jaxrnn.checkpoint.formats import trees
 from jaxrnn.checkpoint.formats.bombs import largest
-from jaxrnn.checkpoint.formats.nested import at_key, mapped
+from jaxrnn.checkpoint.formats.nested import at_key
 from jaxrnn.checkpoint.formats.reading import Reading
 from jaxrnn.checkpoint.stored import Value
 
@@ -29,13 +29,13 @@ NEW = ".new"  # what the directory's name has more than the file's
 
 
 def read(path: str | os.PathLike[str], what: Reading) -> dict[str, Value]:
-    params = trees.params_in(_tree(path), what, lambda leaf: True)
+    params = trees.params_in(_tree(path), what, trees.is_array)
     return {name: np.array(value, order="C") for name, value in params.items()}
 
 
 def read_tree(path: str | os.PathLike[str], key: str | None) -> Any:
     """What is under a key of a checkpoint, or all of it."""
-    return mapped(at_key(_tree(path), key), lambda _, leaf: np.asarray(leaf))
+    return at_key(_tree(path), key)
 
 
 def _tree(path: str | os.PathLike[str]) -> Any:
@@ -45,9 +45,11 @@ def _tree(path: str | os.PathLike[str]) -> Any:
     try:
         with _quiet(), ocp.PyTreeCheckpointer() as checkpointer:
             metadata = checkpointer.metadata(path).item_metadata.tree
-            _check(trees.leaves(metadata), path)
-            # As NumPy arrays: JAX would cut them to 32 bits and move them to a device.
-            arguments = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), metadata)
+            _check((leaf for _, leaf in trees.leaves(metadata)), path)
+            # As NumPy arrays: JAX would cut them to 32 bits and move them to a device. Strings stay strings.
+            arguments = jax.tree.map(
+                lambda leaf: ocp.RestoreArgs(restore_type=np.ndarray if _is_array(leaf) else None), metadata
+            )
             restored = checkpointer.restore(path, restore_args=arguments)
             return {name: _without_values(value) for name, value in restored.items()}
     except CheckpointError:
@@ -99,14 +101,13 @@ def _without_values(tree: Any) -> Any:
     return tree
 
 
-def _check(described: Iterable[tuple[tuple[str, ...], Any]], path: str) -> None:
-    """Refuse leaves that are not arrays, and arrays far larger than their files."""
-    size = 0
-    for place, leaf in described:
-        if getattr(leaf, "shape", None) is None or leaf.dtype is None:
-            what = type(leaf).__name__.removesuffix("Metadata").lower()
-            raise CheckpointError(f"{'.'.join(place)} is of type {what}, not an array\nsave only the arrays")
-        size += math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize
+def _is_array(described: Any) -> bool:
+    return getattr(described, "shape", None) is not None and described.dtype is not None
+
+
+def _check(described: Iterable[Any], path: str) -> None:
+    """Refuse arrays far larger than their files."""
+    size = sum(math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize for leaf in described if _is_array(leaf))
     files = (os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names)
     stored = sum(map(os.path.getsize, files))
     if size > largest(stored):  # data that is not stored would be read as zeros, however many

@@ -16,8 +16,10 @@ from jaxrnn.checkpoint.formats.pickle_machine import Global, LeftOut, Refused, V
 from jaxrnn.checkpoint.formats.reading import Reading, warn
 from jaxrnn.checkpoint.stored import Value
 
-_SAVE = 'jaxrnn.checkpoint.save("weights.safetensors", flax.traverse_util.flatten_dict(params, sep="."))'
-_REMEDY = f"if you trust it, unpickle it, and save its parameters: {_SAVE}"
+_SAVE = 'pathlib.Path("weights.msgpack").write_bytes(flax.serialization.to_bytes({}))'
+_REMEDY = f"if you trust it, unpickle it, and save its parameters: {_SAVE.format('params')}"
+_OF_STATE = "flax.nnx.to_pure_dict(flax.nnx.filter_state(state, flax.nnx.Any(flax.nnx.Param, flax.nnx.BatchStat)))"
+_REMEDY_OF_STATE = f"if you trust it, unpickle its state, and save what is in it: {_SAVE.format(_OF_STATE)}"
 _LEAVE = "or leave out what is not an array: only_tensors=True, or --only-tensors on the command line"
 _NUMPY = ("numpy.core.multiarray", "numpy._core.multiarray")  # of NumPy 1 and 2
 _MAKE = {f"{module}._reconstruct" for module in _NUMPY}
@@ -83,7 +85,8 @@ def _tree(path: str | os.PathLike[str], left_out: set[str] | None) -> Any:
             return build(_UpToTheEnd(file, size), _Arrays(Budget(size)), left_out)
         except Refused as refusal:
             cause = f"a pickle that holds more than arrays in dicts and lists, and its code is not run: {refusal}"
-            raise CheckpointError(f"{cause}\n{_REMEDY}, {_LEAVE}") from refusal
+            remedy = _REMEDY_OF_STATE if "flax.nnx." in str(refusal) else f"{_REMEDY}, {_LEAVE}"
+            raise CheckpointError(f"{cause}\n{remedy}") from refusal
 
 
 class _UpToTheEnd:

@@ -37,6 +37,7 @@ def params_in(tree: Any, what: Reading, is_tensor: Callable[[Any], bool]) -> dic
         there = f", but {listed(others)}" if others else ""
         raise CheckpointError(f"{place} has no arrays{there}\ngive another file, or the key of its arrays")
     names, left_out = chosen(arrays)
+    others = [name for name in others if not any(name.startswith(f"{above}.") for above in left_out)]
     if left_out or others:
         what.note(f"took the parameters, and left out {listed([*left_out, *others])}")
     for name in names:
