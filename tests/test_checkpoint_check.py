@@ -12,6 +12,7 @@ import jaxrnn
 from jaxrnn import checkpoint
 from jaxrnn.checkpoint.check import LIMIT, check
 from jaxrnn.checkpoint.flax_names import with_torchs_names
+from jaxrnn.checkpoint.named import Described
 
 SPECS = {
     "RNN": jaxrnn.Spec(jaxrnn.RNN_TANH, 3, 4),
@@ -63,6 +64,15 @@ def test_a_difference_is_seen(torch: types.ModuleType, monkeypatch: pytest.Monke
         jaxrnn.nnx.GRU, "__call__", lambda self, *args: jax.tree.map(lambda a: a * np.nan, call(self, *args))
     )
     assert check(rnn, tensors, torch).difference == np.inf
+
+
+@pytest.mark.torch
+def test_dropout_does_not_act(torch: types.ModuleType) -> None:
+    params = parameters(jaxrnn.Spec(jaxrnn.LSTM_CELL, 3, 4, 2), np.float64)
+    tensors = Described(params, {"": {"dropout": 0.5}})
+    [rnn] = checkpoint.find_rnns(tensors)
+    assert rnn.said == {"dropout": 0.5}
+    assert check(rnn, tensors, torch).equal
 
 
 def test_without_torch() -> None:

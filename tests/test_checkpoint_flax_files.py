@@ -340,6 +340,8 @@ def test_a_model_of_flax_loads_with_flaxs_names(tmp_path: Path) -> None:
         assert_close(model.rnn.weight_hh_l0[...], _torchs(POLICY, "")["weight_hh_l0"].astype("f4"), atol=0)
     with pytest.raises(CheckpointError, match=r"head.weight is float64 \(2, 5\), should be float32 \(2, 4\)"):
         jaxrnn.load_state_dict(model, raw | {"head/kernel": normal(5, 2)})
+    with pytest.raises(CheckpointError, match=r"head.kernel is unexpected"):
+        jaxrnn.load_state_dict(model, raw | {"head/kernel": normal(5)})
 
 
 DTYPES = ["f8", "f4", "f2", "i8", "u1", "?", "c8", ">f4", ">i2", ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn]

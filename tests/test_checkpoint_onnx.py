@@ -475,6 +475,7 @@ def test_check_compares_with_onnxruntime(tmp_path: Path) -> None:
         result = check(rnn, tensors, None)
         assert result.original == f"ONNX's {[node.op_type for node in nodes][found.index(rnn)]}"
         assert result.difference < 2e-6, rnn.prefix
+        assert result.equal
         tensors[f"{rnn.prefix}weight_hh_l0"] += 0.1
         assert not check(rnn, tensors, None).equal
 
