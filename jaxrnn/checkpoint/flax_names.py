@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import re
+import types
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -186,13 +187,13 @@ def _cells(groups: Mapping[str, dict[str, Any]]) -> dict[str, _Found]:
 
 def _stacked(groups: Mapping[str, dict[str, Any]]) -> dict[str, int]:
     """The cells whose arrays all have more axes first, and the size of the first: the numbers of several cells."""
-    found = {}
+    found: dict[str, int] = {}
     for axes in range(1, _MOST_AXES + 1):
         shapes = {
             prefix: {name: np.shape(array) for name, array in arrays.items()} for prefix, arrays in groups.items()
         }
         firsts = {
-            prefix: {name: np.broadcast_to(0, shape[axes:]) for name, shape in each.items()}
+            prefix: {name: types.SimpleNamespace(shape=shape[axes:]) for name, shape in each.items()}
             for prefix, each in shapes.items()
             if len({shape[:axes] for shape in each.values()}) == 1 and min(map(len, each.values())) > axes
         }
