@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 from arrays import normal
 from comparing import assert_close
+from flax import nnx
 from keras_models import KINDS, MARKS, B, F, H, T, followed, load_keras, modules, rnn_cell, rnn_layer, set_numbers
 from reading import loaded
 
+import jaxrnn
 from jaxrnn.checkpoint import find_rnns
 
 pytest_plugins = "shared_fixtures"
@@ -329,3 +331,16 @@ def test_weights_alone_say_nothing(tmp_path: Path) -> None:
     [found] = find_rnns(tensors)
     assert found.said == {"batch_first": True}
     assert found.assumed == {"nonlinearity": "tanh"}
+
+
+def test_a_transposed_convolution_as_flaxs(tmp_path: Path) -> None:
+    """Its kernel may fit Flax's layer without a word, where inputs are as many as outputs."""
+    up = load_keras().layers.Conv1DTranspose(F, 3, name="up")
+    for _, tensors, words in _recurrent(_sequential(up, rnn_layer("GRU", name="gru")), path=tmp_path):
+        [text] = words
+        assert text.startswith("up: a transposed convolution's kernel is reversed, with outputs before inputs")
+        assert text.endswith("make it as Flax's ConvTranspose(..., transpose_kernel=True)")
+        ours = nnx.ConvTranspose(F, F, (3,), padding="VALID", transpose_kernel=True, rngs=nnx.Rngs(0))
+        assert jaxrnn.load_state_dict(ours, tensors, prefix="up.") == ([], [])
+        x = normal(B, T, F).astype("f4")
+        assert_close(ours(jnp.asarray(x)), np.asarray(up(x)), atol=1e-5)

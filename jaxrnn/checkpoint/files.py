@@ -66,7 +66,8 @@ def load(
 
     Warns:
         UserWarning: what `only_tensors` left out; how much quantized weights are rounded; files and tensors that an
-            index does not list. Of ONNX and Keras, layers that are left out because torch has nothing like them;
+            index does not list. Of Flax, cells that jax.vmap has stacked, which keep their names and layouts. Of ONNX
+            and Keras, layers that are left out because torch has nothing like them; transposed convolutions of Keras;
             settings that no weights hold, with what to do about each; settings that jaxrnn does not know; and what is
             assumed because the file does not say it.
 

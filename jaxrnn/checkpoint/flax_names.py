@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import re
+import types
 import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -194,7 +195,7 @@ def _stacked(groups: Mapping[str, dict[str, Any]]) -> dict[str, int]:
             prefix: {name: np.shape(array) for name, array in arrays.items()} for prefix, arrays in groups.items()
         }
         firsts = {
-            prefix: {name: np.broadcast_to(0, shape[axes:]) for name, shape in each.items()}
+            prefix: {name: types.SimpleNamespace(shape=shape[axes:]) for name, shape in each.items()}
             for prefix, each in shapes.items()
             if len({shape[:axes] for shape in each.values()}) == 1 and min(map(len, each.values())) > axes
         }

@@ -38,6 +38,7 @@ from jaxrnn.checkpoint.stored import Value
 __all__ = ["read", "sniff"]
 
 _RENAME = "rename one of them, and save the model again"
+_TRANSPOSED = "reversed, with outputs before inputs: make it as Flax's ConvTranspose(..., transpose_kernel=True)"
 _SIDES = ("forward_layer", "backward_layer")  # a Bidirectional's attributes
 _OTHER = {"forward": "backward", "backward": "forward"}
 _STACK = ("cell", "cells")  # the attributes under which an RNN has stacked cells
@@ -159,7 +160,10 @@ def _converted(variables: list[Variable], config: Config | None) -> tuple[Descri
     for each, name in zip(others, names_of(others, tensors, config), strict=True):
         tensors.put(name, each.array, "/".join(each.path))
     said = {prefix: settings for prefix, settings in said.items() if settings}
-    return Described(tensors, said, origins=origins), notes.words()
+    words = notes.words()
+    if config is not None and config.transposed:
+        words.append(f"{listed(config.transposed)}: a transposed convolution's kernel is {_TRANSPOSED}")
+    return Described(tensors, said, origins=origins), words
 
 
 def _order(variable: Variable, config: Config) -> list[int]:

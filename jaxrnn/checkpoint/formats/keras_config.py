@@ -117,12 +117,14 @@ MASKS = {
         },
     ),
 }
+# Layers whose kernel has the name and the axes of one of Flax, and other numbers in them.
+TRANSPOSED = ("Conv1DTranspose", "Conv2DTranspose", "Conv3DTranspose")
 # Layers that pass no mask on.
 UNMASKING = {
     *(f"{each}{n}D" for each in ("Conv", "UpSampling", "ZeroPadding", "Cropping") for n in (1, 2, 3)),
     *(f"{each}Pooling{n}D" for each in ("Max", "Average", "GlobalMax", "GlobalAverage") for n in (1, 2, 3)),
     *("SeparableConv1D", "SeparableConv2D", "DepthwiseConv1D", "DepthwiseConv2D"),
-    *("Conv1DTranspose", "Conv2DTranspose", "Conv3DTranspose"),
+    *TRANSPOSED,
     *("Flatten", "Permute", "RepeatVector", "Reshape"),
 }
 # What a functional model gives a recurrent layer in a call.
@@ -234,6 +236,7 @@ class Config:
         self._read: set[int] = set()  # the cells of which weights were found
         self._titles: dict[GroupPath, str] = {}  # of what is in a model, by the group's name
         self._places: dict[GroupPath, int] = {}  # among the layers of a model, by the layers' names
+        self.transposed: list[str] = []  # names of layers of `TRANSPOSED`
         root = node_of(raw)
         self._root = root.name if root else ""
         todo: list[tuple[Node | None, GroupPath, KerasCell]] = [(root, (), KerasCell(version=version))]
@@ -241,6 +244,7 @@ class Config:
             node, path, place = todo.pop()
             if node is not None and len(path) <= _DEEPEST:
                 todo += self._inside(node, path, place)
+                self.transposed += [node.name] * (node.kind in TRANSPOSED)
             if len(self._cells) > _MOST:
                 raise CheckpointError(f"the configuration of the model has over {_MOST} recurrent layers\n{AGAIN}")
 
