@@ -155,9 +155,9 @@ def test_names_that_stay() -> None:
     # One name with dots and one with slashes are not one.
     both = {name.replace(".", "/"): array for name, array in tensors.items()} | {"enc.hn.bias": np.ones(1)}
     assert with_torchs_names(both) == both
-    # The state of other random numbers is a tensor like others.
+    # A state of random numbers is of integers.
     tensors = {f"enc.cell.{name}": array for name, array in cell.items()}
-    found = with_torchs_names(tensors | {"enc.rngs.count": np.ones(1), "dec.rngs.count": np.ones(1)})
+    found = with_torchs_names(tensors | {"enc.rngs.count": np.ones(1, np.uint32), "dec.rngs.count": np.ones(1)})
     assert [name for name in found if "rngs" in name] == ["dec.rngs.count"]
 
 

@@ -15,7 +15,7 @@ from flax import linen, nnx
 from flax.traverse_util import unflatten_dict
 from numpy.typing import NDArray
 
-from jaxrnn.checkpoint.arrays import to_numpy
+from jaxrnn.checkpoint.arrays import dtype_of, to_numpy
 from jaxrnn.checkpoint.dialects import DIALECTS, Dialect
 from jaxrnn.checkpoint.errors import RESET_BEFORE, listed
 from jaxrnn.checkpoint.named import Names, Origin, described_as
@@ -118,7 +118,7 @@ def with_torchs_names(
     Warns:
         UserWarning: without `warn`, of what is in doubt: two cells are taken for those of a Bidirectional.
     """
-    tensors, groups = _joined_by_dots(tensors, note)
+    tensors, groups = _joined_by_dots(tensors, note, stacked=warn is not None)
     cells = _cells(groups)
     cells = {prefix: cell for prefix, cell in cells.items() if not any(prefix + name in keep for name in cell.arrays)}
     for prefix, arrays in groups.items():
@@ -131,7 +131,9 @@ def with_torchs_names(
         return tensors
     places = _places(cells, warn or _warn)
     of_cell = {prefix + name: prefix for prefix, cell in cells.items() for name in cell.arrays}
-    random = [name for name, value in tensors.items() if RANDOM_STATE.search(name) and value.dtype.kind in "iu"]
+    random = {
+        name: None for name, value in tensors.items() if RANDOM_STATE.search(name) and dtype_of(value).kind in "iu"
+    }
     if random:
         note(f"left out states of random numbers: {listed(random)}")
     new = Names[Any](_ONE_PART)
@@ -230,14 +232,17 @@ def maybe_haikus_lstms(tensors: Mapping[str, Any]) -> list[str]:
 
 
 def _joined_by_dots(
-    tensors: Mapping[str, Any], note: Callable[[str], None]
+    tensors: Mapping[str, Any], note: Callable[[str], None], stacked: bool
 ) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """The parameters, by names joined by dots, if there are cells among them; else all as they are. And `_groups`."""
+    """The parameters, by names joined by dots, if there are cells; else all as they are. And their `_groups`.
+
+    Cells that jax.vmap stacked count, too, with `stacked`.
+    """
     names = [name for name in tensors if isinstance(name, str)]
     separators = Counter(match["separator"] for name in names if (match := _SEPARATED.fullmatch(name)))
     for separator in dict.fromkeys([".", "/", *(each for each, _ in separators.most_common(_MOST_SEPARATORS))]):
         dotted = {name.replace(separator, "."): tensors[name] for name in names}
-        if len(dotted) == len(names) and (_cells(groups := _groups(dotted)) or _stacked(groups)):
+        if len(dotted) == len(names) and (_cells(groups := _groups(dotted)) or (stacked and _stacked(groups))):
             params, left_out = chosen({tuple(name.split(".")): value for name, value in dotted.items()})
             if left_out:
                 note(f"took the parameters, and left out {listed(left_out)}")
