@@ -1,23 +1,21 @@
 """Names in files of Flax and Haiku: find the parameters, and give the weights of recurrent cells torch's names."""
 
 import dataclasses
-import importlib
+import functools
 import re
 import types
 import warnings
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from flax import linen, nnx
-from flax.traverse_util import unflatten_dict
-from numpy.typing import NDArray
 
-from jaxrnn.checkpoint.arrays import dtype_of, to_numpy
+from jaxrnn.checkpoint.arrays import dtype_of
 from jaxrnn.checkpoint.dialects import DIALECTS, Dialect
 from jaxrnn.checkpoint.errors import RESET_BEFORE, listed
+from jaxrnn.checkpoint.flax_run import StoredCell, run
 from jaxrnn.checkpoint.named import Names, Origin, described_as
 from jaxrnn.spec import level_outside
 
@@ -43,22 +41,6 @@ _LEFT_OUT = {
     frozenset({"if.kernel", "hf.kernel", "in.kernel", "hn.kernel"}): ("flax.linen.MGUCell", _OWN_CELL),
     frozenset({"w_i", "w_h"}): ("haiku.GRU", f"it {RESET_BEFORE}, with z and 1 - z exchanged"),
 }
-
-
-class _Found(NamedTuple):
-    """A cell in a flat dict.
-
-    Attributes:
-        library: "flax.linen", "flax.nnx" or "haiku".
-        name: the class there.
-        dialect: how it stores its weights.
-        arrays: its arrays, by name.
-    """
-
-    library: str
-    name: str
-    dialect: Dialect
-    arrays: dict[str, Any]
 
 
 def chosen(paths: Mapping[tuple[str, ...], Any]) -> tuple[Names[Any], list[str]]:
@@ -137,7 +119,7 @@ def with_torchs_names(
     if random:
         note(f"left out states of random numbers: {listed(random)}")
     new = Names[Any](_ONE_PART)
-    alone: dict[str, list[_Found]] = {}
+    alone: dict[str, list[StoredCell]] = {}
     left = dict(cells)
     for name, value in tensors.items():
         if name not in of_cell and name not in random:
@@ -151,7 +133,9 @@ def with_torchs_names(
     for prefix, both in alone.items():
         # Flax's layers put the batch first; its scan, and haiku's dynamic_unroll, time.
         batch_first = both[0].library != "haiku" and "Scan" not in prefix
-        found.origins[prefix] = Origin(both[0].dialect.title, {"batch_first": batch_first}, _runner(both))
+        found.origins[prefix] = Origin(
+            both[0].dialect.title, {"batch_first": batch_first}, functools.partial(run, both)
+        )
         if (both[0].library, both[0].name) == ("haiku", "VanillaRNN"):
             found.said[prefix] = {"nonlinearity": "relu"}
     return found
@@ -175,7 +159,7 @@ def _groups(tensors: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return groups
 
 
-def _cells(groups: Mapping[str, dict[str, Any]]) -> dict[str, _Found]:
+def _cells(groups: Mapping[str, dict[str, Any]]) -> dict[str, StoredCell]:
     found = {}
     for prefix, arrays in groups.items():
         for (library, name), dialect in DIALECTS.items():
@@ -184,7 +168,7 @@ def _cells(groups: Mapping[str, dict[str, Any]]) -> dict[str, _Found]:
             if library == "haiku":
                 dialect = _with_biases(dialect, arrays)
             if (library in _LIBRARIES or library == "haiku") and dialect.fits(arrays):
-                found[prefix] = _Found(library, name, dialect, arrays)
+                found[prefix] = StoredCell(library, name, dialect, arrays)
                 break
     return found
 
@@ -250,7 +234,7 @@ def _joined_by_dots(
     return tensors if isinstance(tensors, dict) else dict(tensors), _groups(tensors)
 
 
-def _places(cells: Mapping[str, _Found], warn: Callable[[str, str], None]) -> dict[str, tuple[str, str]]:
+def _places(cells: Mapping[str, StoredCell], warn: Callable[[str, str], None]) -> dict[str, tuple[str, str]]:
     """For each cell the prefix and the suffix of its weights' names as a layer's."""
     alike = {
         prefix: (cell.dialect.title, {name: np.shape(array) for name, array in cell.arrays.items()})
@@ -269,51 +253,3 @@ def _places(cells: Mapping[str, _Found], warn: Callable[[str, str], None]) -> di
                     warn(f"{cause}, whose second runs backward, because their names are its", _BOTH_FORWARD)
         places[prefix] = short, suffix
     return places
-
-
-def _runner(cells: Sequence[_Found]) -> Callable[[NDArray[Any], Sequence[NDArray[Any]]], Sequence[NDArray[Any]]]:
-    """Compute with the original: see `Origin.run`. The second cell runs backward."""
-
-    def run(x: NDArray[Any], states: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
-        outputs, lasts = [], []
-        for cell, back, *start in zip(cells, (False, True), *states, strict=False):
-            x_there = x[::-1] if back else x
-            steps, last = (_run_haiku if cell.library == "haiku" else _run_flax)(cell, x_there, start)
-            outputs.append(steps[::-1] if back else steps)
-            lasts.append(last)
-        return [np.concatenate(outputs, -1), *(np.stack(each) for each in zip(*lasts, strict=True))]
-
-    return run
-
-
-def _run_flax(cell: _Found, x: Any, start: list[Any]) -> tuple[Any, list[Any]]:
-    arrays = {name: jnp.asarray(to_numpy(name, array), x.dtype) for name, array in cell.arrays.items()}
-    features, carry = start[0].shape[-1], tuple(map(jnp.asarray, reversed(start)))  # Flax's LSTM has c first
-    initial = carry if len(carry) > 1 else carry[0]
-    if cell.library == "flax.linen":
-        made = getattr(linen, cell.name)(features, dtype=x.dtype, param_dtype=x.dtype)
-        layer = linen.RNN(made, time_major=True, return_carry=True)
-        variables = {"params": {"cell": unflatten_dict(arrays, sep=".")}}
-        last, output = layer.apply(variables, x, initial_carry=initial)
-    else:
-        made = getattr(nnx, cell.name)(x.shape[-1], features, dtype=x.dtype, param_dtype=x.dtype, rngs=nnx.Rngs(0))
-        nnx.update(made, nnx.State(unflatten_dict(arrays, sep=".")))
-        last, output = nnx.RNN(made, time_major=True, return_carry=True, rngs=nnx.Rngs(0))(x, initial_carry=initial)
-    return np.asarray(output), [np.asarray(each) for each in (reversed(last) if len(carry) > 1 else [last])]
-
-
-def _run_haiku(cell: _Found, x: Any, start: list[Any]) -> tuple[Any, list[Any]]:
-    haiku = importlib.import_module("haiku")
-    params: dict[str, dict[str, Any]] = {}
-    for name, array in cell.arrays.items():
-        layer, leaf = name.split(".")
-        params.setdefault(f"cell/{layer}", {})[leaf] = to_numpy(name, array).astype(x.dtype)
-
-    def unrolled(x: Any, *state: Any) -> Any:
-        more = {"double_bias": len(params["cell/linear_1"]) > 1} if cell.name == "VanillaRNN" else {}
-        core = getattr(haiku, cell.name)(start[0].shape[-1], name="cell", **more)
-        first = haiku.LSTMState(*state) if cell.name == "LSTM" else state[0]
-        return haiku.dynamic_unroll(core, x, first)
-
-    output, last = haiku.transform(unrolled).apply(params, None, x, *start)
-    return np.asarray(output), [np.asarray(each) for each in (last if cell.name == "LSTM" else [last])]
