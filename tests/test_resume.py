@@ -44,7 +44,7 @@ def results(directory: Path) -> tuple[str, dict[str, bytes]]:
     """The log, and each array of the last checkpoint. A kill after the last one was saved leaves three."""
     kept = {path.name for path in directory.iterdir()}
     assert kept - {str(STEPS - 2 * EVERY)} == {str(STEPS), str(STEPS - EVERY), "losses.log"}
-    tensors = checkpoint.load(directory / str(STEPS))
+    tensors = flatten_dict(checkpoint.load_tree(directory / str(STEPS)), sep=".")
     assert {"model.head.bias", "optimizer.step", "h", "c"} <= tensors.keys()
     return (directory / "losses.log").read_text(), {name: value.tobytes() for name, value in tensors.items()}
 

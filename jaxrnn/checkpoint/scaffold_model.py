@@ -86,12 +86,12 @@ class Program:
 
     def __init__(self, tensors: Mapping[str, Any], in_linen: bool) -> None:
         self.linen = in_linen
-        self.wide = next((key for key, value in tensors.items() if _is_wide(key, value)), "")
+        self.wide: str = next((key for key, value in tensors.items() if _is_wide(key, value)), "")
         self._rnns = {found.prefix: found for found in _found(tensors)}
         self._new = NewNames(["Model", TODO, "jax", "jaxrnn", "jnp", "linen", "nnx"])
         self._classes: dict[Any, _Class] = {}  # by what is in them
         tree = _tree({key: Tensor(key, self._dtype(value), tuple(value.shape)) for key, value in tensors.items()})
-        self.root = self._item(tree, "", "Model")
+        self.root: Item = self._item(tree, "", "Model")
 
     def _dtype(self, value: Any) -> np.dtype:
         dtype = dtype_of(value)

@@ -38,7 +38,9 @@ class Archive:
     """
 
     def __init__(self, file: IO[bytes], source: Source | None, size: int, first: int = 0) -> None:
-        self._file, self._source, self.size, self.first = file, source, size, first
+        self._file, self._source = file, source
+        self.size: int = size
+        self.first: int = first
         self._zip = zipfile.ZipFile(file)
         self.entries: dict[str, zipfile.ZipInfo] = {}
 

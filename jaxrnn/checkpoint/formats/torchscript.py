@@ -50,7 +50,8 @@ class ScriptObject(dict[str, Any]):
 
     def __init__(self, kind: str) -> None:
         super().__init__()
-        self.kind, self.depth = sys.intern(kind), 0
+        self.kind: str = sys.intern(kind)
+        self.depth: int = 0
 
 
 class _Script(TorchSave):
