@@ -24,8 +24,8 @@ from jaxrnn.__main__ import main
 from jaxrnn.checkpoint import CheckpointError
 from jaxrnn.checkpoint.formats.safetensors import DTYPES
 
-# Where one array cannot be read, orbax does not wait for the others, which then find no event loop: in the same test, or
-# in the next.
+# Where one array cannot be read, orbax does not wait for the others, which then find no event loop, in this or the next
+# test.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 # Names that a path, or a tree with dots, could trip over.
 NAMES = ("encoder.weight_ih_l0", "", ".", "..", "../x", "a/b", "a", "a.b", "é\n", "\0", ".zarray", "0", "value")
