@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import pytest
 
 import jaxrnn
 from jaxrnn.checkpoint import CheckpointError, load
@@ -36,6 +37,16 @@ def of_guide(guide: str, name: str) -> Any:
         if example.source.startswith("def "):
             exec(example.source, made)
     return made[name]
+
+
+def refusal(path: Path, data: bytes) -> str:
+    """The cause for which a file with these bytes is refused. There is a remedy, too."""
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError) as caught:
+        load(path)
+    cause, _, remedy = str(caught.value).removeprefix(f"{path}: ").partition("\n")
+    assert remedy
+    return cause
 
 
 def weights(tensors: Any, found: Any) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from memory import memory_to_refuse
-from reading import loaded
+from reading import loaded, refusal
 
 import jaxrnn
 from jaxrnn.__main__ import main
@@ -74,15 +74,6 @@ def _archive(weights: Any, nodes: Any = (), specs: Any = (), **entries: bytes) -
     return file.getvalue()
 
 
-def _refusal(path: Path, data: bytes) -> str:
-    path.write_bytes(data)
-    with pytest.raises(CheckpointError) as caught:
-        load(path)
-    cause, _, remedy = str(caught.value).removeprefix(f"{path}: ").partition("\n")
-    assert remedy
-    return cause
-
-
 def test_an_archive_by_hand(tmp_path: Path) -> None:
     shared = _config(w=_meta(4), v=_meta(2, storage_offset={"as_int": 1}, strides=[{"as_int": 2}]))
     tensors, said = loaded(tmp_path / "a.pt2", _archive(shared))
@@ -128,7 +119,7 @@ HUGE = {"as_int": 1 << 40}
     ],
 )
 def test_descriptions_that_torch_does_not_write(weights: Any, cause: str, tmp_path: Path) -> None:
-    assert cause in _refusal(tmp_path / "a.pt2", _archive(weights))
+    assert cause in refusal(tmp_path / "a.pt2", _archive(weights))
 
 
 def test_what_is_no_program(tmp_path: Path) -> None:
@@ -141,12 +132,12 @@ def test_what_is_no_program(tmp_path: Path) -> None:
         return out.getvalue()
 
     compiled = without("models/model.json", **{"data/aotinductor/model/a.so": b"\x7fELF"})
-    assert _refusal(tmp_path / "a", compiled) == "a package of AOTInductor, which holds compiled code"
-    assert _refusal(tmp_path / "a", without("models/model.json")) == "a .pt2 archive without a program"
+    assert refusal(tmp_path / "a", compiled) == "a package of AOTInductor, which holds compiled code"
+    assert refusal(tmp_path / "a", without("models/model.json")) == "a .pt2 archive without a program"
     name = "data/weights/model_weights_config.json"
-    assert _refusal(tmp_path / "a", without(name)) == f"damaged: it has no {name}"
+    assert refusal(tmp_path / "a", without(name)) == f"damaged: it has no {name}"
     fake = _archive(_config(w=_meta(4)), **{"data/weights/weight_0": b""})
-    assert _refusal(tmp_path / "a", fake) == "w is a fake tensor, without numbers"
+    assert refusal(tmp_path / "a", fake) == "w is a fake tensor, without numbers"
 
 
 def _node(op: str, weights: list[str], **settings: Any) -> dict[str, Any]:
@@ -190,11 +181,11 @@ def test_settings(changes: Any, expected: Any, cause: str, tmp_path: Path) -> No
 )
 def test_graphs_that_torch_does_not_write(graph: bytes, tmp_path: Path) -> None:
     data = _archive(_config(w=_meta(4)), **{"models/model.json": graph})
-    assert "damaged: its " in _refusal(tmp_path / "a.pt2", data)
+    assert "damaged: its " in refusal(tmp_path / "a.pt2", data)
 
 
 def test_an_argument_without_a_value(tmp_path: Path) -> None:
-    assert _refusal(tmp_path / "a.pt2", _lstm(batch_first={})).startswith("damaged: its graph is not one of")
+    assert refusal(tmp_path / "a.pt2", _lstm(batch_first={})).startswith("damaged: its graph is not one of")
 
 
 def _old(tensors: bytes, name: str = "serialized_state_dict.pt") -> bytes:
@@ -234,11 +225,11 @@ def test_the_older_layout_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     inside = io.BytesIO()
     with zipfile.ZipFile(inside, "w") as writer:
         writer.writestr("archive/data.pkl", EVIL)
-    assert "it names posix.system" in _refusal(tmp_path / "a.pt2", _old(inside.getvalue()))
-    assert "truncated or damaged" in _refusal(tmp_path / "a.pt2", _old(_torch_save(arrays)[:-30]))
+    assert "it names posix.system" in refusal(tmp_path / "a.pt2", _old(inside.getvalue()))
+    assert "truncated or damaged" in refusal(tmp_path / "a.pt2", _old(_torch_save(arrays)[:-30]))
     flipped = bytearray(_old(_torch_save(arrays)))
     flipped[flipped.index(np.arange(4.0).tobytes()) + 9] ^= 1
-    assert "the checksum (CRC) of its entry" in _refusal(tmp_path / "a.pt2", bytes(flipped))
+    assert "the checksum (CRC) of its entry" in refusal(tmp_path / "a.pt2", bytes(flipped))
 
 
 BOMBS: dict[str, tuple[Callable[[], bytes], str]] = {
@@ -269,7 +260,7 @@ def _inflating() -> bytes:
 @pytest.mark.parametrize("name", BOMBS)
 def test_bombs(name: str, tmp_path: Path) -> None:
     make, cause = BOMBS[name]
-    assert cause in _refusal(tmp_path / "a.pt2", make())
+    assert cause in refusal(tmp_path / "a.pt2", make())
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from memory import memory_to_refuse
-from reading import loaded
+from reading import loaded, refusal
 from script_archives import TENSOR, script_archive, script_object, text
 
 import jaxrnn
@@ -26,15 +26,6 @@ from jaxrnn.checkpoint import CheckpointError, find_rnns, load, load_tree
 _QUIET = pytest.mark.filterwarnings(
     "ignore::DeprecationWarning", "ignore:.*:UserWarning:torch", "ignore:.*quantiz", "ignore:(Converting|Using len)"
 )
-
-
-def _refusal(path: Path, data: bytes) -> str:
-    path.write_bytes(data)
-    with pytest.raises(CheckpointError) as caught:
-        load(path)
-    cause, _, remedy = str(caught.value).removeprefix(f"{path}: ").partition("\n")
-    assert remedy
-    return cause
 
 
 def test_an_archive_by_hand(tmp_path: Path) -> None:
@@ -77,7 +68,7 @@ EVIL = b"cposix\nsystem\nX\x0a\x00\x00\x00touch evil\x85R"
     ],
 )
 def test_pickles_that_do_what_torch_does_not(data: bytes, cause: str, tmp_path: Path) -> None:
-    assert cause in _refusal(tmp_path / "a.pt", script_archive(data))
+    assert cause in refusal(tmp_path / "a.pt", script_archive(data))
 
 
 def test_every_operation_of_pickles(tmp_path: Path) -> None:
@@ -188,7 +179,7 @@ def test_bombs(name: str, tmp_path: Path) -> None:
         (tmp_path / "a.pt").write_bytes(make())
         assert load(tmp_path / "a.pt") == {}
     else:
-        assert cause in _refusal(tmp_path / "a.pt", make())
+        assert cause in refusal(tmp_path / "a.pt", make())
 
 
 @pytest.mark.slow

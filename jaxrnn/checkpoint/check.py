@@ -15,7 +15,7 @@ from flax import nnx
 import jaxrnn.nnx
 from jaxrnn.checkpoint.arrays import to_numpy
 from jaxrnn.checkpoint.find import FoundRNN
-from jaxrnn.checkpoint.named import origins_of
+from jaxrnn.checkpoint.named import CannotRun, origins_of
 from jaxrnn.checkpoint.nnx import load_state_dict
 
 _STEPS, _BATCH = 7, 3
@@ -79,9 +79,9 @@ def check(rnn: FoundRNN, tensors: Mapping[str, Any], torch: ModuleType | None, r
         ours = [np.asarray(array) for array in jax.tree.leaves(module(x, hx))]
         finite = all(np.isfinite(array).all() for array in ours)
         origin = origins_of(tensors).get(rnn.prefix)
-        if origin is not None and origin.run is not None and (run_code or not origin.runs_code):
+        if origin is not None and (run_code or not origin.runs_code):
             dtype = np.float64 if origin.exact else np.float32
-            with contextlib.suppress(ImportError, NotImplementedError):
+            with contextlib.suppress(ImportError, CannotRun):
                 theirs = origin.run(x.astype(dtype), [each.astype(dtype) for each in jax.tree.leaves(hx)])
                 return Checked(finite, _largest(ours, theirs), origin.title, LIMIT if origin.exact else LIMIT_32)
         if torch is None or not rnn.in_torch:

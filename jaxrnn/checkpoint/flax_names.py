@@ -132,11 +132,11 @@ def with_torchs_names(
     found = described_as(new, tensors)
     for prefix, both in alone.items():
         # Flax's layers put the batch first; its scan, and haiku's dynamic_unroll, time.
-        batch_first = both[0].library != "haiku" and "Scan" not in prefix
+        batch_first = both[0].package != "haiku" and "Scan" not in prefix
         found.origins[prefix] = Origin(
             both[0].dialect.title, {"batch_first": batch_first}, functools.partial(run, both)
         )
-        if (both[0].library, both[0].name) == ("haiku", "VanillaRNN"):
+        if (both[0].package, both[0].name) == ("haiku", "VanillaRNN"):
             found.said[prefix] = {"nonlinearity": "relu"}
     return found
 

@@ -18,13 +18,13 @@ class StoredCell(NamedTuple):
     """A cell in a flat dict.
 
     Attributes:
-        library: "flax.linen", "flax.nnx" or "haiku".
+        package: "flax.linen", "flax.nnx" or "haiku".
         name: the class there.
         dialect: how it stores its weights.
         arrays: its arrays, by name.
     """
 
-    library: str
+    package: str
     name: str
     dialect: Dialect
     arrays: dict[str, Any]
@@ -35,7 +35,7 @@ def run(cells: Sequence[StoredCell], x: NDArray[Any], states: Sequence[NDArray[A
     outputs, lasts = [], []
     for cell, back, *start in zip(cells, (False, True), *states, strict=False):
         x_there = x[::-1] if back else x
-        steps, last = (_run_haiku if cell.library == "haiku" else _run_flax)(cell, x_there, start)
+        steps, last = (_run_haiku if cell.package == "haiku" else _run_flax)(cell, x_there, start)
         outputs.append(steps[::-1] if back else steps)
         lasts.append(last)
     return [np.concatenate(outputs, -1), *(np.stack(each) for each in zip(*lasts, strict=True))]
@@ -45,7 +45,7 @@ def _run_flax(cell: StoredCell, x: Any, start: list[Any]) -> tuple[Any, list[Any
     arrays = {name: jnp.asarray(to_numpy(name, array), x.dtype) for name, array in cell.arrays.items()}
     features, carry = start[0].shape[-1], tuple(map(jnp.asarray, reversed(start)))  # Flax's LSTM has c first
     initial = carry if len(carry) > 1 else carry[0]
-    if cell.library == "flax.linen":
+    if cell.package == "flax.linen":
         made = getattr(linen, cell.name)(features, dtype=x.dtype, param_dtype=x.dtype)
         layer = linen.RNN(made, time_major=True, return_carry=True)
         variables = {"params": {"cell": unflatten_dict(arrays, sep=".")}}

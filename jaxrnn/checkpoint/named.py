@@ -10,23 +10,27 @@ from jaxrnn.checkpoint.errors import CheckpointError
 _ValueT = TypeVar("_ValueT")
 
 
+class CannotRun(Exception):
+    """The original of a module cannot be called with an input and first states."""
+
+
 class Origin(NamedTuple):
     """What a recurrent module is in the library that wrote the file.
 
     Attributes:
         title: the class there, such as "flax.linen.GRUCell".
         usual: the arguments of our constructor that fit the usual settings there, if the file does not say them.
-        run: call the original; None if there is no such function. It takes the input, of shape (time, batch, features),
-            and the first states, each of shape (layers * directions, batch, features) as in torch. It returns the
-            output and the last states. A cell has no first axis, and returns the states alone. It raises ImportError if
-            the library is not installed, and NotImplementedError if the original cannot be called in this way.
+        run: call the original. It takes the input, of shape (time, batch, features), and the first states, each of
+            shape (layers * directions, batch, features) as in torch. It returns the output and the last states. A cell
+            has no first axis, and returns the states alone. It raises ImportError if the library is not installed, and
+            `CannotRun` if the original cannot be called in this way.
         exact: whether it computes in float64.
         runs_code: whether it runs code of the file.
     """
 
     title: str
     usual: Mapping[str, Any]
-    run: Callable[[NDArray[Any], Sequence[NDArray[Any]]], Sequence[NDArray[Any]]] | None = None
+    run: Callable[[NDArray[Any], Sequence[NDArray[Any]]], Sequence[NDArray[Any]]]
     exact: bool = True
     runs_code: bool = False
 

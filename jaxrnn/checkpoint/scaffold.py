@@ -10,7 +10,7 @@ from jaxrnn.checkpoint.flax_names import with_torchs_names
 from jaxrnn.checkpoint.named import described_as
 from jaxrnn.checkpoint.names import fold, under, unwrapped
 from jaxrnn.checkpoint.scaffold_layers import Layer
-from jaxrnn.checkpoint.scaffold_model import TODO, Made, Program, Statement, notes_of, statement_lines
+from jaxrnn.checkpoint.scaffold_model import STAND_IN, Made, Program, Statement, notes_of, statement_lines
 from jaxrnn.checkpoint.scaffold_text import Code, Group, comment, laid_out, quoted
 from jaxrnn.checkpoint.stored import Stored, equal, pieces, read
 
@@ -20,7 +20,7 @@ _MOST_ALIKE = 50  # tensors of one beginning with which another is compared
 _BEGINNING = 4096  # bytes, by which tensors that differ are told apart
 _PLACEHOLDER = f"""
 
-def {TODO}(x):
+def {STAND_IN}(x):
     raise NotImplementedError("a step without weights, such as nnx.relu: write it in place of this")"""
 
 
@@ -69,7 +69,7 @@ def scaffold(
     program = Program(named, linen)
     classes = [*program.class_lines()]
     body = "\n".join([*classes, *([""] * 2 if classes else [""]), *_loading(program, named, prefix, source)])
-    if re.search(rf"\b{TODO},", body):
+    if re.search(rf"\b{STAND_IN},", body):
         body = _PLACEHOLDER + ("\n" if classes else "\n\n") + body
     library = "linen" if linen else "nnx"
     imports = ["import jax"] if re.search(r"\bjax\.", body) else []

@@ -30,7 +30,7 @@ from jaxrnn.spec import level_outside
 _DEEPEST = 32  # a module within a module takes many of Python's frames
 _MOST_LISTED, _MOST_PERMUTED = 20, 6
 _NARROW = {np.dtype(np.int64): np.dtype(np.int32), np.dtype(np.uint64): np.dtype(np.uint32)}
-TODO = "todo"  # the function that stands for a step without weights
+STAND_IN = "todo"  # the function that stands for a step without weights
 _LINENS = {"name", "parent", "scope", "touch", *dir(linen.Module)}
 _NNXS = {name for name in dir(nnx.Module) if not name.startswith("_")}
 _TOUCH = ['        """Call every layer once, which makes its parameters. Drop this when `__call__` does it."""']
@@ -88,7 +88,7 @@ class Program:
         self.linen = in_linen
         self.wide: str = next((key for key, value in tensors.items() if _is_wide(key, value)), "")
         self._rnns = {found.prefix: found for found in _found(tensors)}
-        self._new = NewNames(["Model", TODO, "jax", "jaxrnn", "jnp", "linen", "nnx"])
+        self._new = NewNames(["Model", STAND_IN, "jax", "jaxrnn", "jnp", "linen", "nnx"])
         self._classes: dict[Any, _Class] = {}  # by what is in them
         tree = _tree({key: Tensor(key, self._dtype(value), tuple(value.shape)) for key, value in tensors.items()})
         self.root: Item = self._item(tree, "", "Model")
@@ -211,7 +211,7 @@ class Program:
             items = Group("[", _repeated(list(codes.values())), "]")
             return items if self.linen else Group("nnx.List(", [items], ")")
         if item.kind == "sequential":
-            return Group("nnx.Sequential(", [codes.get(number, TODO) for number in range(max(codes) + 1)], ")")
+            return Group("nnx.Sequential(", [codes.get(number, STAND_IN) for number in range(max(codes) + 1)], ")")
         pairs: list[Code] = []
         for number, code in codes.items():
             start = f'"{number}": '

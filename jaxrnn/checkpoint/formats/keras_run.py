@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxrnn.activations import Activation, Elu, HardSigmoid, LeakyRelu
 from jaxrnn.checkpoint.formats.keras_parts import Part, Parts
+from jaxrnn.checkpoint.named import CannotRun
 
 _BACKENDS = {"jax": "jax.numpy", "torch": "torch", "tensorflow": "tensorflow"}
 _EXACT = ("tanh", "sigmoid", "relu", "linear")  # in which Keras 3 does not round to float32
@@ -65,7 +66,7 @@ def _layer(keras: ModuleType, part: Part, x: np.ndarray, start: list[np.ndarray]
         layer.set_weights([array.astype(x.dtype) for array in arrays])
         output, *last = layer(steps, initial_state=start)
     except (ValueError, TypeError) as error:  # of a Keras in which something has another form
-        raise NotImplementedError from error
+        raise CannotRun from error
     output, *last = map(keras.ops.convert_to_numpy, (output, *last))
     return [np.swapaxes(output, 0, 1), *last]
 

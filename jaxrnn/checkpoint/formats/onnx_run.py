@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxrnn.checkpoint.named import CannotRun
+
 _UNUSED = ("direction", "layout", "hidden_size")
 
 
@@ -57,7 +59,7 @@ def run(nodes: Sequence[OnnxNode], x: np.ndarray, states: Sequence[np.ndarray]) 
             feed = {name: np.asarray(known[name], np.float32) for name in inputs if name}
             output, *last = session.run(outputs, feed)
         except Exception as error:  # of onnxruntime, on what it does not implement
-            raise NotImplementedError from error
+            raise CannotRun from error
         x = np.concatenate(list(np.moveaxis(output, 1, 0)), -1)
         lasts.append(last)
     return [x, *(np.concatenate(each) for each in zip(*lasts, strict=True))]

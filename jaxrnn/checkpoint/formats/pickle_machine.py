@@ -69,7 +69,7 @@ class Vocabulary:
 
     def new(self, name: str, arguments: tuple[Any, ...]) -> Any:
         """An object of a class, before its state is set."""
-        raise NotImplementedError
+        raise Refused("its pickle has the operation NEWOBJ")
 
     def build(self, value: Any, state: Any) -> None:
         """Set the state of a value that is in the memo already: change it in place."""

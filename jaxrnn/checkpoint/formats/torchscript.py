@@ -16,7 +16,7 @@ from jaxrnn.checkpoint.formats.reading import Reading
 from jaxrnn.checkpoint.formats.recurrent_calls import Said
 from jaxrnn.checkpoint.formats.script_code import CONSTANTS, Class, CodeCall
 from jaxrnn.checkpoint.formats.torch_archive import Archive
-from jaxrnn.checkpoint.named import Described, Names, Origin
+from jaxrnn.checkpoint.named import CannotRun, Described, Names, Origin
 from jaxrnn.checkpoint.stored import Value
 
 EXPORT = "export its tensors: torch.save(torch.jit.load(path).state_dict(), new_path)"
@@ -194,7 +194,7 @@ def _run(path: str, prefix: str, batch_first: bool, x: Any, states: Any) -> list
         with torch.no_grad():
             returned = forward(given, hx if len(hx) > 1 else hx[0])
     except RuntimeError as error:  # of a module that was traced with other arguments, or a file that this torch refuses
-        raise NotImplementedError from error
+        raise CannotRun from error
     output, state = returned if x.ndim > 2 else (None, returned)
     found = [each.numpy() for each in (state if isinstance(state, tuple) else (state,))]
     if output is None:
