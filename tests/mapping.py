@@ -33,6 +33,7 @@ CELLS = {
     "LSTM": (jaxrnn.LSTM_CELL, 0),
     "projected LSTM": (jaxrnn.LSTM_CELL, 2),
     "GRU": (jaxrnn.GRU_CELL, 0),
+    "softsign GRU": (jaxrnn.gru_cell("softsign", jaxrnn.activations.HardSigmoid()), 0),
     "softmax": (SOFTMAX, 0),
 }
 

@@ -21,7 +21,7 @@ import jaxrnn
 
 def _rows() -> list[Row]:
     chance = random.Random(0)
-    return covering([draw(chance) for _ in range(400)], lambda row: row)
+    return covering([draw(chance) for _ in range(600)], lambda row: row)
 
 
 ROWS = _rows()
