@@ -26,6 +26,9 @@ ARGUMENTS = {
     "batch_first": "whether batched input and output are (batch, time, features) rather than (time, batch, features). "
     "It does not change hx and h_n.",
     "dropout": "the probability with which an output of each layer but the last is zeroed in training.",
+    "recurrent_dropout": "the probability with which a number of h is zeroed in training before the recurrent product: "
+    "one mask for all steps, and for all gates.",
+    "variational_dropout": "whether `dropout`, too, has one mask for all steps.",
     "bidirectional": "whether each layer also runs backward in time.",
     "proj_size": "features of an LSTM's projected hidden state, less than hidden_size; 0 for no projection.",
     "param_dtype": "the parameters' floating dtype.",
@@ -51,9 +54,16 @@ ARGUMENTS = {
     "lengths": "how many steps each row has, integers from 0 to time, (batch,), or for unbatched x (); all steps if "
     "None. Padding in x affects no result and no gradient. Under jit lengths are data, and cannot be checked: a length "
     "below 0 counts as 0, and one above time as time.",
+    "mask": "True at valid steps, False at padding, which may be anywhere in a row; boolean, of the shape of x, or its "
+    "data, without features. The results are those of the valid steps alone: at a masked step the state is held, and "
+    "the output is 0.",
     "reset": "True at the steps before which the state is reset, such as the first of an episode; boolean, of the "
-    "shape of x, or its data, without features. Ignored past a row's end. Not for a bidirectional network.",
+    "shape of x, or its data, without features. Ignored at masked steps and past a row's end. Not for a bidirectional "
+    "network.",
     "reset_state": "the state that `reset` starts from, like hx; zeros if None.",
+    "dropout_masks": "in place of random masks between layers: for each layer but the last an array of 0 or 1, 1 where "
+    "dropout keeps an output, (time, batch, directions * output size) even with `batch_first`, or (1, batch, ...) for "
+    "one mask for all steps; without batch for unbatched x, and laid out like its data for a PackedSequence.",
 }
 # Linen's fields.
 ARGUMENTS |= {
@@ -103,14 +113,19 @@ _DIFFERENCES = """Differs from torch.nn.{name}:
     `dtype` is, as in Flax, the dtype to compute in; torch's `dtype` is `param_dtype`. There is no
     `device`.
     Inputs and parameters of different dtypes are promoted, where torch raises.
-    `lengths=`, `reset=` and `reset_state=` are new. With lengths, a row may have length 0."""
-_CELL_DIFFERENCES = _DIFFERENCES.rpartition("\n")[0]
+    `lengths=`, `mask=`, `reset=`, `reset_state=`, `recurrent_dropout=` and `variational_dropout=` are
+    new. With lengths, a row may have length 0."""
+_CELL_DIFFERENCES = (
+    _DIFFERENCES.rpartition("\n    `lengths")[0]
+    + """
+    `reset=` and `reset_state=` are new."""
+)
 
 _LAYER_LEAD = "Each layer computes, for each step t of its input x,"
 
 _LAYER_CALL = """Call:
-    `output, {state} = module(x, hx=None, {before}*, lengths=None, reset=None,
-    reset_state=None, {after})`
+    `output, {state} = module(x, hx=None, {before}*, lengths=None, mask=None,
+    reset=None, reset_state=None, dropout_masks=None, {after})`
 
     x                                         output                  {states}
     (time, batch, input_size)                 (time, batch, D * H)    (D * num_layers, batch, H)
@@ -125,13 +140,15 @@ _LAYER_CALL = """Call:
 {arguments}"""
 
 _CELL_CALL = """Call:
-    `{state} = module(x, hx=None)`
+    `{state} = module(x, hx=None, *, reset=None, reset_state=None)`
 
     x                      each state
     (batch, input_size)    (batch, hidden_size)
     (input_size,)          (hidden_size,)
 
-    hx: the state, {state}; zeros if None. One state for all rows may have a batch of 1, or none."""
+    hx: the state, {state}; zeros if None. One state for all rows may have a batch of 1, or none.
+    reset: True for the rows whose state is reset before the step; boolean, (batch,), or ().
+    reset_state: the state that `reset` starts from, like hx; zeros if None."""
 
 _LAYER_PARAMETERS = """Parameters of layer k, with torch's names, shapes and order:
     weight_ih_lk               ({rows}, input_size), or ({rows}, D * H) if k > 0
@@ -152,7 +169,9 @@ OWN = {
     "LSTMCell": cell,
     "GRUCell": cell,
     "Layers.__call__": ("deterministic", "rngs", "rng"),
-    "apply_cell": ("x", "hx", "dtype"),
+    "Layers.step": (step := ("x", "reset", "deterministic", "rngs", "rng")),
+    "apply_step": step,
+    "apply_cell": ("x", "hx", "reset", "dtype"),
 }
 
 
@@ -191,7 +210,8 @@ def sections(name: str, linen: bool) -> tuple[str, list[str]]:
         call = _CELL_CALL.format(state="(h, c)" if lstm else "h")
         return before, [call, _CELL_PARAMETERS.format(rows=rows), _CELL_DIFFERENCES.format(name=name)]
     off = "deterministic=None"
-    arguments = {each: ARGUMENTS[each] for each in ("hx", "lengths", "reset", "reset_state")} | _CALL_ARGUMENTS[linen]
+    given = ("hx", "lengths", "mask", "reset", "reset_state", "dropout_masks")
+    arguments = {each: ARGUMENTS[each] for each in given} | _CALL_ARGUMENTS[linen]
     call = _LAYER_CALL.format(
         state="(h_n, c_n)" if lstm else "h_n",
         states="h_n; c_n with hidden_size" if lstm else "h_n",
@@ -292,7 +312,7 @@ class LayerParameters:
 
 
 KINDS = ("RNN", "LSTM", "GRU")
-FUNCTIONS = ("apply", "trajectory", "apply_cell", "Layers.__call__")
+FUNCTIONS = ("apply", "trajectory", "apply_step", "apply_cell", "Layers.__call__", "Layers.step")
 NAMES = {*KINDS, *(f"{kind}Cell" for kind in KINDS), "Recurrent", *FUNCTIONS}
 FILES = ["functions.py", *(f"{api}/{file}.py" for api in ("nnx", "linen") for file in ("base", "layers", "cells"))]
 

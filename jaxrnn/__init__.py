@@ -25,8 +25,8 @@ from jaxrnn._version import __version__
 from jaxrnn.activations import gru_cell, lstm_cell, rnn_cell
 from jaxrnn.cells import GRU_CELL, LSTM_CELL, RNN_RELU, RNN_TANH, Cell, Parameter
 from jaxrnn.checkpoint import CheckpointError, from_flax, from_torch, load_state_dict, state_dict
-from jaxrnn.functions import Trajectory, apply, apply_cell, trajectory
-from jaxrnn.more_cells import IND_RNN_CELL, LAYER_NORM_LSTM_CELL, MIN_GRU_CELL, PEEPHOLE_LSTM_CELL
+from jaxrnn.functions import Trajectory, apply, apply_cell, apply_step, trajectory
+from jaxrnn.more_cells import IND_RNN_CELL, LAYER_NORM_LSTM_CELL, MIN_GRU_CELL, PEEPHOLE_LSTM_CELL, zoneout
 from jaxrnn.nnx import GRU, LSTM, RNN, FlaxCell, GRUCell, LSTMCell, Recurrent, RNNCell
 from jaxrnn.packed import (
     PackedSequence,
@@ -67,6 +67,7 @@ __all__ = [
     "activations",
     "apply",
     "apply_cell",
+    "apply_step",
     "checkpoint",
     "from_flax",
     "from_torch",
@@ -83,4 +84,5 @@ __all__ = [
     "trajectory",
     "unpack_sequence",
     "unpad_sequence",
+    "zoneout",
 ]

@@ -5,6 +5,7 @@ Products, biases, projection, time, layers and derivatives are written once, for
 """
 
 import dataclasses
+import numbers
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple
 
@@ -87,6 +88,8 @@ class Cell(Generic[StateT]):
             the step connects a state with the next.
         gate_values: `gate_values(gates, hidden, state)`, or with `params` also of these: what each gate is after its
             nonlinearity, for `jaxrnn.trajectory`, one array a gate. Without it, that shows the step's `gates`.
+        zoneout: for each state the probability with which each of its units keeps its value at a step in training;
+            `jaxrnn.zoneout` sets it. Empty for none.
 
     Raises:
         ValueError: a name is missing, doubled or unknown, or settings exclude each other.
@@ -119,6 +122,7 @@ class Cell(Generic[StateT]):
     params: Mapping[str, Parameter | Sequence[str]] = dataclasses.field(default_factory=dict, repr=False)
     recurrent: bool = dataclasses.field(default=True, repr=False)
     gate_values: Callable[..., Arrays] | None = dataclasses.field(default=None, repr=False)
+    zoneout: tuple[float, ...] = dataclasses.field(default=(), repr=False)
 
     def __post_init__(self) -> None:
         for field in ("gates", "states", "apart"):
@@ -134,6 +138,13 @@ class Cell(Generic[StateT]):
             got = f"apart={self.apart} and projects={self.projects}"
             raise ValueError(
                 f"Cell {self.name!r} with recurrent=False should have apart=() and projects=False, got {got}"
+            )
+        for p in self.zoneout:
+            check_probability(f"zoneout of Cell {self.name!r}", p)
+        object.__setattr__(self, "zoneout", tuple(map(float, self.zoneout)))
+        if len(self.zoneout) not in (0, len(self.states)):
+            raise ValueError(
+                f"zoneout of Cell {self.name!r} should have a number for each of {self.states}, got {self.zoneout}"
             )
         object.__setattr__(self, "params", _Parameters({n: self._parameter(n, p) for n, p in self.params.items()}))
 
@@ -154,6 +165,11 @@ class Cell(Generic[StateT]):
     def own(self) -> dict[str, Parameter]:
         """`params`, each as a `Parameter`."""
         return {name: given for name, given in self.params.items() if isinstance(given, Parameter)}
+
+
+def check_probability(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= float(value) <= 1:
+        raise ValueError(f"{name} should be a number from 0 to 1, not a bool, got {value!r}")
 
 
 def _rnn_tanh(gates: Arrays, hidden: Arrays, state: Arrays) -> Arrays:

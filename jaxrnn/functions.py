@@ -8,7 +8,7 @@ from typing import NamedTuple, overload
 import jax
 from jax.typing import ArrayLike, DTypeLike
 
-from jaxrnn._core.calls import HX, Output, call, call_cell, call_every
+from jaxrnn._core.calls import HX, Output, call, call_cell, call_every, call_step
 from jaxrnn._core.options import EngineNames, MeshAxis, Options, Remat
 from jaxrnn.cells import StateT
 from jaxrnn.packed import Lengths, PackedSequence
@@ -23,6 +23,7 @@ def apply(
     hx: HX = None,
     *,
     lengths: Lengths | None = None,
+    mask: ArrayLike | None = None,
     reset: ArrayLike | None = None,
     reset_state: HX = None,
     dropout_key: jax.Array | None = None,
@@ -41,6 +42,7 @@ def apply(
     x: PackedSequence,
     hx: HX = None,
     *,
+    mask: ArrayLike | None = None,
     reset: ArrayLike | None = None,
     reset_state: HX = None,
     dropout_key: jax.Array | None = None,
@@ -59,6 +61,7 @@ def apply(
     hx: HX = None,
     *,
     lengths: Lengths | None = None,
+    mask: ArrayLike | None = None,
     reset: ArrayLike | None = None,
     reset_state: HX = None,
     dropout_key: jax.Array | None = None,
@@ -83,13 +86,17 @@ def apply(
         lengths: how many steps each row has, integers from 0 to time, (batch,), or for unbatched x (); all steps if
             None. Padding in x affects no result and no gradient. Under jit lengths are data, and cannot be checked: a
             length below 0 counts as 0, and one above time as time.
+        mask: True at valid steps, False at padding, which may be anywhere in a row; boolean, of the shape of x, or its
+            data, without features. The results are those of the valid steps alone: at a masked step the state is held,
+            and the output is 0.
         reset: True at the steps before which the state is reset, such as the first of an episode; boolean, of the shape
-            of x, or its data, without features. Ignored past a row's end. Not for a bidirectional network.
+            of x, or its data, without features. Ignored at masked steps and past a row's end. Not for a bidirectional
+            network.
         reset_state: the state that `reset` starts from, like hx; zeros if None.
-        dropout_key: a jax random key, for dropout in training; without it or `dropout_masks` there is none.
-        dropout_masks: in place of a key: for each layer but the last an array of 0 or 1, 1 where dropout keeps an
-            output, (time, batch, directions * output size) even with `batch_first`, without batch for unbatched x, and
-            laid out like its data for a PackedSequence.
+        dropout_key: a jax random key, for dropout and zoneout in training; without it or `dropout_masks` there is none.
+        dropout_masks: in place of random masks between layers: for each layer but the last an array of 0 or 1, 1 where
+            dropout keeps an output, (time, batch, directions * output size) even with `batch_first`, or (1, batch, ...)
+            for one mask for all steps; without batch for unbatched x, and laid out like its data for a PackedSequence.
         dtype: the floating dtype to compute in, and of the output; by default the promoted dtype of inputs and
             parameters. States have the dtype of hx, if given: a float32 state is returned unrounded.
         precision: the precision of the products, as for `jax.lax.dot_general`.
@@ -133,6 +140,7 @@ def apply(
         x,
         hx,
         lengths=lengths,
+        mask=mask,
         reset=reset,
         reset_state=reset_state,
         dropout_key=dropout_key,
@@ -165,6 +173,7 @@ def trajectory(
     hx: HX = None,
     *,
     lengths: Lengths | None = None,
+    mask: ArrayLike | None = None,
     reset: ArrayLike | None = None,
     reset_state: HX = None,
     dropout_key: jax.Array | None = None,
@@ -192,11 +201,17 @@ def trajectory(
         lengths: how many steps each row has, integers from 0 to time, (batch,), or for unbatched x (); all steps if
             None. Padding in x affects no result and no gradient. Under jit lengths are data, and cannot be checked: a
             length below 0 counts as 0, and one above time as time.
+        mask: True at valid steps, False at padding, which may be anywhere in a row; boolean, of the shape of x, or its
+            data, without features. The results are those of the valid steps alone: at a masked step the state is held,
+            and the output is 0.
         reset: True at the steps before which the state is reset, such as the first of an episode; boolean, of the shape
-            of x, or its data, without features. Ignored past a row's end. Not for a bidirectional network.
+            of x, or its data, without features. Ignored at masked steps and past a row's end. Not for a bidirectional
+            network.
         reset_state: the state that `reset` starts from, like hx; zeros if None.
-        dropout_key: a jax random key, for dropout in training; without it or `dropout_masks` there is none.
-        dropout_masks: in place of a key, as for `jaxrnn.apply`.
+        dropout_key: a jax random key, for dropout and zoneout in training; without it or `dropout_masks` there is none.
+        dropout_masks: in place of random masks between layers: for each layer but the last an array of 0 or 1, 1 where
+            dropout keeps an output, (time, batch, directions * output size) even with `batch_first`, or (1, batch, ...)
+            for one mask for all steps; without batch for unbatched x, and laid out like its data for a PackedSequence.
         dtype: the floating dtype to compute in, and of the output; by default the promoted dtype of inputs and
             parameters. States have the dtype of hx, if given: a float32 state is returned unrounded.
         precision: the precision of the products, as for `jax.lax.dot_general`.
@@ -235,6 +250,7 @@ def trajectory(
         x,
         hx,
         lengths=lengths,
+        mask=mask,
         reset=reset,
         reset_state=reset_state,
         dropout_key=dropout_key,
@@ -243,12 +259,78 @@ def trajectory(
     return Trajectory(states, gates)
 
 
+def apply_step(
+    spec: Spec[StateT],
+    params: Mapping[str, ArrayLike],
+    x: ArrayLike,
+    hx: HX = None,
+    *,
+    reset: ArrayLike | None = None,
+    reset_state: HX = None,
+    dropout_key: jax.Array | None = None,
+    dtype: DTypeLike | None = None,
+    precision: jax.lax.PrecisionLike = None,
+    hidden_axis: MeshAxis | None = None,
+    engine: EngineNames = "auto",
+) -> tuple[jax.Array, StateT]:
+    """Make one step through all layers: as `jaxrnn.apply` on a sequence of one step, without the axis of time.
+
+    Args:
+        spec: the settings, of one direction.
+        params: the parameters by name, of the shapes in `spec.shapes()`.
+        x: the input, (batch, input_size) or unbatched (input_size,); floating.
+        hx: the initial state h_0, for a cell of several states a tuple or list, (h_0, c_0) for an LSTM, of the shapes
+            that are returned; zeros if None. A state that all rows share, such as a learned one, may have a batch of 1,
+            or the last axis alone.
+        reset: True for the rows whose state is reset before the step; boolean, (batch,), or for unbatched x ().
+        reset_state: the state that `reset` starts from, like hx; zeros if None.
+        dropout_key: a jax random key, for dropout and zoneout in training. The same key at each step gives the same
+            masks.
+        dtype: the floating dtype to compute in, and of the output; by default the promoted dtype of inputs and
+            parameters. States have the dtype of hx, if given: a float32 state is returned unrounded.
+        precision: the precision of the products, as for `jax.lax.dot_general`.
+        hidden_axis: the mesh axis or axes, of type Auto, over which hidden units are sharded; None leaves sharding to
+            XLA. For a module it may be a logical axis of Flax. A module stores it in its parameters' metadata, and
+            creates them on the mesh in `jax.set_mesh`, if there is one.
+        engine: what runs the loop over time: "auto"; a name in `jaxrnn.engines.ENGINES`; or a tuple of such names, of
+            which the first that can run it does.
+
+    Returns:
+        `(output, h_n)`, or for a cell of several states `(output, (h_n, c_n))`. output: the last layer's output,
+        (batch, output size), without batch for unbatched x. h_n and c_n: the next state, of the full shape of hx.
+
+    Raises:
+        As `jaxrnn.apply`; and ValueError for a bidirectional network.
+
+    >>> import jax, jaxrnn
+    >>> spec = jaxrnn.Spec(jaxrnn.GRU_CELL, 10, 20, num_layers=2)
+    >>> params, x = spec.init(jax.random.key(0)), jax.numpy.ones((3, 10))
+    >>> output, state = jaxrnn.apply_step(spec, params, x)
+    >>> output, state = jaxrnn.apply_step(spec, params, x, state, reset=jax.numpy.array([True, False, False]))
+    >>> output.shape, state.shape
+    ((3, 20), (2, 3, 20))
+    """
+    return call_step(
+        Options(dtype, precision, hidden_axis=hidden_axis, engine=engine),
+        spec,
+        params,
+        x,
+        hx,
+        reset=reset,
+        reset_state=reset_state,
+        dropout_key=dropout_key,
+    )
+
+
 def apply_cell(
     spec: CellSpec[StateT],
     params: Mapping[str, ArrayLike],
     x: ArrayLike,
     hx: HX = None,
     *,
+    reset: ArrayLike | None = None,
+    reset_state: HX = None,
+    dropout_key: jax.Array | None = None,
     dtype: DTypeLike | None = None,
     precision: jax.lax.PrecisionLike = None,
 ) -> StateT:
@@ -260,6 +342,9 @@ def apply_cell(
         x: the input, (batch, input_size) or unbatched (input_size,); floating.
         hx: the state, (batch, hidden_size) or for unbatched x (hidden_size,); zeros if None. For a cell of several
             states a tuple or list, (h, c) for an LSTM. All rows share a state (hidden_size,) or (1, hidden_size).
+        reset: True for the rows whose state is reset before the step; boolean, (batch,), or for unbatched x ().
+        reset_state: the state that `reset` starts from, like hx; zeros if None.
+        dropout_key: a jax random key, for zoneout in training.
         dtype: the floating dtype to compute in; by default the promoted dtype of x, params and hx. The next state has
             the dtype of hx, if given.
         precision: the precision of the products, as for `jax.lax.dot_general`.
@@ -268,14 +353,17 @@ def apply_cell(
         The next state, one row for each row of x.
 
     Raises:
-        TypeError: spec is not a CellSpec; x, hx or a parameter is not floating; or hx is not one array, or a tuple of
-            as many as the states.
-        ValueError: x or hx is neither 1-D nor 2-D, or params does not match `spec.shapes()`.
-        RuntimeError: the size of x or hx does not fit.
+        TypeError: spec is not a CellSpec; x, hx or a parameter is not floating; hx is not one array, or a tuple of as
+            many as the states; or reset is not boolean.
+        ValueError: x or hx is neither 1-D nor 2-D; params does not match `spec.shapes()`; or reset_state is given
+            without reset.
+        RuntimeError: the size of x, hx, reset or reset_state does not fit.
 
     >>> import jax, jaxrnn
     >>> spec = jaxrnn.CellSpec(jaxrnn.GRU_CELL, 10, 20)
     >>> jaxrnn.apply_cell(spec, spec.init(jax.random.key(0)), jax.numpy.ones((3, 10))).shape
     (3, 20)
     """
-    return call_cell(Options(dtype, precision), spec, params, x, hx)
+    return call_cell(
+        Options(dtype, precision), spec, params, x, hx, reset=reset, reset_state=reset_state, dropout_key=dropout_key
+    )

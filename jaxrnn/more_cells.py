@@ -6,6 +6,7 @@ mix hidden units, or do without recurrent weights. A step wraps chains of nonlin
 names of its own parameters, and takes one without them for torch's cell with as many gates.
 """
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 from jax.nn import initializers, relu, sigmoid
 
 from jaxrnn._core.rules import with_rule
-from jaxrnn.cells import Arrays, Cell, Pair, Parameter, lstm_c, lstm_h, lstm_values
+from jaxrnn.cells import Arrays, Cell, Pair, Parameter, StateT, lstm_c, lstm_h, lstm_values
 
 Params = dict[str, jax.Array]
 
@@ -95,6 +96,37 @@ def _min_gru_gates(gates: Arrays, hidden: Arrays, state: Arrays) -> Arrays:
 def _min_gru(gates: Arrays, hidden: Arrays, state: Arrays) -> Arrays:
     (z, n), (h,) = _min_gru_gates(gates, hidden, state), state
     return ((1 - z) * h + z * n,)
+
+
+def zoneout(cell: Cell[StateT], **probabilities: float) -> Cell[StateT]:
+    """The same cell with zoneout: in training, units of the state keep their value at random.
+
+    Each unit of a state is kept from the step before with the state's probability p, drawn anew for each step, row and
+    layer. In evaluation, it becomes its mean, p times the value before plus 1 - p times the one after. Krueger et al.
+    2017 (arXiv:1606.01305). A layer with such a cell draws from the same `rngs` as dropout, and `train()`, `eval()` and
+    `deterministic` switch both.
+
+    Args:
+        cell: any cell.
+        probabilities: by name of the state, from 0 to 1; 0 for a state that is not named.
+
+    Raises:
+        TypeError: cell is not a `Cell`.
+        ValueError: the cell has no such state, or a number is out of range.
+
+    >>> import jax.numpy as jnp, jaxrnn
+    >>> from flax import nnx
+    >>> cell = jaxrnn.zoneout(jaxrnn.LSTM_CELL, h=0.05, c=0.5)
+    >>> lstm = jaxrnn.Recurrent(cell, 10, 20, rngs=nnx.Rngs(0))
+    >>> output, (h_n, c_n) = lstm(jnp.ones((5, 3, 10)))           # training; lstm.eval() for the mean
+    """
+    if not isinstance(cell, Cell):
+        raise TypeError(f"cell should be a jaxrnn.Cell, got {cell!r}")
+    if not probabilities.keys() <= set(cell.states):
+        raise ValueError(f"zoneout of Cell {cell.name!r} is for its states {cell.states}, got {list(probabilities)}")
+    said = ", ".join(f"{name}={p}" for name, p in probabilities.items())
+    values = tuple(probabilities.get(name, 0.0) for name in cell.states)
+    return dataclasses.replace(cell, name=f"zoneout({cell.name}, {said})", zoneout=values)
 
 
 _GATES = ("i", "f", "g", "o")

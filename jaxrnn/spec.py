@@ -9,7 +9,6 @@ import abc
 import dataclasses
 import inspect
 import math
-import numbers
 import warnings
 from collections.abc import Callable
 from typing import Any, Generic
@@ -168,6 +167,9 @@ class Spec(_Shapes[StateT]):
         dropout: the probability with which an output of every layer but the last is zeroed in training.
         bidirectional: whether each layer also runs backward in time.
         proj_size: features of the projected hidden state, for an LSTM and other cells that allow it; 0 for none.
+        recurrent_dropout: the probability with which a number of h is zeroed in training before the recurrent product,
+            one mask for all steps and gates (Gal and Ghahramani 2016, tied weights).
+        variational_dropout: whether `dropout`, too, has one mask for all steps.
 
     Raises:
         TypeError: a size is not an int, or `bias` or `batch_first` is not a bool.
@@ -190,13 +192,22 @@ class Spec(_Shapes[StateT]):
     dropout: float = 0.0
     bidirectional: bool = False
     proj_size: int = 0
+    _: dataclasses.KW_ONLY
+    recurrent_dropout: float = 0.0
+    variational_dropout: bool = False
 
     def __post_init__(self) -> None:
         _check_cell(self.cell)
-        if isinstance(self.dropout, bool) or not isinstance(self.dropout, numbers.Real) or not 0 <= self.dropout <= 1:
-            raise ValueError(f"dropout should be a number from 0 to 1, not a bool, got {self.dropout!r}")
+        cells.check_probability("dropout", self.dropout)
+        cells.check_probability("recurrent_dropout", self.recurrent_dropout)
         _check_type("bias", self.bias, bool)
         _check_type("batch_first", self.batch_first, bool)
+        _check_type("variational_dropout", self.variational_dropout, bool)
+        if self.recurrent_dropout and not self.cell.recurrent:
+            raise ValueError(
+                f"recurrent_dropout should be 0 for {self.cell.name}, got {self.recurrent_dropout}: the cell has no "
+                "recurrent weights"
+            )
         for name in ("input_size", "hidden_size", "num_layers"):
             value = getattr(self, name)
             _check_type(name, value, int)
@@ -219,7 +230,13 @@ class Spec(_Shapes[StateT]):
                 stacklevel=level_outside(),
             )
         object.__setattr__(self, "dropout", float(self.dropout))
+        object.__setattr__(self, "recurrent_dropout", float(self.recurrent_dropout))
         object.__setattr__(self, "bidirectional", bool(self.bidirectional))
+
+    def is_random(self, masks: bool = False) -> bool:
+        """Whether training draws random numbers: for recurrent dropout, zoneout, or without masks for dropout."""
+        between_layers = self.dropout > 0 and self.num_layers > 1 and not masks
+        return between_layers or self.recurrent_dropout > 0 or any(self.cell.zoneout)
 
     @property
     def num_directions(self) -> int:

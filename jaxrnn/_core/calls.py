@@ -12,7 +12,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jaxrnn._compat import is_traced
-from jaxrnn._core import meshes, recurrence, stack, steps
+from jaxrnn._core import dropout, meshes, recurrence, stack, steps
 from jaxrnn._core.options import Options
 from jaxrnn.cells import Arrays
 from jaxrnn.packed import Lengths, PackedSequence, in_jax, pack, pad, padding_of, stacked
@@ -63,19 +63,63 @@ def _call(
     _check_spec(spec, Spec)
     options.check_mesh(spec.hidden_size)
     axes, given, restore = _checked(spec, params, x, hx, **arguments)
-    key = dropout_key if spec.dropout and given.masks is None else None
+    key = dropout_key if spec.is_random() else None
     return restore, _run_layers(spec, options, axes, given, key, every)
 
 
-def call_cell(options: Options, spec: CellSpec, params: Mapping[str, ArrayLike], x: ArrayLike, hx: HX = None) -> State:
+def call_step(
+    options: Options,
+    spec: Spec,
+    params: Mapping[str, ArrayLike],
+    x: ArrayLike,
+    hx: HX = None,
+    *,
+    reset: ArrayLike | None = None,
+    reset_state: HX = None,
+    dropout_key: jax.Array | None = None,
+) -> tuple[jax.Array, State]:
+    """As `jaxrnn.apply_step`, with the options as one value."""
+    _check_spec(spec, Spec)
+    if spec.bidirectional:
+        raise ValueError("bidirectional should be False to make a step: the backward direction starts at the end")
+    options.check_mesh(spec.hidden_size)
+    given = _checked_step(spec, params, x, hx, reset, reset_state)
+    batched, key = given.x.ndim == 2, dropout_key if spec.is_random() else None
+    reset = None if given.reset is None else given.reset[None]
+    output, state, _ = _run_layers(spec, options, _Axes(batched), given._replace(x=given.x[None], reset=reset), key)
+    return output[0], _unwrap(state)
+
+
+def call_cell(
+    options: Options,
+    spec: CellSpec,
+    params: Mapping[str, ArrayLike],
+    x: ArrayLike,
+    hx: HX = None,
+    *,
+    reset: ArrayLike | None = None,
+    reset_state: HX = None,
+    dropout_key: jax.Array | None = None,
+) -> State:
     """As `jaxrnn.apply_cell`, with the options as one value."""
     _check_spec(spec, CellSpec)
+    given = _checked_step(spec, params, x, hx, reset, reset_state)
+    return _unwrap(_run_cell(spec, options, given, dropout_key if any(spec.cell.zoneout) else None))
+
+
+def _checked_step(
+    spec: Spec | CellSpec, params: Mapping[str, ArrayLike], x: Any, hx: HX, reset: ArrayLike | None, reset_state: HX
+) -> _CallArrays:
+    """The arrays of a step, of layers or a cell, without an axis of time."""
     x = _floating("x", x)
     if x.ndim not in (1, 2):
         raise ValueError(f"x should be 1-D (unbatched) or 2-D (batched), got shape {x.shape}")
     _check_features("x", spec, x)
-    state = _states(spec, "hx", hx, spec.state_shapes(*x.shape[:-1]))
-    return _unwrap(_run_cell(spec, options, _CallArrays(_parameters(spec, params), x, state)))
+    shapes = spec.state_shapes(*x.shape[:-1])
+    state, restart = _states(spec, "hx", hx, shapes), _states(spec, "reset_state", reset_state, shapes)
+    _check_reset(reset, reset_state)
+    marks = _boolean("reset", reset, x.shape[:-1])
+    return _CallArrays(_parameters(spec, params), x, state, restart, reset=marks)
 
 
 class _Axes(NamedTuple):
@@ -86,15 +130,17 @@ class _Axes(NamedTuple):
 
     def time_major(self, given: _CallArrays) -> _CallArrays:
         """Convert to time-major rows. Unbatched input becomes a batch of one."""
-        x, reset, lengths = given.x, given.reset, given.lengths
+        of_steps = given.x, given.reset, given.valid
         if self.batched:
             if self.batch_first:
-                x, reset = jax.tree.map(lambda a: a.swapaxes(0, 1), (x, reset))
-            return given._replace(x=x, reset=reset)
-        x, reset, lengths = jax.tree.map(lambda a: jnp.expand_dims(a, min(a.ndim, 1)), (x, reset, lengths))
+                of_steps = jax.tree.map(lambda a: a.swapaxes(0, 1), of_steps)
+            x, reset, valid = of_steps
+            return given._replace(x=x, reset=reset, valid=valid)
+        expanded = jax.tree.map(lambda a: jnp.expand_dims(a, min(a.ndim, 1)), (*of_steps, given.lengths))
+        x, reset, valid, lengths = expanded
         states = given.state, given.reset_state, given.masks
         state, reset_state, masks = jax.tree.map(lambda a: a[:, None], states)
-        return _CallArrays(given.params, x, state, reset_state, lengths, reset, masks)
+        return _CallArrays(given.params, x, state, reset_state, lengths, reset, masks, valid)
 
     def restore(self, x: jax.Array, state: Arrays) -> tuple[jax.Array, Arrays]:
         """Convert results back to the caller's layout."""
@@ -117,6 +163,7 @@ class _CallArrays(NamedTuple):
     lengths: jax.Array | None = None
     reset: jax.Array | None = None
     masks: Arrays | None = None
+    valid: jax.Array | None = None
 
     def promote(self, dtype: Any) -> _CallArrays:
         """Cast params and x. States keep their dtype: `recurrence` carries them in float32 at least."""
@@ -126,7 +173,7 @@ class _CallArrays(NamedTuple):
         return self._replace(params=params, x=x)
 
 
-_BATCH_AXES = (None, 1, 1, 1, 0, 1, 1)  # of each field of `_CallArrays`, after `time_major`
+_BATCH_AXES = (None, 1, 1, 1, 0, 1, 1, 1)  # of each field of `_CallArrays`, after `time_major`
 
 
 def _checked(
@@ -136,6 +183,7 @@ def _checked(
     hx: HX,
     *,
     lengths: Lengths | None = None,
+    mask: ArrayLike | None = None,
     reset: ArrayLike | None = None,
     reset_state: HX = None,
     dropout_masks: Sequence[ArrayLike] | None = None,
@@ -147,23 +195,25 @@ def _checked(
     array, axes, (steps, *batch) = _input(spec, x) if packed is None else _packed_input(spec, packed)
     shapes = spec.state_shapes(*batch)
     state = _states(spec, "hx", hx, shapes)
-    if reset is None and reset_state is not None:
-        raise ValueError("reset should be given with reset_state: a boolean array, True at the steps to reset before")
-    marks = _reset(spec, reset, array.shape[:-1])
+    _check_reset(reset, reset_state)
+    if reset is not None and spec.bidirectional:
+        raise ValueError("reset should be None for a bidirectional network, whose backward direction starts at the end")
+    marks, valid = _boolean("reset", reset, array.shape[:-1]), _boolean("mask", mask, array.shape[:-1])
     restart = _states(spec, "reset_state", reset_state, shapes)
     masks = None
     if spec.dropout and dropout_masks is not None:
         rows = (steps, *batch) if packed is None else array.shape[:1]
-        masks = _masks(dropout_masks, spec.num_layers - 1, (*rows, spec.num_directions * spec.output_size))
+        masks = _masks(dropout_masks, spec, rows, tuple(batch))
     if packed is None:
         ends = _lengths(lengths, tuple(batch), steps)
-        given = _CallArrays(_parameters(spec, params), array, state, restart, ends, marks, masks)
+        given = _CallArrays(_parameters(spec, params), array, state, restart, ends, marks, masks, valid)
         return axes, given, lambda output: output
     where = padding_of(packed)
-    array, marks, masks = jax.tree.map(lambda a: pad(a, where.places), (array, marks, masks))
+    array, marks, valid = jax.tree.map(lambda a: pad(a, where.places), (array, marks, valid))
+    masks = jax.tree.map(lambda a: pad(a, where.places) if a.ndim == 2 else a, masks)
     # Without lengths if all rows are as long as the longest: one trace for all such rows.
     ends = None if where.lengths.min() == where.lengths.max() else in_jax(where.lengths)
-    given = _CallArrays(_parameters(spec, params), array, state, restart, ends, marks, masks)
+    given = _CallArrays(_parameters(spec, params), array, state, restart, ends, marks, masks, valid)
     return axes, given, lambda output: packed._replace(data=in_jax(pack(output, where.rows)))
 
 
@@ -202,22 +252,18 @@ def _run_layers(
     given = axes.time_major(given.promote(options.dtype))
     dtypes = [given.x.dtype for _ in spec.cell.states] if given.state is None else [a.dtype for a in given.state]
     given = _CallArrays(*meshes.aligned(*zip(given, _BATCH_AXES, strict=True)))
-    params, x, state, reset_state, lengths, reset, masks = given
+    params, x, state, reset_state, lengths, reset, masks, valid = given
     if state is None:
         state = tuple(jnp.broadcast_to(_zeros(x), shape) for shape in spec.state_shapes(x.shape[1]))
     x, state = meshes.varying_with((x, state), (given._replace(state=state), key))
-    marks, empty, first = steps.Marks(reset=None if reset is None else reset[..., None]), None, state
-    if lengths is not None:
-        times = jnp.arange(x.shape[0], dtype=jnp.int32)
-        ended = (times[:, None] >= lengths.astype(jnp.int32)[None])[..., None]
+    marks, empty, first = _marks(x.shape[0], lengths, valid, reset), None, state
+    if marks.held is not None:
         # A NaN in the padding would reach gradients through products, as NaN * 0.
-        x = jnp.where(ended, jnp.zeros_like(x), x)
-        marks = steps.Marks(ended, None if marks.reset is None else marks.reset & ~ended)
+        x = jnp.where(marks.held, jnp.zeros_like(x), x)
         if given.state is not None:
-            empty = ended[0]
+            empty = marks.held[0] if marks.skipped is None else marks.skipped.all(axis=0)
             state = steps.select(empty, tuple(map(jnp.zeros_like, state)), state)
-    dropout = key if masks is None else masks
-    x, state, runs = stack.run(spec, options, params, x, state, marks, reset_state, dropout, every)
+    x, state, runs = stack.run(spec, options, params, x, state, marks, reset_state, key, masks, every)
     x, state = axes.restore(x, steps.select(empty, first, _cast(state, dtypes)))
     if not every:
         return x, state, ()
@@ -227,6 +273,21 @@ def _run_layers(
         states = steps.select(empty, tuple(a[:, None] for a in first), states)
     states, gates = jax.tree.map(axes.restore_every, (states, gates))
     return x, state, (states, gates)
+
+
+def _marks(time: Any, lengths: jax.Array | None, valid: jax.Array | None, reset: jax.Array | None) -> steps.Marks:
+    """Where the state is held, and where it is reset, from a call's lengths, mask and reset."""
+    ended = skipped = None
+    if lengths is not None:
+        times = jnp.arange(time, dtype=jnp.int32)
+        ended = (times[:, None] >= lengths.astype(jnp.int32)[None])[..., None]
+    if valid is not None:
+        skipped = ~valid[..., None] if ended is None else ~valid[..., None] | ended
+        ended = None
+    marks = steps.Marks(ended, skipped, None if reset is None else reset[..., None])
+    if marks.held is None or marks.reset is None:
+        return marks
+    return marks._replace(reset=marks.reset & ~marks.held)
 
 
 def _cast(arrays: Arrays, dtypes: Sequence[jnp.dtype]) -> Arrays:
@@ -244,14 +305,21 @@ def _zeros(x: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "options"))
-def _run_cell(spec: CellSpec, options: Options, given: _CallArrays) -> Arrays:
-    params, x, state, *_ = given.promote(options.dtype)
-    batch = 0 if x.ndim == 2 else None
-    params, x, state = meshes.aligned((params, None), (x, batch), (state, batch))
+def _run_cell(spec: CellSpec, options: Options, given: _CallArrays, key: jax.Array | None) -> Arrays:
+    params, x, state, reset_state, _, reset, *_ = given.promote(options.dtype)
+    rows = x, state, reset_state, reset
+    x, state, reset_state, reset = rows if x.ndim == 2 else jax.tree.map(lambda a: a[None], rows)
+    params, x, state, reset_state, reset = meshes.aligned(
+        (params, None), *((a, 0) for a in (x, state, reset_state, reset))
+    )
     if state is None:
-        state = tuple(jnp.zeros(shape, x.dtype) for shape in spec.state_shapes(*x.shape[:-1]))
-    after = recurrence.step(steps.Settings(spec.cell, options), params, x, state)
-    return tuple(a.astype(first.dtype) for a, first in zip(after, state, strict=True))
+        state = tuple(jnp.zeros(shape, x.dtype) for shape in spec.state_shapes(len(x)))
+    marks = steps.Marks(
+        reset=None if reset is None else reset[:, None], zoned=dropout.zoned_step(spec.cell, key, state)
+    )
+    after = recurrence.step(steps.Settings(spec.cell, options), params, x, state, marks, reset_state)
+    after = tuple(a.astype(first.dtype) for a, first in zip(after, state, strict=True))
+    return after if given.x.ndim == 2 else tuple(a[0] for a in after)
 
 
 def _check_features(name: str, spec: Spec | CellSpec, x: jax.Array) -> None:
@@ -357,24 +425,30 @@ def _lengths(lengths: Any, shape: tuple[int, ...], steps: int) -> jax.Array | No
     return in_jax(array)
 
 
-def _reset(spec: Spec, reset: ArrayLike | None, shape: tuple[int, ...]) -> jax.Array | None:
-    if reset is None:
+def _check_reset(reset: ArrayLike | None, reset_state: HX) -> None:
+    if reset is None and reset_state is not None:
+        raise ValueError("reset should be given with reset_state: a boolean array, True at the steps to reset before")
+
+
+def _boolean(name: str, value: ArrayLike | None, shape: tuple[int, ...]) -> jax.Array | None:
+    """Check an argument that marks steps."""
+    if value is None:
         return None
-    if spec.bidirectional:
-        raise ValueError("reset should be None for a bidirectional network, whose backward direction starts at the end")
-    reset = stacked(reset)
-    array = in_jax(reset, None if np.size(reset) else bool)
+    value = stacked(value)
+    array = in_jax(value, None if np.size(value) else bool)
     if array.dtype != bool:
-        raise TypeError(f"reset should be boolean, got {array.dtype}")
+        raise TypeError(f"{name} should be boolean, got {array.dtype}")
     if array.shape != shape:
-        raise RuntimeError(f"reset should have the shape of x without its features, {shape}, got {array.shape}")
+        raise RuntimeError(f"{name} should have the shape of x without its features, {shape}, got {array.shape}")
     return array
 
 
-def _masks(masks: Sequence[ArrayLike], count: int, shape: tuple[int, ...]) -> Arrays:
-    arrays = tuple(map(in_jax, masks))
-    if [a.shape for a in arrays] != [shape] * count:
-        raise ValueError(f"dropout_masks should be {count} arrays of shape {shape}, got {[a.shape for a in arrays]}")
+def _masks(masks: Sequence[ArrayLike], spec: Spec, rows: tuple[int, ...], batch: tuple[int, ...]) -> Arrays:
+    arrays, count, features = tuple(map(in_jax, masks)), spec.num_layers - 1, spec.num_directions * spec.output_size
+    every, constant = (*rows, features), (1, *batch, features)
+    if len(arrays) != count or any(a.shape not in (every, constant) for a in arrays):
+        wanted = f"{count} arrays of shape {every}, or for one mask for all steps {constant}"
+        raise ValueError(f"dropout_masks should be {wanted}, got {[a.shape for a in arrays]}")
     return arrays
 
 

@@ -47,6 +47,7 @@ def layer(
     state: Arrays,
     marks: Marks = UNMARKED,
     reset_state: Arrays | None = None,
+    h_scale: jax.Array | None = None,
 ) -> tuple[Steps, Arrays]:
     """Run one layer in one direction.
 
@@ -57,26 +58,22 @@ def layer(
             own; all in x's dtype.
         x: the input, (T, B, I); finite in the padding, too.
         state: the initial state: (B, P), then (B, H).
-        marks: where rows have ended, and where the state is reset.
+        marks: where the state is held, reset, or zoned out.
         reset_state: what the state is reset to, like `state`; zeros if None.
+        h_scale: what h is multiplied by before the recurrent product, (B, P), without a derivative; None for ones.
 
     Returns:
         The outputs, (T, B, P) in x's dtype, with the states and the gates of every step if `settings.every`; and the
         state after the last step, in float32 at least.
     """
-    state = _cast(state, accumulator(x.dtype))
-    if marks.reset is not None:
-        reset_state = (
-            jax.tree.map(meshes.zeros_like, state) if reset_state is None else _cast(reset_state, state[0].dtype)
-        )
     if not isinstance(x.shape[0], int):  # a symbolic time axis, in an export, cannot be split into blocks
         settings = settings._replace(options=dataclasses.replace(settings.options, remat="none"))
     # Inside jax.shard_map: so that gradients are exchanged once, outside the loop.
     weights = meshes.varying_with(weights, x)
-    given = Given(_laid_out(settings, weights), x, state, marks, reset_state)
+    given = _given(_laid_out(settings, weights), x, state, marks, reset_state)._replace(h_scale=h_scale)
     cell, bias = settings.cell, settings.layout.split(given.weights.recurrent.bias)[0]
-    like = plus(0 * state[0][:, :1], bias)  # sharded like the state
-    each = (like,) * len(cell.gates), (like,) * len(cell.apart), state
+    like = plus(0 * given.state[0][:, :1], bias)  # sharded like the state
+    each = (like,) * len(cell.gates), (like,) * len(cell.apart), given.state
     # A custom_jvp ignores the derivative by an array that a function closes over, unless it is an argument.
     step, captured = jax.closure_convert(
         cell.step, *each, *steps.cell_arguments(cell, given.weights.recurrent.cell_params)
@@ -100,10 +97,12 @@ class Given(NamedTuple):
     marks: Marks
     reset_state: Arrays | None  # like `state`
     captured: Arrays = ()  # what the cell's step closes over, its last arguments
+    h_scale: jax.Array | None = None  # (B, P)
 
     def run(self, settings: Settings, gates: Arrays, state: Arrays, marks: Marks) -> Run:
         """A block of steps."""
-        return Run(settings, self.x.dtype, self.weights.recurrent, gates, state, marks, self.reset_state, self.captured)
+        others = self.reset_state, self.captured, self.h_scale
+        return Run(settings, self.x.dtype, self.weights.recurrent, gates, state, marks, *others)
 
     def ready(self, loop: Loop) -> "Given":
         """The same, with the recurrent weights transposed unless `Settings.stored`."""
@@ -112,6 +111,14 @@ class Given(NamedTuple):
             return self
         weight_hh = loop.settings.layout.features_first(recurrent.weight_hh)
         return self._replace(weights=self.weights._replace(recurrent=recurrent._replace(weight_hh=weight_hh)))
+
+
+def _given(weights: LaidOut, x: jax.Array, state: Arrays, marks: Marks, reset_state: Arrays | None) -> Given:
+    state = _cast(state, accumulator(x.dtype))
+    if marks.reset is not None:
+        zeros = tuple(map(meshes.zeros_like, state))
+        reset_state = zeros if reset_state is None else _cast(reset_state, state[0].dtype)
+    return Given(weights, x, state, marks, reset_state)
 
 
 def _like_gates(settings: Settings, given: Given) -> tuple[Any, ...]:
@@ -129,6 +136,7 @@ def _layer_jvp(settings: Settings, primals: tuple, tangents: tuple) -> tuple[tup
         reset_state=_instantiated(tangent.reset_state, given.reset_state),
         captured=_instantiated(tangent.captured, given.captured),
         marks=UNMARKED,
+        h_scale=None,
     )
     cell_params = _instantiated(tangent.weights.recurrent.cell_params, given.weights.recurrent.cell_params)
     recurrent = tangent.weights.recurrent._replace(cell_params=cell_params)
@@ -214,9 +222,9 @@ def _tangents(loop: Loop, given: Given, kept: Any, tangent: Given) -> tuple[Step
         if recomputed:
             _, _, kept = loop.engine.run(loop.form, run, True)
         elif without:
-            sums = steps.recurrent_sums(settings, weights.recurrent, gates, kept.before[0])
+            sums = steps.recurrent_sums(settings, weights.recurrent, gates, steps.scaled(kept.before[0], given.h_scale))
             kept = kept._replace(sums=steps.arguments(cell, gates, sums))
-        before = kept.before[0]
+        before = steps.scaled(kept.before[0], given.h_scale)
         zeros = plus(meshes.zeros_like(before[..., :1]), jnp.zeros_like(lay.split(weights.recurrent.bias)[0]))
         d_gates = d_hidden = lay.join((zeros,) * len(cell.gates))
         for a, b in ((x, d_weight_ih), (d_x, weight_ih)):
@@ -269,15 +277,19 @@ def _input_gates(settings: Settings, weights: LaidOut, at_once: bool) -> Callabl
     return of
 
 
-def step(settings: Settings, weights: dict[str, jax.Array], x: jax.Array, state: Arrays) -> Arrays:
-    """Make one step: as `layer`, on x of shape (B, I) or (I,)."""
-    if x.ndim == 1:
-        x, state = jax.tree.map(lambda a: a[None], (x, state))
-        return tuple(a[0] for a in step(settings, weights, x, state))
+def step(
+    settings: Settings,
+    weights: dict[str, jax.Array],
+    x: jax.Array,
+    state: Arrays,
+    marks: Marks = UNMARKED,
+    reset_state: Arrays | None = None,
+) -> Arrays:
+    """Make one step: as `layer`, on arrays without an axis of time. Returns the next state."""
     settings = settings._replace(stored=True)
-    laid_out = _laid_out(settings, weights)
-    gates = _input_gates(settings, laid_out, at_once=True)(x)
-    state, _ = steps.one_step(settings, laid_out.recurrent, gates, _cast(state, accumulator(x.dtype)))
+    given = _given(_laid_out(settings, weights), x, state, marks, reset_state)
+    gates = _input_gates(settings, given.weights, at_once=True)(x)
+    state, _ = steps.advance(given.run(settings, gates, given.state, marks), gates, marks, given.state)
     return state
 
 
@@ -315,4 +327,4 @@ def _with_gates(settings: Settings, given: Given, every: Steps) -> Steps:
     gates = jax.vmap(lambda *a: values(*a, *steps.cell_arguments(cell, given.weights.recurrent.cell_params)))(
         *every.sums, before
     )
-    return every._replace(sums=None, gates=steps.without_padding(given.marks, tuple(gates)))
+    return every._replace(sums=None, gates=steps.zero_if_held(given.marks, tuple(gates)))

@@ -2,12 +2,11 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from jaxrnn._core import meshes, recurrence
+from jaxrnn._core import dropout, recurrence
 from jaxrnn._core.layouts import layout
 from jaxrnn._core.options import Options
-from jaxrnn._core.steps import Layer, Marks, Settings, Steps
+from jaxrnn._core.steps import Layer, Marks, Settings, Steps, accumulator
 from jaxrnn.cells import Arrays
 from jaxrnn.engines import layer_engine_for
 from jaxrnn.spec import Spec
@@ -21,7 +20,8 @@ def run(
     state: Arrays,
     marks: Marks,
     reset_state: Arrays | None,
-    dropout: jax.Array | Arrays | None,
+    key: jax.Array | None,
+    masks: Arrays | None,
     every: bool = False,
 ) -> tuple[jax.Array, Arrays, list[Steps]]:
     """Run all layers.
@@ -32,10 +32,10 @@ def run(
         params: the parameters by name, in x's dtype.
         x: the input, (T, B, I); finite in the padding, too.
         state: the initial states: (L * D, B, P), then (L * D, B, H).
-        marks: where rows have ended, and where the state is reset.
+        marks: where the state is held, and where it is reset.
         reset_state: what the state is reset to, like `state`; zeros if None.
-        dropout: a random key, or for each layer but the last the outputs that are kept, (T, B, D * P); None for no
-            dropout.
+        key: a random key for dropout and zoneout; None for no dropout, and for the mean of zoneout.
+        masks: in place of a key, for each layer but the last the outputs that are kept, (T, B, D * P) or (1, B, D * P).
         every: whether to return the states and gates of every step.
 
     Returns:
@@ -43,7 +43,6 @@ def run(
         direction.
     """
     sides = layout(len(spec.cell.gates), None if spec.proj_size else options.hidden_axis)
-    keys = None if dropout is None or isinstance(dropout, tuple) else jax.random.split(dropout, spec.num_layers)
     last: list[Arrays] = []
     runs: list[Steps] = []
     for index in range(spec.num_layers):
@@ -53,7 +52,9 @@ def run(
             {role: params[name] for role, name in spec.names(index, direction).items()}
             for direction in range(spec.num_directions)
         )
-        layer = Layer(spec.cell, options, weights, x, first, marks, restart, every)
+        scale = dropout.h_scale(spec, key, first[0], accumulator(x.dtype), index)
+        zoned = dropout.zoned(spec, key, first, x.shape[0], index)
+        layer = Layer(spec.cell, options, weights, x, first, marks, restart, every, scale, zoned)
         if engine := layer_engine_for(layer):
             x, states = engine.run_layer(layer)
             last += zip(*states, strict=True)
@@ -62,8 +63,8 @@ def run(
             runs += [steps for steps, _ in found]
             last += [states for _, states in found]
             x = sides.directions([steps.output for steps, _ in found], index == spec.num_layers - 1)
-        if index < spec.num_layers - 1 and dropout is not None:
-            x = _dropped(spec, x, dropout[index] if keys is None else _kept(spec, keys[index], x))
+        if index < spec.num_layers - 1:
+            x = dropout.between_layers(spec, x, key, masks, index)
     return x, tuple(jnp.stack(rows) for rows in zip(*last, strict=True)), runs
 
 
@@ -72,15 +73,8 @@ def _by_loops(layer: Layer) -> list[tuple[Steps, Arrays]]:
     found = []
     for direction, weights in enumerate(layer.weights):
         settings = Settings(layer.cell, layer.options, direction == 1, layer.every)
-        first, restart = jax.tree.map(lambda a, row=direction: a[row], (layer.state, layer.reset_state))
-        found.append(recurrence.layer(settings, weights, layer.x, first, layer.marks, restart))
+        own = layer.state, layer.reset_state, layer.h_scale, layer.zoned
+        first, restart, h_scale, zoned = jax.tree.map(lambda a, row=direction: a[row], own)
+        marks = layer.marks._replace(zoned=zoned)
+        found.append(recurrence.layer(settings, weights, layer.x, first, marks, restart, h_scale))
     return found
-
-
-def _kept(spec: Spec, key: jax.Array, like: jax.Array) -> jax.Array:
-    return meshes.sharded_like(jax.random.bernoulli(key, np.float32(1 - spec.dropout), like.shape), like)
-
-
-def _dropped(spec: Spec, x: jax.Array, keep: jax.Array) -> jax.Array:
-    scale = 1 / (1 - spec.dropout) if spec.dropout < 1 else 0.0  # p = 1 gives zeros, not NaN
-    return jnp.where(keep.astype(bool), x * scale, jnp.zeros_like(x))

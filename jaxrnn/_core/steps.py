@@ -41,10 +41,22 @@ class Settings(NamedTuple):
 
 
 class Marks(NamedTuple):
-    """Steps that are not like the others: boolean arrays (T, B, 1), True at these steps; None if there are none."""
+    """Steps that are not like the others: boolean arrays (T, B, 1), True at these steps; None if there are none.
+
+    Of `ended` and `skipped` one is None. They do the same, but a kernel that takes lengths can run `ended` alone.
+    """
 
     ended: jax.Array | None = None  # past the row's end: the state is held, and the output is 0
+    skipped: jax.Array | None = None  # the same at any steps
     reset: jax.Array | None = None  # the state is reset before the step
+    zoned: tuple[jax.Array | None, ...] | None = (
+        None  # the units of each state that zoneout holds: (T, B, P) or (.., H)
+    )
+
+    @property
+    def held(self) -> jax.Array | None:
+        """Where the state is held, and the output is 0."""
+        return self.ended if self.skipped is None else self.skipped
 
 
 class RecurrentWeights(NamedTuple):
@@ -73,6 +85,7 @@ class Run(NamedTuple):
     marks: Marks
     reset_state: Arrays | None  # what the state is reset to, like `state`
     captured: Arrays = ()  # what the cell's step closes over, its last arguments
+    h_scale: jax.Array | None = None  # what h is multiplied by before the recurrent product, (B, P); None for ones
 
 
 class Layer(NamedTuple):
@@ -86,6 +99,8 @@ class Layer(NamedTuple):
     marks: Marks
     reset_state: Arrays | None  # like `state`
     every: bool  # whether the states and gates of every step are returned
+    h_scale: jax.Array | None = None  # what h is multiplied by before the recurrent product, (D, B, P); None for ones
+    zoned: tuple[jax.Array | None, ...] | None = None  # as in `Marks`, with an axis of directions in front
 
 
 class Sums(NamedTuple):
@@ -199,15 +214,28 @@ def cell_arguments(cell: Cell, params: dict[str, jax.Array]) -> tuple[dict[str, 
     return (params,) if cell.params else ()
 
 
-def one_step(
-    settings: Settings, recurrent: RecurrentWeights, gates: Arrays, state: Arrays, captured: Arrays = ()
-) -> tuple[Arrays, Arrays]:
-    """Make one step. Returns the state after it, and the sums, from which the derivative is computed."""
-    cell, sums = settings.cell, recurrent_sums(settings, recurrent, gates, state[0])
-    after = cell.step(*arguments(cell, gates, sums), state, *cell_arguments(cell, recurrent.cell_params), *captured)
-    after = _checked(cell, after, sums[0])
+def scaled(h: jax.Array, scale: jax.Array | None) -> jax.Array:
+    """h as the recurrent product sees it."""
+    return h if scale is None else h * scale
+
+
+def zoned(cell: Cell, marks: Marks, before: Arrays, after: Arrays) -> Arrays:
+    """The state after a step with the cell's zoneout: its units by chance or, without `marks.zoned`, their mean."""
+    if not any(cell.zoneout):
+        return after
+    if marks.zoned is None:
+        return tuple(p * a + (1 - p) * b if p else b for p, a, b in zip(cell.zoneout, before, after, strict=True))
+    every = zip(marks.zoned, before, after, strict=True)
+    return tuple(b if kept is None else jnp.where(kept, a, b) for kept, a, b in every)
+
+
+def _one_step(run: Run, gates: Arrays, state: Arrays) -> tuple[Arrays, Arrays]:
+    cell, recurrent = run.settings.cell, run.recurrent
+    sums = recurrent_sums(run.settings, recurrent, gates, scaled(state[0], run.h_scale))
+    parameters = cell_arguments(cell, recurrent.cell_params)
+    after = _checked(cell, cell.step(*arguments(cell, gates, sums), state, *parameters, *run.captured), sums[0])
     if recurrent.weight_hr is not None:
-        after = (product(settings, after[0], recurrent.weight_hr), *after[1:])
+        after = (product(run.settings, after[0], recurrent.weight_hr), *after[1:])
     return after, sums
 
 
@@ -224,21 +252,21 @@ def _checked(cell: Cell, state: object, like: jax.Array) -> Arrays:
 
 
 def advance(run: Run, gates: Arrays, marks: Marks, state: Arrays) -> tuple[Arrays, Arrays]:
-    """Make one step of a run, with its marks. Returns the state after it, and the sums."""
+    """Make one step of a run, with its marks. Returns the state after it, and the sums, for the derivative."""
     before = select(marks.reset, run.reset_state, state)
-    after, sums = one_step(run.settings, run.recurrent, gates, before, run.captured)
-    return select(marks.ended, state, after), sums
+    after, sums = _one_step(run, gates, before)
+    return select(marks.held, state, zoned(run.settings.cell, marks, before, after)), sums
 
 
 def returned(run: Run, marks: Marks, state: Arrays, sums: Any) -> Steps:
     """The `Steps` of one step or of all steps, from the states after them and the sums of `one_step`."""
-    (output,) = without_padding(marks, (state[0].astype(run.dtype),))
+    (output,) = zero_if_held(marks, (state[0].astype(run.dtype),))
     return Steps(output, state, sums) if run.settings.every else Steps(output)
 
 
-def without_padding(marks: Marks, arrays: Arrays) -> Arrays:
-    """Zeros past the rows' ends."""
-    return select(marks.ended, tuple(jnp.zeros_like(a) for a in arrays), arrays)
+def zero_if_held(marks: Marks, arrays: Arrays) -> Arrays:
+    """Zeros where the state is held."""
+    return select(marks.held, tuple(jnp.zeros_like(a) for a in arrays), arrays)
 
 
 def before(settings: Settings, first: Arrays, after: Arrays) -> Arrays:

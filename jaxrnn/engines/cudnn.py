@@ -29,6 +29,8 @@ class CuDNN:
             "it has no projection": "weight_hr" in layer.weights[0],
             f"it computes in float32, not {x.dtype}": x.dtype != jnp.float32,
             "it has no resets": layer.marks.reset is not None,
+            "it takes lengths, and no mask": layer.marks.skipped is not None,
+            "it has no recurrent dropout": layer.h_scale is not None,
             "it does not return the states of every step": layer.every,
             f"it does not recompute, and remat is {options.remat!r}": options.remat != "none",
             "it does not shard hidden units": options.hidden_axis is not None,
@@ -51,7 +53,7 @@ class CuDNN:
         x, weights, full_float32 = layer.x.swapaxes(0, 1), _flat(layer.weights), bool(_full_float32(layer.options))
         outputs, *last = cudnn_lstm(x, first[0], first[1], weights, lengths, full_float32)
         # JAX does not document what cuDNN leaves in the padding. A row of length 0 made a step.
-        (outputs,) = steps.without_padding(layer.marks, (outputs.swapaxes(0, 1),))
+        (outputs,) = steps.zero_if_held(layer.marks, (outputs.swapaxes(0, 1),))
         return outputs, steps.select(None if ended is None else ended[:1], first, tuple(last))
 
 

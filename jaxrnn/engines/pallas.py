@@ -56,6 +56,10 @@ class Pallas(Scan):
             return f"it computes in float32 or bfloat16, and this is {run.gates[0].dtype}"
         if run.recurrent.weight_hr is not None:
             return "it runs no projection"
+        if run.marks.skipped is not None:
+            return "it takes lengths, and no mask"
+        if run.h_scale is not None or any(cell.zoneout):
+            return "it has neither recurrent dropout nor zoneout"
         if run.captured or any("hidden" not in each.axes for each in cell.own.values()):
             return "the cell's step closes over arrays, or has a parameter without an axis 'hidden'"
         if options.hidden_axis is not None or sharded:

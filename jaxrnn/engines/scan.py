@@ -173,7 +173,7 @@ class Scan:
             push, d_sums, d_inputs, d_projected, marks = step
             d_before = steps.select(marks.reset, linear.reset_state, d_state)
             if transposed is not None:
-                d_sums = d_sums + product(d_before[0], *transposed)
+                d_sums = d_sums + product(steps.scaled(d_before[0], run.h_scale), *transposed)
             d_sums = lay.split(d_sums)
             if form.apart:
                 # In one barrier, known arrays and arrays that are linear in the tangents would mix.
@@ -182,7 +182,7 @@ class Scan:
             if weight_hr is not None:
                 d_output = product(d_after[0], weight_hr, contract=1)
                 d_after = (d_output if d_projected is None else d_output + d_projected, *d_after[1:])
-            d_state = steps.select(marks.ended, d_state, d_after)
+            d_state = steps.select(marks.held, d_state, steps.zoned(cell, marks, d_before, d_after))
             return d_state, steps.returned(run, marks, d_state, d_sums)
 
         xs = kept.push, linear.sums, inputs, d_projected, run.marks

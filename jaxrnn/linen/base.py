@@ -16,7 +16,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jaxrnn import engines
 from jaxrnn._core import flax_cell, flax_sharding
-from jaxrnn._core.calls import HX, Output, call, call_cell
+from jaxrnn._core.calls import HX, Output, call, call_cell, call_step
 from jaxrnn._core.options import EngineNames, MeshAxis, Options, Remat, floating_dtype
 from jaxrnn.cells import StateT
 from jaxrnn.packed import Lengths, PackedSequence
@@ -53,6 +53,7 @@ class Module(linen.Module, Generic[StateT]):
     def _initializers(self) -> dict[str, Callable[..., Any]]:
         return self.spec.initializers()
 
+    @linen.compact
     def _params(self) -> dict[str, jax.Array]:
         shapes, draws = self.spec.shapes(), self._initializers()
         return {name: self.param(name, draws[name], shape, self.param_dtype) for name, shape in shapes.items()}
@@ -76,6 +77,8 @@ class Layers(Module[StateT]):
 
     _Spec = Spec
     _: dataclasses.KW_ONLY
+    recurrent_dropout: float = 0.0
+    variational_dropout: bool = False
     remat: Remat = "none"
     hidden_axis: MeshAxis | None = None
     unroll: int | None = None
@@ -99,8 +102,10 @@ class Layers(Module[StateT]):
             *,
             rngs: _Rngs = None,
             lengths: Lengths | None = None,
+            mask: ArrayLike | None = None,
             reset: ArrayLike | None = None,
             reset_state: HX = None,
+            dropout_masks: Sequence[ArrayLike] | None = None,
             rng: jax.Array | None = None,
         ) -> tuple[jax.Array, StateT]: ...
         @overload
@@ -112,8 +117,10 @@ class Layers(Module[StateT]):
             deterministic: bool | None = None,
             *,
             rngs: _Rngs = None,
+            mask: ArrayLike | None = None,
             reset: ArrayLike | None = None,
             reset_state: HX = None,
+            dropout_masks: Sequence[ArrayLike] | None = None,
             rng: jax.Array | None = None,
         ) -> tuple[PackedSequence, StateT]: ...
         @overload
@@ -129,8 +136,10 @@ class Layers(Module[StateT]):
             deterministic: bool | None = None,
             *,
             lengths: Lengths | None = None,
+            mask: ArrayLike | None = None,
             reset: ArrayLike | None = None,
             reset_state: HX = None,
+            dropout_masks: Sequence[ArrayLike] | None = None,
             rng: jax.Array | None = None,
         ) -> tuple[tuple[jax.Array, StateT], dict[str, Any]]: ...
         @overload
@@ -152,8 +161,10 @@ class Layers(Module[StateT]):
         deterministic: bool | None = None,
         *,
         lengths: Lengths | None = None,
+        mask: ArrayLike | None = None,
         reset: ArrayLike | None = None,
         reset_state: HX = None,
+        dropout_masks: Sequence[ArrayLike] | None = None,
         rng: jax.Array | None = None,
     ) -> tuple[jax.Array, StateT]: ...
     @overload
@@ -163,11 +174,12 @@ class Layers(Module[StateT]):
         hx: HX = None,
         deterministic: bool | None = None,
         *,
+        mask: ArrayLike | None = None,
         reset: ArrayLike | None = None,
         reset_state: HX = None,
+        dropout_masks: Sequence[ArrayLike] | None = None,
         rng: jax.Array | None = None,
     ) -> tuple[PackedSequence, StateT]: ...
-    @linen.compact
     def __call__(
         self,
         x: ArrayLike | PackedSequence,
@@ -175,8 +187,10 @@ class Layers(Module[StateT]):
         deterministic: bool | None = None,
         *,
         lengths: Lengths | None = None,
+        mask: ArrayLike | None = None,
         reset: ArrayLike | None = None,
         reset_state: HX = None,
+        dropout_masks: Sequence[ArrayLike] | None = None,
         rng: jax.Array | None = None,
     ) -> tuple[Output, StateT]:
         """Run over a sequence.
@@ -192,9 +206,17 @@ class Layers(Module[StateT]):
             lengths: how many steps each row has, integers from 0 to time, (batch,), or for unbatched x (); all steps if
                 None. Padding in x affects no result and no gradient. Under jit lengths are data, and cannot be checked:
                 a length below 0 counts as 0, and one above time as time.
+            mask: True at valid steps, False at padding, which may be anywhere in a row; boolean, of the shape of x, or
+                its data, without features. The results are those of the valid steps alone: at a masked step the state
+                is held, and the output is 0.
             reset: True at the steps before which the state is reset, such as the first of an episode; boolean, of the
-                shape of x, or its data, without features. Ignored past a row's end. Not for a bidirectional network.
+                shape of x, or its data, without features. Ignored at masked steps and past a row's end. Not for a
+                bidirectional network.
             reset_state: the state that `reset` starts from, like hx; zeros if None.
+            dropout_masks: in place of random masks between layers: for each layer but the last an array of 0 or 1, 1
+                where dropout keeps an output, (time, batch, directions * output size) even with `batch_first`, or (1,
+                batch, ...) for one mask for all steps; without batch for unbatched x, and laid out like its data for a
+                PackedSequence.
             rng: a jax key for dropout, in place of the one that `apply` was given for `rng_collection`.
 
         Returns:
@@ -206,25 +228,84 @@ class Layers(Module[StateT]):
         flax_cell.refuse_state_of_sequential(self, hx)
         if isinstance(deterministic, Sequence) or getattr(deterministic, "shape", ()) != ():  # by position
             raise TypeError(f"deterministic should be True, False or None, got {deterministic!r}: give lengths by name")
-        if self.dropout > 0 and self.num_layers > 1:
-            off = linen.merge_param("deterministic", self.deterministic, deterministic)
-            rng = None if off else self.make_rng(self.rng_collection) if rng is None else rng
-        options = flax_sharding.on_the_mesh(self.options)
-        if self.is_initializing() and not flax_sharding.on_mesh():  # `init` needs no mesh for names and shapes
-            options = dataclasses.replace(options, hidden_axis=None)
+        off = self._is_off(deterministic)
+        dropout_masks = None if off else dropout_masks
         return call(
-            options,
+            self._options(),
             self.spec,
             self._params(),
             x,
             hx,
             lengths=lengths,
+            mask=mask,
             reset=reset,
             reset_state=reset_state,
-            dropout_key=rng,
+            dropout_key=None if off else self._key(rng, dropout_masks is not None),
+            dropout_masks=dropout_masks,
         )
 
     __call__.__qualname__ = "module"  # for Python's own messages, which would name this class
+
+    def step(
+        self,
+        x: ArrayLike,
+        hx: HX = None,
+        deterministic: bool | None = None,
+        *,
+        reset: ArrayLike | None = None,
+        reset_state: HX = None,
+        rng: jax.Array | None = None,
+    ) -> tuple[jax.Array, StateT]:
+        """Make one step through all layers: a call on a sequence of one step, without the axis of time.
+
+        From outside: `layer.apply(variables, x, hx, method="step")`.
+
+        Args:
+            x: the input, (batch, input_size) or unbatched (input_size,); floating.
+            hx: the initial state h_0, for a cell of several states a tuple or list, (h_0, c_0) for an LSTM, of the
+                shapes that are returned; zeros if None. A state that all rows share, such as a learned one, may have a
+                batch of 1, or the last axis alone.
+            deterministic: whether dropout is off. With dropout, give it either here or as a field.
+            reset: True for the rows whose state is reset before the step; boolean, (batch,), or for unbatched x ().
+            reset_state: the state that `reset` starts from, like hx; zeros if None.
+            rng: as in a call. The same key at each step gives the same masks.
+
+        Returns:
+            `(output, h_n)`, for an LSTM `(output, (h_n, c_n))`. output: the last layer's output, (batch, proj_size or
+            hidden_size), without batch for unbatched x. h_n and c_n: the next state, of the full shape of hx.
+
+        Raises:
+            As a call; and ValueError for a bidirectional module.
+        """
+        off = self._is_off(deterministic)
+        return call_step(
+            self._options(),
+            self.spec,
+            self._params(),
+            x,
+            hx,
+            reset=reset,
+            reset_state=reset_state,
+            dropout_key=None if off else self._key(rng),
+        )
+
+    def _options(self) -> Options:
+        options = flax_sharding.on_the_mesh(self.options)
+        if self.is_initializing() and not flax_sharding.on_mesh():  # `init` needs no mesh for names and shapes
+            options = dataclasses.replace(options, hidden_axis=None)
+        return options
+
+    def _is_off(self, deterministic: bool | None) -> bool:
+        """Whether dropout is off. Without dropout, nobody has to say."""
+        if not self.spec.is_random():
+            return True
+        return bool(linen.merge_param("deterministic", self.deterministic, deterministic))
+
+    def _key(self, rng: jax.Array | None, masks: bool = False) -> jax.Array | None:
+        """A key for what is random, beside dropout if there are masks for it."""
+        if not self.spec.is_random(masks):
+            return None
+        return self.make_rng(self.rng_collection) if rng is None else rng
 
 
 class OneStep(Module[StateT]):
@@ -235,7 +316,15 @@ class OneStep(Module[StateT]):
     if TYPE_CHECKING:
 
         @overload
-        def apply(self, variables: _Variables, x: ArrayLike, hx: HX = None) -> StateT: ...
+        def apply(
+            self,
+            variables: _Variables,
+            x: ArrayLike,
+            hx: HX = None,
+            *,
+            reset: ArrayLike | None = None,
+            reset_state: HX = None,
+        ) -> StateT: ...
         @overload
         def apply(self, variables: _Variables, *args: Any, **kwargs: Any) -> Any: ...
         def apply(self, variables: _Variables, *args: Any, **kwargs: Any) -> Any: ...
@@ -246,11 +335,12 @@ class OneStep(Module[StateT]):
         def init_with_output(self, rngs: _Rngs, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]: ...
         def init_with_output(self, rngs: _Rngs, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]: ...
 
-    @linen.compact
-    def __call__(self, x: ArrayLike, hx: HX = None) -> StateT:
+    def __call__(
+        self, x: ArrayLike, hx: HX = None, *, reset: ArrayLike | None = None, reset_state: HX = None
+    ) -> StateT:
         """Make one step: x and hx to the next state, as the class says. Errors are those of `jaxrnn.apply_cell`."""
         flax_cell.refuse_state_of_sequential(self, hx)
-        return call_cell(self.options, self.spec, self._params(), x, hx)
+        return call_cell(self.options, self.spec, self._params(), x, hx, reset=reset, reset_state=reset_state)
 
     __call__.__qualname__ = "cell"  # for Python's own messages, which would name this class
 

@@ -34,13 +34,15 @@ class RNNCell(OneStep[jax.Array]):
         precision: the precision of the products, as for `jax.lax.dot_general`.
 
     Call:
-        `h = module(x, hx=None)`
+        `h = module(x, hx=None, *, reset=None, reset_state=None)`
 
         x                      each state
         (batch, input_size)    (batch, hidden_size)
         (input_size,)          (hidden_size,)
 
         hx: the state, h; zeros if None. One state for all rows may have a batch of 1, or none.
+        reset: True for the rows whose state is reset before the step; boolean, (batch,), or ().
+        reset_state: the state that `reset` starts from, like hx; zeros if None.
 
     Parameters, with torch's names, shapes and order:
         weight_ih           (hidden_size, input_size)
@@ -51,6 +53,7 @@ class RNNCell(OneStep[jax.Array]):
         `dtype` is, as in Flax, the dtype to compute in; torch's `dtype` is `param_dtype`. There is no
         `device`.
         Inputs and parameters of different dtypes are promoted, where torch raises.
+        `reset=` and `reset_state=` are new.
 
     Raises:
         TypeError: a size is not an int.
@@ -98,13 +101,15 @@ class LSTMCell(OneStep[Pair]):
         precision: the precision of the products, as for `jax.lax.dot_general`.
 
     Call:
-        `(h, c) = module(x, hx=None)`
+        `(h, c) = module(x, hx=None, *, reset=None, reset_state=None)`
 
         x                      each state
         (batch, input_size)    (batch, hidden_size)
         (input_size,)          (hidden_size,)
 
         hx: the state, (h, c); zeros if None. One state for all rows may have a batch of 1, or none.
+        reset: True for the rows whose state is reset before the step; boolean, (batch,), or ().
+        reset_state: the state that `reset` starts from, like hx; zeros if None.
 
     Parameters, with torch's names, shapes and order:
         weight_ih           (4 * hidden_size, input_size)
@@ -115,6 +120,7 @@ class LSTMCell(OneStep[Pair]):
         `dtype` is, as in Flax, the dtype to compute in; torch's `dtype` is `param_dtype`. There is no
         `device`.
         Inputs and parameters of different dtypes are promoted, where torch raises.
+        `reset=` and `reset_state=` are new.
 
     Raises:
         TypeError: a size is not an int.
@@ -157,13 +163,15 @@ class GRUCell(OneStep[jax.Array]):
         precision: the precision of the products, as for `jax.lax.dot_general`.
 
     Call:
-        `h = module(x, hx=None)`
+        `h = module(x, hx=None, *, reset=None, reset_state=None)`
 
         x                      each state
         (batch, input_size)    (batch, hidden_size)
         (input_size,)          (hidden_size,)
 
         hx: the state, h; zeros if None. One state for all rows may have a batch of 1, or none.
+        reset: True for the rows whose state is reset before the step; boolean, (batch,), or ().
+        reset_state: the state that `reset` starts from, like hx; zeros if None.
 
     Parameters, with torch's names, shapes and order:
         weight_ih           (3 * hidden_size, input_size)
@@ -174,6 +182,7 @@ class GRUCell(OneStep[jax.Array]):
         `dtype` is, as in Flax, the dtype to compute in; torch's `dtype` is `param_dtype`. There is no
         `device`.
         Inputs and parameters of different dtypes are promoted, where torch raises.
+        `reset=` and `reset_state=` are new.
 
     Raises:
         TypeError: a size is not an int.

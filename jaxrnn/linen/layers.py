@@ -34,6 +34,9 @@ class RNN(Layers[jax.Array]):
             unrounded.
         param_dtype: the parameters' floating dtype.
         precision: the precision of the products, as for `jax.lax.dot_general`.
+        recurrent_dropout: the probability with which a number of h is zeroed in training before the
+            recurrent product: one mask for all steps, and for all gates.
+        variational_dropout: whether `dropout`, too, has one mask for all steps.
         remat: what the forward pass saves for the backward pass. "none": all it needs, nothing is
             recomputed. "gates": only the states; gates are recomputed. An integer k: the state before
             every k-th step; the rest is recomputed, k steps at a time. Values and gradients are the
@@ -52,8 +55,8 @@ class RNN(Layers[jax.Array]):
         name: the name of the module in its parent, as everywhere in Linen.
 
     Call:
-        `output, h_n = module(x, hx=None, deterministic=None, *, lengths=None, reset=None,
-        reset_state=None, rng=None)`
+        `output, h_n = module(x, hx=None, deterministic=None, *, lengths=None, mask=None,
+        reset=None, reset_state=None, dropout_masks=None, rng=None)`
 
         x                                         output                  h_n
         (time, batch, input_size)                 (time, batch, D * H)    (D * num_layers, batch, H)
@@ -71,10 +74,17 @@ class RNN(Layers[jax.Array]):
         lengths: how many steps each row has, integers from 0 to time, (batch,), or for unbatched x ();
             all steps if None. Padding in x affects no result and no gradient. Under jit lengths are
             data, and cannot be checked: a length below 0 counts as 0, and one above time as time.
+        mask: True at valid steps, False at padding, which may be anywhere in a row; boolean, of the
+            shape of x, or its data, without features. The results are those of the valid steps alone:
+            at a masked step the state is held, and the output is 0.
         reset: True at the steps before which the state is reset, such as the first of an episode;
-            boolean, of the shape of x, or its data, without features. Ignored past a row's end. Not for
-            a bidirectional network.
+            boolean, of the shape of x, or its data, without features. Ignored at masked steps and past
+            a row's end. Not for a bidirectional network.
         reset_state: the state that `reset` starts from, like hx; zeros if None.
+        dropout_masks: in place of random masks between layers: for each layer but the last an array of
+            0 or 1, 1 where dropout keeps an output, (time, batch, directions * output size) even with
+            `batch_first`, or (1, batch, ...) for one mask for all steps; without batch for unbatched x,
+            and laid out like its data for a PackedSequence.
         deterministic: whether dropout is off. With dropout, give it here or as a field.
         rng: a jax key for dropout, in place of the one that `apply` was given for `rng_collection`.
 
@@ -88,7 +98,8 @@ class RNN(Layers[jax.Array]):
         `dtype` is, as in Flax, the dtype to compute in; torch's `dtype` is `param_dtype`. There is no
         `device`.
         Inputs and parameters of different dtypes are promoted, where torch raises.
-        `lengths=`, `reset=` and `reset_state=` are new. With lengths, a row may have length 0.
+        `lengths=`, `mask=`, `reset=`, `reset_state=`, `recurrent_dropout=` and `variational_dropout=` are
+        new. With lengths, a row may have length 0.
 
     Raises:
         TypeError: a size is not an int, or `bias` or `batch_first` is not a bool.
@@ -149,6 +160,9 @@ class LSTM(Layers[Pair]):
             unrounded.
         param_dtype: the parameters' floating dtype.
         precision: the precision of the products, as for `jax.lax.dot_general`.
+        recurrent_dropout: the probability with which a number of h is zeroed in training before the
+            recurrent product: one mask for all steps, and for all gates.
+        variational_dropout: whether `dropout`, too, has one mask for all steps.
         remat: what the forward pass saves for the backward pass. "none": all it needs, nothing is
             recomputed. "gates": only the states; gates are recomputed. An integer k: the state before
             every k-th step; the rest is recomputed, k steps at a time. Values and gradients are the
@@ -166,8 +180,8 @@ class LSTM(Layers[Pair]):
     With `proj_size`, h_t is W_hr (o * tanh(c_t)).
 
     Call:
-        `output, (h_n, c_n) = module(x, hx=None, deterministic=None, *, lengths=None, reset=None,
-        reset_state=None, rng=None)`
+        `output, (h_n, c_n) = module(x, hx=None, deterministic=None, *, lengths=None, mask=None,
+        reset=None, reset_state=None, dropout_masks=None, rng=None)`
 
         x                                         output                  h_n; c_n with hidden_size
         (time, batch, input_size)                 (time, batch, D * H)    (D * num_layers, batch, H)
@@ -185,10 +199,17 @@ class LSTM(Layers[Pair]):
         lengths: how many steps each row has, integers from 0 to time, (batch,), or for unbatched x ();
             all steps if None. Padding in x affects no result and no gradient. Under jit lengths are
             data, and cannot be checked: a length below 0 counts as 0, and one above time as time.
+        mask: True at valid steps, False at padding, which may be anywhere in a row; boolean, of the
+            shape of x, or its data, without features. The results are those of the valid steps alone:
+            at a masked step the state is held, and the output is 0.
         reset: True at the steps before which the state is reset, such as the first of an episode;
-            boolean, of the shape of x, or its data, without features. Ignored past a row's end. Not for
-            a bidirectional network.
+            boolean, of the shape of x, or its data, without features. Ignored at masked steps and past
+            a row's end. Not for a bidirectional network.
         reset_state: the state that `reset` starts from, like hx; zeros if None.
+        dropout_masks: in place of random masks between layers: for each layer but the last an array of
+            0 or 1, 1 where dropout keeps an output, (time, batch, directions * output size) even with
+            `batch_first`, or (1, batch, ...) for one mask for all steps; without batch for unbatched x,
+            and laid out like its data for a PackedSequence.
         deterministic: whether dropout is off. With dropout, give it here or as a field.
         rng: a jax key for dropout, in place of the one that `apply` was given for `rng_collection`.
 
@@ -203,7 +224,8 @@ class LSTM(Layers[Pair]):
         `dtype` is, as in Flax, the dtype to compute in; torch's `dtype` is `param_dtype`. There is no
         `device`.
         Inputs and parameters of different dtypes are promoted, where torch raises.
-        `lengths=`, `reset=` and `reset_state=` are new. With lengths, a row may have length 0.
+        `lengths=`, `mask=`, `reset=`, `reset_state=`, `recurrent_dropout=` and `variational_dropout=` are
+        new. With lengths, a row may have length 0.
 
     Raises:
         TypeError: a size is not an int, or `bias` or `batch_first` is not a bool.
@@ -258,6 +280,9 @@ class GRU(Layers[jax.Array]):
             unrounded.
         param_dtype: the parameters' floating dtype.
         precision: the precision of the products, as for `jax.lax.dot_general`.
+        recurrent_dropout: the probability with which a number of h is zeroed in training before the
+            recurrent product: one mask for all steps, and for all gates.
+        variational_dropout: whether `dropout`, too, has one mask for all steps.
         remat: what the forward pass saves for the backward pass. "none": all it needs, nothing is
             recomputed. "gates": only the states; gates are recomputed. An integer k: the state before
             every k-th step; the rest is recomputed, k steps at a time. Values and gradients are the
@@ -276,8 +301,8 @@ class GRU(Layers[jax.Array]):
         name: the name of the module in its parent, as everywhere in Linen.
 
     Call:
-        `output, h_n = module(x, hx=None, deterministic=None, *, lengths=None, reset=None,
-        reset_state=None, rng=None)`
+        `output, h_n = module(x, hx=None, deterministic=None, *, lengths=None, mask=None,
+        reset=None, reset_state=None, dropout_masks=None, rng=None)`
 
         x                                         output                  h_n
         (time, batch, input_size)                 (time, batch, D * H)    (D * num_layers, batch, H)
@@ -295,10 +320,17 @@ class GRU(Layers[jax.Array]):
         lengths: how many steps each row has, integers from 0 to time, (batch,), or for unbatched x ();
             all steps if None. Padding in x affects no result and no gradient. Under jit lengths are
             data, and cannot be checked: a length below 0 counts as 0, and one above time as time.
+        mask: True at valid steps, False at padding, which may be anywhere in a row; boolean, of the
+            shape of x, or its data, without features. The results are those of the valid steps alone:
+            at a masked step the state is held, and the output is 0.
         reset: True at the steps before which the state is reset, such as the first of an episode;
-            boolean, of the shape of x, or its data, without features. Ignored past a row's end. Not for
-            a bidirectional network.
+            boolean, of the shape of x, or its data, without features. Ignored at masked steps and past
+            a row's end. Not for a bidirectional network.
         reset_state: the state that `reset` starts from, like hx; zeros if None.
+        dropout_masks: in place of random masks between layers: for each layer but the last an array of
+            0 or 1, 1 where dropout keeps an output, (time, batch, directions * output size) even with
+            `batch_first`, or (1, batch, ...) for one mask for all steps; without batch for unbatched x,
+            and laid out like its data for a PackedSequence.
         deterministic: whether dropout is off. With dropout, give it here or as a field.
         rng: a jax key for dropout, in place of the one that `apply` was given for `rng_collection`.
 
@@ -312,7 +344,8 @@ class GRU(Layers[jax.Array]):
         `dtype` is, as in Flax, the dtype to compute in; torch's `dtype` is `param_dtype`. There is no
         `device`.
         Inputs and parameters of different dtypes are promoted, where torch raises.
-        `lengths=`, `reset=` and `reset_state=` are new. With lengths, a row may have length 0.
+        `lengths=`, `mask=`, `reset=`, `reset_state=`, `recurrent_dropout=` and `variational_dropout=` are
+        new. With lengths, a row may have length 0.
 
     Raises:
         TypeError: a size is not an int, or `bias` or `batch_first` is not a bool.
@@ -361,6 +394,9 @@ class Recurrent(Layers[StateT]):
             unrounded.
         param_dtype: the parameters' floating dtype.
         precision: the precision of the products, as for `jax.lax.dot_general`.
+        recurrent_dropout: the probability with which a number of h is zeroed in training before the
+            recurrent product: one mask for all steps, and for all gates.
+        variational_dropout: whether `dropout`, too, has one mask for all steps.
         remat: what the forward pass saves for the backward pass. "none": all it needs, nothing is
             recomputed. "gates": only the states; gates are recomputed. An integer k: the state before
             every k-th step; the rest is recomputed, k steps at a time. Values and gradients are the
@@ -376,8 +412,8 @@ class Recurrent(Layers[StateT]):
         rng_collection: the name of the random keys for dropout that `apply` is given.
 
     Call:
-        `output, h_n = module(x, hx=None, deterministic=None, *, lengths=None, reset=None,
-        reset_state=None, rng=None)`
+        `output, h_n = module(x, hx=None, deterministic=None, *, lengths=None, mask=None,
+        reset=None, reset_state=None, dropout_masks=None, rng=None)`
 
         x                                         output                  h_n
         (time, batch, input_size)                 (time, batch, D * H)    (D * num_layers, batch, H)
@@ -395,10 +431,17 @@ class Recurrent(Layers[StateT]):
         lengths: how many steps each row has, integers from 0 to time, (batch,), or for unbatched x ();
             all steps if None. Padding in x affects no result and no gradient. Under jit lengths are
             data, and cannot be checked: a length below 0 counts as 0, and one above time as time.
+        mask: True at valid steps, False at padding, which may be anywhere in a row; boolean, of the
+            shape of x, or its data, without features. The results are those of the valid steps alone:
+            at a masked step the state is held, and the output is 0.
         reset: True at the steps before which the state is reset, such as the first of an episode;
-            boolean, of the shape of x, or its data, without features. Ignored past a row's end. Not for
-            a bidirectional network.
+            boolean, of the shape of x, or its data, without features. Ignored at masked steps and past
+            a row's end. Not for a bidirectional network.
         reset_state: the state that `reset` starts from, like hx; zeros if None.
+        dropout_masks: in place of random masks between layers: for each layer but the last an array of
+            0 or 1, 1 where dropout keeps an output, (time, batch, directions * output size) even with
+            `batch_first`, or (1, batch, ...) for one mask for all steps; without batch for unbatched x,
+            and laid out like its data for a PackedSequence.
         deterministic: whether dropout is off. With dropout, give it here or as a field.
         rng: a jax key for dropout, in place of the one that `apply` was given for `rng_collection`.
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, overload
 
 import jax
@@ -15,7 +16,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jaxrnn import _compat, engines
 from jaxrnn._core import flax_cell, flax_sharding
-from jaxrnn._core.calls import HX, Output, call, call_cell
+from jaxrnn._core.calls import HX, Output, call, call_cell, call_step
 from jaxrnn._core.options import EngineNames, MeshAxis, Options, Remat, floating_dtype
 from jaxrnn.cells import RNN_RELU, StateT
 from jaxrnn.packed import Lengths, PackedSequence
@@ -144,7 +145,7 @@ class Layers(Module[StateT], LayerParameters):
         super().__init__(spec, options, param_dtype, rngs)
         self.deterministic = False
         # Only where it is used: a stream adds leaves without a gradient.
-        self.rngs = rngs["dropout"].fork() if self._drops() else nnx.data(None)
+        self.rngs = rngs["dropout"].fork() if spec.is_random() else nnx.data(None)
 
     @property
     def num_layers(self) -> int:
@@ -157,6 +158,14 @@ class Layers(Module[StateT], LayerParameters):
     @property
     def dropout(self) -> float:
         return self.spec.dropout
+
+    @property
+    def recurrent_dropout(self) -> float:
+        return self.spec.recurrent_dropout
+
+    @property
+    def variational_dropout(self) -> bool:
+        return self.spec.variational_dropout
 
     @property
     def bidirectional(self) -> bool:
@@ -175,9 +184,6 @@ class Layers(Module[StateT], LayerParameters):
                 value = flax_sharding.shard(value, axes)
             setattr(self, name, _compat.annotated_param(value, axes))
 
-    def _drops(self) -> bool:
-        return self.dropout > 0 and self.num_layers > 1
-
     @overload
     def __call__(
         self,
@@ -185,8 +191,10 @@ class Layers(Module[StateT], LayerParameters):
         hx: HX = None,
         *,
         lengths: Lengths | None = None,
+        mask: ArrayLike | None = None,
         reset: ArrayLike | None = None,
         reset_state: HX = None,
+        dropout_masks: Sequence[ArrayLike] | None = None,
         deterministic: bool | None = None,
         rngs: Randomness | None = None,
     ) -> tuple[jax.Array, StateT]: ...
@@ -196,8 +204,10 @@ class Layers(Module[StateT], LayerParameters):
         x: PackedSequence,
         hx: HX = None,
         *,
+        mask: ArrayLike | None = None,
         reset: ArrayLike | None = None,
         reset_state: HX = None,
+        dropout_masks: Sequence[ArrayLike] | None = None,
         deterministic: bool | None = None,
         rngs: Randomness | None = None,
     ) -> tuple[PackedSequence, StateT]: ...
@@ -207,8 +217,10 @@ class Layers(Module[StateT], LayerParameters):
         hx: HX = None,
         *,
         lengths: Lengths | None = None,
+        mask: ArrayLike | None = None,
         reset: ArrayLike | None = None,
         reset_state: HX = None,
+        dropout_masks: Sequence[ArrayLike] | None = None,
         deterministic: bool | None = None,
         rngs: Randomness | None = None,
     ) -> tuple[Output, StateT]:
@@ -223,11 +235,19 @@ class Layers(Module[StateT], LayerParameters):
             lengths: how many steps each row has, integers from 0 to time, (batch,), or for unbatched x (); all steps if
                 None. Padding in x affects no result and no gradient. Under jit lengths are data, and cannot be checked:
                 a length below 0 counts as 0, and one above time as time.
+            mask: True at valid steps, False at padding, which may be anywhere in a row; boolean, of the shape of x, or
+                its data, without features. The results are those of the valid steps alone: at a masked step the state
+                is held, and the output is 0.
             reset: True at the steps before which the state is reset, such as the first of an episode; boolean, of the
-                shape of x, or its data, without features. Ignored past a row's end. Not for a bidirectional network.
+                shape of x, or its data, without features. Ignored at masked steps and past a row's end. Not for a
+                bidirectional network.
             reset_state: the state that `reset` starts from, like hx; zeros if None.
-            deterministic: whether dropout is off; the module's `deterministic` if None, which `train()` sets to False
-                and `eval()` to True.
+            dropout_masks: in place of random masks between layers: for each layer but the last an array of 0 or 1, 1
+                where dropout keeps an output, (time, batch, directions * output size) even with `batch_first`, or (1,
+                batch, ...) for one mask for all steps; without batch for unbatched x, and laid out like its data for a
+                PackedSequence.
+            deterministic: whether dropout is off, also of `dropout_masks`; the module's `deterministic` if None, which
+                `train()` sets to False and `eval()` to True.
             rngs: nnx.Rngs, an nnx.RngStream or a jax key for dropout, in place of the module's own.
 
         Returns:
@@ -239,16 +259,14 @@ class Layers(Module[StateT], LayerParameters):
 
         Raises:
             TypeError: x, hx or reset_state is not floating; hx or reset_state is not one array, or for an LSTM not
-                two; lengths are not integers; or reset is not boolean.
-            ValueError: x is neither 2-D nor 3-D, a length is out of range, lengths are given with a PackedSequence, or
-                reset to a bidirectional module.
-            RuntimeError: the size of x, hx, lengths, reset or reset_state does not fit, or the sequence is empty.
+                two; lengths are not integers; or mask or reset is not boolean.
+            ValueError: x is neither 2-D nor 3-D, a length is out of range, lengths are given with a PackedSequence,
+                reset to a bidirectional module, or dropout_masks have other shapes.
+            RuntimeError: the size of x, hx, lengths, mask, reset or reset_state does not fit, or the sequence is empty.
         """
         flax_cell.refuse_state_of_sequential(self, hx)
-        key = None
-        deterministic = self.deterministic if deterministic is None else deterministic
-        if self._drops() and not deterministic:
-            key = drawn_key(self.rngs if rngs is None else rngs, "dropout")
+        off = self.deterministic if deterministic is None else deterministic
+        dropout_masks = None if off else dropout_masks
         return call(
             flax_sharding.on_the_mesh(self.options),
             self.spec,
@@ -256,12 +274,61 @@ class Layers(Module[StateT], LayerParameters):
             x,
             hx,
             lengths=lengths,
+            mask=mask,
             reset=reset,
             reset_state=reset_state,
-            dropout_key=key,
+            dropout_key=None if off else self._key(rngs, dropout_masks is not None),
+            dropout_masks=dropout_masks,
         )
 
     __call__.__qualname__ = "module"  # for Python's own messages, which would name this class
+
+    def step(
+        self,
+        x: ArrayLike,
+        hx: HX = None,
+        *,
+        reset: ArrayLike | None = None,
+        reset_state: HX = None,
+        deterministic: bool | None = None,
+        rngs: Randomness | None = None,
+    ) -> tuple[jax.Array, StateT]:
+        """Make one step through all layers: a call on a sequence of one step, without the axis of time.
+
+        Args:
+            x: the input, (batch, input_size) or unbatched (input_size,); floating.
+            hx: the initial state h_0, for a cell of several states a tuple or list, (h_0, c_0) for an LSTM, of the
+                shapes that are returned; zeros if None. A state that all rows share, such as a learned one, may have a
+                batch of 1, or the last axis alone.
+            reset: True for the rows whose state is reset before the step; boolean, (batch,), or for unbatched x ().
+            reset_state: the state that `reset` starts from, like hx; zeros if None.
+            deterministic: whether dropout is off; the module's `deterministic` if None.
+            rngs: as in a call. The same key at each step gives the same masks.
+
+        Returns:
+            `(output, h_n)`, for an LSTM `(output, (h_n, c_n))`. output: the last layer's output, (batch, proj_size or
+            hidden_size), without batch for unbatched x. h_n and c_n: the next state, of the full shape of hx.
+
+        Raises:
+            As a call; and ValueError for a bidirectional module.
+        """
+        off = self.deterministic if deterministic is None else deterministic
+        return call_step(
+            flax_sharding.on_the_mesh(self.options),
+            self.spec,
+            self._params(),
+            x,
+            hx,
+            reset=reset,
+            reset_state=reset_state,
+            dropout_key=None if off else self._key(rngs),
+        )
+
+    def _key(self, rngs: Randomness | None, masks: bool = False) -> jax.Array | None:
+        """A key for what is random, beside dropout if there are masks for it."""
+        if not self.spec.is_random(masks):
+            return None
+        return drawn_key(self.rngs if rngs is None else rngs, "dropout")
 
     def set_view(self, deterministic: bool | None = None) -> None:
         """`nnx.view` calls this: it sets `deterministic` unless that is None."""
@@ -279,24 +346,29 @@ class OneStep(Module[StateT]):
     bias_ih: nnx.Param[jax.Array] | None = None
     bias_hh: nnx.Param[jax.Array] | None = None
 
-    def __call__(self, x: ArrayLike, hx: HX = None) -> StateT:
+    def __call__(
+        self, x: ArrayLike, hx: HX = None, *, reset: ArrayLike | None = None, reset_state: HX = None
+    ) -> StateT:
         """Make one step.
 
         Args:
             x: the input, (batch, input_size) or unbatched (input_size,); floating.
             hx: the state h, for an LSTMCell (h, c), each (batch, hidden_size), or (hidden_size,) for unbatched x or
                 for all rows; zeros if None.
+            reset: True for the rows whose state is reset before the step; boolean, (batch,), or for unbatched x ().
+            reset_state: the state that `reset` starts from, like hx; zeros if None.
 
         Returns:
             The next state, of the shape of x's rows, in hx's dtype if that is given.
 
         Raises:
-            TypeError: x or hx is not floating, or hx is not one array, or for an LSTMCell not two.
-            ValueError: x or hx is neither 1-D nor 2-D.
-            RuntimeError: the size of x or hx does not fit.
+            TypeError: x, hx or reset_state is not floating; hx or reset_state is not one array, or for an LSTMCell not
+                two; or reset is not boolean.
+            ValueError: x or hx is neither 1-D nor 2-D, or reset_state is given without reset.
+            RuntimeError: the size of x, hx, reset or reset_state does not fit.
         """
         flax_cell.refuse_state_of_sequential(self, hx)
-        return call_cell(self.options, self.spec, self._params(), x, hx)
+        return call_cell(self.options, self.spec, self._params(), x, hx, reset=reset, reset_state=reset_state)
 
     __call__.__qualname__ = "cell"  # for Python's own messages, which would name this class
 

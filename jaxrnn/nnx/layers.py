@@ -36,6 +36,9 @@ class RNN(Layers[jax.Array]):
         bidirectional: whether each layer also runs backward in time.
         proj_size: features of an LSTM's projected hidden state, less than hidden_size; 0 for no
             projection.
+        recurrent_dropout: the probability with which a number of h is zeroed in training before the
+            recurrent product: one mask for all steps, and for all gates.
+        variational_dropout: whether `dropout`, too, has one mask for all steps.
         param_dtype: the parameters' floating dtype.
         rngs: nnx.Rngs for the initial parameters (uniform within 1/sqrt(hidden_size) of 0, as torch's)
             and, where it is used, for dropout.
@@ -56,8 +59,8 @@ class RNN(Layers[jax.Array]):
             such names, of which the first that can run it does.
 
     Call:
-        `output, h_n = module(x, hx=None, *, lengths=None, reset=None,
-        reset_state=None, deterministic=None, rngs=None)`
+        `output, h_n = module(x, hx=None, *, lengths=None, mask=None,
+        reset=None, reset_state=None, dropout_masks=None, deterministic=None, rngs=None)`
 
         x                                         output                  h_n
         (time, batch, input_size)                 (time, batch, D * H)    (D * num_layers, batch, H)
@@ -75,10 +78,17 @@ class RNN(Layers[jax.Array]):
         lengths: how many steps each row has, integers from 0 to time, (batch,), or for unbatched x ();
             all steps if None. Padding in x affects no result and no gradient. Under jit lengths are
             data, and cannot be checked: a length below 0 counts as 0, and one above time as time.
+        mask: True at valid steps, False at padding, which may be anywhere in a row; boolean, of the
+            shape of x, or its data, without features. The results are those of the valid steps alone:
+            at a masked step the state is held, and the output is 0.
         reset: True at the steps before which the state is reset, such as the first of an episode;
-            boolean, of the shape of x, or its data, without features. Ignored past a row's end. Not for
-            a bidirectional network.
+            boolean, of the shape of x, or its data, without features. Ignored at masked steps and past
+            a row's end. Not for a bidirectional network.
         reset_state: the state that `reset` starts from, like hx; zeros if None.
+        dropout_masks: in place of random masks between layers: for each layer but the last an array of
+            0 or 1, 1 where dropout keeps an output, (time, batch, directions * output size) even with
+            `batch_first`, or (1, batch, ...) for one mask for all steps; without batch for unbatched x,
+            and laid out like its data for a PackedSequence.
         deterministic: whether dropout is off; by default as `train()` and `eval()` last set it.
         rngs: nnx.Rngs, an nnx.RngStream or a jax key for dropout, in place of the module's own.
 
@@ -92,7 +102,8 @@ class RNN(Layers[jax.Array]):
         `dtype` is, as in Flax, the dtype to compute in; torch's `dtype` is `param_dtype`. There is no
         `device`.
         Inputs and parameters of different dtypes are promoted, where torch raises.
-        `lengths=`, `reset=` and `reset_state=` are new. With lengths, a row may have length 0.
+        `lengths=`, `mask=`, `reset=`, `reset_state=`, `recurrent_dropout=` and `variational_dropout=` are
+        new. With lengths, a row may have length 0.
 
     Raises:
         TypeError: a size is not an int, or `bias` or `batch_first` is not a bool.
@@ -122,6 +133,8 @@ class RNN(Layers[jax.Array]):
         bidirectional: bool = False,
         *,
         proj_size: int = 0,
+        recurrent_dropout: float = 0.0,
+        variational_dropout: bool = False,
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
         dtype: DTypeLike | None = None,
@@ -132,7 +145,19 @@ class RNN(Layers[jax.Array]):
         engine: EngineNames = "auto",
     ) -> None:
         cell = torch_rnn_cell(nonlinearity)
-        spec = Spec(cell, input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size)
+        spec = Spec(
+            cell,
+            input_size,
+            hidden_size,
+            num_layers,
+            bias,
+            batch_first,
+            dropout,
+            bidirectional,
+            proj_size,
+            recurrent_dropout=recurrent_dropout,
+            variational_dropout=variational_dropout,
+        )
         super().__init__(spec, Options(dtype, precision, remat, hidden_axis, unroll, engine), param_dtype, rngs)
 
 
@@ -161,6 +186,9 @@ class LSTM(Layers[Pair]):
         bidirectional: whether each layer also runs backward in time.
         proj_size: features of an LSTM's projected hidden state, less than hidden_size; 0 for no
             projection.
+        recurrent_dropout: the probability with which a number of h is zeroed in training before the
+            recurrent product: one mask for all steps, and for all gates.
+        variational_dropout: whether `dropout`, too, has one mask for all steps.
         param_dtype: the parameters' floating dtype.
         rngs: nnx.Rngs for the initial parameters (uniform within 1/sqrt(hidden_size) of 0, as torch's)
             and, where it is used, for dropout.
@@ -183,8 +211,8 @@ class LSTM(Layers[Pair]):
     With `proj_size`, h_t is W_hr (o * tanh(c_t)).
 
     Call:
-        `output, (h_n, c_n) = module(x, hx=None, *, lengths=None, reset=None,
-        reset_state=None, deterministic=None, rngs=None)`
+        `output, (h_n, c_n) = module(x, hx=None, *, lengths=None, mask=None,
+        reset=None, reset_state=None, dropout_masks=None, deterministic=None, rngs=None)`
 
         x                                         output                  h_n; c_n with hidden_size
         (time, batch, input_size)                 (time, batch, D * H)    (D * num_layers, batch, H)
@@ -202,10 +230,17 @@ class LSTM(Layers[Pair]):
         lengths: how many steps each row has, integers from 0 to time, (batch,), or for unbatched x ();
             all steps if None. Padding in x affects no result and no gradient. Under jit lengths are
             data, and cannot be checked: a length below 0 counts as 0, and one above time as time.
+        mask: True at valid steps, False at padding, which may be anywhere in a row; boolean, of the
+            shape of x, or its data, without features. The results are those of the valid steps alone:
+            at a masked step the state is held, and the output is 0.
         reset: True at the steps before which the state is reset, such as the first of an episode;
-            boolean, of the shape of x, or its data, without features. Ignored past a row's end. Not for
-            a bidirectional network.
+            boolean, of the shape of x, or its data, without features. Ignored at masked steps and past
+            a row's end. Not for a bidirectional network.
         reset_state: the state that `reset` starts from, like hx; zeros if None.
+        dropout_masks: in place of random masks between layers: for each layer but the last an array of
+            0 or 1, 1 where dropout keeps an output, (time, batch, directions * output size) even with
+            `batch_first`, or (1, batch, ...) for one mask for all steps; without batch for unbatched x,
+            and laid out like its data for a PackedSequence.
         deterministic: whether dropout is off; by default as `train()` and `eval()` last set it.
         rngs: nnx.Rngs, an nnx.RngStream or a jax key for dropout, in place of the module's own.
 
@@ -220,7 +255,8 @@ class LSTM(Layers[Pair]):
         `dtype` is, as in Flax, the dtype to compute in; torch's `dtype` is `param_dtype`. There is no
         `device`.
         Inputs and parameters of different dtypes are promoted, where torch raises.
-        `lengths=`, `reset=` and `reset_state=` are new. With lengths, a row may have length 0.
+        `lengths=`, `mask=`, `reset=`, `reset_state=`, `recurrent_dropout=` and `variational_dropout=` are
+        new. With lengths, a row may have length 0.
 
     Raises:
         TypeError: a size is not an int, or `bias` or `batch_first` is not a bool.
@@ -245,6 +281,8 @@ class LSTM(Layers[Pair]):
         bidirectional: bool = False,
         proj_size: int = 0,
         *,
+        recurrent_dropout: float = 0.0,
+        variational_dropout: bool = False,
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
         dtype: DTypeLike | None = None,
@@ -255,7 +293,17 @@ class LSTM(Layers[Pair]):
         engine: EngineNames = "auto",
     ) -> None:
         spec = Spec(
-            LSTM_CELL, input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size
+            LSTM_CELL,
+            input_size,
+            hidden_size,
+            num_layers,
+            bias,
+            batch_first,
+            dropout,
+            bidirectional,
+            proj_size,
+            recurrent_dropout=recurrent_dropout,
+            variational_dropout=variational_dropout,
         )
         super().__init__(spec, Options(dtype, precision, remat, hidden_axis, unroll, engine), param_dtype, rngs)
 
@@ -283,6 +331,9 @@ class GRU(Layers[jax.Array]):
         bidirectional: whether each layer also runs backward in time.
         proj_size: features of an LSTM's projected hidden state, less than hidden_size; 0 for no
             projection.
+        recurrent_dropout: the probability with which a number of h is zeroed in training before the
+            recurrent product: one mask for all steps, and for all gates.
+        variational_dropout: whether `dropout`, too, has one mask for all steps.
         param_dtype: the parameters' floating dtype.
         rngs: nnx.Rngs for the initial parameters (uniform within 1/sqrt(hidden_size) of 0, as torch's)
             and, where it is used, for dropout.
@@ -303,8 +354,8 @@ class GRU(Layers[jax.Array]):
             such names, of which the first that can run it does.
 
     Call:
-        `output, h_n = module(x, hx=None, *, lengths=None, reset=None,
-        reset_state=None, deterministic=None, rngs=None)`
+        `output, h_n = module(x, hx=None, *, lengths=None, mask=None,
+        reset=None, reset_state=None, dropout_masks=None, deterministic=None, rngs=None)`
 
         x                                         output                  h_n
         (time, batch, input_size)                 (time, batch, D * H)    (D * num_layers, batch, H)
@@ -322,10 +373,17 @@ class GRU(Layers[jax.Array]):
         lengths: how many steps each row has, integers from 0 to time, (batch,), or for unbatched x ();
             all steps if None. Padding in x affects no result and no gradient. Under jit lengths are
             data, and cannot be checked: a length below 0 counts as 0, and one above time as time.
+        mask: True at valid steps, False at padding, which may be anywhere in a row; boolean, of the
+            shape of x, or its data, without features. The results are those of the valid steps alone:
+            at a masked step the state is held, and the output is 0.
         reset: True at the steps before which the state is reset, such as the first of an episode;
-            boolean, of the shape of x, or its data, without features. Ignored past a row's end. Not for
-            a bidirectional network.
+            boolean, of the shape of x, or its data, without features. Ignored at masked steps and past
+            a row's end. Not for a bidirectional network.
         reset_state: the state that `reset` starts from, like hx; zeros if None.
+        dropout_masks: in place of random masks between layers: for each layer but the last an array of
+            0 or 1, 1 where dropout keeps an output, (time, batch, directions * output size) even with
+            `batch_first`, or (1, batch, ...) for one mask for all steps; without batch for unbatched x,
+            and laid out like its data for a PackedSequence.
         deterministic: whether dropout is off; by default as `train()` and `eval()` last set it.
         rngs: nnx.Rngs, an nnx.RngStream or a jax key for dropout, in place of the module's own.
 
@@ -339,7 +397,8 @@ class GRU(Layers[jax.Array]):
         `dtype` is, as in Flax, the dtype to compute in; torch's `dtype` is `param_dtype`. There is no
         `device`.
         Inputs and parameters of different dtypes are promoted, where torch raises.
-        `lengths=`, `reset=` and `reset_state=` are new. With lengths, a row may have length 0.
+        `lengths=`, `mask=`, `reset=`, `reset_state=`, `recurrent_dropout=` and `variational_dropout=` are
+        new. With lengths, a row may have length 0.
 
     Raises:
         TypeError: a size is not an int, or `bias` or `batch_first` is not a bool.
@@ -364,6 +423,8 @@ class GRU(Layers[jax.Array]):
         bidirectional: bool = False,
         *,
         proj_size: int = 0,
+        recurrent_dropout: float = 0.0,
+        variational_dropout: bool = False,
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
         dtype: DTypeLike | None = None,
@@ -373,7 +434,19 @@ class GRU(Layers[jax.Array]):
         unroll: int | None = None,
         engine: EngineNames = "auto",
     ) -> None:
-        spec = Spec(GRU_CELL, input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size)
+        spec = Spec(
+            GRU_CELL,
+            input_size,
+            hidden_size,
+            num_layers,
+            bias,
+            batch_first,
+            dropout,
+            bidirectional,
+            proj_size,
+            recurrent_dropout=recurrent_dropout,
+            variational_dropout=variational_dropout,
+        )
         super().__init__(spec, Options(dtype, precision, remat, hidden_axis, unroll, engine), param_dtype, rngs)
 
 
@@ -395,6 +468,9 @@ class Recurrent(Layers[StateT]):
         bidirectional: whether each layer also runs backward in time.
         proj_size: features of the projected hidden state; 0 for no projection. Only for a cell that
             allows it.
+        recurrent_dropout: the probability with which a number of h is zeroed in training before the
+            recurrent product: one mask for all steps, and for all gates.
+        variational_dropout: whether `dropout`, too, has one mask for all steps.
         param_dtype: the parameters' floating dtype.
         rngs: nnx.Rngs for the initial parameters (uniform within 1/sqrt(hidden_size) of 0, as torch's)
             and, where it is used, for dropout.
@@ -415,8 +491,8 @@ class Recurrent(Layers[StateT]):
             such names, of which the first that can run it does.
 
     Call:
-        `output, h_n = module(x, hx=None, *, lengths=None, reset=None,
-        reset_state=None, deterministic=None, rngs=None)`
+        `output, h_n = module(x, hx=None, *, lengths=None, mask=None,
+        reset=None, reset_state=None, dropout_masks=None, deterministic=None, rngs=None)`
 
         x                                         output                  h_n
         (time, batch, input_size)                 (time, batch, D * H)    (D * num_layers, batch, H)
@@ -434,10 +510,17 @@ class Recurrent(Layers[StateT]):
         lengths: how many steps each row has, integers from 0 to time, (batch,), or for unbatched x ();
             all steps if None. Padding in x affects no result and no gradient. Under jit lengths are
             data, and cannot be checked: a length below 0 counts as 0, and one above time as time.
+        mask: True at valid steps, False at padding, which may be anywhere in a row; boolean, of the
+            shape of x, or its data, without features. The results are those of the valid steps alone:
+            at a masked step the state is held, and the output is 0.
         reset: True at the steps before which the state is reset, such as the first of an episode;
-            boolean, of the shape of x, or its data, without features. Ignored past a row's end. Not for
-            a bidirectional network.
+            boolean, of the shape of x, or its data, without features. Ignored at masked steps and past
+            a row's end. Not for a bidirectional network.
         reset_state: the state that `reset` starts from, like hx; zeros if None.
+        dropout_masks: in place of random masks between layers: for each layer but the last an array of
+            0 or 1, 1 where dropout keeps an output, (time, batch, directions * output size) even with
+            `batch_first`, or (1, batch, ...) for one mask for all steps; without batch for unbatched x,
+            and laid out like its data for a PackedSequence.
         deterministic: whether dropout is off; by default as `train()` and `eval()` last set it.
         rngs: nnx.Rngs, an nnx.RngStream or a jax key for dropout, in place of the module's own.
 
@@ -471,6 +554,8 @@ class Recurrent(Layers[StateT]):
         bidirectional: bool = False,
         proj_size: int = 0,
         *,
+        recurrent_dropout: float = 0.0,
+        variational_dropout: bool = False,
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
         dtype: DTypeLike | None = None,
@@ -480,7 +565,19 @@ class Recurrent(Layers[StateT]):
         unroll: int | None = None,
         engine: EngineNames = "auto",
     ) -> None:
-        spec = Spec(cell, input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size)
+        spec = Spec(
+            cell,
+            input_size,
+            hidden_size,
+            num_layers,
+            bias,
+            batch_first,
+            dropout,
+            bidirectional,
+            proj_size,
+            recurrent_dropout=recurrent_dropout,
+            variational_dropout=variational_dropout,
+        )
         super().__init__(spec, Options(dtype, precision, remat, hidden_axis, unroll, engine), param_dtype, rngs)
 
     if TYPE_CHECKING:  # the cell's own parameters, of which only the cell knows the names
