@@ -34,6 +34,7 @@ CELLS = {
     "projected LSTM": (jaxrnn.LSTM_CELL, 2),
     "GRU": (jaxrnn.GRU_CELL, 0),
     "softsign GRU": (jaxrnn.gru_cell("softsign", jaxrnn.activations.HardSigmoid()), 0),
+    "zoneout LSTM": (jaxrnn.zoneout(jaxrnn.LSTM_CELL, h=0.3, c=0.6), 0),
     "softmax": (SOFTMAX, 0),
 }
 
@@ -70,7 +71,8 @@ TRANSFORMS: dict[str, Callable] = {
     "jvp": _jvp,
     "linearize": _linearize,
 }
-FLOATS, MARKS = ("params", "x", "hx", "reset_state"), ("lengths", "reset", "dropout_masks")
+FLOATS = "params", "x", "hx", "reset_state"
+MARKS = "lengths", "mask", "reset", "dropout_masks", "dropout_key"
 TABLE: dict[str, list] = {
     "transform": [*TRANSFORMS],
     "order": ["of vmap", "in vmap", "of vmap of vmap"],
@@ -83,7 +85,7 @@ TABLE: dict[str, list] = {
     # Along which axis arguments are mapped; None where all rows have the same.
     "params": [0, 1, None],
     "x": [0, 1, None],
-    **{name: [0, 1, None, "absent"] for name in ("hx", "lengths", "reset", "reset_state", "dropout_masks")},
+    **{name: [0, 1, None, "absent"] for name in ("hx", "reset_state", *MARKS)},
     "out": [0, 1],
 }
 
@@ -92,6 +94,8 @@ def draw(chance: random.Random) -> Row:
     row = {name: chance.choice(values) for name, values in TABLE.items()}
     if row["bidirectional"]:
         row["reset"] = "absent"
+    if row["batched"]:  # a batch draws other numbers than its rows
+        row["dropout_key"] = "absent"
     if row["reset"] == "absent":
         row["reset_state"] = "absent"
     if not any(row[name] in (0, 1) for name in FLOATS + MARKS):
@@ -110,7 +114,14 @@ class Case:
         layers = 1 if row["dropout_masks"] == "absent" else 2
         dropout, both = layers / 2 - 0.5, row["bidirectional"]
         self.spec = spec = jaxrnn.Spec(
-            cell, features, hidden, layers, dropout=dropout, bidirectional=both, proj_size=proj_size
+            cell,
+            features,
+            hidden,
+            layers,
+            dropout=dropout,
+            bidirectional=both,
+            proj_size=proj_size,
+            recurrent_dropout=0.4 * cell.recurrent,
         )
         shape = (time, batch) if row["batched"] else (time,)
 
@@ -128,8 +139,10 @@ class Case:
                 "hx": state(seed),
                 "reset_state": state(seed + 2),
                 "lengths": chance.randint(0, time + 1, shape[1:]),
+                "mask": chance.rand(*shape) < 0.7,
                 "reset": chance.rand(*shape) < 0.4,
                 "dropout_masks": [chance.rand(*shape, (1 + both) * spec.output_size) < 0.5],
+                "dropout_key": np.asarray(jax.random.PRNGKey(seed)),  # an array of numbers, which can be stacked
             }
 
         shared = arguments(0)

@@ -42,7 +42,11 @@ def layers(rngs: nnx.Rngs) -> None:
     output, (h_n, c_n) = lstm(x, state, lengths=np.array([5, 2, 1]), deterministic=True)
     output, (h_n, c_n) = lstm(x, (h_n, c_n), lengths=x[0, :, 0].astype(jnp.int32))
     output, h_n = gru(np.ones((5, 3, 10), np.float32), hx=np.zeros((2, 3, 20), np.float32), rngs=nnx.Rngs(1))
-    output, h_n = rnn(x, reset=x[..., 0] > 0, reset_state=h_n)
+    output, h_n = rnn(x, mask=x[..., 1] > 0, reset=x[..., 0] > 0, reset_state=h_n)
+    assert_type(rnn.step(x[0], h_n, reset=x[0, :, 0] > 0), tuple[jax.Array, jax.Array])
+    dropping = jaxrnn.LSTM(10, 20, 2, dropout=0.5, variational_dropout=True, recurrent_dropout=0.2, rngs=rngs)
+    output, state = dropping(x, dropout_masks=[np.ones((1, 3, 20), bool)])
+    print(dropping.recurrent_dropout + 0.5, dropping.variational_dropout and output.sum())
     assert_type(lstm.initial_state(3), Pair)
     assert_type(gru.initial_state(dtype=jnp.float32), jax.Array)
 
@@ -71,7 +75,7 @@ def cells(rngs: nnx.Rngs) -> None:
     gru = jaxrnn.GRUCell(10, 20, precision=None, rngs=rngs)
     for cell in (rnn, gru):
         assert_type(cell(x[0]), jax.Array)
-        assert_type(cell(x[0], cell(x[0])), jax.Array)
+        assert_type(cell(x[0], cell(x[0]), reset=x[0, :, 0] > 0, reset_state=cell(x[0])), jax.Array)
     h, c = lstm(x[0])
     state = lstm(x[0], (h, c))
     assert_type(state, Pair)
@@ -93,6 +97,8 @@ def other_cells(rngs: nnx.Rngs) -> None:
         assert_type(jaxrnn.Recurrent(cell, 10, 20, rngs=rngs)(x)[1], jax.Array)
     assert_type(jaxrnn.Recurrent(jaxrnn.LAYER_NORM_LSTM_CELL, 10, 20, rngs=rngs)(x)[1], Pair)
 
+    zoned = jaxrnn.Recurrent(jaxrnn.zoneout(jaxrnn.LSTM_CELL, h=0.1, c=0.5), 10, 20, rngs=rngs)
+    assert_type(zoned.step(x[0])[1], Pair)
     hard = jaxrnn.lstm_cell(recurrent_activation=jaxrnn.activations.HardSigmoid(0.2, 0.5), output_activation="softsign")
     assert_type(jaxrnn.Recurrent(hard, 10, 20, rngs=rngs)(x)[1], Pair)
     for cell in (jaxrnn.gru_cell("relu", jax.nn.sigmoid), jaxrnn.rnn_cell(activation="elu")):
@@ -124,13 +130,14 @@ def functions(cell: jaxrnn.Cell, key: jax.Array) -> None:
     assert_type(output, jax.Array)
     assert_type(state, Pair)
     output, (h_n, c_n) = jaxrnn.apply(spec, params, x, spec.initial_state(3), dropout_masks=[output > 0])
-    inside = jaxrnn.trajectory(spec, params, x, engine="scan")
+    output, (h_n, c_n) = jaxrnn.apply_step(spec, params, x[0], (h_n, c_n), dropout_key=key)
+    inside = jaxrnn.trajectory(spec, params, x, mask=x[..., 0] > 0, engine="scan")
     assert_type(inside, jaxrnn.Trajectory)
     print(inside.states["c"][0, -1], inside.gates["f"].mean(), h_n.shape, c_n.shape)
     print(spec.shapes()["weight_ih_l0"][0] + 1, spec.state_shapes(3), spec.names(0, 0), spec.hidden_axes())
 
     one = jaxrnn.CellSpec(jaxrnn.GRU_CELL, 10, 20)
-    assert_type(jaxrnn.apply_cell(one, one.init(key), x[0], precision="highest"), jax.Array)
+    assert_type(jaxrnn.apply_cell(one, one.init(key), x[0], reset=x[0, :, 0] > 0, precision="highest"), jax.Array)
     any_spec: jaxrnn.Spec = jaxrnn.Spec(cell, 10, 20)
     output, h_n = jaxrnn.apply(any_spec, any_spec.init(key), x)
     print(output.sum(), h_n.sum())
@@ -173,6 +180,7 @@ def linen_modules(key: jax.Array) -> None:
     output, (h_n, c_n) = lstm.apply(variables, x, lengths=[3, 2, 1, 3, 3])
     print(variables["params"]["weight_ih_l0"].shape, output.shape, h_n.shape, c_n.shape)
     print(lstm.hidden_size + lstm.input_size, lstm.batch_first, lstm.remat, lstm.initial_state(3))
+    print(lstm.apply(variables, x[0], (h_n, c_n), method="step"))
     peephole = jaxrnn.linen.Recurrent(jaxrnn.PEEPHOLE_LSTM_CELL, 10, 20)
     (output, (h_n, c_n)), _ = peephole.init_with_output(key, x)
     for cell in (jaxrnn.linen.RNNCell(10, 20, nonlinearity="relu"), jaxrnn.linen.GRUCell(10, 20)):
@@ -188,6 +196,7 @@ def linen_modules(key: jax.Array) -> None:
             output, (h_n, c_n) = jaxrnn.linen.LSTM(10, 20, name="lstm")(x, lengths=[5, 2, 1])
             assert_type(h_n, jax.Array)
             assert_type(c_n, jax.Array)
+            assert_type(jaxrnn.linen.GRU(10, 20).step(x[0], reset=x[0, :, 0] > 0)[0], jax.Array)
             return output
 
     tensors = jaxrnn.checkpoint.linen.state_dict(lstm, variables, x)

@@ -299,6 +299,38 @@ def test_a_cell_is_one_step_of_a_layer() -> None:
     assert_close(alone, [a[0] for a in found], atol=1e-15)
 
 
+def test_a_cell_is_reset_before_its_step() -> None:
+    params, x, reset = parameters(CELL), normal(N, F), np.array([True, False, True])
+    hx, other = ((normal(N, H, seed=k), normal(N, H, seed=k + 1)) for k in (0, 2))
+    for reset_state, state in ((None, (np.zeros((N, H)),) * 2), (other, other)):
+        found = jaxrnn.apply_cell(CELL, params, x, hx, reset=reset, reset_state=reset_state)
+        before = tuple(np.where(reset[:, None], a, b) for a, b in zip(state, hx, strict=True))
+        assert_close(found, jaxrnn.apply_cell(CELL, params, x, before), atol=0)
+        row = [a[0] for a in state], [a[0] for a in hx]
+        alone = jaxrnn.apply_cell(CELL, params, x[0], row[1], reset=True, reset_state=reset_state and row[0])
+        assert_close(alone, [a[0] for a in found], atol=1e-15)
+    module = jaxrnn.LSTMCell(F, H, param_dtype=np.float64, rngs=nnx.Rngs(0))
+    own = nnx.to_pure_dict(nnx.state(module))
+    expected = jaxrnn.apply_cell(CELL, own, x, hx, reset=reset, reset_state=other)
+    assert_close(module(x, hx, reset=reset, reset_state=other), expected, atol=0)
+    linen = jaxrnn.linen.LSTMCell(F, H)
+    assert_close(linen.apply({"params": own}, x, hx, reset=reset, reset_state=other), expected, atol=0)
+
+
+def test_a_cell_with_zoneout() -> None:
+    """Its mean, or with a key a unit of before or of after."""
+    spec = jaxrnn.CellSpec(jaxrnn.zoneout(jaxrnn.LSTM_CELL, h=0.25, c=0.75), F, H)
+    params, x, hx = parameters(CELL), normal(N, F), (normal(N, H), normal(N, H, seed=1))
+    after = jaxrnn.apply_cell(CELL, params, x, hx)
+    mean = [p * a + (1 - p) * b for p, a, b in zip((0.25, 0.75), hx, after, strict=True)]
+    assert_close(jaxrnn.apply_cell(spec, params, x, hx), mean, atol=1e-15)
+    one = jaxrnn.apply_cell(spec, params, x, hx, dropout_key=jax.random.key(0))
+    for a, b, found in zip(hx, after, one, strict=True):
+        assert np.all((np.asarray(found) == a) | (np.asarray(found) == np.asarray(b)))
+        assert 0 < np.mean(np.asarray(found) == a) < 1
+    assert_close(jaxrnn.apply_cell(spec, params, x[0], [a[0] for a in hx]), [a[0] for a in mean], atol=1e-15)
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
@@ -314,6 +346,27 @@ def test_a_cell_is_one_step_of_a_layer() -> None:
 def test_bad_cell_calls(arguments: tuple, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         jaxrnn.apply_cell(CELL, parameters(CELL), *arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"reset": np.zeros(N)}, TypeError, "reset should be boolean, got float64"),
+        ({"reset": True}, RuntimeError, r"reset should have the shape of x without its features, \(3,\), got \(\)"),
+        ({"reset_state": (np.zeros((N, H)),) * 2}, ValueError, "reset should be given with reset_state"),
+        (
+            {"reset": np.zeros(N, bool), "reset_state": (np.zeros((2, H)),) * 2},
+            RuntimeError,
+            r"h_0 of reset_state should have shape \(3, 4\), got \(2, 4\)",
+        ),
+    ],
+)
+def test_bad_resets_of_a_cell(arguments: dict, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        jaxrnn.apply_cell(CELL, parameters(CELL), np.zeros((N, F)), **arguments)
+    layer = jaxrnn.Spec(jaxrnn.LSTM_CELL, F, H)
+    with pytest.raises(error, match=message.partition("should have shape")[0]):
+        jaxrnn.apply_step(layer, parameters(layer), np.zeros((N, F)), **arguments)
 
 
 def test_a_cell_of_size_zero() -> None:

@@ -1,15 +1,21 @@
-"""Dropout between layers: with torch's masks torch's results, and with a key a mask of the right rate."""
+"""Dropout between layers and on h, and zoneout: with given masks a reference's results, and masks of the right rate."""
 
 import dataclasses
+import importlib.util
 import types
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
 from arrays import named, normal, parameters
 from comparing import assert_close
+from flax import nnx
 
 import jaxrnn
+from jaxrnn._core import dropout
+from jaxrnn.checkpoint.dialects import DIALECTS
 
 T, N, F, H = 5, 3, 2, 4  # time, batch, input features, hidden size
 SPEC = jaxrnn.Spec(jaxrnn.GRU_CELL, F, H, num_layers=3, dropout=0.4, bidirectional=True)
@@ -66,3 +72,246 @@ def test_masks_of_the_wrong_shape() -> None:
     for masks in ([np.ones((T, N, 2 * H))], [np.ones((N, T, 2 * H))] * 2):
         with pytest.raises(ValueError, match=r"dropout_masks should be 2 arrays of shape \(5, 3, 8\)"):
             jaxrnn.apply(SPEC, PARAMS, normal(T, N, F), dropout_masks=masks)
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_one_mask_for_all_steps(batch_first: bool) -> None:
+    """Given with an axis of time of 1, or drawn with `variational_dropout`."""
+    spec = dataclasses.replace(SPEC, batch_first=batch_first)
+    x, chance = normal(N, T, F) if batch_first else normal(T, N, F), np.random.RandomState(0)
+    masks = [chance.rand(1, N, 2 * H) < 0.6 for _ in range(2)]
+    found = jaxrnn.apply(spec, PARAMS, x, dropout_masks=masks)
+    every = [np.broadcast_to(mask, (T, N, 2 * H)) for mask in masks]
+    assert_close(found, jaxrnn.apply(spec, PARAMS, x, dropout_masks=every), atol=0)
+    one = jaxrnn.apply(spec, PARAMS, x[0] if batch_first else x[:, 0], dropout_masks=[mask[:, 0] for mask in masks])
+    assert_close({"row": found[0][0] if batch_first else found[0][:, 0]}, {"row": one[0]}, atol=1e-15)
+
+
+def test_variational_dropout_draws_one_mask_for_all_steps() -> None:
+    spec = jaxrnn.Spec(jaxrnn.RNN_RELU, 50, 50, num_layers=2, bias=False, dropout=0.25, variational_dropout=True)
+    params = {name: np.eye(50) if "_ih" in name else np.zeros((50, 50)) for name in spec.shapes()}
+    output = np.asarray(jaxrnn.apply(spec, params, np.ones((4, 100, 50)), dropout_key=jax.random.key(0))[0])
+    assert_close({"values": np.unique(output)}, {"values": np.array([0, 4 / 3])}, atol=1e-15)
+    assert_close({"steps": output[1:]}, {"steps": np.broadcast_to(output[0], (3, 100, 50))}, atol=0)
+    assert abs(output[0].mean() - 1) < 5 * np.sqrt(0.25 / 0.75 / output[0].size)
+
+
+def test_packed_rows_take_one_mask_for_all_steps() -> None:
+    """In the order of the rows of hx."""
+    rows, mask = [normal(n, F, seed=n) for n in (2, 5, 3)], np.random.RandomState(0).rand(1, 3, H) < 0.5
+    spec = jaxrnn.Spec(jaxrnn.GRU_CELL, F, H, num_layers=2, dropout=0.5)
+    packed = jaxrnn.pack_sequence(rows, enforce_sorted=False)
+    output, h_n = jaxrnn.apply(spec, parameters(spec), packed, dropout_masks=[mask])
+    expected = [jaxrnn.apply(spec, parameters(spec), x, dropout_masks=[mask[:, k]]) for k, x in enumerate(rows)]
+    assert_close(jaxrnn.unpack_sequence(output), [output for output, _ in expected], atol=1e-15)
+    assert_close({"h_n": h_n}, {"h_n": np.stack([state for _, state in expected], 1)}, atol=1e-15)
+
+
+RECURRENT = {"recurrent_dropout": 0.4}
+KINDS = {
+    "RNN": (jaxrnn.RNN_TANH, {}),
+    "LSTM": (jaxrnn.LSTM_CELL, {"num_layers": 2, "bidirectional": True}),
+    "projected LSTM": (jaxrnn.LSTM_CELL, {"proj_size": 2, "num_layers": 2}),
+    "GRU": (jaxrnn.GRU_CELL, {}),
+}
+
+
+def _by_steps(spec: jaxrnn.Spec, params: dict, x: np.ndarray, key: jax.Array | None) -> list[np.ndarray]:
+    """The outputs and the last states, step by step, with the masks that a call with this key draws."""
+    last, count = [], len(spec.cell.gates)
+    for layer in range(spec.num_layers):
+        outputs = []
+        shapes = [a[: spec.num_directions] for a in _zeros(spec, x.shape[1])]
+        scale = dropout.h_scale(spec, key, shapes[0], x.dtype, layer)
+        zoned = dropout.zoned(spec, key, tuple(shapes), len(x), layer)
+        for direction in range(spec.num_directions):
+            weights = {role: np.asarray(params[n]) for role, n in spec.names(layer, direction).items()}
+            state, output = tuple(np.asarray(a[direction]) for a in shapes), [None] * len(x)
+            for t in range(len(x))[:: -1 if direction else 1]:
+                h = state[0] if scale is None else state[0] * np.asarray(scale[direction])
+                inputs = np.split(x[t] @ weights["weight_ih"].T + weights["bias_ih"], count, -1)
+                hidden = np.split(h @ weights["weight_hh"].T + weights["bias_hh"], count, -1)
+                pairs = zip(spec.cell.gates, inputs, hidden, strict=True)
+                gates = tuple(a if name in spec.cell.apart else a + b for name, a, b in pairs)
+                apart = tuple(b for name, b in zip(spec.cell.gates, hidden, strict=True) if name in spec.cell.apart)
+                after = tuple(map(np.asarray, spec.cell.step(gates, apart, state)))
+                if spec.proj_size:
+                    after = (after[0] @ weights["weight_hr"].T, *after[1:])
+                for k, p in enumerate(spec.cell.zoneout):
+                    kept = p if zoned is None else 0 if zoned[k] is None else np.asarray(zoned[k][direction, t])
+                    mixed = kept * state[k] + (1 - kept) * after[k]
+                    after = (*after[:k], mixed, *after[k + 1 :])
+                state = after
+                output[t] = state[0]
+            outputs.append(np.stack(output))
+            last.append(state)
+        x = np.concatenate(outputs, -1)
+    return [x, *(np.stack(a) for a in zip(*last, strict=True))]
+
+
+def _zeros(spec: jaxrnn.Spec, batch: int) -> tuple[np.ndarray, ...]:
+    return tuple(np.zeros(shape) for shape in spec.state_shapes(batch))
+
+
+@pytest.mark.parametrize("zoneout", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_recurrent_dropout_and_zoneout_step_by_step(kind: str, zoneout: bool) -> None:
+    cell, settings = KINDS[kind]
+    if zoneout:
+        cell = jaxrnn.zoneout(cell, **dict(zip(cell.states, (0.3, 0.6), strict=False)))
+    spec = jaxrnn.Spec(cell, F, H, **settings, **({} if zoneout else RECURRENT))
+    params, x, key = parameters(spec), normal(T, N, F), jax.random.key(3)
+    plain = jaxrnn.apply(dataclasses.replace(spec, cell=KINDS[kind][0]), params, x)
+    for given in (key, None):
+        found = jaxrnn.apply(spec, params, x, dropout_key=given)
+        assert_close(jax.tree.leaves(found), _by_steps(spec, params, x, given), atol=1e-13)
+        # Without a key recurrent dropout is off, and zoneout takes the mean.
+        assert np.allclose(found[0], plain[0]) == (given is None and not zoneout)
+
+
+def test_recurrent_masks_have_the_rate_and_differ() -> None:
+    spec = jaxrnn.Spec(jaxrnn.GRU_CELL, 1, 200, num_layers=2, bidirectional=True, **RECURRENT)
+    h = jax.numpy.zeros((2, 50, 200))
+    masks = [np.asarray(dropout.h_scale(spec, jax.random.key(0), h, h.dtype, layer)) for layer in range(2)]
+    every = np.concatenate(masks)
+    assert_close({"values": np.unique(every)}, {"values": np.array([0, 1 / 0.6])}, atol=1e-15)
+    assert abs((every > 0).mean() - 0.6) < 5 * np.sqrt(0.24 / every.size)
+    assert len({mask.tobytes() for mask in every}) == 4
+
+
+def test_zoneout_keeps_units_at_the_rate_of_their_state() -> None:
+    cell = jaxrnn.zoneout(jaxrnn.LSTM_CELL, h=0.1, c=0.7)
+    spec = jaxrnn.Spec(cell, 2, 100)
+    params, x = parameters(spec), normal(20, 30, 2)
+    output, _ = jaxrnn.apply(spec, params, x, dropout_key=jax.random.key(0))
+    kept = (np.asarray(output)[1:] == np.asarray(output)[:-1]).mean()
+    assert abs(kept - 0.1) < 5 * np.sqrt(0.09 / output[1:].size)
+    zoned = dropout.zoned(spec, jax.random.key(0), tuple(map(jax.numpy.asarray, _zeros(spec, 30))), 20, 0)
+    assert zoned is not None
+    assert abs(np.asarray(zoned[1]).mean() - 0.7) < 5 * np.sqrt(0.21 / zoned[1].size)
+    assert np.all(jaxrnn.zoneout(jaxrnn.LSTM_CELL, c=0.5).zoneout == (0, 0.5))
+    always = jaxrnn.Spec(jaxrnn.zoneout(jaxrnn.LSTM_CELL, h=1, c=1), 2, 100)
+    assert not np.any(jaxrnn.apply(always, params, x, dropout_key=jax.random.key(0))[0])
+
+
+@pytest.mark.parametrize("settings", [RECURRENT, {"dropout": 0.5, "variational_dropout": True, "num_layers": 2}])
+def test_chunks_with_the_same_key_have_the_same_masks(settings: dict) -> None:
+    spec = jaxrnn.Spec(jaxrnn.LSTM_CELL, F, H, **settings)
+    params, x, key = parameters(spec), normal(T, N, F), jax.random.key(5)
+    whole = jaxrnn.apply(spec, params, x, dropout_key=key)
+    first, state = jaxrnn.apply(spec, params, x[:2], dropout_key=key)
+    second, state = jaxrnn.apply(spec, params, x[2:], state, dropout_key=key)
+    assert_close((np.concatenate([first, second]), state), whole, atol=1e-15)
+    outputs, state = [], None
+    for x_t in x:
+        output, state = jaxrnn.apply_step(spec, params, x_t, state, dropout_key=key)
+        outputs.append(output)
+    assert_close((np.stack(outputs), state), whole, atol=1e-15)
+
+
+LAYERS = {
+    "recurrent": (jaxrnn.LSTM_CELL, RECURRENT),
+    "zoneout": (jaxrnn.zoneout(jaxrnn.LSTM_CELL, h=0.2, c=0.5), {}),
+    "between": (jaxrnn.LSTM_CELL, {"dropout": 0.5, "num_layers": 2}),
+}
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_modules_are_random_in_training_alone(kind: str) -> None:
+    cell, settings = LAYERS[kind]
+    x, key = normal(T, N, F).astype(np.float32), jax.random.key(1)
+    ours = jaxrnn.Recurrent(cell, F, H, **settings, rngs=nnx.Rngs(0))
+    params = nnx.to_pure_dict(nnx.state(ours, nnx.Param))
+    off, on = (jaxrnn.apply(ours.spec, params, x, dropout_key=k) for k in (None, key))
+    assert_close(ours(x, rngs=key), on, atol=0)
+    assert not np.allclose(ours(x)[0], ours(x)[0])
+    ours.eval()
+    assert_close(ours(x, rngs=key), off, atol=0)
+    linen = jaxrnn.linen.Recurrent(cell, F, H, **settings)
+    variables = {"params": params}
+    assert_close(linen.apply(variables, x, deterministic=False, rng=key), on, atol=0)
+    assert_close(linen.apply(variables, x, deterministic=True), off, atol=0)
+    one, other = (linen.apply(variables, x, deterministic=False, rngs={"dropout": jax.random.key(k)}) for k in (1, 2))
+    assert not np.allclose(one[0], other[0])
+    with pytest.raises(ValueError, match="deterministic"):
+        linen.apply(variables, x)
+
+
+def test_modules_take_masks() -> None:
+    x, masks = normal(T, N, F).astype(np.float32), [np.random.RandomState(0).rand(1, N, H) < 0.5]
+    ours = jaxrnn.GRU(F, H, 2, dropout=0.5, rngs=nnx.Rngs(0))
+    params = nnx.to_pure_dict(nnx.state(ours, nnx.Param))
+    on, off = jaxrnn.apply(ours.spec, params, x, dropout_masks=masks), jaxrnn.apply(ours.spec, params, x)
+    before = ours.rngs.count[...]
+    assert_close(ours(x, dropout_masks=masks), on, atol=0)
+    assert ours.rngs.count[...] == before  # no numbers were drawn
+    linen = jaxrnn.linen.GRU(F, H, 2, dropout=0.5)
+    assert_close(linen.apply({"params": params}, x, deterministic=False, dropout_masks=masks), on, atol=0)
+    assert_close(linen.apply({"params": params}, x, deterministic=True, dropout_masks=masks), off, atol=0)
+    ours.eval()
+    assert_close(ours(x, dropout_masks=masks), off, atol=0)
+
+
+@pytest.mark.libraries
+@pytest.mark.slow  # imports Keras
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.skipif(importlib.util.find_spec("keras") is None, reason="Keras is not installed")
+@pytest.mark.parametrize("name", ["SimpleRNN", "LSTM", "GRU"])
+def test_recurrent_dropout_is_keras_s(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With one mask for all gates, where Keras draws one for each."""
+    from keras_models import load_keras
+
+    keras = load_keras()
+    x, rate, key = normal(N, T, F), 0.4, jax.random.key(2)
+    functions = {"activation": jax.numpy.tanh}  # Keras's own are in float32
+    functions |= {} if name == "SimpleRNN" else {"recurrent_activation": jax.nn.sigmoid}
+    layer = getattr(keras.layers, name)(
+        H, return_sequences=True, return_state=True, recurrent_dropout=rate, dtype="float64", **functions
+    )
+    layer.build(x.shape)
+    weights = DIALECTS["keras", name].read(
+        dict(zip(("kernel", "recurrent_kernel", "bias"), map(keras.ops.convert_to_numpy, layer.weights), strict=True))
+    )
+    params = {f"{role}_l0": array for role, array in weights.items()}
+    cell = {"SimpleRNN": jaxrnn.RNN_TANH, "LSTM": jaxrnn.LSTM_CELL, "GRU": jaxrnn.GRU_CELL}[name]
+    spec = jaxrnn.Spec(cell, F, H, batch_first=True, recurrent_dropout=rate)
+    scale = np.asarray(dropout.h_scale(spec, key, np.zeros((1, N, H)), np.dtype(float), 0))[0]
+    gates = len(spec.cell.gates)
+    mask = keras.ops.convert_to_tensor(scale)
+    given = mask if gates == 1 else [mask] * gates
+    monkeypatch.setattr(layer.cell, "get_recurrent_dropout_mask", lambda step_input: given)
+    with jax.numpy_dtype_promotion("standard"):
+        expected = [keras.ops.convert_to_numpy(a) for a in layer(x, training=True)]
+    output, state = jaxrnn.apply(spec, params, x, dropout_key=key)
+    found = [output, *(a[0] for a in (state if isinstance(state, tuple) else (state,)))]
+    assert_close(found, expected, atol=1e-12)
+    assert not np.allclose(output, jaxrnn.apply(spec, params, x)[0])
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: jaxrnn.Spec(jaxrnn.GRU_CELL, F, H, recurrent_dropout=1.5),
+            "recurrent_dropout should be a number from",
+        ),
+        (lambda: jaxrnn.Spec(jaxrnn.GRU_CELL, F, H, recurrent_dropout=True), "from 0 to 1, not a bool, got True"),
+        (lambda: jaxrnn.Spec(jaxrnn.IND_RNN_CELL, F, H, recurrent_dropout=0.5), "the cell has no recurrent weights"),
+        (lambda: jaxrnn.zoneout(jaxrnn.LSTM_CELL, h=-1), "zoneout of Cell .* should be a number from 0 to 1"),
+        (lambda: jaxrnn.zoneout(jaxrnn.GRU_CELL, c=0.1), r"zoneout of Cell 'GRU' is for its states \('h',\), got"),
+        (
+            lambda: dataclasses.replace(jaxrnn.LSTM_CELL, zoneout=(0.1,)),
+            r"a number for each of \('h', 'c'\), got \(0.1",
+        ),
+    ],
+)
+def test_bad_settings(make: Callable[[], Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_a_flag_should_be_a_bool() -> None:
+    with pytest.raises(TypeError, match=r"variational_dropout should be of type bool, got 0\.2"):
+        jaxrnn.Spec(jaxrnn.GRU_CELL, F, H, variational_dropout=0.2)
+    with pytest.raises(TypeError, match=r"cell should be a jaxrnn\.Cell"):
+        jaxrnn.zoneout("LSTM", h=0.1)

@@ -1,4 +1,4 @@
-"""Rows of different lengths: each row as if alone, and padding that reaches nothing."""
+"""Rows of different lengths, and masks: each row as if alone, and padding that reaches nothing."""
 
 import itertools
 from typing import Any
@@ -9,23 +9,30 @@ import numpy as np
 import pytest
 from arrays import named, normal, parameters
 from comparing import assert_close
+from flax import nnx
 
 import jaxrnn
 from jaxrnn import GRU_CELL, LSTM_CELL, RNN_RELU, RNN_TANH
 
 T, N, F, H = 5, 4, 2, 4  # time, batch, input features, hidden size
 ROWS = np.array([3, 5, 0, 1])
-PADDING = np.arange(T)[:, None] >= ROWS
+VALID = np.arange(T)[:, None] < ROWS
+HOLES = np.array([[0, 1, 0, 1], [1, 1, 0, 0], [0, 0, 0, 1], [1, 1, 0, 0], [1, 0, 0, 0]], bool)
 LSTM = jaxrnn.Spec(LSTM_CELL, F, H, num_layers=2, bidirectional=True, proj_size=2)
 GRU = jaxrnn.Spec(GRU_CELL, F, H, num_layers=2, bidirectional=True, batch_first=True)
 ONE = jaxrnn.Spec(GRU_CELL, F, H)
 
 
 class Ragged:
-    """A batch of rows of different lengths, time first whatever the spec, given with any number in the padding."""
+    """A batch of rows with padding, time first whatever the spec, given with any number in the padding.
 
-    def __init__(self, spec: jaxrnn.Spec) -> None:
+    Without `valid` the padding is at the end of rows.
+    """
+
+    def __init__(self, spec: jaxrnn.Spec, valid: np.ndarray | None = None) -> None:
         self.spec = spec
+        self.valid = VALID if valid is None else valid
+        self.marks = {"lengths": ROWS} if valid is None else {"mask": self.swap(valid)}
         self.params, self.x = parameters(spec), normal(T, N, F)
         rows = spec.num_layers * spec.num_directions
         self.hx = tuple(normal(rows, N, size, seed=k) for k, size in enumerate(spec.state_sizes()))
@@ -33,7 +40,7 @@ class Ragged:
         self._alone = jax.jit(self._alone_, static_argnums=0)
 
     def swap(self, a: jax.Array) -> jax.Array:
-        return a.swapaxes(0, 1) if self.spec.batch_first and a.ndim == 3 else a
+        return a.swapaxes(0, 1) if self.spec.batch_first and (a.ndim == 3 or a.dtype == bool) else a
 
     def run(self, params: dict, x: jax.Array, hx: tuple, **arguments: Any) -> dict[str, jax.Array]:
         output, state = jaxrnn.apply(self.spec, params, self.swap(x), hx if len(hx) > 1 else hx[0], **arguments)
@@ -47,30 +54,30 @@ class Ragged:
         return self.results(output, tuple(map(np.cos, self.hx)))
 
     def _differentiate_(self, x: jax.Array, cotangents: dict) -> dict[str, Any]:
-        results, pullback = jax.vjp(lambda *arguments: self.run(*arguments, lengths=ROWS), self.params, x, self.hx)
+        results, pullback = jax.vjp(lambda *arguments: self.run(*arguments, **self.marks), self.params, x, self.hx)
         return _with_gradients(results, pullback(cotangents))
 
     def differentiate(self, padding: float, cotangent_padding: float = 0.0) -> dict[str, Any]:
         """The results and the gradients of parameters, x and hx."""
         cotangents = self.cotangents()
         x, output = (
-            np.where(PADDING[..., None], value, a)
+            np.where(self.valid[..., None], a, value)
             for value, a in ((padding, self.x), (cotangent_padding, cotangents["output"]))
         )
         return self._differentiate(x, cotangents | {"output": output})
 
     def _alone_(self, row: int) -> dict[str, Any]:
-        length = ROWS[row]
-        arguments = self.params, self.x[:length, row], tuple(a[:, row] for a in self.hx)
+        steps = self.valid[:, row]
+        arguments = self.params, self.x[steps, row], tuple(a[:, row] for a in self.hx)
         results, pullback = jax.vjp(self.run, *jax.tree.map(jnp.asarray, arguments))
-        cotangents = {name: a[:length, row] if name == "output" else a[:, row] for name, a in self.cotangents().items()}
+        cotangents = {name: a[steps, row] if name == "output" else a[:, row] for name, a in self.cotangents().items()}
         return _with_gradients(results, pullback(jax.tree.map(jnp.asarray, cotangents)))
 
     def alone(self) -> dict[str, Any]:
         """What `differentiate` should give, from each row by itself."""
         rows, params = [], jax.tree.map(np.zeros_like, self.params)
-        for row, length in enumerate(ROWS):
-            if length:
+        for row, steps in enumerate(self.valid.T):
+            if steps.any():
                 found = self._alone(row)
                 params = jax.tree.map(np.add, params, found.pop("params.grad"))
             else:  # its state comes out as it came in, and so does the state's cotangent
@@ -79,7 +86,9 @@ class Ragged:
                 _, *d_states = self.cotangents().values()
                 found = results | {"x.grad": np.zeros((0, F)), "hx.grad": tuple(a[:, row] for a in d_states)}
             for name in ("output", "x.grad"):
-                found[name] = np.pad(found[name], ((0, T - length), (0, 0)))
+                every = np.zeros((T, found[name].shape[1]))
+                every[steps] = found[name]
+                found[name] = every
             rows.append(found)
         return jax.tree.map(lambda *arrays: np.stack(arrays, axis=1), *rows) | {"params.grad": params}
 
@@ -88,9 +97,9 @@ def _with_gradients(results: dict[str, Any], gradients: tuple) -> dict[str, Any]
     return results | {f"{name}.grad": a for name, a in zip(("params", "x", "hx"), gradients, strict=True)}
 
 
-@pytest.fixture(params=[LSTM, GRU], ids=["LSTM", "GRU"], scope="module")
+@pytest.fixture(params=[(LSTM, None), (GRU, HOLES)], ids=["lengths", "mask"], scope="module")
 def ragged(request: pytest.FixtureRequest) -> Ragged:
-    return Ragged(request.param)
+    return Ragged(*request.param)
 
 
 def test_each_row_as_if_alone(ragged: Ragged) -> None:
@@ -106,7 +115,8 @@ KINDS = [(RNN_TANH, 0), (RNN_RELU, 0), (LSTM_CELL, 0), (LSTM_CELL, 2), (GRU_CELL
 @pytest.mark.parametrize(("kind", "bidirectional"), [*itertools.product(KINDS, (False, True))])
 def test_each_row_as_if_alone_for_every_kind(kind: tuple, bidirectional: bool) -> None:
     (cell, proj_size), num_layers = kind, 1 + KINDS.index(kind) % 3
-    ragged = Ragged(jaxrnn.Spec(cell, F, H, num_layers, bidirectional=bidirectional, proj_size=proj_size))
+    valid = None if bidirectional else HOLES
+    ragged = Ragged(jaxrnn.Spec(cell, F, H, num_layers, bidirectional=bidirectional, proj_size=proj_size), valid)
     assert_close(ragged.differentiate(7.0), ragged.alone())
 
 
@@ -118,18 +128,21 @@ def test_padding_reaches_nothing(ragged: Ragged, padding: float) -> None:
     assert_close(ragged.differentiate(padding, padding), zeros, atol=0)
 
 
-def test_a_row_of_length_0_keeps_its_state(ragged: Ragged) -> None:
-    found = ragged.run(ragged.params, ragged.x, ragged.hx, lengths=np.zeros(N, np.int32))
+@pytest.mark.parametrize("marks", [{"lengths": np.zeros(N, np.int32)}, {"mask": np.zeros((N, T), bool)}], ids=[*"lm"])
+def test_a_row_without_steps_keeps_its_state(marks: dict) -> None:
+    ragged = Ragged(GRU)
+    found = ragged.run(ragged.params, ragged.x, ragged.hx, **marks)
     assert_close(found, ragged.results(np.zeros_like(found["output"]), ragged.hx), atol=0)
 
 
-def test_a_state_that_no_step_reads_reaches_nothing() -> None:
-    """NaN in the hx of a row of length 0."""
-    ragged, empty = Ragged(jaxrnn.Spec(LSTM_CELL, F, H, bidirectional=True)), ROWS == 0
+@pytest.mark.parametrize("valid", [None, HOLES], ids=["lengths", "mask"])
+def test_a_state_that_no_step_reads_reaches_nothing(valid: np.ndarray | None) -> None:
+    """NaN in the hx of a row without steps."""
+    ragged, empty = Ragged(jaxrnn.Spec(LSTM_CELL, F, H, bidirectional=True), valid), ~VALID.any(axis=0)
 
     def run(params: dict, odd: float) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
         hx = tuple(jnp.where(empty[:, None], odd, a) for a in ragged.hx)
-        found = ragged.run(params, ragged.x, hx, lengths=ROWS)
+        found = ragged.run(params, ragged.x, hx, **ragged.marks)
         return found, {name: a[:, ~empty] for name, a in found.items()}
 
     def differentiate(odd: float) -> Any:
@@ -143,27 +156,107 @@ def test_a_state_that_no_step_reads_reaches_nothing() -> None:
     assert np.all(every["output"][:, empty] == 0)
 
 
+@pytest.mark.parametrize("marks", ["lengths", "mask"])
 @pytest.mark.parametrize("spec", [ONE, jaxrnn.Spec(LSTM_CELL, F, H, num_layers=2)], ids=str)
-def test_a_reset_past_the_end_reaches_nothing(spec: jaxrnn.Spec) -> None:
+def test_a_reset_in_the_padding_reaches_nothing(spec: jaxrnn.Spec, marks: str) -> None:
     params, x, reset = parameters(spec), normal(T, N, F), np.arange(T)[:, None] >= np.array([3, 4, 0, 2])
-    inside = reset & ~PADDING
+    valid = VALID if marks == "lengths" else HOLES
+    given = {"lengths": ROWS} if marks == "lengths" else {"mask": HOLES}
+    inside = reset & valid
     assert inside.any()
+    assert not np.array_equal(inside, reset)
 
     @jax.jit
     def differentiate(odd: float, reset: np.ndarray) -> Any:
         # Of the rows that are reset past their ends alone.
         state = [jnp.where(np.any(inside, axis=0)[:, None], normal(1, H), odd) for _ in spec.cell.states]
         whole = tuple(jnp.broadcast_to(a, (spec.num_layers, N, H)) for a in state)
-        given = {"lengths": ROWS, "reset": reset, "reset_state": whole if len(whole) > 1 else whole[0]}
-        return jax.value_and_grad(lambda params: jnp.sum(jnp.sin(jaxrnn.apply(spec, params, x, **given)[0])))(params)
+        resets = {"reset": reset, "reset_state": whole if len(whole) > 1 else whole[0]}
+
+        def loss(params: dict) -> jax.Array:
+            return jnp.sum(jnp.sin(jaxrnn.apply(spec, params, x, **given, **resets)[0]))
+
+        return jax.value_and_grad(loss)(params)
 
     assert_close(differentiate(jnp.nan, reset), differentiate(0.0, inside), atol=1e-15)
 
 
-def test_the_states_of_every_step_of_a_row_of_length_0() -> None:
+def test_the_states_of_every_step() -> None:
+    """In padding they are held, and the gates are 0."""
     hx = normal(1, N, H)
-    inside = jaxrnn.trajectory(ONE, parameters(ONE), normal(T, N, F), hx, lengths=ROWS)
-    assert_close(inside.states["h"][:, :, 2], np.broadcast_to(hx[:, None, 2], (1, T, H)), atol=0)
+    inside = jaxrnn.trajectory(ONE, parameters(ONE), normal(T, N, F), hx, mask=HOLES)
+    states, gates = np.asarray(inside.states["h"][0]), np.stack([a[0] for a in inside.gates.values()])
+    before = np.concatenate([hx, states[:-1]])
+    assert_close({"held": states[~HOLES]}, {"held": before[~HOLES]}, atol=0)
+    assert_close({"gates": gates[:, ~HOLES]}, {"gates": np.zeros_like(gates[:, ~HOLES])}, atol=0)
+    assert np.all(states[HOLES] != before[HOLES])
+    assert np.all(gates[:, HOLES] != 0)
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_a_mask_is_torchs_packed_rows(torch: Any, batch_first: bool) -> None:
+    """The valid steps of each row, packed."""
+    spec = jaxrnn.Spec(LSTM_CELL, F, H, num_layers=2, bidirectional=True, batch_first=batch_first)
+    valid, x = HOLES[:, [0, 1, 3]], normal(T, 3, F)
+    module = torch.nn.LSTM(F, H, 2, bidirectional=True, dtype=torch.float64)
+    module.load_state_dict(jax.tree.map(torch.tensor, parameters(spec)))
+    rows = [torch.tensor(x[steps, row]) for row, steps in enumerate(valid.T)]
+    packed, state = module(torch.nn.utils.rnn.pack_sequence(rows, enforce_sorted=False))
+    output = np.zeros((T, 3, 2 * H))
+    for row, one in enumerate(torch.nn.utils.rnn.unpack_sequence(packed)):
+        output[valid[:, row], row] = one.detach().numpy()
+    first = (lambda a: a.swapaxes(0, 1)) if batch_first else (lambda a: a)
+    found = jaxrnn.apply(spec, parameters(spec), first(x), mask=first(valid))
+    expected = first(output), tuple(a.detach().numpy() for a in state)
+    assert_close(named(spec, found), named(spec, expected), atol=1e-12)
+
+
+def test_a_mask_of_whole_ends_is_lengths(ragged: Ragged) -> None:
+    """To the bit; and of a mask with lengths, what both allow is valid."""
+    arguments, time = (ragged.params, ragged.x, ragged.hx), np.arange(T)[:, None]
+    found = ragged.run(*arguments, mask=ragged.swap(VALID))
+    assert_close(found, ragged.run(*arguments, lengths=ROWS), atol=0)
+    both = ragged.run(*arguments, mask=ragged.swap(HOLES), lengths=np.array([2, 4, 5, 5]))
+    valid = HOLES & (time < np.array([2, 4, 5, 5]))
+    assert_close(both, ragged.run(*arguments, mask=ragged.swap(valid)), atol=0)
+
+
+def test_a_mask_of_packed_rows() -> None:
+    """Laid out like the data."""
+    rows = [normal(n, F, seed=n) for n in (2, 5, 3)]
+    masks = [np.arange(len(row)) != 1 for row in rows]
+    params = parameters(GRU)
+    packed = jaxrnn.pack_sequence(rows, enforce_sorted=False)
+    mask = jaxrnn.pack_sequence(masks, enforce_sorted=False).data
+    output, h_n = jaxrnn.apply(GRU, params, packed, mask=mask)
+    x, valid = jaxrnn.pad_sequence(rows, batch_first=True), jaxrnn.pad_sequence(masks, batch_first=True)
+    expected, state = jaxrnn.apply(GRU, params, x, mask=valid)
+    padded, _ = jaxrnn.pad_packed_sequence(output, batch_first=True)
+    assert_close((padded, h_n), (expected, state), atol=1e-15)
+
+
+def test_a_mask_of_modules() -> None:
+    x, mask = normal(N, T, F), HOLES.T
+    ours, linen = jaxrnn.GRU(F, H, batch_first=True, rngs=nnx.Rngs(0)), jaxrnn.linen.GRU(F, H, batch_first=True)
+    x = x.astype(np.float32)
+    params = nnx.to_pure_dict(nnx.state(ours, nnx.Param))
+    expected = jaxrnn.apply(ours.spec, params, x, mask=mask)
+    assert_close(ours(x, mask=mask), expected, atol=0)
+    assert_close(linen.apply({"params": params}, x, mask=mask), expected, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("mask", "error", "message"),
+    [
+        (HOLES.T, RuntimeError, r"mask should have the shape of x without its features, \(5, 4\), got \(4, 5\)"),
+        (HOLES[..., None], RuntimeError, r"mask should have the shape of x without its features"),
+        (HOLES.astype(np.int32), TypeError, "mask should be boolean, got int32"),
+    ],
+)
+def test_bad_masks(mask: np.ndarray, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        jaxrnn.apply(ONE, parameters(ONE), normal(T, N, F), mask=mask)
 
 
 @pytest.mark.parametrize("through", [jax.jit, jax.vmap], ids=lambda transform: transform.__name__)

@@ -54,6 +54,8 @@ def test_the_rows_have_every_pair_of_settings() -> None:
 def _excluded(*pair: tuple[str, Any]) -> bool:
     settings = dict(pair)
     resets = any(settings.get(name, "absent") != "absent" for name in ("reset", "reset_state"))
+    if settings.get("batched", False) and settings.get("dropout_key", "absent") != "absent":
+        return True
     return resets and (settings.get("bidirectional", False) or settings.get("reset") == "absent")
 
 

@@ -18,7 +18,7 @@ import jaxrnn
 Tree = Any
 ROWS = T = N = F = H = 3  # all sizes are equal, for there an axis that is taken for another raises no error
 LENGTHS = np.array([[3, 1, 2], [2, 3, 0], [1, 2, 3]])
-MARKS = {"lengths": LENGTHS, "reset": normal(ROWS, T, N) > 0.5}
+MARKS = {"lengths": LENGTHS, "mask": normal(ROWS, T, N, seed=1) > -1, "reset": normal(ROWS, T, N) > 0.5}
 
 
 def _state(cell: jaxrnn.Cell, *shape: int, seed: int = 0) -> Tree:
@@ -57,8 +57,26 @@ def _trajectory() -> Mapped:
 
 def _apply_cell() -> Mapped:
     spec = jaxrnn.CellSpec(jaxrnn.LSTM_CELL, F, H)
-    floats = {"params": _rows(parameters(spec)), "x": normal(ROWS, N, F), "hx": _state(spec.cell, N)}
-    return lambda floats, _: jaxrnn.apply_cell(spec, **floats), floats, {}
+    state = _state(spec.cell, N)
+    floats = {
+        "params": _rows(parameters(spec)),
+        "x": normal(ROWS, N, F),
+        "hx": state,
+        "reset_state": jax.tree.map(np.cos, state),
+    }
+    return lambda floats, marks: jaxrnn.apply_cell(spec, **floats, **marks), floats, {"reset": MARKS["reset"][:, 0]}
+
+
+def _apply_step() -> Mapped:
+    spec = jaxrnn.Spec(jaxrnn.zoneout(jaxrnn.LSTM_CELL, h=0.3), F, H, num_layers=2, recurrent_dropout=0.5)
+    floats = {
+        "params": _rows(parameters(spec)),
+        "x": normal(ROWS, N, F),
+        "hx": (state := _state(spec.cell, 2, N)),
+        "reset_state": jax.tree.map(np.cos, state),
+    }
+    marks = {"reset": MARKS["reset"][:, 0], "dropout_key": jax.random.split(jax.random.key(0), ROWS)}
+    return lambda floats, marks: jaxrnn.apply_step(spec, **floats, **marks), floats, marks
 
 
 def _layer(kind: str, **settings: Any) -> Mapped:
@@ -155,9 +173,10 @@ def _packed_layer() -> Mapped:
 MAPPED: dict[str, Callable[[], Mapped]] = {
     "apply": _apply,
     "trajectory": _trajectory,
+    "apply_step": _apply_step,
     "apply_cell": _apply_cell,
-    "RNN": lambda: _layer("RNN", nonlinearity="relu"),
-    "LSTM": lambda: _layer("LSTM", remat=2),
+    "RNN": lambda: _layer("RNN", nonlinearity="relu", variational_dropout=True),
+    "LSTM": lambda: _layer("LSTM", remat=2, recurrent_dropout=0.3),
     "GRU": lambda: _layer("GRU", remat="gates"),
     "Recurrent": lambda: _layer("Recurrent", cell=jaxrnn.PEEPHOLE_LSTM_CELL),
     "linen.Recurrent": lambda: _linen_layer("Recurrent", cell=jaxrnn.IND_RNN_CELL),
@@ -187,7 +206,7 @@ NOT_MAPPED = {
         ("load_state_dict", "state_dict", "from_torch", "from_flax"), "moves arrays between host and module"
     ),
     "checkpoint": "reads and writes files",
-    **dict.fromkeys(("lstm_cell", "gru_cell", "rnn_cell"), "makes a Cell"),
+    **dict.fromkeys(("lstm_cell", "gru_cell", "rnn_cell", "zoneout"), "makes a Cell"),
     "activations": "functions of one array, of which a Cell is made",
     "CheckpointError": "an error",
     "linen": "a module, whose classes are listed by themselves",

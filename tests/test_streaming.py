@@ -1,5 +1,7 @@
 """Sequences in pieces: chunks with the state carried on, and resets between episodes."""
 
+import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -137,3 +139,42 @@ def test_a_scan_over_chunks_starts_from_it() -> None:
 
     state, output = run(x)
     assert_close(named(LSTM, (output.reshape(4 * T, N, H), state)), named(LSTM, module(x)), atol=1e-6)
+
+
+@pytest.mark.parametrize("batched", [True, False])
+def test_steps_are_the_whole(batched: bool) -> None:
+    """Through all layers, with resets: the function, NNX and Linen."""
+    shape = (T, N) if batched else (T,)
+    params, x, reset = parameters(LSTM), normal(*shape, F), normal(*shape, seed=4) > 0.5
+    hx = tuple(normal(2, *shape[1:], H, seed=k) for k in range(2))
+    other = tuple(np.cos(a) for a in hx)
+    spec = dataclasses.replace(LSTM, batch_first=False)
+    ours = filled(lambda: jaxrnn.LSTM(F, H, 2, batch_first=True, param_dtype=np.float64, rngs=nnx.Rngs(0)))
+    own, linen = nnx.to_pure_dict(nnx.state(ours)), jaxrnn.linen.LSTM(F, H, 2, batch_first=True)
+    linen_step = functools.partial(linen.apply, {"params": own}, method="step")
+    runs = {
+        "apply_step": (params, functools.partial(jaxrnn.apply_step, LSTM, params)),
+        "nnx": (own, ours.step),
+        "linen": (own, linen_step),
+    }
+    for name, (weights, step) in runs.items():
+        outputs, state = [], hx
+        for t in range(T):
+            output, state = step(x[t], state, reset=reset[t], reset_state=other)
+            outputs.append(output)
+        expected = jaxrnn.apply(spec, weights, x, hx, reset=reset, reset_state=other)
+        assert_close({name: (np.stack(outputs), state)}, {name: expected}, atol=1e-14)
+    without_hx = jaxrnn.apply_step(LSTM, params, x[0])
+    assert_close(without_hx[0], jaxrnn.apply(spec, params, x[:1])[0][0], atol=1e-14)
+
+
+def test_a_step_of_linen_makes_parameters_too() -> None:
+    linen, x = jaxrnn.linen.GRU(F, H, 2), normal(N, F).astype(np.float32)
+    of_step = linen.init(jax.random.key(0), x, method="step")
+    assert_close(of_step, linen.init(jax.random.key(0), x[None]), atol=0)
+
+
+def test_a_bidirectional_network_makes_no_step() -> None:
+    spec = jaxrnn.Spec(GRU_CELL, F, H, bidirectional=True)
+    with pytest.raises(ValueError, match="bidirectional should be False to make a step"):
+        jaxrnn.apply_step(spec, parameters(spec), normal(N, F))

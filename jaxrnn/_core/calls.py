@@ -116,8 +116,8 @@ def _checked_step(
         raise ValueError(f"x should be 1-D (unbatched) or 2-D (batched), got shape {x.shape}")
     _check_features("x", spec, x)
     shapes = spec.state_shapes(*x.shape[:-1])
-    state, restart = _states(spec, "hx", hx, shapes), _states(spec, "reset_state", reset_state, shapes)
     _check_reset(reset, reset_state)
+    state, restart = _states(spec, "hx", hx, shapes), _states(spec, "reset_state", reset_state, shapes)
     marks = _boolean("reset", reset, x.shape[:-1])
     return _CallArrays(_parameters(spec, params), x, state, restart, reset=marks)
 
