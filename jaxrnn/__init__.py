@@ -30,6 +30,7 @@ from jaxrnn.more_cells import IND_RNN_CELL, LAYER_NORM_LSTM_CELL, MIN_GRU_CELL, 
 from jaxrnn.nnx import GRU, LSTM, RNN, FlaxCell, GRUCell, LSTMCell, OutputOnly, Recurrent, RNNCell
 from jaxrnn.packed import (
     PackedSequence,
+    flip_sequences,
     pack_padded_sequence,
     pack_sequence,
     pad_packed_sequence,
@@ -69,6 +70,7 @@ __all__ = [
     "apply",
     "apply_cell",
     "checkpoint",
+    "flip_sequences",
     "from_flax",
     "from_torch",
     "gru_cell",

@@ -41,7 +41,9 @@ class OutputOnly(nnx.Module):
         self.layer = layer
 
     @overload
-    def __call__(self, x: ArrayLike, hx: HX = None, *, rngs: Randomness | None = None, **settings: Any) -> jax.Array: ...
+    def __call__(
+        self, x: ArrayLike, hx: HX = None, *, rngs: Randomness | None = None, **settings: Any
+    ) -> jax.Array: ...
     @overload
     def __call__(
         self, x: PackedSequence, hx: HX = None, *, rngs: Randomness | None = None, **settings: Any
