@@ -17,8 +17,12 @@ from jaxrnn.packed import PackedSequence
 class OutputOnly(nnx.Module):
     """A layer that returns its output without its state, for `flax.nnx.Sequential`.
 
-    A Sequential unpacks a tuple, so that the module after a layer would be called with `(output, state)`. In
-    `jaxrnn.state_dict` and `load_state_dict` the parameters have the names that they have without the wrapper.
+    A Sequential unpacks a tuple, so that it would call the next module with a layer's output and state. For the same
+    reason a PackedSequence does not pass through one, and only its first module can be given `lengths`.
+
+    In `jaxrnn.state_dict` and `load_state_dict` the parameters have the names that they have without the wrapper. To
+    load a `torch.nn.Sequential`, keep a place for each of its modules: `lambda output: output` for one that takes the
+    output out of the tuple.
 
     Args:
         layer: a `jaxrnn.RNN`, `LSTM`, `GRU` or `Recurrent`, which is then the attribute `layer`.
