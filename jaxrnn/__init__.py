@@ -27,9 +27,10 @@ from jaxrnn.cells import GRU_CELL, LSTM_CELL, RNN_RELU, RNN_TANH, Cell, Paramete
 from jaxrnn.checkpoint import CheckpointError, from_flax, from_torch, load_state_dict, state_dict
 from jaxrnn.functions import Trajectory, apply, apply_cell, apply_step, trajectory
 from jaxrnn.more_cells import IND_RNN_CELL, LAYER_NORM_LSTM_CELL, MIN_GRU_CELL, PEEPHOLE_LSTM_CELL, zoneout
-from jaxrnn.nnx import GRU, LSTM, RNN, FlaxCell, GRUCell, LSTMCell, Recurrent, RNNCell
+from jaxrnn.nnx import GRU, LSTM, RNN, FlaxCell, GRUCell, LSTMCell, OutputOnly, Recurrent, RNNCell
 from jaxrnn.packed import (
     PackedSequence,
+    flip_sequences,
     pack_padded_sequence,
     pack_sequence,
     pad_packed_sequence,
@@ -57,6 +58,7 @@ __all__ = [
     "FlaxCell",
     "GRUCell",
     "LSTMCell",
+    "OutputOnly",
     "PackedSequence",
     "Parameter",
     "RNNCell",
@@ -69,6 +71,7 @@ __all__ = [
     "apply_cell",
     "apply_step",
     "checkpoint",
+    "flip_sequences",
     "from_flax",
     "from_torch",
     "gru_cell",

@@ -1,4 +1,4 @@
-"""PackedSequence, and torch's functions that pack, pad and unpack rows of different lengths.
+"""PackedSequence, torch's functions that pack, pad and unpack rows of different lengths, and `flip_sequences`.
 
 NumPy computes where each row of packed data is in a padded array, from the static integer fields; then one gather
 moves the data. NumPy data are moved by NumPy, so that a data loader does not compile a gather for each new set of
@@ -7,6 +7,7 @@ lengths.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -208,6 +209,31 @@ def _static(name: str, value: Any) -> NDArray[np.int64]:
     if array.ndim != 1:
         raise RuntimeError(f"{name} should have one axis, got shape {array.shape}")
     return array.astype(np.int64)
+
+
+def checked_lengths(lengths: Any, shape: tuple[int, ...], steps: int) -> jax.Array:
+    """Lengths of padded rows of x, which may be traced.
+
+    Args:
+        lengths: what the user gave.
+        shape: their shape: (batch,), or () for unbatched x.
+        steps: how many steps x has.
+
+    Raises:
+        TypeError, RuntimeError, ValueError: as `flip_sequences`.
+    """
+    lengths = stacked(lengths)
+    array = lengths if isinstance(lengths, jax.Array) else np.asarray(lengths, None if np.size(lengths) else np.int32)
+    if not jnp.issubdtype(array.dtype, jnp.integer):
+        raise TypeError(f"lengths should be integers, got {array.dtype}")
+    if array.shape != shape:
+        raise RuntimeError(f"lengths should have shape {shape}, one for each row of x, got {array.shape}")
+    # Traced values cannot be read, nor values on the devices of other processes.
+    if not is_traced(array) and getattr(array, "is_fully_addressable", True):
+        values = jax.device_get(array)
+        if np.any((values < 0) | (values > steps)):
+            raise ValueError(f"lengths should be from 0 to {steps}, the time steps of x, got {values.tolist()}")
+    return in_jax(array)
 
 
 def _check_within(lengths: NDArray[np.int64], steps: int) -> None:
@@ -422,3 +448,58 @@ def unpack_sequence(packed_sequences: PackedSequence) -> list[jax.Array]:
     [[1, 2], [3, 4, 5]]
     """
     return unpad_sequence(*pad_packed_sequence(_packed("packed_sequences", packed_sequences)))
+
+
+def flip_sequences(x: ArrayLike, lengths: Lengths | None = None, *, batch_first: bool = False) -> jax.Array:
+    """Reverse the steps of each row. Padding stays at the end.
+
+    Two flips restore x, because padding is reversed, too. The numbers are those of Flax's `flip_sequences`. A layer
+    runs backward if its input is flipped, and its output is flipped back.
+
+    Args:
+        x: padded rows, (time, batch, ...), or (batch, time, ...) with `batch_first`, or one row, (time, ...); of any
+            dtype.
+        lengths: how many steps each row has, integers from 0 to time, (batch,), or () for one row; all steps if None.
+            Under jit a length below 0 counts as 0, and one above time as time.
+        batch_first: which axis is time: 1 if True, else 0. For one row, with lengths of shape (), it is always 0.
+
+    Returns:
+        The flipped rows, laid out like x.
+
+    Raises:
+        TypeError: lengths are not integers, or x is a PackedSequence or a list.
+        RuntimeError: lengths have another shape, or x has too few axes.
+        ValueError: a length is not from 0 to time.
+
+    >>> import jax.numpy as jnp, jaxrnn
+    >>> x = jnp.array([[1, 2, 3, 0], [4, 5, 0, 0]])
+    >>> jaxrnn.flip_sequences(x, [3, 2], batch_first=True).tolist()
+    [[3, 2, 1, 0], [5, 4, 0, 0]]
+    >>> jaxrnn.flip_sequences(x[0], 3).tolist()
+    [3, 2, 1, 0]
+    """
+    if isinstance(x, Sequence):  # such as a PackedSequence
+        rows = "jaxrnn.pad_sequence and jaxrnn.pad_packed_sequence make them"
+        raise TypeError(f"x should be one array, got {type(x).__name__}: give padded rows, as {rows}")
+    array, lengths = in_jax(x), stacked(lengths)
+    axes = 1 if lengths is None and batch_first else np.ndim(lengths)  # of rows in x; of None 0
+    time = int(batch_first and axes > 0)
+    if array.ndim < 1 + min(axes, 1):
+        wanted = "two axes at least, time and batch" if axes else "an axis for time"
+        raise RuntimeError(f"x should have {wanted}, got shape {array.shape}")
+    if lengths is None:
+        return jnp.flip(array, time)
+    batch = (array.shape[1 - time],) if axes else ()
+    return _flipped(array, checked_lengths(lengths, batch, array.shape[time]), time)
+
+
+@functools.partial(jax.jit, static_argnames="time")  # called eagerly, it compiles once
+def _flipped(x: jax.Array, lengths: jax.Array, time: int) -> jax.Array:
+    steps = x.shape[time]
+    ends = jnp.clip(lengths.astype(jnp.int32), 0, steps)
+    step = jnp.arange(steps, dtype=jnp.int32)
+    if ends.ndim:
+        ends, step = jnp.expand_dims(ends, time), jnp.expand_dims(step, 1 - time)
+    places = (ends - 1 - step) % steps  # in padding from the last step down
+    places = jnp.expand_dims(places, range(places.ndim, x.ndim))
+    return jnp.take_along_axis(x, places, time, mode="promise_in_bounds")

@@ -138,14 +138,14 @@ def assert_equal_modules(one: Any, other: Any) -> None:
         assert_close(one[1], other[1], atol=0)
 
 
-FLIP = r"flax\.linen\.recurrent\.flip_sequences\([^)]*\)"
+FLIP = r"jaxrnn\.flip_sequences\([^)]*\)"
 
 
 def expression(pattern: str, words: str, **names: Any) -> Any:
     """The value of an expression that a remedy has."""
     found = re.search(pattern, words)
     assert found, f"{words!r} should have {pattern}"
-    return eval(found[0], {"flax": __import__("flax.linen.recurrent"), "jax": jax, "jaxrnn": jaxrnn, **names})
+    return eval(found[0], {"jax": jax, "jaxrnn": jaxrnn, **names})
 
 
 def quietly(make: Callable[..., Any]) -> Any:

@@ -68,6 +68,11 @@ def layers(rngs: nnx.Rngs) -> None:
     output, h_n = gru(x, deterministic=True)
     print(output.mean(), h_n[-1], c_n.shape)
 
+    alone = jaxrnn.OutputOnly(lstm)
+    assert_type(alone(x, lengths=[5, 2, 0]), jax.Array)
+    assert_type(alone(jaxrnn.pack_sequence([x[:, 0], x[:2, 1]]), deterministic=True), jaxrnn.PackedSequence)
+    print(nnx.Sequential(jaxrnn.OutputOnly(gru), jaxrnn.OutputOnly(rnn)), alone.layer.hidden_size)
+
 
 def cells(rngs: nnx.Rngs) -> None:
     rnn = jaxrnn.RNNCell(10, 20, nonlinearity="relu", rngs=rngs)
@@ -162,6 +167,8 @@ def packed_sequences(lstm: jaxrnn.LSTM) -> None:
     assert_type(jaxrnn.unpad_sequence(padded, lengths), list[jax.Array])
     assert_type(jaxrnn.unpack_sequence(jaxrnn.pack_sequence(rows, enforce_sorted=False)), list[jax.Array])
     again = jaxrnn.PackedSequence(packed.data, packed.batch_sizes, packed.sorted_indices, packed.unsorted_indices)
+    assert_type(jaxrnn.flip_sequences(x, [5, 2, 0]), jax.Array)
+    assert_type(jaxrnn.flip_sequences(lengths, 3, batch_first=True), jax.Array)
     data, sizes, *_ = again
     print(data.shape, sizes.tolist(), again.batch_sizes.sum())
     assert_type(jaxrnn.apply(lstm.spec, jaxrnn.state_dict(lstm), packed)[0], jaxrnn.PackedSequence)
@@ -187,7 +194,7 @@ def linen_modules(key: jax.Array) -> None:
         print(cell.apply(cell.init(key, x[0]), x[0]).shape)
     one = jaxrnn.linen.LSTMCell(10, 20)
     h, c = one.apply(one.init(key, x[0]), x[0])
-    wrapped = linen.RNN(jaxrnn.linen.FlaxCell(one))
+    wrapped = linen.RNN(jaxrnn.linen.FlaxCell(one)), linen.Sequential([jaxrnn.linen.OutputOnly(gru)])
     print(h.shape, c.shape, wrapped)
 
     class Tagger(linen.Module):
@@ -197,7 +204,9 @@ def linen_modules(key: jax.Array) -> None:
             assert_type(h_n, jax.Array)
             assert_type(c_n, jax.Array)
             assert_type(jaxrnn.linen.GRU(10, 20).step(x[0], reset=x[0, :, 0] > 0)[0], jax.Array)
-            return output
+            alone = jaxrnn.linen.OutputOnly(jaxrnn.linen.GRU(20, 20))(output, lengths=[5, 2, 1])
+            assert_type(alone, jax.Array)
+            return alone
 
     tensors = jaxrnn.checkpoint.linen.state_dict(lstm, variables, x)
     print(Tagger(), tensors["weight_ih_l0"].sum(axis=0))

@@ -1,5 +1,6 @@
 """Models of Keras: where their layers are, and how they are called, so that each runs here as it does there."""
 
+import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from arrays import normal
 from comparing import assert_close
 from flax import nnx
+from flax_models import FLIP, expression
 from keras_models import KINDS, MARKS, B, F, H, T, followed, load_keras, modules, rnn_cell, rnn_layer, set_numbers
 from reading import loaded
 
@@ -224,17 +226,15 @@ def test_masked_layers(tmp_path: Path) -> None:
 
 
 def _run_masked(tensors: dict[str, Any], words: list[str], layers: dict[str, Any], x: np.ndarray) -> None:
-    """Follow the words: lengths, and for what goes backwards valid steps reversed."""
+    """Follow the words: lengths, and for what goes backwards flipped rows."""
     runs, mask, lengths = modules(tensors), np.any(x != 0, -1), [3, 2]
     for prefix, layer in layers.items():
         text = next(each for each in words if each.startswith(prefix))
         y = np.resize(x, (B, T, layer.weights[0].shape[0]))
-        backward = "reverse the valid steps of each row, give lengths=" in text
+        backward = bool(re.search(FLIP, text))
         assert backward == bool(getattr(layer, "go_backwards", False))
-        inputs = y.copy()
-        for row, length in enumerate(lengths):
-            inputs[row, :length] = y[row, length - 1 :: -1] if backward else y[row, :length]
-        output, _ = runs[prefix](jnp.asarray(inputs), lengths=jnp.array(lengths))
+        inputs = expression(FLIP, text, x=y, lengths=lengths, batch_first=True) if backward else jnp.asarray(y)
+        output, _ = runs[prefix](inputs, lengths=jnp.array(lengths))
         expected = np.asarray(layer(y, mask=mask))
         for row, length in enumerate(lengths):
             theirs = expected[row, T - length :] if backward else expected[row, :length]

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from arrays import normal
 from comparing import assert_close
-from flax.linen.recurrent import flip_sequences
+from flax_models import FLIP, expression
 from onnx_models import GATES, B, F, H, T, everything, onnx, op, read
 from reading import apply, refused_of_mutated, weights
 
@@ -305,9 +305,8 @@ def _follow(case: Case, words: list[str], tensors: Any, states: int) -> dict[str
             first["sequence_lens"] = tensors[name] if name in tensors else case.run((name,))[name]
         elif "has direction=" in text:
             assert text == (
-                "one has direction='reverse': flip its input and its output along the time axis, jnp.flip(x, "
-                "time_axis); if rows have lengths, both by flax.linen.recurrent.flip_sequences(x, lengths, x.ndim - 2, "
-                "time_major)"
+                "one has direction='reverse': flip its input and its output along the time axis: "
+                "jaxrnn.flip_sequences(x, lengths, batch_first=x.ndim > 2 and batch_first), where lengths may be None"
             )
     # Always both, since zeros and all steps are the same as none, so that fewer programs are compiled.
     zero = np.zeros((case.directions, B, case.hidden), "f4")
@@ -329,8 +328,9 @@ def _check(case: Case, row: str, tmp_path: Path) -> str:
     given = _follow(case, words, tensors, len(found.spec.cell.states))
     ways = [lambda x: x]
     if case.attributes.get("direction") == "reverse":  # both ways that are told
-        ways = [lambda x: flip_sequences(x, given["lengths"].astype(int), x.ndim - 2, True)]
-        ways += [] if "lens" in case.arrays else [lambda x: jnp.flip(x, 0)]
+        [told] = [text for text in words if "has direction=" in text]
+        each = [given["lengths"]] if "lens" in case.arrays else [given["lengths"], None]
+        ways = [lambda x, n=n: expression(FLIP, told, x=x, lengths=n, batch_first=False) for n in each]
     for way in ways:
         output, last = apply(found.spec, weights(tensors, found), way(jnp.asarray(case.x)), **given)
         _compare(case, way(output), last)

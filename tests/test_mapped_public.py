@@ -112,6 +112,33 @@ def _linen_layer(kind: str, **settings: Any) -> Mapped:
     return run, floats, MARKS | {"rng": jax.random.split(jax.random.key(0), ROWS)}
 
 
+def _output_only() -> Mapped:
+    spec = jaxrnn.Spec(jaxrnn.GRU_CELL, F, H)
+    layer = filled(lambda: jaxrnn.GRU(F, H, rngs=nnx.Rngs(0)))
+    graph, _ = nnx.split(jaxrnn.OutputOnly(layer))
+    floats = {"params": {"layer": _rows(parameters(spec))}, "x": normal(ROWS, T, N, F), "hx": _state(spec.cell, 1, N)}
+
+    def run(floats: Tree, marks: Tree) -> Any:
+        return nnx.merge(graph, nnx.State(floats["params"]))(floats["x"], floats["hx"], **marks)
+
+    return run, floats, MARKS
+
+
+def _linen_output_only() -> Mapped:
+    module = jaxrnn.linen.OutputOnly(jaxrnn.linen.GRU(F, H))
+    spec = module.layer.spec
+    floats = {"params": {"layer": _rows(parameters(spec))}, "x": normal(ROWS, T, N, F), "hx": _state(spec.cell, 1, N)}
+
+    def run(floats: Tree, marks: Tree) -> Any:
+        return module.apply({"params": floats["params"]}, floats["x"], floats["hx"], **marks)
+
+    return run, floats, MARKS
+
+
+def _flip() -> Mapped:
+    return lambda x, lengths: jaxrnn.flip_sequences(x, lengths), normal(ROWS, T, N, F), LENGTHS
+
+
 def _cell(kind: str) -> Mapped:
     module = filled(lambda: getattr(jaxrnn, kind)(F, H, rngs=nnx.Rngs(0)))
     graph, params = nnx.split(module)
@@ -182,9 +209,12 @@ MAPPED: dict[str, Callable[[], Mapped]] = {
     "linen.Recurrent": lambda: _linen_layer("Recurrent", cell=jaxrnn.IND_RNN_CELL),
     **{name: lambda name=name: _cell(name) for name in ("RNNCell", "LSTMCell", "GRUCell")},
     "FlaxCell": _flax_cell,
+    "OutputOnly": _output_only,
+    "linen.OutputOnly": _linen_output_only,
     **{f"linen.{name}": lambda name=name: _linen_layer(name) for name in ("RNN", "LSTM", "GRU")},
     **{f"linen.{name}": lambda name=name: _linen_cell(name) for name in ("RNNCell", "LSTMCell", "GRUCell")},
     "linen.FlaxCell": _linen_flax_cell,
+    "flip_sequences": _flip,
     "PackedSequence": _packed_layer,
     "pack_padded_sequence": _packing(
         lambda x: jaxrnn.pack_padded_sequence(x, [2, 3, 1], enforce_sorted=False).data, T, N, F

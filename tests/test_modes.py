@@ -69,6 +69,7 @@ PROGRAMS: dict[str, Callable[[], tuple[Callable, Any]]] = {
     "GRUCell without biases": lambda: _module(lambda: jaxrnn.GRUCell(F, H, bias=False, rngs=nnx.Rngs(0)), X[0]),
     "linen.LSTM": lambda: _linen(jaxrnn.linen.LSTM(F, H, 2, dropout=0.5, deterministic=True), X),
     "linen.RNNCell": lambda: _linen(jaxrnn.linen.RNNCell(F, H), X[0]),
+    "flip_sequences": lambda: (lambda x: jaxrnn.flip_sequences(x, [4, 2]), X),
     "FlaxCell": lambda: _module(lambda: nnx.RNN(jaxrnn.FlaxCell(jaxrnn.GRUCell(F, H, rngs=nnx.Rngs(0)))), X),
     "linen.FlaxCell": lambda: _linen(linen.RNN(jaxrnn.linen.FlaxCell(jaxrnn.linen.LSTMCell(F, H))), X),
 }

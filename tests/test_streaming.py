@@ -6,11 +6,12 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 import pytest
 from arrays import named, normal, parameters
 from comparing import assert_close
-from flax import nnx
-from making import filled
+from flax import linen, nnx
+from making import filled, filled_variables
 
 import jaxrnn
 from jaxrnn import GRU_CELL, LSTM_CELL, RNN_TANH
@@ -114,7 +115,7 @@ MODULES = {
 def test_a_state_to_start_from(name: str) -> None:
     """Zeros, as a call without hx has them, of the shapes and dtypes that it returns."""
     module = filled(lambda: getattr(jaxrnn, name)(F, H, **MODULES[name], rngs=nnx.Rngs(0)))
-    linen = getattr(jaxrnn.linen, name)(F, H, **MODULES[name], dtype=jax.numpy.bfloat16)
+    other = getattr(jaxrnn.linen, name)(F, H, **MODULES[name], dtype=jax.numpy.bfloat16)
     for shape in ((N, F), (F,)):
         x = normal(*shape if "Cell" in name else (T, *shape)).astype(np.float32)
         batch = N if len(shape) == 2 else None
@@ -123,9 +124,9 @@ def test_a_state_to_start_from(name: str) -> None:
         called = jax.eval_shape(lambda x=x: module(x) if "Cell" in name else module(x)[1])
         assert jax.tree.map(lambda a: (a.shape, a.dtype), state) == jax.tree.map(lambda a: (a.shape, a.dtype), called)
         assert {a.dtype for a in jax.tree.leaves(module.initial_state(batch, "float16"))} == {np.dtype("float16")}
-        other = linen.initial_state(batch)  # without being bound
+        unbound = other.initial_state(batch)
         assert jax.tree.map(lambda a: (a.shape, jax.numpy.bfloat16), state) == jax.tree.map(
-            lambda a: (a.shape, a.dtype), other
+            lambda a: (a.shape, a.dtype), unbound
         )
 
 
@@ -178,3 +179,55 @@ def test_a_bidirectional_network_makes_no_step() -> None:
     spec = jaxrnn.Spec(GRU_CELL, F, H, bidirectional=True)
     with pytest.raises(ValueError, match="bidirectional should be False to make a step"):
         jaxrnn.apply_step(spec, parameters(spec), normal(N, F))
+
+
+# Modules that keep their state, as the guide has them.
+
+
+class _Stream(nnx.Module):
+    def __init__(self, layer: Any) -> None:
+        self.layer, self.state = layer, nnx.Cache(layer.initial_state(N))
+
+    def __call__(self, x: Any) -> Any:
+        output, state = self.layer(x, self.state.get_value())
+        self.state.set_value(state)
+        return output
+
+
+def test_a_state_in_a_variable_of_nnx_is_neither_trained_nor_in_the_state_dict() -> None:
+    layer = filled(lambda: jaxrnn.LSTM(F, H, 2, param_dtype="float64", rngs=nnx.Rngs(0)))
+    stream, x = _Stream(layer), normal(2 * T, N, F)
+    run = nnx.jit(lambda stream, x: stream(x))
+    assert_close(np.concatenate([run(stream, x[:T]), run(stream, x[T:])]), layer(x)[0])
+    kept, saved = stream.state.get_value(), jaxrnn.state_dict(stream)
+    assert list(saved) == [f"layer.{name}" for name in layer.spec.shapes()]
+    assert jaxrnn.load_state_dict(stream, saved) == ([], [])
+    assert_close(stream.state.get_value(), kept, atol=0)
+    optimizer = nnx.Optimizer(stream, optax.sgd(0.1, momentum=0.9), wrt=nnx.Param)
+    gradient = nnx.grad(lambda stream: stream(x[:T]).sum())(stream)
+    assert_close(stream.state.get_value(), layer(x[:T], kept)[1])
+    optimizer.update(stream, gradient)
+    assert len(jax.tree.leaves(nnx.state(gradient))) == len(saved)
+
+
+class _LinenStream(linen.Module):
+    @linen.compact
+    def __call__(self, x: Any) -> Any:
+        layer = jaxrnn.linen.LSTM(F, H, 2, param_dtype="float64", name="layer")
+        state = self.variable("carry", "state", layer.initial_state, x.shape[1])
+        output, state.value = layer(x, state.value)
+        return output
+
+
+def test_a_state_in_a_collection_of_linen_is_not_in_the_state_dict() -> None:
+    module, x = _LinenStream(), normal(2 * T, N, F)
+    variables = filled_variables(module, x)
+    params = {"params": variables["params"]}
+    one, carry = module.apply(params, x[:T], mutable=["carry"])
+    two, carry = module.apply(params | carry, x[T:], mutable=["carry"])
+    whole, states = jaxrnn.linen.LSTM(F, H, 2).apply({"params": params["params"]["layer"]}, x)
+    assert_close([np.concatenate([one, two]), carry["carry"]["state"]], [whole, states])
+    saved = jaxrnn.checkpoint.linen.state_dict(module, variables, x)
+    assert list(saved) == [f"layer.{name}" for name in jaxrnn.Spec(LSTM_CELL, F, H, 2).shapes()]
+    loaded = jaxrnn.checkpoint.linen.load_state_dict(module, params | carry, saved, x).variables
+    assert_close(loaded["carry"], carry["carry"], atol=0)

@@ -45,6 +45,8 @@ jaxrnn.linen.LSTM(10, 20, engin="scan")
 print(jaxrnn.linen.LSTM(10, 20).apply({}, packed)[0].mean())
 jaxrnn.pad_sequence([], padding_side="both")
 print(jaxrnn.load_state_dict(lstm, {}, strict=False).missing)
+print(jaxrnn.OutputOnly(lstm)(packed).mean())
+jaxrnn.OutputOnly(jaxrnn.GRUCell(10, 20, rngs=rngs))
 """
 
 

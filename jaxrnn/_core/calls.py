@@ -11,11 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from jaxrnn._compat import is_traced
 from jaxrnn._core import dropout, meshes, recurrence, stack, steps
 from jaxrnn._core.options import Options
 from jaxrnn.cells import Arrays
-from jaxrnn.packed import Lengths, PackedSequence, in_jax, pack, pad, padding_of, stacked
+from jaxrnn.packed import Lengths, PackedSequence, checked_lengths, in_jax, pack, pad, padding_of, stacked
 from jaxrnn.spec import CellSpec, Spec
 
 HX = ArrayLike | Sequence[ArrayLike] | None
@@ -205,7 +204,7 @@ def _checked(
         rows = (steps, *batch) if packed is None else array.shape[:1]
         masks = _masks(dropout_masks, spec, rows, tuple(batch))
     if packed is None:
-        ends = _lengths(lengths, tuple(batch), steps)
+        ends = None if lengths is None else checked_lengths(lengths, tuple(batch), steps)
         given = _CallArrays(_parameters(spec, params), array, state, restart, ends, marks, masks, valid)
         return axes, given, lambda output: output
     where = padding_of(packed)
@@ -406,23 +405,6 @@ def _for_all_rows(name: str, array: jax.Array, shape: tuple[int, ...], batched: 
     error = ValueError if one_step and array.ndim not in (1, 2) else RuntimeError
     remedy = f": for one state for all rows, {(*layers, 1, size)}" if batched and not one_step else ""
     raise error(f"{name} should have shape {shape}, got {array.shape}{remedy}")
-
-
-def _lengths(lengths: Any, shape: tuple[int, ...], steps: int) -> jax.Array | None:
-    if lengths is None:
-        return None
-    lengths = stacked(lengths)
-    array = lengths if isinstance(lengths, jax.Array) else np.asarray(lengths, None if np.size(lengths) else np.int32)
-    if not jnp.issubdtype(array.dtype, jnp.integer):
-        raise TypeError(f"lengths should be integers, got {array.dtype}")
-    if array.shape != shape:
-        raise RuntimeError(f"lengths should have shape {shape}, one for each row of x, got {array.shape}")
-    # Traced values cannot be read, nor values on the devices of other processes.
-    if not is_traced(array) and getattr(array, "is_fully_addressable", True):
-        values = jax.device_get(array)
-        if np.any((values < 0) | (values > steps)):
-            raise ValueError(f"lengths should be from 0 to {steps}, the time steps of x, got {values.tolist()}")
-    return in_jax(array)
 
 
 def _check_reset(reset: ArrayLike | None, reset_state: HX) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import linen
 
 from jaxrnn._compat import called_by_sequential
 
@@ -18,18 +19,28 @@ NOT_FLAXS = "Flax's RNN takes a jaxrnn cell as FlaxCell(cell): or use jaxrnn's R
 
 def check(cell: Any, kind: type) -> None:
     """Raise TypeError unless the cell is one of this Flax API's."""
-    if not isinstance(cell, kind):
+    _check("cell", "RNNCell, LSTMCell or GRUCell", cell, kind)
+
+
+def check_layer(layer: Any, kind: type) -> None:
+    """Raise TypeError unless the layer is one of this Flax API's."""
+    _check("layer", "RNN, LSTM, GRU or Recurrent", layer, kind)
+
+
+def _check(name: str, classes: str, module: Any, kind: type) -> None:
+    if not isinstance(module, kind):
         api = kind.__module__.rpartition(".")[0]
-        raise TypeError(f"cell should be an RNNCell, LSTMCell or GRUCell of {api}, got {cell!r}")
+        raise TypeError(f"{name} should be an {classes} of {api}, got {module!r}")
 
 
 def refuse_state_of_sequential(module: Any, hx: Any) -> None:
     """Raise TypeError if hx is the state of another module, whose (output, state) Flax's Sequential unpacked."""
     if hx is not None and called_by_sequential(module):
-        name = type(module).__name__
+        name, api = type(module).__name__, "jaxrnn.linen" if isinstance(module, linen.Module) else "jaxrnn"
         raise TypeError(
             f"hx of {name} came from Sequential, which unpacks the (output, state) of the module before: to drop the "
-            "state, put `lambda output, state: output` between the two; to start from it, call the layer in "
+            f"state, wrap that module, if it is a layer, as {api}.OutputOnly(layer), or put "
+            "`lambda output, state: output` between the two; to start from it, call the layer in "
             "`lambda output, state: layer(output, state)`"
         )
 

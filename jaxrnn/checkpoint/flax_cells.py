@@ -24,7 +24,7 @@ from jaxrnn.checkpoint.named import Described, Names, origins_of
 from jaxrnn.checkpoint.tables import USED, Row, Table, neutral, refused, warned
 from jaxrnn.spec import level_outside
 
-_FLIPPED = "flax.linen.recurrent.flip_sequences(x, lengths, x.ndim - 2, time_major)"
+_FLIPPED = "jaxrnn.flip_sequences(x, lengths, batch_first=x.ndim > 2 and not time_major)"
 _FLIP = (
     f"make it with reverse=False, flip the input of ours, and with keep_order=True its output, too: {_FLIPPED}, "
     "where lengths may be None"

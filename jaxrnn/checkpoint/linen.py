@@ -12,6 +12,7 @@ from flax import linen
 from flax.traverse_util import flatten_dict, unflatten_dict
 from numpy.typing import NDArray
 
+import jaxrnn.linen
 from jaxrnn import _compat
 from jaxrnn.checkpoint.errors import CheckpointError, listed
 from jaxrnn.checkpoint.flax_layers import Conversion, kind_of
@@ -339,8 +340,10 @@ def _numbered(name: str, value: Any) -> Iterator[tuple[str, str]]:
 
 
 def _renamed(path: TreePath, layers: Mapping[TreePath, _LinenLayer]) -> TreePath:
-    """A path with torch's names."""
+    """A path with torch's names. A layer in `OutputOnly` has the name of that."""
+    above = [layers.get(path[:depth]) for depth in range(len(path))]
     return tuple(
-        layers[path[:depth]].names.get(name, name) if path[:depth] in layers else name
-        for depth, name in enumerate(path)
+        layer.names.get(name, name) if layer else name
+        for layer, name in zip(above, path, strict=True)
+        if not (layer and isinstance(layer.module, jaxrnn.linen.OutputOnly) and name == "layer")
     )

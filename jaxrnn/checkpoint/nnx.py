@@ -94,7 +94,8 @@ def state_dict(module: nnx.Module) -> dict[str, NDArray[Any]]:
     """A module's parameters by name, as torch's `state_dict()` gives them.
 
     A name is the path of attributes to an `nnx.Param`, joined by dots, with numbers for items of lists. As in torch,
-    the modules of an `nnx.Sequential` are numbered directly under it. Layers that `load_state_dict` knows have torch's
+    the modules of an `nnx.Sequential` are numbered directly under it. A layer in `jaxrnn.OutputOnly` has the names that
+    it has without that. Layers that `load_state_dict` knows have torch's
     names and layouts, such as `weight`, which is the transposed kernel of an `nnx.Linear`.
 
     The order is torch's, too: a module's own parameters before its submodules', both in order of definition. (A module
@@ -263,7 +264,8 @@ def _under(node: object, path: tuple[str, ...] = (), above: tuple[int, ...] = ()
                 param = ModuleParameter(child, child.get_value(), node, conversion, _own_shape(node, conversion))
                 params.put(_prefix(path) + conversion.name, param, place)
         else:
-            below[place] = _under(child, (*path, name), (*above, id(node)))
+            unnamed = isinstance(node, jaxrnn.nnx.OutputOnly) and name == "layer"
+            below[place] = _under(child, path if unnamed else (*path, name), (*above, id(node)))
     for place, contents in below.items():  # a module's own parameters come before its submodules'
         for name, param in contents.params.items():
             params.put(name, param, place)

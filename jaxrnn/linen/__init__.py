@@ -5,5 +5,6 @@
 
 from jaxrnn.linen.cells import FlaxCell, GRUCell, LSTMCell, RNNCell
 from jaxrnn.linen.layers import GRU, LSTM, RNN, Recurrent
+from jaxrnn.linen.sequential import OutputOnly
 
-__all__ = ["GRU", "LSTM", "RNN", "FlaxCell", "GRUCell", "LSTMCell", "RNNCell", "Recurrent"]
+__all__ = ["GRU", "LSTM", "RNN", "FlaxCell", "GRUCell", "LSTMCell", "OutputOnly", "RNNCell", "Recurrent"]

@@ -2,5 +2,6 @@
 
 from jaxrnn.nnx.cells import FlaxCell, GRUCell, LSTMCell, RNNCell
 from jaxrnn.nnx.layers import GRU, LSTM, RNN, Recurrent
+from jaxrnn.nnx.sequential import OutputOnly
 
-__all__ = ["GRU", "LSTM", "RNN", "FlaxCell", "GRUCell", "LSTMCell", "RNNCell", "Recurrent"]
+__all__ = ["GRU", "LSTM", "RNN", "FlaxCell", "GRUCell", "LSTMCell", "OutputOnly", "RNNCell", "Recurrent"]

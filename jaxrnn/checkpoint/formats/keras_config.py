@@ -15,7 +15,10 @@ CONTAINERS = ("layers", "_layer_checkpoint_dependencies")  # of models in files 
 CELL = re.compile(r"cell|(lstm|gru|simple_rnn)_cell(_\d+)?")
 FLIP = "flip its input along the time axis"
 MASKED = "if it masks the ends of rows alone, give lengths=, and take h_n for the last output"
-FLIP_MASKED = "reverse the valid steps of each row, give lengths=, and take h_n for the last output"
+FLIP_MASKED = (
+    "give it jaxrnn.flip_sequences(x, lengths, batch_first=x.ndim > 2 and batch_first) and lengths=, "
+    "and take h_n for the last output"
+)
 _DEEPEST, _MOST = 128, 50_000  # of paths, and of layers: files with more groups are refused, too
 
 _TRAINING = neutral("changes training alone")

@@ -8,8 +8,8 @@ INPUTS = ("X", "W", "R", "B", "sequence_lens", "initial_h", "initial_c", "P")
 OUTPUTS = ("Y", "Y_h", "Y_c")
 # As Keras's go_backwards, whose output is not flipped back.
 _FLIP = (
-    "flip its input and its output along the time axis, jnp.flip(x, time_axis); if rows have lengths, both by "
-    "flax.linen.recurrent.flip_sequences(x, lengths, x.ndim - 2, time_major)"
+    "flip its input and its output along the time axis: jaxrnn.flip_sequences(x, lengths, batch_first=x.ndim > 2 and "
+    "batch_first), where lengths may be None"
 )
 _AS_HX = warned(None, remedy="give it to each call as hx")
 
