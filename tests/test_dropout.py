@@ -1,12 +1,14 @@
 """Dropout between layers and on h, and zoneout: with given masks a reference's results, and masks of the right rate."""
 
 import dataclasses
+import functools
 import importlib.util
 import types
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from arrays import named, normal, parameters
@@ -116,41 +118,40 @@ KINDS = {
 }
 
 
-def _by_steps(spec: jaxrnn.Spec, params: dict, x: np.ndarray, key: jax.Array | None) -> list[np.ndarray]:
+def _by_steps(spec: jaxrnn.Spec, params: dict, x: jax.Array, key: jax.Array | None) -> list[jax.Array]:
     """The outputs and the last states, step by step, with the masks that a call with this key draws."""
     last, count = [], len(spec.cell.gates)
     for layer in range(spec.num_layers):
         outputs = []
-        shapes = [a[: spec.num_directions] for a in _zeros(spec, x.shape[1])]
-        scale = dropout.h_scale(spec, key, shapes[0], x.dtype, layer)
-        zoned = dropout.zoned(spec, key, tuple(shapes), len(x), layer)
+        states = tuple(a[: spec.num_directions] for a in _zeros(spec, x.shape[1]))
+        scale = dropout.h_scale(spec, key, states[0], x.dtype, layer)
+        zoned = dropout.zoned(spec, key, states, len(x), layer)
         for direction in range(spec.num_directions):
-            weights = {role: np.asarray(params[n]) for role, n in spec.names(layer, direction).items()}
-            state, output = tuple(np.asarray(a[direction]) for a in shapes), [None] * len(x)
+            weights = {role: params[name] for role, name in spec.names(layer, direction).items()}
+            state, output = tuple(a[direction] for a in states), [jnp.zeros(0)] * len(x)
             for t in range(len(x))[:: -1 if direction else 1]:
-                h = state[0] if scale is None else state[0] * np.asarray(scale[direction])
-                inputs = np.split(x[t] @ weights["weight_ih"].T + weights["bias_ih"], count, -1)
-                hidden = np.split(h @ weights["weight_hh"].T + weights["bias_hh"], count, -1)
+                h = state[0] if scale is None else state[0] * scale[direction]
+                inputs = jnp.split(x[t] @ weights["weight_ih"].T + weights["bias_ih"][None], count, -1)
+                hidden = jnp.split(h @ weights["weight_hh"].T + weights["bias_hh"][None], count, -1)
                 pairs = zip(spec.cell.gates, inputs, hidden, strict=True)
                 gates = tuple(a if name in spec.cell.apart else a + b for name, a, b in pairs)
                 apart = tuple(b for name, b in zip(spec.cell.gates, hidden, strict=True) if name in spec.cell.apart)
-                after = tuple(map(np.asarray, spec.cell.step(gates, apart, state)))
+                after = spec.cell.step(gates, apart, state)
                 if spec.proj_size:
                     after = (after[0] @ weights["weight_hr"].T, *after[1:])
                 for k, p in enumerate(spec.cell.zoneout):
-                    kept = p if zoned is None else 0 if zoned[k] is None else np.asarray(zoned[k][direction, t])
-                    mixed = kept * state[k] + (1 - kept) * after[k]
-                    after = (*after[:k], mixed, *after[k + 1 :])
+                    kept = p if zoned is None or zoned[k] is None else zoned[k][direction, t].astype(x.dtype)
+                    after = (*after[:k], kept * state[k] + (1 - kept) * after[k], *after[k + 1 :])
                 state = after
                 output[t] = state[0]
-            outputs.append(np.stack(output))
+            outputs.append(jnp.stack(output))
             last.append(state)
-        x = np.concatenate(outputs, -1)
-    return [x, *(np.stack(a) for a in zip(*last, strict=True))]
+        x = jnp.concatenate(outputs, -1)
+    return [x, *(jnp.stack(a) for a in zip(*last, strict=True))]
 
 
-def _zeros(spec: jaxrnn.Spec, batch: int) -> tuple[np.ndarray, ...]:
-    return tuple(np.zeros(shape) for shape in spec.state_shapes(batch))
+def _zeros(spec: jaxrnn.Spec, batch: int) -> tuple[jax.Array, ...]:
+    return tuple(jnp.zeros(shape) for shape in spec.state_shapes(batch))
 
 
 @pytest.mark.parametrize("zoneout", [False, True])
@@ -160,7 +161,7 @@ def test_recurrent_dropout_and_zoneout_step_by_step(kind: str, zoneout: bool) ->
     if zoneout:
         cell = jaxrnn.zoneout(cell, **dict(zip(cell.states, (0.3, 0.6), strict=False)))
     spec = jaxrnn.Spec(cell, F, H, **settings, **({} if zoneout else RECURRENT))
-    params, x, key = parameters(spec), normal(T, N, F), jax.random.key(3)
+    params, x, key = jax.tree.map(jnp.asarray, parameters(spec)), jnp.asarray(normal(T, N, F)), jax.random.key(3)
     plain = jaxrnn.apply(dataclasses.replace(spec, cell=KINDS[kind][0]), params, x)
     for given in (key, None):
         found = jaxrnn.apply(spec, params, x, dropout_key=given)
@@ -169,9 +170,42 @@ def test_recurrent_dropout_and_zoneout_step_by_step(kind: str, zoneout: bool) ->
         assert np.allclose(found[0], plain[0]) == (given is None and not zoneout)
 
 
+@pytest.mark.parametrize("kind", ["GRU", pytest.param("projected LSTM", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("random", [True, False])
+def test_derivatives_step_by_step(kind: str, random: bool) -> None:
+    """Of recurrent dropout with zoneout: forward, backward, and second ones."""
+    cell, settings = KINDS[kind]
+    cell = jaxrnn.zoneout(cell, **dict(zip(cell.states, (0.3, 0.6), strict=False)))
+    spec = jaxrnn.Spec(cell, F, H, **settings | RECURRENT | {"num_layers": 1})
+    params, x = jax.tree.map(jnp.asarray, parameters(spec)), jnp.asarray(normal(3, N, F))
+    key, tangents = jax.random.key(3) if random else None, jax.tree.map(jnp.cos, (params, x))
+
+    def differentiated(run: Callable[..., list[jax.Array]]) -> Any:
+        def loss(params: dict, x: jax.Array) -> jax.Array:
+            return sum(jnp.sum(jnp.sin(a + k)) for k, a in enumerate(run(params, x)))
+
+        return jax.jvp(run, (params, x), tangents), jax.jvp(jax.grad(loss, (0, 1)), (params, x), tangents)
+
+    def ours(remat: str) -> Any:
+        return differentiated(lambda *a: jax.tree.leaves(jaxrnn.apply(spec, *a, dropout_key=key, remat=remat)))
+
+    expected = jax.jit(lambda: differentiated(lambda *a: _by_steps(spec, *a, key)))()
+    for remat in ("none", "gates")[: 1 + random]:
+        assert_close(jax.jit(functools.partial(ours, remat))(), expected, atol=1e-12)
+
+
+def test_keys_are_used_once() -> None:
+    spec, key = jaxrnn.Spec(jaxrnn.LSTM_CELL, F, H, num_layers=3), jax.random.key(0)
+    keys = [
+        *jax.random.split(key, 3),
+        *(dropout._key_of_layer(spec, key, k, layer) for k in (0, 1) for layer in range(3)),
+    ]
+    assert len({np.asarray(jax.random.key_data(k)).tobytes() for k in keys}) == 9
+
+
 def test_recurrent_masks_have_the_rate_and_differ() -> None:
     spec = jaxrnn.Spec(jaxrnn.GRU_CELL, 1, 200, num_layers=2, bidirectional=True, **RECURRENT)
-    h = jax.numpy.zeros((2, 50, 200))
+    h = jnp.zeros((2, 50, 200))
     masks = [np.asarray(dropout.h_scale(spec, jax.random.key(0), h, h.dtype, layer)) for layer in range(2)]
     every = np.concatenate(masks)
     assert_close({"values": np.unique(every)}, {"values": np.array([0, 1 / 0.6])}, atol=1e-15)
@@ -186,7 +220,7 @@ def test_zoneout_keeps_units_at_the_rate_of_their_state() -> None:
     output, _ = jaxrnn.apply(spec, params, x, dropout_key=jax.random.key(0))
     kept = (np.asarray(output)[1:] == np.asarray(output)[:-1]).mean()
     assert abs(kept - 0.1) < 5 * np.sqrt(0.09 / output[1:].size)
-    zoned = dropout.zoned(spec, jax.random.key(0), tuple(map(jax.numpy.asarray, _zeros(spec, 30))), 20, 0)
+    zoned = dropout.zoned(spec, jax.random.key(0), _zeros(spec, 30), 20, 0)
     assert zoned is not None
     assert abs(np.asarray(zoned[1]).mean() - 0.7) < 5 * np.sqrt(0.21 / zoned[1].size)
     assert np.all(jaxrnn.zoneout(jaxrnn.LSTM_CELL, c=0.5).zoneout == (0, 0.5))
@@ -263,7 +297,7 @@ def test_recurrent_dropout_is_keras_s(name: str, monkeypatch: pytest.MonkeyPatch
 
     keras = load_keras()
     x, rate, key = normal(N, T, F), 0.4, jax.random.key(2)
-    functions = {"activation": jax.numpy.tanh}  # Keras's own are in float32
+    functions = {"activation": jnp.tanh}  # Keras's own are in float32
     functions |= {} if name == "SimpleRNN" else {"recurrent_activation": jax.nn.sigmoid}
     layer = getattr(keras.layers, name)(
         H, return_sequences=True, return_state=True, recurrent_dropout=rate, dtype="float64", **functions
