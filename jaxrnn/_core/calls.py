@@ -314,7 +314,7 @@ def _run_cell(spec: CellSpec, options: Options, given: _CallArrays, key: jax.Arr
     if state is None:
         state = tuple(jnp.zeros(shape, x.dtype) for shape in spec.state_shapes(len(x)))
     marks = steps.Marks(
-        reset=None if reset is None else reset[:, None], zoned=dropout.zoned_step(spec.cell, key, state)
+        reset=None if reset is None else reset[:, None], zoned=dropout.zoned_step(spec.cell, key, x, state)
     )
     after = recurrence.step(steps.Settings(spec.cell, options), params, x, state, marks, reset_state)
     after = tuple(a.astype(first.dtype) for a, first in zip(after, state, strict=True))

@@ -51,11 +51,11 @@ def zoned(spec: Spec, key: jax.Array | None, state: Arrays, time: int, layer: in
     return _zoned(spec.cell, _key_of_layer(spec, key, 1, layer), likes, shapes)
 
 
-def zoned_step(cell: Cell, key: jax.Array | None, state: Arrays) -> Zoned | None:
-    """As `zoned`, for one step of a cell: (B, H) each."""
+def zoned_step(cell: Cell, key: jax.Array | None, x: jax.Array, state: Arrays) -> Zoned | None:
+    """As `zoned`, for one step of a cell: (B, H) each, with rows sharded like those of x."""
     if key is None or not any(cell.zoneout):
         return None
-    return _zoned(cell, key, state, [a.shape for a in state])
+    return _zoned(cell, key, (x,) * len(state), [a.shape for a in state])
 
 
 def _zoned(cell: Cell, key: jax.Array, likes: Arrays, shapes: list[tuple[int, ...]]) -> Zoned:
