@@ -4,7 +4,8 @@ What people use, in the order in which to read it:
 
 1. `cells`: what one step computes. `more_cells`: cells that torch does not have. `activations`: torch's cells with
    other activations.
-2. `spec`: a layer's or a cell's settings, and the names and shapes of its parameters.
+2. `spec`: a layer's or a cell's settings, and the names and shapes of its parameters. `initializers`: other initial
+   values than torch's.
 3. `functions`: `apply` and its relatives, for parameters that no module holds.
 4. `nnx` and `linen`: modules, which add parameters and randomness.
 5. `packed`: rows of different lengths. `engines`: what runs the loop over time. `checkpoint`: files, and other
@@ -20,7 +21,7 @@ library's layout of weights, `checkpoint/dialects`. To add an option:
 - its use: around a call in `_core/calls`, around layers in `_core/stack`, within a loop in `engines`.
 """
 
-from jaxrnn import activations, checkpoint, linen
+from jaxrnn import activations, checkpoint, initializers, linen
 from jaxrnn._version import __version__
 from jaxrnn.activations import gru_cell, lstm_cell, rnn_cell
 from jaxrnn.cells import GRU_CELL, LSTM_CELL, RNN_RELU, RNN_TANH, Cell, Parameter
@@ -71,6 +72,7 @@ __all__ = [
     "from_flax",
     "from_torch",
     "gru_cell",
+    "initializers",
     "linen",
     "load_state_dict",
     "lstm_cell",

@@ -33,6 +33,13 @@ class RNN(Layers[jax.Array]):
             inputs and parameters. States have the dtype of hx, if given: a float32 state is returned
             unrounded.
         param_dtype: the parameters' floating dtype.
+        kernel_init: what draws `weight_ih` gate by gate, and `weight_hr` if there is one: a function
+            init(key, shape, dtype), such as those of `jax.nn.initializers`, which gets the shape
+            (features, hidden_size); or a dict from some gates to such functions. None: as torch,
+            uniform within 1/sqrt(hidden_size) of 0. For Flax's own, give `**jaxrnn.initializers.FLAX`.
+        recurrent_kernel_init: the same for `weight_hh`.
+        bias_init: the same for `bias_ih`, with the shape (hidden_size,). It makes `bias_hh` 0, because
+            the two add up. In GRU's n, where they do not, it draws both.
         precision: the precision of the products, as for `jax.lax.dot_general`.
         remat: what the forward pass saves for the backward pass. "none": all it needs, nothing is
             recomputed. "gates": only the states; gates are recomputed. An integer k: the state before
@@ -148,6 +155,13 @@ class LSTM(Layers[Pair]):
             inputs and parameters. States have the dtype of hx, if given: a float32 state is returned
             unrounded.
         param_dtype: the parameters' floating dtype.
+        kernel_init: what draws `weight_ih` gate by gate, and `weight_hr` if there is one: a function
+            init(key, shape, dtype), such as those of `jax.nn.initializers`, which gets the shape
+            (features, hidden_size); or a dict from some gates to such functions. None: as torch,
+            uniform within 1/sqrt(hidden_size) of 0. For Flax's own, give `**jaxrnn.initializers.FLAX`.
+        recurrent_kernel_init: the same for `weight_hh`.
+        bias_init: the same for `bias_ih`, with the shape (hidden_size,). It makes `bias_hh` 0, because
+            the two add up. In GRU's n, where they do not, it draws both.
         precision: the precision of the products, as for `jax.lax.dot_general`.
         remat: what the forward pass saves for the backward pass. "none": all it needs, nothing is
             recomputed. "gates": only the states; gates are recomputed. An integer k: the state before
@@ -257,6 +271,13 @@ class GRU(Layers[jax.Array]):
             inputs and parameters. States have the dtype of hx, if given: a float32 state is returned
             unrounded.
         param_dtype: the parameters' floating dtype.
+        kernel_init: what draws `weight_ih` gate by gate, and `weight_hr` if there is one: a function
+            init(key, shape, dtype), such as those of `jax.nn.initializers`, which gets the shape
+            (features, hidden_size); or a dict from some gates to such functions. None: as torch,
+            uniform within 1/sqrt(hidden_size) of 0. For Flax's own, give `**jaxrnn.initializers.FLAX`.
+        recurrent_kernel_init: the same for `weight_hh`.
+        bias_init: the same for `bias_ih`, with the shape (hidden_size,). It makes `bias_hh` 0, because
+            the two add up. In GRU's n, where they do not, it draws both.
         precision: the precision of the products, as for `jax.lax.dot_general`.
         remat: what the forward pass saves for the backward pass. "none": all it needs, nothing is
             recomputed. "gates": only the states; gates are recomputed. An integer k: the state before
@@ -360,6 +381,13 @@ class Recurrent(Layers[StateT]):
             inputs and parameters. States have the dtype of hx, if given: a float32 state is returned
             unrounded.
         param_dtype: the parameters' floating dtype.
+        kernel_init: what draws `weight_ih` gate by gate, and `weight_hr` if there is one: a function
+            init(key, shape, dtype), such as those of `jax.nn.initializers`, which gets the shape
+            (features, hidden_size); or a dict from some gates to such functions. None: as torch,
+            uniform within 1/sqrt(hidden_size) of 0. For Flax's own, give `**jaxrnn.initializers.FLAX`.
+        recurrent_kernel_init: the same for `weight_hh`.
+        bias_init: the same for `bias_ih`, with the shape (hidden_size,). It makes `bias_hh` 0, because
+            the two add up. In GRU's n, where they do not, it draws both.
         precision: the precision of the products, as for `jax.lax.dot_general`.
         remat: what the forward pass saves for the backward pass. "none": all it needs, nothing is
             recomputed. "gates": only the states; gates are recomputed. An integer k: the state before

@@ -11,6 +11,7 @@ from jax.typing import DTypeLike
 
 from jaxrnn._core.options import EngineNames, MeshAxis, Options, Remat
 from jaxrnn.cells import GRU_CELL, LSTM_CELL, RNN_RELU, Cell, Nonlinearity, Pair, StateT, torch_rnn_cell
+from jaxrnn.initializers import GateInitializer
 from jaxrnn.nnx.base import Layers
 from jaxrnn.spec import Spec
 
@@ -37,8 +38,14 @@ class RNN(Layers[jax.Array]):
         proj_size: features of an LSTM's projected hidden state, less than hidden_size; 0 for no
             projection.
         param_dtype: the parameters' floating dtype.
-        rngs: nnx.Rngs for the initial parameters (uniform within 1/sqrt(hidden_size) of 0, as torch's)
-            and, where it is used, for dropout.
+        kernel_init: what draws `weight_ih` gate by gate, and `weight_hr` if there is one: a function
+            init(key, shape, dtype), such as those of `jax.nn.initializers`, which gets the shape
+            (features, hidden_size); or a dict from some gates to such functions. None: as torch,
+            uniform within 1/sqrt(hidden_size) of 0. For Flax's own, give `**jaxrnn.initializers.FLAX`.
+        recurrent_kernel_init: the same for `weight_hh`.
+        bias_init: the same for `bias_ih`, with the shape (hidden_size,). It makes `bias_hh` 0, because
+            the two add up. In GRU's n, where they do not, it draws both.
+        rngs: nnx.Rngs for the initial parameters and, where it is used, for dropout.
         dtype: the floating dtype to compute in, and of the output; by default the promoted dtype of
             inputs and parameters. States have the dtype of hx, if given: a float32 state is returned
             unrounded.
@@ -123,6 +130,9 @@ class RNN(Layers[jax.Array]):
         *,
         proj_size: int = 0,
         param_dtype: DTypeLike = jnp.float32,
+        kernel_init: GateInitializer | None = None,
+        recurrent_kernel_init: GateInitializer | None = None,
+        bias_init: GateInitializer | None = None,
         rngs: nnx.Rngs,
         dtype: DTypeLike | None = None,
         precision: jax.lax.PrecisionLike = None,
@@ -133,7 +143,8 @@ class RNN(Layers[jax.Array]):
     ) -> None:
         cell = torch_rnn_cell(nonlinearity)
         spec = Spec(cell, input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size)
-        super().__init__(spec, Options(dtype, precision, remat, hidden_axis, unroll, engine), param_dtype, rngs)
+        options = Options(dtype, precision, remat, hidden_axis, unroll, engine)
+        super().__init__(spec, options, param_dtype, rngs, kernel_init, recurrent_kernel_init, bias_init)
 
 
 class LSTM(Layers[Pair]):
@@ -162,8 +173,14 @@ class LSTM(Layers[Pair]):
         proj_size: features of an LSTM's projected hidden state, less than hidden_size; 0 for no
             projection.
         param_dtype: the parameters' floating dtype.
-        rngs: nnx.Rngs for the initial parameters (uniform within 1/sqrt(hidden_size) of 0, as torch's)
-            and, where it is used, for dropout.
+        kernel_init: what draws `weight_ih` gate by gate, and `weight_hr` if there is one: a function
+            init(key, shape, dtype), such as those of `jax.nn.initializers`, which gets the shape
+            (features, hidden_size); or a dict from some gates to such functions. None: as torch,
+            uniform within 1/sqrt(hidden_size) of 0. For Flax's own, give `**jaxrnn.initializers.FLAX`.
+        recurrent_kernel_init: the same for `weight_hh`.
+        bias_init: the same for `bias_ih`, with the shape (hidden_size,). It makes `bias_hh` 0, because
+            the two add up. In GRU's n, where they do not, it draws both.
+        rngs: nnx.Rngs for the initial parameters and, where it is used, for dropout.
         dtype: the floating dtype to compute in, and of the output; by default the promoted dtype of
             inputs and parameters. States have the dtype of hx, if given: a float32 state is returned
             unrounded.
@@ -246,6 +263,9 @@ class LSTM(Layers[Pair]):
         proj_size: int = 0,
         *,
         param_dtype: DTypeLike = jnp.float32,
+        kernel_init: GateInitializer | None = None,
+        recurrent_kernel_init: GateInitializer | None = None,
+        bias_init: GateInitializer | None = None,
         rngs: nnx.Rngs,
         dtype: DTypeLike | None = None,
         precision: jax.lax.PrecisionLike = None,
@@ -257,7 +277,8 @@ class LSTM(Layers[Pair]):
         spec = Spec(
             LSTM_CELL, input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size
         )
-        super().__init__(spec, Options(dtype, precision, remat, hidden_axis, unroll, engine), param_dtype, rngs)
+        options = Options(dtype, precision, remat, hidden_axis, unroll, engine)
+        super().__init__(spec, options, param_dtype, rngs, kernel_init, recurrent_kernel_init, bias_init)
 
 
 class GRU(Layers[jax.Array]):
@@ -284,8 +305,14 @@ class GRU(Layers[jax.Array]):
         proj_size: features of an LSTM's projected hidden state, less than hidden_size; 0 for no
             projection.
         param_dtype: the parameters' floating dtype.
-        rngs: nnx.Rngs for the initial parameters (uniform within 1/sqrt(hidden_size) of 0, as torch's)
-            and, where it is used, for dropout.
+        kernel_init: what draws `weight_ih` gate by gate, and `weight_hr` if there is one: a function
+            init(key, shape, dtype), such as those of `jax.nn.initializers`, which gets the shape
+            (features, hidden_size); or a dict from some gates to such functions. None: as torch,
+            uniform within 1/sqrt(hidden_size) of 0. For Flax's own, give `**jaxrnn.initializers.FLAX`.
+        recurrent_kernel_init: the same for `weight_hh`.
+        bias_init: the same for `bias_ih`, with the shape (hidden_size,). It makes `bias_hh` 0, because
+            the two add up. In GRU's n, where they do not, it draws both.
+        rngs: nnx.Rngs for the initial parameters and, where it is used, for dropout.
         dtype: the floating dtype to compute in, and of the output; by default the promoted dtype of
             inputs and parameters. States have the dtype of hx, if given: a float32 state is returned
             unrounded.
@@ -365,6 +392,9 @@ class GRU(Layers[jax.Array]):
         *,
         proj_size: int = 0,
         param_dtype: DTypeLike = jnp.float32,
+        kernel_init: GateInitializer | None = None,
+        recurrent_kernel_init: GateInitializer | None = None,
+        bias_init: GateInitializer | None = None,
         rngs: nnx.Rngs,
         dtype: DTypeLike | None = None,
         precision: jax.lax.PrecisionLike = None,
@@ -374,7 +404,8 @@ class GRU(Layers[jax.Array]):
         engine: EngineNames = "auto",
     ) -> None:
         spec = Spec(GRU_CELL, input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size)
-        super().__init__(spec, Options(dtype, precision, remat, hidden_axis, unroll, engine), param_dtype, rngs)
+        options = Options(dtype, precision, remat, hidden_axis, unroll, engine)
+        super().__init__(spec, options, param_dtype, rngs, kernel_init, recurrent_kernel_init, bias_init)
 
 
 class Recurrent(Layers[StateT]):
@@ -396,8 +427,14 @@ class Recurrent(Layers[StateT]):
         proj_size: features of the projected hidden state; 0 for no projection. Only for a cell that
             allows it.
         param_dtype: the parameters' floating dtype.
-        rngs: nnx.Rngs for the initial parameters (uniform within 1/sqrt(hidden_size) of 0, as torch's)
-            and, where it is used, for dropout.
+        kernel_init: what draws `weight_ih` gate by gate, and `weight_hr` if there is one: a function
+            init(key, shape, dtype), such as those of `jax.nn.initializers`, which gets the shape
+            (features, hidden_size); or a dict from some gates to such functions. None: as torch,
+            uniform within 1/sqrt(hidden_size) of 0. For Flax's own, give `**jaxrnn.initializers.FLAX`.
+        recurrent_kernel_init: the same for `weight_hh`.
+        bias_init: the same for `bias_ih`, with the shape (hidden_size,). It makes `bias_hh` 0, because
+            the two add up. In GRU's n, where they do not, it draws both.
+        rngs: nnx.Rngs for the initial parameters and, where it is used, for dropout.
         dtype: the floating dtype to compute in, and of the output; by default the promoted dtype of
             inputs and parameters. States have the dtype of hx, if given: a float32 state is returned
             unrounded.
@@ -472,6 +509,9 @@ class Recurrent(Layers[StateT]):
         proj_size: int = 0,
         *,
         param_dtype: DTypeLike = jnp.float32,
+        kernel_init: GateInitializer | None = None,
+        recurrent_kernel_init: GateInitializer | None = None,
+        bias_init: GateInitializer | None = None,
         rngs: nnx.Rngs,
         dtype: DTypeLike | None = None,
         precision: jax.lax.PrecisionLike = None,
@@ -481,7 +521,8 @@ class Recurrent(Layers[StateT]):
         engine: EngineNames = "auto",
     ) -> None:
         spec = Spec(cell, input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size)
-        super().__init__(spec, Options(dtype, precision, remat, hidden_axis, unroll, engine), param_dtype, rngs)
+        options = Options(dtype, precision, remat, hidden_axis, unroll, engine)
+        super().__init__(spec, options, param_dtype, rngs, kernel_init, recurrent_kernel_init, bias_init)
 
     if TYPE_CHECKING:  # the cell's own parameters, of which only the cell knows the names
 
