@@ -32,8 +32,14 @@ ARGUMENTS = {
     "bidirectional": "whether each layer also runs backward in time.",
     "proj_size": "features of an LSTM's projected hidden state, less than hidden_size; 0 for no projection.",
     "param_dtype": "the parameters' floating dtype.",
-    "rngs": "nnx.Rngs for the initial parameters (uniform within 1/sqrt(hidden_size) of 0, as torch's) and, where it "
-    "is used, for dropout.",
+    "kernel_init": "what draws `weight_ih` gate by gate, and `weight_hr` if there is one: a function init(key, shape, "
+    "dtype), such as those of `jax.nn.initializers`, which gets the shape (features, hidden_size); or a dict from some "
+    "gates to such functions. None: as torch, uniform within 1/sqrt(hidden_size) of 0. For Flax's own, give "
+    "`**jaxrnn.initializers.FLAX`.",
+    "recurrent_kernel_init": "the same for `weight_hh`.",
+    "bias_init": "the same for `bias_ih`, with the shape (hidden_size,). It makes `bias_hh` 0, because the two add up. "
+    "In GRU's n, where they do not, it draws both.",
+    "rngs": "nnx.Rngs for the initial parameters and, where it is used, for dropout.",
     "dtype": "the floating dtype to compute in, and of the output; by default the promoted dtype of inputs and "
     "parameters. States have the dtype of hx, if given: a float32 state is returned unrounded.",
     "precision": "the precision of the products, as for `jax.lax.dot_general`.",
@@ -314,7 +320,8 @@ class LayerParameters:
 KINDS = ("RNN", "LSTM", "GRU")
 FUNCTIONS = ("apply", "trajectory", "apply_step", "apply_cell", "Layers.__call__", "Layers.step")
 NAMES = {*KINDS, *(f"{kind}Cell" for kind in KINDS), "Recurrent", *FUNCTIONS}
-FILES = ["functions.py", *(f"{api}/{file}.py" for api in ("nnx", "linen") for file in ("base", "layers", "cells"))]
+MODULES = ("base", "layers", "recurrent", "cells")
+FILES = ["functions.py", *(f"{api}/{file}.py" for api in ("nnx", "linen") for file in MODULES)]
 
 
 def main(write: bool) -> int:

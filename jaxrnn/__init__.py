@@ -4,7 +4,8 @@ What people use, in the order in which to read it:
 
 1. `cells`: what one step computes. `more_cells`: cells that torch does not have. `activations`: torch's cells with
    other activations.
-2. `spec`: a layer's or a cell's settings, and the names and shapes of its parameters.
+2. `spec`: a layer's or a cell's settings, and the names and shapes of its parameters. `initializers`: other initial
+   values than torch's.
 3. `functions`: `apply` and its relatives, for parameters that no module holds.
 4. `nnx` and `linen`: modules, which add parameters and randomness.
 5. `packed`: rows of different lengths. `engines`: what runs the loop over time. `checkpoint`: files, and other
@@ -16,11 +17,11 @@ To add a cell, write it in `more_cells`; an engine, see `engines`; a format of f
 library's layout of weights, `checkpoint/dialects`. To add an option:
 
 - a field of `Options` in `_core/options`, and its sentence in `.ci/docs.py`;
-- a keyword in `functions`, `nnx/layers` and `linen/base`, and an attribute in `nnx/base`;
+- a keyword in `functions`, `nnx/layers`, `nnx/recurrent` and `linen/base`, and an attribute in `nnx/base`;
 - its use: around a call in `_core/calls`, around layers in `_core/stack`, within a loop in `engines`.
 """
 
-from jaxrnn import activations, checkpoint, linen
+from jaxrnn import activations, checkpoint, initializers, linen
 from jaxrnn._version import __version__
 from jaxrnn.activations import gru_cell, lstm_cell, rnn_cell
 from jaxrnn.cells import GRU_CELL, LSTM_CELL, RNN_RELU, RNN_TANH, Cell, Parameter
@@ -75,6 +76,7 @@ __all__ = [
     "from_flax",
     "from_torch",
     "gru_cell",
+    "initializers",
     "linen",
     "load_state_dict",
     "lstm_cell",

@@ -20,6 +20,7 @@ from jax.typing import DTypeLike
 
 from jaxrnn import cells, more_cells
 from jaxrnn.cells import ROLES, Cell, StateT
+from jaxrnn.initializers import GateInitializer, by_role
 
 Shape = tuple[int, ...]
 
@@ -61,17 +62,35 @@ class _Shapes(abc.ABC, Generic[StateT]):
         state: Any = tuple(jnp.zeros(shape, dtype) for shape in shapes)
         return state if len(state) > 1 else state[0]
 
-    def init(self, key: jax.Array, dtype: DTypeLike = jnp.float32) -> dict[str, jax.Array]:
-        """Initial parameters, drawn as torch draws them: uniform in `[-1/sqrt(hidden_size), 1/sqrt(hidden_size))`.
+    def init(
+        self,
+        key: jax.Array,
+        dtype: DTypeLike = jnp.float32,
+        *,
+        kernel_init: GateInitializer | None = None,
+        recurrent_kernel_init: GateInitializer | None = None,
+        bias_init: GateInitializer | None = None,
+    ) -> dict[str, jax.Array]:
+        """Initial parameters, by default as torch draws them: uniform in `[-1/sqrt(hidden_size), 1/sqrt(hidden_size))`.
 
         A cell's own parameters are drawn by their `init`, if they have one.
 
         Args:
             key: a jax random key.
             dtype: the parameters' floating dtype.
+            kernel_init: what draws `weight_ih`, and with proj_size `weight_hr`, in place of torch's draw: a function
+                `init(key, shape, dtype)`, as in `jax.nn.initializers`. It is called for each gate with the shape
+                (features, hidden_size). Or a dict from names of gates to such functions. See `jaxrnn.initializers`.
+            recurrent_kernel_init: the same for `weight_hh`.
+            bias_init: the same for `bias_ih`, with the shape (hidden_size,). Then `bias_hh` is 0, because the two add
+                up; it is drawn, too, for a gate in which they do not, such as GRU's n.
 
         Returns:
             A dict from name to array, in the order of `shapes()`.
+
+        Raises:
+            TypeError: an initialiser is no function of a key, a shape and a dtype that returns an array of this shape.
+            ValueError: it names a gate that the cell does not have.
 
         >>> import jax, jaxrnn
         >>> params = jaxrnn.CellSpec(jaxrnn.GRU_CELL, 3, 4).init(jax.random.key(0))
@@ -80,16 +99,26 @@ class _Shapes(abc.ABC, Generic[StateT]):
         """
         shapes = self.shapes()
         keys = jax.random.split(key, len(shapes))
-        draws = self.initializers()
+        draws = self.initializers(
+            kernel_init=kernel_init, recurrent_kernel_init=recurrent_kernel_init, bias_init=bias_init
+        )
         return {name: draws[name](keys[i], shape, dtype) for i, (name, shape) in enumerate(shapes.items())}
 
-    @abc.abstractmethod
-    def initializers(self) -> dict[str, Callable[..., jax.Array]]:
+    def initializers(
+        self,
+        *,
+        kernel_init: GateInitializer | None = None,
+        recurrent_kernel_init: GateInitializer | None = None,
+        bias_init: GateInitializer | None = None,
+    ) -> dict[str, Callable[..., jax.Array]]:
         """For each parameter, the function (key, shape, dtype) that draws its initial value; see `init`."""
+        draws = {name: own.init for name, own in self.cell.own.items() if own.init is not None}
+        draws |= by_role(self.cell, self._uniform, kernel_init, recurrent_kernel_init, bias_init)
+        return {name: draws.get(role, self._uniform) for name, role in self._named_roles().items()}
 
-    def _initializer(self, role: str) -> Callable[..., jax.Array]:
-        own = self.cell.own.get(role)
-        return self._uniform if own is None or own.init is None else own.init
+    @abc.abstractmethod
+    def _named_roles(self) -> dict[str, str]:
+        """Each parameter's role, in the order of `shapes()`."""
 
     def _uniform(self, key: jax.Array, shape: Shape, dtype: DTypeLike = jnp.float32) -> jax.Array:
         bound = 1 / math.sqrt(self.hidden_size) if self.hidden_size else 0.0
@@ -288,9 +317,8 @@ class Spec(_Shapes[StateT]):
             for name, (layer, role) in self._parameters().items()
         }
 
-    def initializers(self) -> dict[str, Callable[..., jax.Array]]:
-        """For each parameter, the function (key, shape, dtype) that draws its initial value; see `init`."""
-        return {name: self._initializer(role) for name, (_, role) in self._parameters().items()}
+    def _named_roles(self) -> dict[str, str]:
+        return {name: role for name, (_, role) in self._parameters().items()}
 
     def hidden_axes(self) -> dict[str, tuple[bool, ...]]:
         """For each parameter axis, whether it counts hidden units and can be sharded. Axes of rows cannot.
@@ -347,9 +375,8 @@ class CellSpec(_Shapes[StateT]):
         roles = _roles(self.cell, self.bias)
         return {role: _shape(role, self.cell, self.input_size, self.hidden_size) for role in roles}
 
-    def initializers(self) -> dict[str, Callable[..., jax.Array]]:
-        """For each parameter, the function (key, shape, dtype) that draws its initial value; see `init`."""
-        return {role: self._initializer(role) for role in _roles(self.cell, self.bias)}
+    def _named_roles(self) -> dict[str, str]:
+        return {role: role for role in _roles(self.cell, self.bias)}
 
     def state_shapes(self, *batch: int) -> tuple[Shape, ...]:
         """The shape of each of the cell's states, with any number of batch axes."""

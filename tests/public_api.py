@@ -59,6 +59,9 @@ def layers(rngs: nnx.Rngs) -> None:
     print(rnn.nonlinearity.upper(), gru.param_dtype)
     lstm.dtype = jnp.bfloat16
     lstm.remat = "none"
+    print(jaxrnn.LSTM(10, 20, **jaxrnn.initializers.FLAX, param_dtype=jnp.bfloat16, rngs=rngs).param_dtype)
+    keeping = jaxrnn.initializers.forget_bias(1.0)
+    print(jaxrnn.LSTM(10, 20, kernel_init=jax.nn.initializers.lecun_normal(), bias_init=keeping, rngs=rngs))
 
     lstm.weight_hh_l0[...] = 0 * lstm.weight_hh_l0[...]
     lstm.weight_hr_l0_reverse[0, 1] = 2.0
@@ -84,6 +87,7 @@ def cells(rngs: nnx.Rngs) -> None:
     h, c = lstm(x[0])
     state = lstm(x[0], (h, c))
     assert_type(state, Pair)
+    print(jaxrnn.GRUCell(10, 20, **jaxrnn.initializers.FLAX, rngs=rngs).bias)
     print(rnn.nonlinearity, gru.weight_ih[...].sum(), gru.weight_hh.shape, gru.hidden_size + 1)
     assert lstm.bias_ih is None
     assert gru.bias_hh is not None
@@ -131,6 +135,7 @@ def functions(cell: jaxrnn.Cell, key: jax.Array) -> None:
     spec = jaxrnn.Spec(jaxrnn.LSTM_CELL, 10, 20, num_layers=2, dropout=0.5)
     params = spec.init(key)
     assert_type(params, dict[str, jax.Array])
+    assert_type(spec.init(key, **jaxrnn.initializers.FLAX), dict[str, jax.Array])
     output, state = jaxrnn.apply(spec, params, x, lengths=[5, 2, 1], dropout_key=key, remat="gates", unroll=2)
     assert_type(output, jax.Array)
     assert_type(state, Pair)
@@ -141,7 +146,11 @@ def functions(cell: jaxrnn.Cell, key: jax.Array) -> None:
     print(inside.states["c"][0, -1], inside.gates["f"].mean(), h_n.shape, c_n.shape)
     print(spec.shapes()["weight_ih_l0"][0] + 1, spec.state_shapes(3), spec.names(0, 0), spec.hidden_axes())
 
+    def ones(key: jax.Array, shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> jax.Array:
+        return jnp.exp(0.0 * jax.random.normal(key, shape))
+
     one = jaxrnn.CellSpec(jaxrnn.GRU_CELL, 10, 20)
+    print(one.init(key, recurrent_kernel_init=ones, bias_init={"n": ones})["bias_hh"], one.initializers(bias_init=ones))
     assert_type(jaxrnn.apply_cell(one, one.init(key), x[0], reset=x[0, :, 0] > 0, precision="highest"), jax.Array)
     any_spec: jaxrnn.Spec = jaxrnn.Spec(cell, 10, 20)
     output, h_n = jaxrnn.apply(any_spec, any_spec.init(key), x)
@@ -179,7 +188,7 @@ def packed_sequences(lstm: jaxrnn.LSTM) -> None:
 def linen_modules(key: jax.Array) -> None:
     rnn = jaxrnn.linen.RNN(10, 20, 2, "relu", remat="gates", dropout=0.1)
     lstm = jaxrnn.linen.LSTM(10, 20, batch_first=True, dtype=jnp.float32, engine="scan", name="lstm")
-    gru = jaxrnn.linen.GRU(10, 20, deterministic=True, rng_collection="dropout")
+    gru = jaxrnn.linen.GRU(10, 20, deterministic=True, rng_collection="dropout", **jaxrnn.initializers.FLAX)
     for module in (rnn, gru):
         output, h_n = module.apply(module.init(key, x, deterministic=True), x, deterministic=True)
         print(output.shape, h_n.shape)

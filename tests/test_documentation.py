@@ -188,6 +188,7 @@ def test_no_figure_is_left_to_fill_in() -> None:
     ("name", "among_them"),
     [
         ("jaxrnn", {"LSTM", "apply", "Spec"}),
+        ("jaxrnn.initializers", {"forget_bias"}),
         ("jaxrnn.linen", {"LSTM", "GRUCell", "FlaxCell"}),
         ("jaxrnn.checkpoint", {"load", "find_rnns", "FoundRNN"}),
         ("jaxrnn.checkpoint.linen", {"state_dict", "Loaded"}),

@@ -4,7 +4,8 @@
 """
 
 from jaxrnn.linen.cells import FlaxCell, GRUCell, LSTMCell, RNNCell
-from jaxrnn.linen.layers import GRU, LSTM, RNN, Recurrent
+from jaxrnn.linen.layers import GRU, LSTM, RNN
+from jaxrnn.linen.recurrent import Recurrent
 from jaxrnn.linen.sequential import OutputOnly
 
 __all__ = ["GRU", "LSTM", "RNN", "FlaxCell", "GRUCell", "LSTMCell", "OutputOnly", "RNNCell", "Recurrent"]

@@ -19,6 +19,7 @@ from jaxrnn._core import flax_cell, flax_sharding
 from jaxrnn._core.calls import HX, Output, call, call_cell, call_step
 from jaxrnn._core.options import EngineNames, MeshAxis, Options, Remat, floating_dtype
 from jaxrnn.cells import StateT
+from jaxrnn.initializers import GateInitializer
 from jaxrnn.packed import Lengths, PackedSequence
 from jaxrnn.spec import CellSpec, Spec
 
@@ -36,6 +37,9 @@ class Module(linen.Module, Generic[StateT]):
     _: dataclasses.KW_ONLY  # so that the fields of the classes below come first, in torch's order
     dtype: DTypeLike | None = None
     param_dtype: DTypeLike = jnp.float32
+    kernel_init: GateInitializer | None = None
+    recurrent_kernel_init: GateInitializer | None = None
+    bias_init: GateInitializer | None = None
     precision: jax.lax.PrecisionLike = None
 
     def __post_init__(self) -> None:
@@ -44,6 +48,8 @@ class Module(linen.Module, Generic[StateT]):
         self.options: Options = Options(**{name: fields[name] for name in _names(Options) if name in fields})
         engines.asked(self.options)
         floating_dtype("param_dtype", self.param_dtype)
+        inits = ("kernel_init", "recurrent_kernel_init", "bias_init")
+        self._draws = self.spec.initializers(**{name: fields[name] for name in inits})
         super().__post_init__()
 
     if TYPE_CHECKING:  # Flax's is a dict or a FrozenDict to a checker
@@ -51,7 +57,7 @@ class Module(linen.Module, Generic[StateT]):
         def init(self, rngs: jax.Array | dict[str, jax.Array], *args: Any, **kwargs: Any) -> dict[str, Any]: ...
 
     def _initializers(self) -> dict[str, Callable[..., Any]]:
-        return self.spec.initializers()
+        return self._draws
 
     @linen.compact
     def _params(self) -> dict[str, jax.Array]:
@@ -147,7 +153,7 @@ class Layers(Module[StateT]):
         def init_with_output(self, rngs: _Rngs, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]: ...
 
     def _initializers(self) -> dict[str, Callable[..., Any]]:
-        draws = self.spec.initializers()
+        draws = super()._initializers()
         if self.hidden_axis is None:
             return draws
         names = flax_sharding.names(self.spec, flax_sharding.mesh_axis(self.hidden_axis))

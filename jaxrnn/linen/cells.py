@@ -31,6 +31,13 @@ class RNNCell(OneStep[jax.Array]):
             inputs and parameters. States have the dtype of hx, if given: a float32 state is returned
             unrounded.
         param_dtype: the parameters' floating dtype.
+        kernel_init: what draws `weight_ih` gate by gate, and `weight_hr` if there is one: a function
+            init(key, shape, dtype), such as those of `jax.nn.initializers`, which gets the shape
+            (features, hidden_size); or a dict from some gates to such functions. None: as torch,
+            uniform within 1/sqrt(hidden_size) of 0. For Flax's own, give `**jaxrnn.initializers.FLAX`.
+        recurrent_kernel_init: the same for `weight_hh`.
+        bias_init: the same for `bias_ih`, with the shape (hidden_size,). It makes `bias_hh` 0, because
+            the two add up. In GRU's n, where they do not, it draws both.
         precision: the precision of the products, as for `jax.lax.dot_general`.
 
     Call:
@@ -98,6 +105,13 @@ class LSTMCell(OneStep[Pair]):
             inputs and parameters. States have the dtype of hx, if given: a float32 state is returned
             unrounded.
         param_dtype: the parameters' floating dtype.
+        kernel_init: what draws `weight_ih` gate by gate, and `weight_hr` if there is one: a function
+            init(key, shape, dtype), such as those of `jax.nn.initializers`, which gets the shape
+            (features, hidden_size); or a dict from some gates to such functions. None: as torch,
+            uniform within 1/sqrt(hidden_size) of 0. For Flax's own, give `**jaxrnn.initializers.FLAX`.
+        recurrent_kernel_init: the same for `weight_hh`.
+        bias_init: the same for `bias_ih`, with the shape (hidden_size,). It makes `bias_hh` 0, because
+            the two add up. In GRU's n, where they do not, it draws both.
         precision: the precision of the products, as for `jax.lax.dot_general`.
 
     Call:
@@ -160,6 +174,13 @@ class GRUCell(OneStep[jax.Array]):
             inputs and parameters. States have the dtype of hx, if given: a float32 state is returned
             unrounded.
         param_dtype: the parameters' floating dtype.
+        kernel_init: what draws `weight_ih` gate by gate, and `weight_hr` if there is one: a function
+            init(key, shape, dtype), such as those of `jax.nn.initializers`, which gets the shape
+            (features, hidden_size); or a dict from some gates to such functions. None: as torch,
+            uniform within 1/sqrt(hidden_size) of 0. For Flax's own, give `**jaxrnn.initializers.FLAX`.
+        recurrent_kernel_init: the same for `weight_hh`.
+        bias_init: the same for `bias_ih`, with the shape (hidden_size,). It makes `bias_hh` 0, because
+            the two add up. In GRU's n, where they do not, it draws both.
         precision: the precision of the products, as for `jax.lax.dot_general`.
 
     Call:

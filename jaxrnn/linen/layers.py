@@ -1,4 +1,4 @@
-"""RNN, LSTM, GRU, and Recurrent for flax.linen."""
+"""RNN, LSTM and GRU for flax.linen."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 
 import jax
 
-from jaxrnn.cells import GRU_CELL, LSTM_CELL, Cell, Nonlinearity, Pair, StateT, torch_rnn_cell
+from jaxrnn.cells import GRU_CELL, LSTM_CELL, Cell, Nonlinearity, Pair, torch_rnn_cell
 from jaxrnn.linen.base import Layers
 
 
@@ -33,6 +33,13 @@ class RNN(Layers[jax.Array]):
             inputs and parameters. States have the dtype of hx, if given: a float32 state is returned
             unrounded.
         param_dtype: the parameters' floating dtype.
+        kernel_init: what draws `weight_ih` gate by gate, and `weight_hr` if there is one: a function
+            init(key, shape, dtype), such as those of `jax.nn.initializers`, which gets the shape
+            (features, hidden_size); or a dict from some gates to such functions. None: as torch,
+            uniform within 1/sqrt(hidden_size) of 0. For Flax's own, give `**jaxrnn.initializers.FLAX`.
+        recurrent_kernel_init: the same for `weight_hh`.
+        bias_init: the same for `bias_ih`, with the shape (hidden_size,). It makes `bias_hh` 0, because
+            the two add up. In GRU's n, where they do not, it draws both.
         precision: the precision of the products, as for `jax.lax.dot_general`.
         recurrent_dropout: the probability with which a number of h is zeroed in training before the
             recurrent product: one mask for all steps, and for all gates.
@@ -159,6 +166,13 @@ class LSTM(Layers[Pair]):
             inputs and parameters. States have the dtype of hx, if given: a float32 state is returned
             unrounded.
         param_dtype: the parameters' floating dtype.
+        kernel_init: what draws `weight_ih` gate by gate, and `weight_hr` if there is one: a function
+            init(key, shape, dtype), such as those of `jax.nn.initializers`, which gets the shape
+            (features, hidden_size); or a dict from some gates to such functions. None: as torch,
+            uniform within 1/sqrt(hidden_size) of 0. For Flax's own, give `**jaxrnn.initializers.FLAX`.
+        recurrent_kernel_init: the same for `weight_hh`.
+        bias_init: the same for `bias_ih`, with the shape (hidden_size,). It makes `bias_hh` 0, because
+            the two add up. In GRU's n, where they do not, it draws both.
         precision: the precision of the products, as for `jax.lax.dot_general`.
         recurrent_dropout: the probability with which a number of h is zeroed in training before the
             recurrent product: one mask for all steps, and for all gates.
@@ -279,6 +293,13 @@ class GRU(Layers[jax.Array]):
             inputs and parameters. States have the dtype of hx, if given: a float32 state is returned
             unrounded.
         param_dtype: the parameters' floating dtype.
+        kernel_init: what draws `weight_ih` gate by gate, and `weight_hr` if there is one: a function
+            init(key, shape, dtype), such as those of `jax.nn.initializers`, which gets the shape
+            (features, hidden_size); or a dict from some gates to such functions. None: as torch,
+            uniform within 1/sqrt(hidden_size) of 0. For Flax's own, give `**jaxrnn.initializers.FLAX`.
+        recurrent_kernel_init: the same for `weight_hh`.
+        bias_init: the same for `bias_ih`, with the shape (hidden_size,). It makes `bias_hh` 0, because
+            the two add up. In GRU's n, where they do not, it draws both.
         precision: the precision of the products, as for `jax.lax.dot_general`.
         recurrent_dropout: the probability with which a number of h is zeroed in training before the
             recurrent product: one mask for all steps, and for all gates.
@@ -368,110 +389,3 @@ class GRU(Layers[jax.Array]):
     bidirectional: bool = False
     _: dataclasses.KW_ONLY
     proj_size: int = 0
-
-
-class Recurrent(Layers[StateT]):
-    """A stack of layers of any cell: one of `jaxrnn`'s, such as `jaxrnn.LAYER_NORM_LSTM_CELL`, or one of your own.
-
-    For a cell of several states, hx and h_n are tuples. A cell's own parameters are named like the weights: their name,
-    then `_l0`, `_l0_reverse` and so on.
-
-    Args:
-        cell: the kind of cell, a `jaxrnn.Cell`.
-        input_size: features of the input at each step.
-        hidden_size: features of the hidden state.
-        num_layers: how many layers are stacked.
-        bias: whether there are `bias_ih` and `bias_hh`.
-        batch_first: whether batched input and output are (batch, time, features) rather than (time,
-            batch, features). It does not change hx and h_n.
-        dropout: the probability with which an output of each layer but the last is zeroed in training.
-        bidirectional: whether each layer also runs backward in time.
-        proj_size: features of the projected hidden state; 0 for no projection. Only for a cell that
-            allows it.
-        name: the name of the module in its parent, as everywhere in Linen.
-        dtype: the floating dtype to compute in, and of the output; by default the promoted dtype of
-            inputs and parameters. States have the dtype of hx, if given: a float32 state is returned
-            unrounded.
-        param_dtype: the parameters' floating dtype.
-        precision: the precision of the products, as for `jax.lax.dot_general`.
-        recurrent_dropout: the probability with which a number of h is zeroed in training before the
-            recurrent product: one mask for all steps, and for all gates.
-        variational_dropout: whether `dropout`, too, has one mask for all steps.
-        remat: what the forward pass saves for the backward pass. "none": all it needs, nothing is
-            recomputed. "gates": only the states; gates are recomputed. An integer k: the state before
-            every k-th step; the rest is recomputed, k steps at a time. Values and gradients are the
-            same, up to rounding.
-        hidden_axis: the mesh axis or axes, of type Auto, over which hidden units are sharded; None
-            leaves sharding to XLA. For a module it may be a logical axis of Flax. A module stores it in
-            its parameters' metadata, and creates them on the mesh in `jax.set_mesh`, if there is one.
-        unroll: how many steps the loop makes at a time, as for `jax.lax.scan`; if None, 4 on a GPU and
-            1 elsewhere.
-        engine: what runs the loop over time: "auto"; a name in `jaxrnn.engines.ENGINES`; or a tuple of
-            such names, of which the first that can run it does.
-        deterministic: whether dropout is off. With dropout, give it here or in the call.
-        rng_collection: the name of the random keys for dropout that `apply` is given.
-
-    Call:
-        `output, h_n = module(x, hx=None, deterministic=None, *, lengths=None, mask=None,
-        reset=None, reset_state=None, dropout_masks=None, rng=None)`
-
-        x                                         output                  h_n
-        (time, batch, input_size)                 (time, batch, D * H)    (D * num_layers, batch, H)
-        (batch, time, input_size), batch_first    (batch, time, D * H)    (D * num_layers, batch, H)
-        (time, input_size), unbatched             (time, D * H)           (D * num_layers, H)
-        PackedSequence                            PackedSequence          (D * num_layers, batch, H)
-
-        D is 2 if bidirectional, else 1. H is proj_size, or hidden_size without projection.
-        h_n[D * layer + direction] is the state after each row's last step, or at step 0 for direction 1,
-        which is backward.
-
-        hx: the initial state h_0, for a cell of several states a tuple or list, (h_0, c_0) for an LSTM,
-            of the shapes that are returned; zeros if None. A state that all rows share, such as a
-            learned one, may have a batch of 1, or the last axis alone.
-        lengths: how many steps each row has, integers from 0 to time, (batch,), or for unbatched x ();
-            all steps if None. Padding in x affects no result and no gradient. Under jit lengths are
-            data, and cannot be checked: a length below 0 counts as 0, and one above time as time.
-        mask: True at valid steps, False at padding, which may be anywhere in a row; boolean, of the
-            shape of x, or its data, without features. The results are those of the valid steps alone:
-            at a masked step the state is held, and the output is 0.
-        reset: True at the steps before which the state is reset, such as the first of an episode;
-            boolean, of the shape of x, or its data, without features. Ignored at masked steps and past
-            a row's end. Not for a bidirectional network.
-        reset_state: the state that `reset` starts from, like hx; zeros if None.
-        dropout_masks: in place of random masks between layers: for each layer but the last an array of
-            0 or 1, 1 where dropout keeps an output, (time, batch, directions * output size) even with
-            `batch_first`, or (1, batch, ...) for one mask for all steps; without batch for unbatched x,
-            and laid out like its data for a PackedSequence.
-        deterministic: whether dropout is off. With dropout, give it here or as a field.
-        rng: a jax key for dropout, in place of the one that `apply` was given for `rng_collection`.
-
-    Parameters of layer k, with torch's names, shapes and order:
-        weight_ih_lk               (gates * hidden_size, input_size), or (gates * hidden_size, D * H) if k > 0
-        weight_hh_lk               (gates * hidden_size, H)
-        bias_ih_lk, bias_hh_lk     (gates * hidden_size,)
-        and the same with `_reverse` for the backward direction.
-
-    Raises:
-        TypeError: cell is not a `jaxrnn.Cell`, a size is not an int, or `bias` or `batch_first` is not a bool.
-        ValueError: a size or a probability is out of range, or the cell does not support `proj_size`.
-
-    >>> import jax, jax.numpy as jnp, jaxrnn
-    >>> rnn = jaxrnn.linen.Recurrent(jaxrnn.IND_RNN_CELL, 10, 20)
-    >>> (output, h_n), variables = rnn.init_with_output(jax.random.key(0), jnp.ones((5, 3, 10)))
-    >>> output.shape, list(variables["params"])
-    ((5, 3, 20), ['weight_ih_l0', 'bias_ih_l0', 'weight_u_l0'])
-    """
-
-    cell: Cell[StateT]
-    input_size: int
-    hidden_size: int
-    num_layers: int = 1
-    bias: bool = True
-    batch_first: bool = False
-    dropout: float = 0.0
-    bidirectional: bool = False
-    proj_size: int = 0
-
-    @property
-    def _cell(self) -> Cell:
-        return self.cell

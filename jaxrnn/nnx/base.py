@@ -19,6 +19,7 @@ from jaxrnn._core import flax_cell, flax_sharding
 from jaxrnn._core.calls import HX, Output, call, call_cell, call_step
 from jaxrnn._core.options import EngineNames, MeshAxis, Options, Remat, floating_dtype
 from jaxrnn.cells import RNN_RELU, StateT
+from jaxrnn.initializers import GateInitializer
 from jaxrnn.packed import Lengths, PackedSequence
 from jaxrnn.spec import CellSpec, Spec, shown
 
@@ -66,13 +67,23 @@ class Module(nnx.Module, Generic[StateT]):
         options: Options,
         param_dtype: DTypeLike,
         rngs: nnx.Rngs,
+        kernel_init: GateInitializer | None,
+        recurrent_kernel_init: GateInitializer | None,
+        bias_init: GateInitializer | None,
     ) -> None:
         self.spec = spec
         self.options = options
         engines.asked(self.options)
         floating_dtype("param_dtype", param_dtype)
         self.param_dtype = param_dtype
-        self._add_params(spec.init(rngs.params(), param_dtype))
+        values = spec.init(
+            rngs.params(),
+            param_dtype,
+            kernel_init=kernel_init,
+            recurrent_kernel_init=recurrent_kernel_init,
+            bias_init=bias_init,
+        )
+        self._add_params(values)
 
     @property
     def input_size(self) -> int:
@@ -140,9 +151,12 @@ class Layers(Module[StateT], LayerParameters):
         options: Options,
         param_dtype: DTypeLike,
         rngs: nnx.Rngs,
+        kernel_init: GateInitializer | None,
+        recurrent_kernel_init: GateInitializer | None,
+        bias_init: GateInitializer | None,
     ) -> None:
         flax_sharding.check(spec, options.hidden_axis)
-        super().__init__(spec, options, param_dtype, rngs)
+        super().__init__(spec, options, param_dtype, rngs, kernel_init, recurrent_kernel_init, bias_init)
         self.deterministic = False
         # Only where it is used: a stream adds leaves without a gradient.
         self.rngs = rngs["dropout"].fork() if spec.is_random() else nnx.data(None)

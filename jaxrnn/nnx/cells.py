@@ -13,6 +13,7 @@ from jax.typing import DTypeLike
 from jaxrnn._core import flax_cell
 from jaxrnn._core.options import Options
 from jaxrnn.cells import GRU_CELL, LSTM_CELL, RNN_RELU, Nonlinearity, Pair, torch_rnn_cell
+from jaxrnn.initializers import GateInitializer
 from jaxrnn.nnx.base import OneStep, drawn_key
 from jaxrnn.spec import CellSpec
 
@@ -32,7 +33,14 @@ class RNNCell(OneStep[jax.Array]):
         bias: whether there are `bias_ih` and `bias_hh`; without, they are None.
         nonlinearity: "tanh" or "relu".
         param_dtype: the parameters' floating dtype.
-        rngs: nnx.Rngs for the initial parameters, uniform within 1/sqrt(hidden_size) of 0, as torch's.
+        kernel_init: what draws `weight_ih` gate by gate, and `weight_hr` if there is one: a function
+            init(key, shape, dtype), such as those of `jax.nn.initializers`, which gets the shape
+            (features, hidden_size); or a dict from some gates to such functions. None: as torch,
+            uniform within 1/sqrt(hidden_size) of 0. For Flax's own, give `**jaxrnn.initializers.FLAX`.
+        recurrent_kernel_init: the same for `weight_hh`.
+        bias_init: the same for `bias_ih`, with the shape (hidden_size,). It makes `bias_hh` 0, because
+            the two add up. In GRU's n, where they do not, it draws both.
+        rngs: nnx.Rngs for the initial parameters.
         dtype: the floating dtype to compute in, and of the output; by default the promoted dtype of
             inputs and parameters. States have the dtype of hx, if given: a float32 state is returned
             unrounded.
@@ -83,12 +91,16 @@ class RNNCell(OneStep[jax.Array]):
         nonlinearity: Nonlinearity = "tanh",
         *,
         param_dtype: DTypeLike = jnp.float32,
+        kernel_init: GateInitializer | None = None,
+        recurrent_kernel_init: GateInitializer | None = None,
+        bias_init: GateInitializer | None = None,
         rngs: nnx.Rngs,
         dtype: DTypeLike | None = None,
         precision: jax.lax.PrecisionLike = None,
     ) -> None:
         spec = CellSpec(torch_rnn_cell(nonlinearity), input_size, hidden_size, bias)
-        super().__init__(spec, Options(dtype, precision), param_dtype, rngs)
+        options = Options(dtype, precision)
+        super().__init__(spec, options, param_dtype, rngs, kernel_init, recurrent_kernel_init, bias_init)
 
 
 class LSTMCell(OneStep[Pair]):
@@ -110,7 +122,14 @@ class LSTMCell(OneStep[Pair]):
         hidden_size: features of the hidden state.
         bias: whether there are `bias_ih` and `bias_hh`; without, they are None.
         param_dtype: the parameters' floating dtype.
-        rngs: nnx.Rngs for the initial parameters, uniform within 1/sqrt(hidden_size) of 0, as torch's.
+        kernel_init: what draws `weight_ih` gate by gate, and `weight_hr` if there is one: a function
+            init(key, shape, dtype), such as those of `jax.nn.initializers`, which gets the shape
+            (features, hidden_size); or a dict from some gates to such functions. None: as torch,
+            uniform within 1/sqrt(hidden_size) of 0. For Flax's own, give `**jaxrnn.initializers.FLAX`.
+        recurrent_kernel_init: the same for `weight_hh`.
+        bias_init: the same for `bias_ih`, with the shape (hidden_size,). It makes `bias_hh` 0, because
+            the two add up. In GRU's n, where they do not, it draws both.
+        rngs: nnx.Rngs for the initial parameters.
         dtype: the floating dtype to compute in, and of the output; by default the promoted dtype of
             inputs and parameters. States have the dtype of hx, if given: a float32 state is returned
             unrounded.
@@ -158,12 +177,16 @@ class LSTMCell(OneStep[Pair]):
         bias: bool | int = True,
         *,
         param_dtype: DTypeLike = jnp.float32,
+        kernel_init: GateInitializer | None = None,
+        recurrent_kernel_init: GateInitializer | None = None,
+        bias_init: GateInitializer | None = None,
         rngs: nnx.Rngs,
         dtype: DTypeLike | None = None,
         precision: jax.lax.PrecisionLike = None,
     ) -> None:
         spec = CellSpec(LSTM_CELL, input_size, hidden_size, bias)
-        super().__init__(spec, Options(dtype, precision), param_dtype, rngs)
+        options = Options(dtype, precision)
+        super().__init__(spec, options, param_dtype, rngs, kernel_init, recurrent_kernel_init, bias_init)
 
 
 class GRUCell(OneStep[jax.Array]):
@@ -183,7 +206,14 @@ class GRUCell(OneStep[jax.Array]):
         hidden_size: features of the hidden state.
         bias: whether there are `bias_ih` and `bias_hh`; without, they are None.
         param_dtype: the parameters' floating dtype.
-        rngs: nnx.Rngs for the initial parameters, uniform within 1/sqrt(hidden_size) of 0, as torch's.
+        kernel_init: what draws `weight_ih` gate by gate, and `weight_hr` if there is one: a function
+            init(key, shape, dtype), such as those of `jax.nn.initializers`, which gets the shape
+            (features, hidden_size); or a dict from some gates to such functions. None: as torch,
+            uniform within 1/sqrt(hidden_size) of 0. For Flax's own, give `**jaxrnn.initializers.FLAX`.
+        recurrent_kernel_init: the same for `weight_hh`.
+        bias_init: the same for `bias_ih`, with the shape (hidden_size,). It makes `bias_hh` 0, because
+            the two add up. In GRU's n, where they do not, it draws both.
+        rngs: nnx.Rngs for the initial parameters.
         dtype: the floating dtype to compute in, and of the output; by default the promoted dtype of
             inputs and parameters. States have the dtype of hx, if given: a float32 state is returned
             unrounded.
@@ -229,12 +259,16 @@ class GRUCell(OneStep[jax.Array]):
         bias: bool | int = True,
         *,
         param_dtype: DTypeLike = jnp.float32,
+        kernel_init: GateInitializer | None = None,
+        recurrent_kernel_init: GateInitializer | None = None,
+        bias_init: GateInitializer | None = None,
         rngs: nnx.Rngs,
         dtype: DTypeLike | None = None,
         precision: jax.lax.PrecisionLike = None,
     ) -> None:
         spec = CellSpec(GRU_CELL, input_size, hidden_size, bias)
-        super().__init__(spec, Options(dtype, precision), param_dtype, rngs)
+        options = Options(dtype, precision)
+        super().__init__(spec, options, param_dtype, rngs, kernel_init, recurrent_kernel_init, bias_init)
 
 
 class FlaxCell(nnx.RNNCellBase):

@@ -1,8 +1,6 @@
-"""RNN, LSTM, GRU, and Recurrent for flax.nnx."""
+"""RNN, LSTM and GRU for flax.nnx."""
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +8,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from jaxrnn._core.options import EngineNames, MeshAxis, Options, Remat
-from jaxrnn.cells import GRU_CELL, LSTM_CELL, RNN_RELU, Cell, Nonlinearity, Pair, StateT, torch_rnn_cell
+from jaxrnn.cells import GRU_CELL, LSTM_CELL, RNN_RELU, Nonlinearity, Pair, torch_rnn_cell
+from jaxrnn.initializers import GateInitializer
 from jaxrnn.nnx.base import Layers
 from jaxrnn.spec import Spec
 
@@ -40,8 +39,14 @@ class RNN(Layers[jax.Array]):
             recurrent product: one mask for all steps, and for all gates.
         variational_dropout: whether `dropout`, too, has one mask for all steps.
         param_dtype: the parameters' floating dtype.
-        rngs: nnx.Rngs for the initial parameters (uniform within 1/sqrt(hidden_size) of 0, as torch's)
-            and, where it is used, for dropout.
+        kernel_init: what draws `weight_ih` gate by gate, and `weight_hr` if there is one: a function
+            init(key, shape, dtype), such as those of `jax.nn.initializers`, which gets the shape
+            (features, hidden_size); or a dict from some gates to such functions. None: as torch,
+            uniform within 1/sqrt(hidden_size) of 0. For Flax's own, give `**jaxrnn.initializers.FLAX`.
+        recurrent_kernel_init: the same for `weight_hh`.
+        bias_init: the same for `bias_ih`, with the shape (hidden_size,). It makes `bias_hh` 0, because
+            the two add up. In GRU's n, where they do not, it draws both.
+        rngs: nnx.Rngs for the initial parameters and, where it is used, for dropout.
         dtype: the floating dtype to compute in, and of the output; by default the promoted dtype of
             inputs and parameters. States have the dtype of hx, if given: a float32 state is returned
             unrounded.
@@ -136,6 +141,9 @@ class RNN(Layers[jax.Array]):
         recurrent_dropout: float = 0.0,
         variational_dropout: bool = False,
         param_dtype: DTypeLike = jnp.float32,
+        kernel_init: GateInitializer | None = None,
+        recurrent_kernel_init: GateInitializer | None = None,
+        bias_init: GateInitializer | None = None,
         rngs: nnx.Rngs,
         dtype: DTypeLike | None = None,
         precision: jax.lax.PrecisionLike = None,
@@ -145,20 +153,10 @@ class RNN(Layers[jax.Array]):
         engine: EngineNames = "auto",
     ) -> None:
         cell = torch_rnn_cell(nonlinearity)
-        spec = Spec(
-            cell,
-            input_size,
-            hidden_size,
-            num_layers,
-            bias,
-            batch_first,
-            dropout,
-            bidirectional,
-            proj_size,
-            recurrent_dropout=recurrent_dropout,
-            variational_dropout=variational_dropout,
-        )
-        super().__init__(spec, Options(dtype, precision, remat, hidden_axis, unroll, engine), param_dtype, rngs)
+        settings = input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size
+        spec = Spec(cell, *settings, recurrent_dropout=recurrent_dropout, variational_dropout=variational_dropout)
+        options = Options(dtype, precision, remat, hidden_axis, unroll, engine)
+        super().__init__(spec, options, param_dtype, rngs, kernel_init, recurrent_kernel_init, bias_init)
 
 
 class LSTM(Layers[Pair]):
@@ -190,8 +188,14 @@ class LSTM(Layers[Pair]):
             recurrent product: one mask for all steps, and for all gates.
         variational_dropout: whether `dropout`, too, has one mask for all steps.
         param_dtype: the parameters' floating dtype.
-        rngs: nnx.Rngs for the initial parameters (uniform within 1/sqrt(hidden_size) of 0, as torch's)
-            and, where it is used, for dropout.
+        kernel_init: what draws `weight_ih` gate by gate, and `weight_hr` if there is one: a function
+            init(key, shape, dtype), such as those of `jax.nn.initializers`, which gets the shape
+            (features, hidden_size); or a dict from some gates to such functions. None: as torch,
+            uniform within 1/sqrt(hidden_size) of 0. For Flax's own, give `**jaxrnn.initializers.FLAX`.
+        recurrent_kernel_init: the same for `weight_hh`.
+        bias_init: the same for `bias_ih`, with the shape (hidden_size,). It makes `bias_hh` 0, because
+            the two add up. In GRU's n, where they do not, it draws both.
+        rngs: nnx.Rngs for the initial parameters and, where it is used, for dropout.
         dtype: the floating dtype to compute in, and of the output; by default the promoted dtype of
             inputs and parameters. States have the dtype of hx, if given: a float32 state is returned
             unrounded.
@@ -284,6 +288,9 @@ class LSTM(Layers[Pair]):
         recurrent_dropout: float = 0.0,
         variational_dropout: bool = False,
         param_dtype: DTypeLike = jnp.float32,
+        kernel_init: GateInitializer | None = None,
+        recurrent_kernel_init: GateInitializer | None = None,
+        bias_init: GateInitializer | None = None,
         rngs: nnx.Rngs,
         dtype: DTypeLike | None = None,
         precision: jax.lax.PrecisionLike = None,
@@ -292,20 +299,10 @@ class LSTM(Layers[Pair]):
         unroll: int | None = None,
         engine: EngineNames = "auto",
     ) -> None:
-        spec = Spec(
-            LSTM_CELL,
-            input_size,
-            hidden_size,
-            num_layers,
-            bias,
-            batch_first,
-            dropout,
-            bidirectional,
-            proj_size,
-            recurrent_dropout=recurrent_dropout,
-            variational_dropout=variational_dropout,
-        )
-        super().__init__(spec, Options(dtype, precision, remat, hidden_axis, unroll, engine), param_dtype, rngs)
+        settings = input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size
+        spec = Spec(LSTM_CELL, *settings, recurrent_dropout=recurrent_dropout, variational_dropout=variational_dropout)
+        options = Options(dtype, precision, remat, hidden_axis, unroll, engine)
+        super().__init__(spec, options, param_dtype, rngs, kernel_init, recurrent_kernel_init, bias_init)
 
 
 class GRU(Layers[jax.Array]):
@@ -335,8 +332,14 @@ class GRU(Layers[jax.Array]):
             recurrent product: one mask for all steps, and for all gates.
         variational_dropout: whether `dropout`, too, has one mask for all steps.
         param_dtype: the parameters' floating dtype.
-        rngs: nnx.Rngs for the initial parameters (uniform within 1/sqrt(hidden_size) of 0, as torch's)
-            and, where it is used, for dropout.
+        kernel_init: what draws `weight_ih` gate by gate, and `weight_hr` if there is one: a function
+            init(key, shape, dtype), such as those of `jax.nn.initializers`, which gets the shape
+            (features, hidden_size); or a dict from some gates to such functions. None: as torch,
+            uniform within 1/sqrt(hidden_size) of 0. For Flax's own, give `**jaxrnn.initializers.FLAX`.
+        recurrent_kernel_init: the same for `weight_hh`.
+        bias_init: the same for `bias_ih`, with the shape (hidden_size,). It makes `bias_hh` 0, because
+            the two add up. In GRU's n, where they do not, it draws both.
+        rngs: nnx.Rngs for the initial parameters and, where it is used, for dropout.
         dtype: the floating dtype to compute in, and of the output; by default the promoted dtype of
             inputs and parameters. States have the dtype of hx, if given: a float32 state is returned
             unrounded.
@@ -426,6 +429,9 @@ class GRU(Layers[jax.Array]):
         recurrent_dropout: float = 0.0,
         variational_dropout: bool = False,
         param_dtype: DTypeLike = jnp.float32,
+        kernel_init: GateInitializer | None = None,
+        recurrent_kernel_init: GateInitializer | None = None,
+        bias_init: GateInitializer | None = None,
         rngs: nnx.Rngs,
         dtype: DTypeLike | None = None,
         precision: jax.lax.PrecisionLike = None,
@@ -434,159 +440,7 @@ class GRU(Layers[jax.Array]):
         unroll: int | None = None,
         engine: EngineNames = "auto",
     ) -> None:
-        spec = Spec(
-            GRU_CELL,
-            input_size,
-            hidden_size,
-            num_layers,
-            bias,
-            batch_first,
-            dropout,
-            bidirectional,
-            proj_size,
-            recurrent_dropout=recurrent_dropout,
-            variational_dropout=variational_dropout,
-        )
-        super().__init__(spec, Options(dtype, precision, remat, hidden_axis, unroll, engine), param_dtype, rngs)
-
-
-class Recurrent(Layers[StateT]):
-    """A stack of layers of any cell: one of `jaxrnn`'s, such as `jaxrnn.LAYER_NORM_LSTM_CELL`, or one of your own.
-
-    For a cell of several states, hx and h_n are tuples. A cell's own parameters are named like the weights: their name,
-    then `_l0`, `_l0_reverse` and so on.
-
-    Args:
-        cell: the kind of cell, a `jaxrnn.Cell`.
-        input_size: features of the input at each step.
-        hidden_size: features of the hidden state.
-        num_layers: how many layers are stacked.
-        bias: whether there are `bias_ih` and `bias_hh`.
-        batch_first: whether batched input and output are (batch, time, features) rather than (time,
-            batch, features). It does not change hx and h_n.
-        dropout: the probability with which an output of each layer but the last is zeroed in training.
-        bidirectional: whether each layer also runs backward in time.
-        proj_size: features of the projected hidden state; 0 for no projection. Only for a cell that
-            allows it.
-        recurrent_dropout: the probability with which a number of h is zeroed in training before the
-            recurrent product: one mask for all steps, and for all gates.
-        variational_dropout: whether `dropout`, too, has one mask for all steps.
-        param_dtype: the parameters' floating dtype.
-        rngs: nnx.Rngs for the initial parameters (uniform within 1/sqrt(hidden_size) of 0, as torch's)
-            and, where it is used, for dropout.
-        dtype: the floating dtype to compute in, and of the output; by default the promoted dtype of
-            inputs and parameters. States have the dtype of hx, if given: a float32 state is returned
-            unrounded.
-        precision: the precision of the products, as for `jax.lax.dot_general`.
-        remat: what the forward pass saves for the backward pass. "none": all it needs, nothing is
-            recomputed. "gates": only the states; gates are recomputed. An integer k: the state before
-            every k-th step; the rest is recomputed, k steps at a time. Values and gradients are the
-            same, up to rounding.
-        hidden_axis: the mesh axis or axes, of type Auto, over which hidden units are sharded; None
-            leaves sharding to XLA. For a module it may be a logical axis of Flax. A module stores it in
-            its parameters' metadata, and creates them on the mesh in `jax.set_mesh`, if there is one.
-        unroll: how many steps the loop makes at a time, as for `jax.lax.scan`; if None, 4 on a GPU and
-            1 elsewhere.
-        engine: what runs the loop over time: "auto"; a name in `jaxrnn.engines.ENGINES`; or a tuple of
-            such names, of which the first that can run it does.
-
-    Call:
-        `output, h_n = module(x, hx=None, *, lengths=None, mask=None,
-        reset=None, reset_state=None, dropout_masks=None, deterministic=None, rngs=None)`
-
-        x                                         output                  h_n
-        (time, batch, input_size)                 (time, batch, D * H)    (D * num_layers, batch, H)
-        (batch, time, input_size), batch_first    (batch, time, D * H)    (D * num_layers, batch, H)
-        (time, input_size), unbatched             (time, D * H)           (D * num_layers, H)
-        PackedSequence                            PackedSequence          (D * num_layers, batch, H)
-
-        D is 2 if bidirectional, else 1. H is proj_size, or hidden_size without projection.
-        h_n[D * layer + direction] is the state after each row's last step, or at step 0 for direction 1,
-        which is backward.
-
-        hx: the initial state h_0, for a cell of several states a tuple or list, (h_0, c_0) for an LSTM,
-            of the shapes that are returned; zeros if None. A state that all rows share, such as a
-            learned one, may have a batch of 1, or the last axis alone.
-        lengths: how many steps each row has, integers from 0 to time, (batch,), or for unbatched x ();
-            all steps if None. Padding in x affects no result and no gradient. Under jit lengths are
-            data, and cannot be checked: a length below 0 counts as 0, and one above time as time.
-        mask: True at valid steps, False at padding, which may be anywhere in a row; boolean, of the
-            shape of x, or its data, without features. The results are those of the valid steps alone:
-            at a masked step the state is held, and the output is 0.
-        reset: True at the steps before which the state is reset, such as the first of an episode;
-            boolean, of the shape of x, or its data, without features. Ignored at masked steps and past
-            a row's end. Not for a bidirectional network.
-        reset_state: the state that `reset` starts from, like hx; zeros if None.
-        dropout_masks: in place of random masks between layers: for each layer but the last an array of
-            0 or 1, 1 where dropout keeps an output, (time, batch, directions * output size) even with
-            `batch_first`, or (1, batch, ...) for one mask for all steps; without batch for unbatched x,
-            and laid out like its data for a PackedSequence.
-        deterministic: whether dropout is off; by default as `train()` and `eval()` last set it.
-        rngs: nnx.Rngs, an nnx.RngStream or a jax key for dropout, in place of the module's own.
-
-    Parameters of layer k, with torch's names, shapes and order:
-        weight_ih_lk               (gates * hidden_size, input_size), or (gates * hidden_size, D * H) if k > 0
-        weight_hh_lk               (gates * hidden_size, H)
-        bias_ih_lk, bias_hh_lk     (gates * hidden_size,)
-        and the same with `_reverse` for the backward direction.
-
-    Raises:
-        TypeError: cell is not a `jaxrnn.Cell`, a size is not an int, or `bias` or `batch_first` is not a bool.
-        ValueError: a size or a probability is out of range, or the cell does not support `proj_size`.
-
-    >>> import jax.numpy as jnp, jaxrnn
-    >>> from flax import nnx
-    >>> lstm = jaxrnn.Recurrent(jaxrnn.PEEPHOLE_LSTM_CELL, 10, 20, bidirectional=True, rngs=nnx.Rngs(0))
-    >>> output, (h_n, c_n) = lstm(jnp.ones((5, 3, 10)))
-    >>> output.shape, c_n.shape, lstm.weight_ci_l0_reverse.shape
-    ((5, 3, 40), (2, 3, 20), (20,))
-    """
-
-    def __init__(
-        self,
-        cell: Cell[StateT],
-        input_size: int,
-        hidden_size: int,
-        num_layers: int = 1,
-        bias: bool = True,
-        batch_first: bool = False,
-        dropout: float = 0.0,
-        bidirectional: bool = False,
-        proj_size: int = 0,
-        *,
-        recurrent_dropout: float = 0.0,
-        variational_dropout: bool = False,
-        param_dtype: DTypeLike = jnp.float32,
-        rngs: nnx.Rngs,
-        dtype: DTypeLike | None = None,
-        precision: jax.lax.PrecisionLike = None,
-        remat: Remat = "none",
-        hidden_axis: MeshAxis | None = None,
-        unroll: int | None = None,
-        engine: EngineNames = "auto",
-    ) -> None:
-        spec = Spec(
-            cell,
-            input_size,
-            hidden_size,
-            num_layers,
-            bias,
-            batch_first,
-            dropout,
-            bidirectional,
-            proj_size,
-            recurrent_dropout=recurrent_dropout,
-            variational_dropout=variational_dropout,
-        )
-        super().__init__(spec, Options(dtype, precision, remat, hidden_axis, unroll, engine), param_dtype, rngs)
-
-    if TYPE_CHECKING:  # the cell's own parameters, of which only the cell knows the names
-
-        def __getattr__(self, name: str) -> nnx.Param[jax.Array]: ...
-
-    @property
-    def cell(self) -> Cell[StateT]:
-        return self.spec.cell
-
-    def __repr__(self) -> str:
-        return super().__repr__().replace("(", f"({self.cell.name}, ", 1)
+        settings = input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size
+        spec = Spec(GRU_CELL, *settings, recurrent_dropout=recurrent_dropout, variational_dropout=variational_dropout)
+        options = Options(dtype, precision, remat, hidden_axis, unroll, engine)
+        super().__init__(spec, options, param_dtype, rngs, kernel_init, recurrent_kernel_init, bias_init)
