@@ -238,15 +238,14 @@ def test_weights_alone_as_ours() -> None:
     theirs = LINEN["both ways"]()
     variables = _linen_variables(theirs, x)
     for weights in (variables, variables["params"], flatten_dict(variables["params"], sep=".")):
-        ours, converted = jaxrnn.from_flax(weights)
+        ours, converted = jaxrnn.from_flax(weights, batch_first=True)
         assert ours.bidirectional
         assert_close(ours.apply(converted, x)[0], theirs.apply(variables, x), atol=1e-5)
     for make, name in ((NNX["optimized, time-major"], "LSTM"), (NNX["relu"], "RNN"), (NNX["both ways"], "GRU")):
         module = make(nnx.Rngs(0))
-        assert_close(
-            jaxrnn.state_dict(jaxrnn.from_flax(nnx.state(module))), jaxrnn.state_dict(jaxrnn.from_flax(module)), atol=0
-        )
-        assert type(jaxrnn.from_flax(nnx.state(module))).__name__ == name
+        ours = jaxrnn.from_flax(nnx.state(module), batch_first=True)
+        assert_close(jaxrnn.state_dict(ours), jaxrnn.state_dict(jaxrnn.from_flax(module)), atol=0)
+        assert type(ours).__name__ == name
     two = {"a": variables["params"], "b": variables["params"]}
     with pytest.raises(CheckpointError, match=r"and hold the cells 'a\.', 'b\.'"):
         jaxrnn.from_flax(two)
