@@ -149,6 +149,16 @@ def test_weights_stacked_twice_and_in_a_file(tmp_path: Path) -> None:
         assert_close(found, each(variables, X), atol=1e-5)
 
 
+def test_weights_of_several_cells_of_which_some_are_stacked() -> None:
+    part = LINEN["GRU"]()
+    one, stacked = (_stacked(part, *axes)["params"]["cell"] for axes in ((), (SEEDS,)))
+    with pytest.warns(UserWarning, match=r"beside the weights of .* there are b\.hn\.bias"):
+        _, converted = jaxrnn.from_flax({"a": one, "b": stacked}, batch_first=True)
+    assert converted["params"]["bias_hh_l0"].shape == (3 * H,)
+    with pytest.raises(CheckpointError, match=r"by different axes: a by \(3,\), b by \(2, 3\)\ngive the part"):
+        jaxrnn.from_flax({"a": stacked, "b": _stacked(part, 2, SEEDS)["params"]["cell"]})
+
+
 def _nnx(seed: int) -> Any:
     return filled(lambda: nnx.RNN(nnx.GRUCell(F, H, rngs=nnx.Rngs(0))), seed)
 

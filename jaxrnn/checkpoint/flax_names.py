@@ -14,7 +14,7 @@ from flax import linen, nnx
 
 from jaxrnn.checkpoint.arrays import dtype_of
 from jaxrnn.checkpoint.dialects import DIALECTS, Dialect
-from jaxrnn.checkpoint.errors import RESET_BEFORE, listed
+from jaxrnn.checkpoint.errors import RESET_BEFORE, CheckpointError, listed
 from jaxrnn.checkpoint.flax_run import StoredCell, run
 from jaxrnn.checkpoint.named import Names, Origin, described_as
 from jaxrnn.spec import level_outside
@@ -190,15 +190,21 @@ def _stacked(groups: Mapping[str, dict[str, Any]]) -> dict[str, tuple[int, ...]]
 
 
 def stacked_cells(tensors: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], int]:
-    """The arrays of cells that jax.vmap stacked, if all are stacked alike.
+    """The arrays of cells that jax.vmap stacked, if there are such cells and no others.
 
     Returns:
         By names joined by dots the cells' arrays, and the others; and how many axes are before those of a cell.
+
+    Raises:
+        CheckpointError: cells are stacked in different ways.
     """
     tensors, groups = _joined_by_dots(tensors, lambda text: None, stacked=True)
-    stacked = _stacked(groups)
-    if len(set(stacked.values())) != 1:
+    stacked = {} if _cells(groups) else _stacked(groups)
+    if not stacked:
         return {}, tensors, 0
+    if len(set(stacked.values())) > 1:
+        different = [f"{prefix.removesuffix('.')} by {axes}" for prefix, axes in stacked.items()]
+        raise CheckpointError(f"cells are stacked by different axes: {listed(different)}\n{_ONE_PART}")
     cells = {prefix + name: array for prefix in stacked for name, array in groups[prefix].items()}
     others = {name: array for name, array in tensors.items() if name not in cells}
     return cells, others, len(next(iter(stacked.values())))
