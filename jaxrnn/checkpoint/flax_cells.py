@@ -216,7 +216,7 @@ def from_flax(
     rngs: nnx.Rngs | None = None,
     batch_first: bool | None = None,
 ) -> Any:
-    """Convert a recurrent module of Flax: the same weights in ours, with the same results.
+    """Convert a recurrent module of Flax: the same weights in ours, with the same results. Also inside jit and vmap.
 
     Flax has one bias where torch has two. The second begins as zeros, and is trained too. To train exactly as Flax
     does, keep its gradient 0: it is `bias_ih` of an LSTM, `bias_hh` of an RNN or an NNX GRU, and the rows of the gates

@@ -215,7 +215,8 @@ def _warn_of_stacked(stacked: Mapping[str, tuple[int, ...]], warn: Callable[[str
     cause = f"{prefix.removesuffix('.') or 'a cell'} is {number} cells, one for each index of its arrays' first axis"
     also = f", and so are {len(others)} more" if others else ""
     one = "{name: array[0] for name, array in jaxrnn.checkpoint.load(path).items() if array.ndim}"
-    remedy = f"write a file of one, and read that: numpy.savez('one.npz', **{one})"
+    both = "give the part of one cell to jaxrnn.from_flax, which converts all; or write a file of one, and read that"
+    remedy = f"{both}: numpy.savez('one.npz', **{one})"
     warn(f"{cause}, as jax.vmap makes them{also}: not converted", remedy)
 
 
