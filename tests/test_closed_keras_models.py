@@ -1,6 +1,5 @@
 """Models of Keras: where their layers are, and how they are called, so that each runs here as it does there."""
 
-import json
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -322,7 +321,7 @@ def test_dropout_is_named_where_training_is_meant(tmp_path: Path, capsys: pytest
     assert main(["inspect", str(path)]) == 0
     assert f"In training alone, the original of one. has {before}" in " ".join(capsys.readouterr().out.split())
     assert main(["inspect", "--json", str(path)]) == 0
-    assert json.loads(capsys.readouterr().out)[0]["in_training"] == [before, recurrent]
+    assert f'"in_training": [\n   "{before}",\n   "{recurrent}"\n  ]' in capsys.readouterr().out
     assert f"n training alone, the original has {recurrent}" in " ".join(scaffold(tensors).replace("#", "").split())
 
 
