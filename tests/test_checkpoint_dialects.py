@@ -190,6 +190,10 @@ def test_what_does_not_fit_is_refused() -> None:
         keras.read(arrays | {"bias": np.ones((2, 8))})
     with pytest.raises(CheckpointError, match=r"LSTM has no weight_hr"):
         keras.write(_weights("LSTM") | {"weight_hr": np.ones((2, 4))})
+    with pytest.raises(CheckpointError, match=r"LSTM needs weight_hh\ngive the weights of one layer by role"):
+        keras.write({"weight_ih": _weights("LSTM")["weight_ih"]})
+    with pytest.raises(CheckpointError, match=r"weight_ih is \(12, 3\), which does not fit weight_hh of \(16, 4\)\n"):
+        keras.write(_weights("LSTM") | {"weight_ih": np.ones((12, 3))})
 
 
 NNX = {
