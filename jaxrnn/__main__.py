@@ -273,7 +273,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
     found = _found(arguments.file, _load(arguments.file, arguments.key, arguments))
     if arguments.json:
         names = ["prefix", "input_size", "hidden_size", "num_layers", "bidirectional", "bias", "proj_size"]
-        names += ["num_parameters", "assumed", "beside"]
+        names += ["num_parameters", "assumed", "beside", "in_training"]
         rows = [{name: getattr(rnn, name) for name in names} for rnn in found]
         kinds = [{"kind": _kind(rnn), "dtype": rnn.dtype.name} for rnn in found]
         print(json.dumps([row | kind for row, kind in zip(rows, kinds, strict=True)], indent=1))
@@ -335,6 +335,9 @@ def _print_settings(found: list[FoundRNN]) -> None:
     for rnn in found:
         if rnn.beside:
             _print(f"\nBeside {rnn.prefix or 'it'}, and unknown to torch.nn.{rnn.class_name}: {listed(rnn.beside)}")
+    for rnn in found:
+        for text in rnn.in_training:
+            _print(f"\nIn training alone, the original of {rnn.prefix or 'it'} has {text}")
     prefixes: dict[tuple[str, str, str], list[str]] = {}
     for rnn in found:
         for words, settings in (

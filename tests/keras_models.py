@@ -114,8 +114,6 @@ REMEDIES: dict[str, Callable[[Run], Run]] = {
     r"comes after \w+ \((Masking|Embedding|ReversibleEmbedding|Lambda)\), which may mask steps: "
     r"if it masks the ends of rows alone, give lengths=, and take h_n for the last output": _with_lengths,
     # What the file says is in what `find_rnns` gives, of which `modules` makes them.
-    r"has (recurrent_)?dropout=0.5, which in training acts on the inputs or states of its cells, by one mask for all "
-    r"steps: make the module with dropout=0.0": lambda run: run,
     r"has relu, which weights do not say: make the module with nonlinearity='relu'": lambda run: run,
     r"has other activations, which weights do not say: make the module as jaxrnn.Recurrent\(cell, ...\) with the cell "
     r"that find_rnns gives, \w+_cell\(.*\)": lambda run: run,

@@ -277,6 +277,10 @@ def from_others(rngs: nnx.Rngs) -> None:
     cell, variables = jaxrnn.from_flax(theirs, {"params": layers})
     assert_type(cell, jaxrnn.linen.GRUCell)
     print(cell.apply(variables, x[0]).shape, gru.hidden_size)
+    for name in ("hr", "hz"):
+        del layers[name]["bias"]
+    layer, variables = jaxrnn.from_flax(layers, batch_first=False)
+    print(layer.apply(variables, x)[0].shape)
 
     dialect: jaxrnn.checkpoint.dialects.Dialect = jaxrnn.checkpoint.dialects.DIALECTS["keras", "LSTM"]
     first: jaxrnn.checkpoint.dialects.Entry = dialect.entries[0]

@@ -190,6 +190,10 @@ def test_what_does_not_fit_is_refused() -> None:
         keras.read(arrays | {"bias": np.ones((2, 8))})
     with pytest.raises(CheckpointError, match=r"LSTM has no weight_hr"):
         keras.write(_weights("LSTM") | {"weight_hr": np.ones((2, 4))})
+    with pytest.raises(CheckpointError, match=r"LSTM needs weight_hh\ngive the weights of one layer by role"):
+        keras.write({"weight_ih": _weights("LSTM")["weight_ih"]})
+    with pytest.raises(CheckpointError, match=r"weight_ih is \(12, 3\), which does not fit weight_hh of \(16, 4\)\n"):
+        keras.write(_weights("LSTM") | {"weight_ih": np.ones((12, 3))})
 
 
 NNX = {
@@ -238,15 +242,14 @@ def test_weights_alone_as_ours() -> None:
     theirs = LINEN["both ways"]()
     variables = _linen_variables(theirs, x)
     for weights in (variables, variables["params"], flatten_dict(variables["params"], sep=".")):
-        ours, converted = jaxrnn.from_flax(weights)
+        ours, converted = jaxrnn.from_flax(weights, batch_first=True)
         assert ours.bidirectional
         assert_close(ours.apply(converted, x)[0], theirs.apply(variables, x), atol=1e-5)
     for make, name in ((NNX["optimized, time-major"], "LSTM"), (NNX["relu"], "RNN"), (NNX["both ways"], "GRU")):
         module = make(nnx.Rngs(0))
-        assert_close(
-            jaxrnn.state_dict(jaxrnn.from_flax(nnx.state(module))), jaxrnn.state_dict(jaxrnn.from_flax(module)), atol=0
-        )
-        assert type(jaxrnn.from_flax(nnx.state(module))).__name__ == name
+        ours = jaxrnn.from_flax(nnx.state(module), batch_first=True)
+        assert_close(jaxrnn.state_dict(ours), jaxrnn.state_dict(jaxrnn.from_flax(module)), atol=0)
+        assert type(ours).__name__ == name
     two = {"a": variables["params"], "b": variables["params"]}
     with pytest.raises(CheckpointError, match=r"and hold the cells 'a\.', 'b\.'"):
         jaxrnn.from_flax(two)

@@ -116,7 +116,7 @@ def test_boxes_of_partitioned_weights(tmp_path: Path) -> None:
     variables = theirs.init(jax.random.key(0), x)
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "boxes", variables)
-    ours, converted = jaxrnn.from_flax(checkpoint.load(tmp_path / "boxes"))
+    ours, converted = jaxrnn.from_flax(checkpoint.load(tmp_path / "boxes"), batch_first=True)
     np.testing.assert_allclose(ours.apply(converted, x)[0], theirs.apply(variables, x), atol=1e-6)
 
 

@@ -187,9 +187,10 @@ def test_two_that_run_forward_are_not_taken_for_a_bidirectional_without_a_word()
     both = Custom(forward_rnn=_gru(), backward_rnn=_gru())
     x = jnp.asarray(normal(N, T, F), jnp.float32)
     with pytest.warns(UserWarning, match="^forward_rnn and backward_rnn are read as a Bidirectional, .*\nif"):
-        assert jaxrnn.from_flax(nnx.state(both)).bidirectional
+        assert jaxrnn.from_flax(nnx.state(both), batch_first=True).bidirectional
     for name in ("forward_rnn", "backward_rnn"):
-        ours = jaxrnn.from_flax({key: a for key, a in _flat(both).items() if key.startswith(name)})
+        weights = {key: a for key, a in _flat(both).items() if key.startswith(name)}
+        ours = jaxrnn.from_flax(weights, batch_first=True)
         assert_close(ours(x)[0], getattr(both, name)(x), atol=1e-6)
     other = Custom(my_forward_rnn=_gru(), my_backward_rnn=_gru(), backward_rnn=_gru())
     assert [rnn.prefix for rnn in find_rnns(with_torchs_names(_flat(other)))] == [
@@ -222,7 +223,7 @@ def test_what_stands_beside_a_cell_is_named() -> None:
     beside = {"norm": {"scale": np.ones(4)}, "count": np.array(3)}
     said = r"beside the weights of flax\.nnx\.GRUCell there are norm\.scale, count, .*\n.* part of"
     with pytest.warns(UserWarning, match=said):
-        ours = jaxrnn.from_flax({**nnx.to_pure_dict(theirs.weights), **beside})
+        ours = jaxrnn.from_flax({**nnx.to_pure_dict(theirs.weights), **beside}, batch_first=True)
     assert_same(theirs, ours)
 
 
@@ -325,4 +326,5 @@ def test_a_bound_rnn_whose_cell_is_elsewhere() -> None:
 def test_a_dict_of_states() -> None:
     theirs = Theirs("flax.nnx", make_rnn("flax.nnx", "GRUCell", {}))
     for weights in (dict(nnx.state(theirs.module)), dict(nnx.state(theirs.module.cell))):
-        assert_close(jaxrnn.from_flax(weights)(theirs.x)[0], theirs(theirs.x, None)[0], atol=1e-12)
+        ours = jaxrnn.from_flax(weights, batch_first=True)
+        assert_close(ours(theirs.x)[0], theirs(theirs.x, None)[0], atol=1e-12)

@@ -17,7 +17,8 @@ from keras_models import KINDS, MARKS, B, F, H, T, followed, load_keras, modules
 from reading import loaded
 
 import jaxrnn
-from jaxrnn.checkpoint import find_rnns
+from jaxrnn.__main__ import main
+from jaxrnn.checkpoint import find_rnns, scaffold
 
 pytest_plugins = "shared_fixtures"
 pytestmark = MARKS
@@ -294,12 +295,34 @@ def test_variables_of_layers_that_are_not_recurrent(tmp_path: Path) -> None:
 def test_dropout_of_stacked_cells(tmp_path: Path) -> None:
     stack = load_keras().layers.RNN([rnn_cell("GRU"), rnn_cell("GRU", dropout=0.5)], return_sequences=True, name="s")
     for _, tensors, words in _recurrent(_sequential(stack), path=tmp_path):
-        assert words == [
-            "s. has dropout=0.5, which in training acts on the inputs or states of its cells, by one mask for all "
-            "steps: make the module with dropout=0.0"
-        ]
+        assert words == []
         [found] = find_rnns(tensors)
         assert (found.arguments["dropout"], found.assumed) == (0.0, {})
+        assert found.in_training == (
+            "dropout=0 and dropout=0.5 in its cells: make a module of one layer and direction for each",
+        )
+
+
+def test_dropout_is_named_where_training_is_meant(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    layers = load_keras().layers
+    drop = {"dropout": 0.2, "recurrent_dropout": 0.3}
+    stack = layers.RNN([rnn_cell("GRU", **drop), rnn_cell("GRU", **drop)], return_sequences=True, name="stack")
+    model = _sequential(rnn_layer("LSTM", name="one", **drop), stack, rnn_layer("GRU", name="none"))
+    recurrent = "recurrent_dropout=0.3: make the module with recurrent_dropout=0.3, which has one mask for all gates"
+    before = "dropout=0.2: put flax's Dropout(0.2, broadcast_dims=(1,)) before it"
+    [(_, tensors, words)] = _recurrent(model, ".keras", path=tmp_path)
+    assert words == []
+    assert {found.prefix: found.in_training for found in find_rnns(tensors)} == {
+        "one.": (before, recurrent),
+        "stack.": (f"{before}, and the module with dropout=0.2, variational_dropout=True", recurrent),
+        "none.": (),
+    }
+    [path] = tmp_path.glob("*.keras")
+    assert main(["inspect", str(path)]) == 0
+    assert f"In training alone, the original of one. has {before}" in " ".join(capsys.readouterr().out.split())
+    assert main(["inspect", "--json", str(path)]) == 0
+    assert f'"in_training": [\n   "{before}",\n   "{recurrent}"\n  ]' in capsys.readouterr().out
+    assert f"n training alone, the original has {recurrent}" in " ".join(scaffold(tensors).replace("#", "").split())
 
 
 def test_a_class_that_is_not_kerass(tmp_path: Path) -> None:

@@ -1,12 +1,14 @@
 """Convert arrays of NumPy, JAX or torch to NumPy arrays of the same dtype."""
 
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxrnn._compat import is_traced
 from jaxrnn.checkpoint.errors import CheckpointError
 from jaxrnn.checkpoint.stored import Stored
 
@@ -37,6 +39,19 @@ def dtype_of(value: Any) -> np.dtype:
         if dtype.kind == "b" or jnp.issubdtype(dtype, np.number):
             return dtype
     return NO_NUMBERS
+
+
+def with_library(arrays: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The library to compute with, and the arrays: NumPy's, or jax.numpy and the arrays that jit or vmap traces.
+
+    Also beside traced arrays the others are NumPy's: their numbers are known.
+
+    Raises:
+        CheckpointError: as `to_numpy`.
+    """
+    traced = {name for name, array in arrays.items() if is_traced(array) and dtype_of(array) != NO_NUMBERS}
+    found = {name: array if name in traced else to_numpy(name, array) for name, array in arrays.items()}
+    return jnp if traced else np, found
 
 
 def to_numpy(name: str, value: Any) -> np.ndarray:

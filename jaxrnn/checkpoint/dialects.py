@@ -9,10 +9,12 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple, TypeVar
 
+import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
-from jaxrnn.checkpoint.arrays import to_numpy
+from jaxrnn._compat import is_traced
+from jaxrnn.checkpoint.arrays import with_library
 from jaxrnn.checkpoint.errors import CheckpointError, listed
 from jaxrnn.spec import Spec
 
@@ -20,6 +22,8 @@ Weights = dict[str, NDArray[Any]]  # torch's, by role: weight_ih, weight_hh, bia
 _ArrayT = TypeVar("_ArrayT")
 _GATES = {"LSTM": "ifgo", "GRU": "rzn", "RNN": "h"}  # torch's order
 _APART = {"GRU": "n"}  # the gate whose two biases do not add up
+_ROLES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+_ONE_LAYER = "give the arrays of one layer in one direction, or map this over the axes before theirs by jax.vmap"
 
 
 class Entry(NamedTuple):
@@ -69,32 +73,42 @@ class Dialect:
                 missing.
 
         Returns:
-            The arrays by name, in their dtypes; biases are added up in float64.
+            The arrays by name, in their dtypes; biases are added up in float64. Inside jit and vmap these are jax
+            arrays, and biases are added up in float32 unless jax_enable_x64 is set.
 
         Raises:
-            CheckpointError: the library has no place for a number; the message says how large it is.
+            CheckpointError: the library has no place for a number; the message says how large it is. Inside jit and
+                vmap, where numbers are not known: it has no place for an array. Or weights do not fit together.
         """
-        arrays = {role: to_numpy(role, value) for role, value in weights.items()}
+        library, arrays = with_library(weights)
         gates = _GATES[self.kind]
-        if others := arrays.keys() - {"weight_ih", "weight_hh", "bias_ih", "bias_hh"}:
+        if others := arrays.keys() - _ROLES:
             raise CheckpointError(
                 f"{self.title} has no {listed(others)}\ngive weight_ih, weight_hh, bias_ih and bias_hh alone"
             )
-        no_bias = np.zeros(len(arrays["weight_ih"]), arrays["weight_ih"].dtype)
-        parts: dict[tuple[str, str, bool], NDArray[Any]] = {}
+        if missing := [role for role in _ROLES[:2] if role not in arrays]:
+            raise CheckpointError(f"{self.title} needs {listed(missing)}\ngive the weights of one layer by role")
+        rows = len(gates) * arrays["weight_hh"].shape[-1]
+        for role, array in arrays.items():
+            if array.ndim != (1 if role.startswith("bias") else 2) or len(array) != rows:
+                cause = f"{role} is {array.shape}, which does not fit weight_hh of {arrays['weight_hh'].shape}"
+                raise CheckpointError(f"{cause}\n{_ONE_LAYER}")
+        no_bias = np.zeros(rows, arrays["weight_ih"].dtype)
+        parts: dict[tuple[str, str, bool], Any] = {}
         for source in "ih":
             for bias in (False, True):
                 whole = arrays.get(f"bias_{source}h", no_bias) if bias else arrays[f"weight_{source}h"]
-                each = zip(gates, np.split(whole, len(gates)), strict=True)
+                each = zip(gates, _split(whole, len(gates)), strict=True)
                 parts |= {(source, gate, bias): part for gate, part in each}
         for gate in gates:
-            self._join_biases(gate, parts)
-        return {entry.name: _joined(entry, parts) for entry in self.entries}
+            self._join_biases(gate, parts, np.float64 if library is np else jnp.result_type(float))
+        return {entry.name: _joined(entry, parts, library) for entry in self.entries}
 
     def read(self, arrays: Mapping[str, Any]) -> Weights:
         """Convert the library's arrays of one layer in one direction to torch's weights, by role.
 
-        Without any bias among the arrays, as of a layer with use_bias=False, there is none in the result.
+        Without any bias among the arrays, as of a layer with use_bias=False, there is none in the result. Inside jit
+        and vmap these are jax arrays.
 
         Raises:
             CheckpointError: an array is missing, or its shape does not fit.
@@ -105,23 +119,24 @@ class Dialect:
             raise CheckpointError(
                 f"{self.title} should have {listed(missing)}, which is not there\nthe arrays given: {listed(arrays)}"
             )
-        gates, parts = _GATES[self.kind], dict[tuple[str, str, bool], NDArray[Any]]()
+        library, arrays = with_library({entry.name: arrays[entry.name] for entry in entries})
+        gates, parts = _GATES[self.kind], dict[tuple[str, str, bool], Any]()
         state = next(entry for entry in entries if "h" in entry.sources and not entry.bias)
-        rows = tuple(arrays[state.name].shape)[1 if state.transposed else 0 :][:1]
+        rows = arrays[state.name].shape[1 if state.transposed else 0 :][:1]
         hidden = sum(rows) // len(state.gates)
         for entry in entries:
             try:
-                parts |= _parted(entry, to_numpy(entry.name, arrays[entry.name]), hidden)
+                parts |= _parted(entry, arrays[entry.name], hidden)
             except ValueError as error:
-                shape = tuple(arrays[entry.name].shape)
+                shape = arrays[entry.name].shape
                 cause = f"{entry.name} of {self.title} is {shape}, which does not fit hidden_size={hidden}"
-                raise CheckpointError(f"{cause}\ngive the arrays of one layer in one direction") from error
+                raise CheckpointError(f"{cause}\n{_ONE_LAYER}") from error
         zero = np.zeros(hidden, next(iter(parts.values())).dtype)
         for gate, amount in self.added.items():  # in the bias that only torch has: a sum would be rounded
             other = "h" if self._holders(gate) == ["i"] else "i"
             parts[other, gate, True] = np.full_like(zero, amount)
         return {
-            f"{'bias' if bias else 'weight'}_{source}h": np.concatenate(
+            f"{'bias' if bias else 'weight'}_{source}h": library.concatenate(
                 [parts.get((source, gate, bias), zero) for gate in gates]
             )
             for bias in ((False, True) if bias else (False,))
@@ -160,6 +175,9 @@ class Dialect:
         Returns:
             By name an array of bools, of the parameter's shape.
 
+        Raises:
+            CheckpointError: a shape is that of several modules' parameters.
+
         >>> import jax, jaxrnn
         >>> from jaxrnn.checkpoint.dialects import DIALECTS
         >>> spec = jaxrnn.Spec(jaxrnn.GRU_CELL, 1, 2)
@@ -172,56 +190,66 @@ class Dialect:
         for name, array in params.items():
             rows = held.get(name.partition("_l")[0], [True] * len(gates))
             shape = np.shape(array)
+            if len(shape) != (1 if name.startswith("bias") else 2) or shape[0] % len(gates):
+                raise CheckpointError(f"{name} is {shape}, which is no array of a layer of {self.title}\n{_ONE_LAYER}")
             each = np.repeat(rows, shape[0] // len(gates)).reshape(-1, *[1] * (len(shape) - 1))
             found[name] = np.array(np.broadcast_to(each, shape))
         return found
 
-    def _join_biases(self, gate: str, parts: dict[tuple[str, str, bool], NDArray[Any]]) -> None:
+    def _join_biases(self, gate: str, parts: dict[tuple[str, str, bool], Any], wide: Any) -> None:
         """Where the library has one bias for a gate, add the other to it, or refuse to lose it; less what it adds."""
         holders = self._holders(gate)
         if len(holders) == 2:
             return
         held, other = (holders[0], gate, True), ("h" if holders == ["i"] else "i", gate, True)
-        amount = self.added.get(gate, 0)
-        if not amount and not np.any(parts[other] != 0):
+        amount, traced = self.added.get(gate, 0), is_traced(parts[other])
+        if not amount and not traced and not np.any(parts[other] != 0):
             return
+        if gate in _APART.get(self.kind, "") and traced:
+            cause = f"{self.title} has no second bias for the gate {gate}, and jit or vmap hides whether bias_hh is 0"
+            raise CheckpointError(f"{cause}\nif it is 0, give the weights without bias_hh; else write outside of both")
         if gate in _APART.get(self.kind, ""):
             worst = float(np.max(np.abs(parts[other])))
             cause = f"{self.title} has no second bias for the gate {gate}: numbers up to {worst:.3g} would be lost"
             raise CheckpointError(f"{cause}\nuse a cell that has it, such as flax.linen.GRUCell")
-        parts[held] = (parts[held].astype(np.float64) + parts[other] - amount).astype(parts[held].dtype)
+        parts[held] = (parts[held].astype(wide) + parts[other].astype(wide) - amount).astype(parts[held].dtype)
 
     def _holders(self, gate: str) -> list[str]:
         """Which of "i" and "h" have a bias for this gate."""
         return [source for source in "ih" for e in self.entries if e.bias and source in e.sources and gate in e.gates]
 
 
-def _joined(entry: Entry, parts: Mapping[tuple[str, str, bool], NDArray[Any]]) -> NDArray[Any]:
-    each = [np.concatenate([parts[source, gate, entry.bias] for gate in entry.gates]) for source in entry.sources]
+def _joined(entry: Entry, parts: Mapping[tuple[str, str, bool], Any], library: Any) -> Any:
+    each = [library.concatenate([parts[source, gate, entry.bias] for gate in entry.gates]) for source in entry.sources]
     if entry.bias:
-        return np.concatenate(each) if entry.flat or len(each) == 1 else np.stack(each)
-    return np.concatenate([a.T for a in each]) if entry.transposed else np.concatenate(each, axis=1)
+        return library.concatenate(each) if entry.flat or len(each) == 1 else library.stack(each)
+    return library.concatenate([a.T for a in each]) if entry.transposed else library.concatenate(each, axis=1)
 
 
-def _parted(entry: Entry, array: NDArray[Any], hidden: int) -> dict[tuple[str, str, bool], NDArray[Any]]:
+def _parted(entry: Entry, array: Any, hidden: int) -> dict[tuple[str, str, bool], Any]:
     """The inverse of `_joined`."""
+    one = entry.flat or len(entry.sources) == 1
+    if array.ndim != (1 if entry.bias and one else 2):
+        raise ValueError
     if entry.bias:
-        each = (
-            np.split(array, len(entry.sources)) if entry.flat else [array] if len(entry.sources) == 1 else list(array)
-        )
+        each = _split(array, len(entry.sources)) if one else list(array)
     else:
         array = array.T if entry.transposed else array
-        each = [array] if len(entry.sources) == 1 else np.split(array, [array.shape[1] - hidden], axis=1)
-    found: dict[tuple[str, str, bool], NDArray[Any]] = {}
+        each = [array] if one else _split(array, [array.shape[1] - hidden], axis=1)
+    found: dict[tuple[str, str, bool], Any] = {}
     for source, whole in zip(entry.sources, each, strict=True):
-        fits = whole.ndim == 1 if entry.bias else whole.ndim == 2 and (source == "i" or whole.shape[1] == hidden)
+        fits = entry.bias or source == "i" or whole.shape[1] == hidden
         if not fits or len(whole) != len(entry.gates) * hidden:
             raise ValueError
         found |= {
-            (source, g, entry.bias): part
-            for g, part in zip(entry.gates, np.split(whole, len(entry.gates)), strict=True)
+            (source, g, entry.bias): part for g, part in zip(entry.gates, _split(whole, len(entry.gates)), strict=True)
         }
     return found
+
+
+def _split(array: Any, parts: int | list[int], axis: int = 0) -> list[Any]:
+    """By the array's own library, so that the parts of a known array are known."""
+    return array.__array_namespace__().split(array, parts, axis=axis)
 
 
 def _gate_by_gate(gates: str, biases: str, rename: Mapping[str, str] | None = None) -> tuple[Entry, ...]:
@@ -356,7 +384,10 @@ def from_flat(spec: Spec, flat: _ArrayT) -> dict[str, _ArrayT]:
     if array.ndim != 1 or (array.size != total and (spec.bias or array.size != weights)):
         cause = f"flat is of shape {array.shape}, should be {(total,)} for {spec}"
         raise CheckpointError(f"{cause}\ngive the spec of the module that it comes from")
-    if not spec.bias and np.any(biases := np.asarray(array[weights:])):
+    if not spec.bias and array.size == total and is_traced(array):
+        cause = "flat has biases, which bias=False would lose, and jit or vmap hides whether they are 0"
+        raise CheckpointError(f"{cause}\nif they are 0, give flat[:{weights}]; else a spec with bias=True")
+    if not spec.bias and array.size == total and np.any(biases := np.asarray(array[weights:])):
         cause = f"flat has biases up to {np.max(np.abs(biases)):.3g}, which bias=False would lose"
         raise CheckpointError(f"{cause}\ngive a spec with bias=True")
     found, begin = {}, 0

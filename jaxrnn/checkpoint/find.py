@@ -18,7 +18,7 @@ from jaxrnn.cells import GRU_CELL, LSTM_CELL, RNN_RELU, RNN_TANH, ROLES, Cell
 from jaxrnn.checkpoint.arrays import dtype_of
 from jaxrnn.checkpoint.errors import CheckpointError
 from jaxrnn.checkpoint.flax_names import with_torchs_names
-from jaxrnn.checkpoint.named import origins_of, said_of
+from jaxrnn.checkpoint.named import in_training_of, origins_of, said_of
 from jaxrnn.checkpoint.names import fold, misfits
 from jaxrnn.spec import CellSpec, Shape, Spec, level_outside
 
@@ -41,6 +41,8 @@ class FoundRNN:
         dtype: its tensors' dtype.
         beside: other keys that begin with weight_ or bias_ and have the same prefix. They may change what it computes.
         said: the settings that the file says, although weights do not. They are in spec.
+        in_training: what the library that wrote the file does in training alone, and how to do the same here. It is not
+            in spec.
 
     >>> import jax, jaxrnn
     >>> params = jaxrnn.CellSpec(jaxrnn.LSTM_CELL, 10, 20, bias=False).init(jax.random.key(0))
@@ -55,6 +57,7 @@ class FoundRNN:
     dtype: np.dtype[Any]
     beside: tuple[str, ...] = ()
     said: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
+    in_training: tuple[str, ...] = ()
 
     @property
     def class_name(self) -> str:
@@ -200,7 +203,8 @@ def find_rnns(tensors: Mapping[str, Any], cells: Sequence[Cell] = ()) -> list[Fo
             settings = said.get(prefix, {})
             usual = origins[prefix].usual if prefix in origins else {}
             full = _with(spec, {**usual, **settings})
-            found.append(FoundRNN(prefix, full, dtype_of(next(iter(group.values()))), beside, settings))
+            dtype = dtype_of(next(iter(group.values())))
+            found.append(FoundRNN(prefix, full, dtype, beside, settings, in_training_of(tensors).get(prefix, ())))
         problems += wrong
     for target, text in misfits(tensors).items():
         prefix, dot, leaf = target.rpartition(".")

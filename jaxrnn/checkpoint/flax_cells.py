@@ -15,11 +15,12 @@ import jaxrnn.linen
 import jaxrnn.nnx
 from jaxrnn.activations import gru_cell, lstm_cell, rnn_cell
 from jaxrnn.cells import GRU_CELL, LSTM_CELL, RNN_RELU, RNN_TANH, Cell
+from jaxrnn.checkpoint.arrays import dtype_of, with_library
 from jaxrnn.checkpoint.dialects import DIALECTS, Dialect, Weights
 from jaxrnn.checkpoint.errors import CheckpointError, listed
-from jaxrnn.checkpoint.find import find_rnns
+from jaxrnn.checkpoint.find import FoundRNN, find_rnns
 from jaxrnn.checkpoint.flax_layers import default_of
-from jaxrnn.checkpoint.flax_names import RANDOM_STATE, with_torchs_names
+from jaxrnn.checkpoint.flax_names import RANDOM_STATE, stacked_cells, with_torchs_names
 from jaxrnn.checkpoint.named import Described, Names, origins_of
 from jaxrnn.checkpoint.tables import USED, Row, Table, neutral, refused, warned
 from jaxrnn.spec import level_outside
@@ -55,6 +56,18 @@ _PRODUCT = (
     "promote_dtype and preferred_element_type"
 )
 _PRECISION = "call ours under jax.default_matmul_precision with the same precision"
+_SCANNED_CELL = (
+    "of a scan over one of these cells give the weights alone: {}, or True where in_axes=1; if the cell's activations "
+    "are not Flax's defaults, give an RNN of the cell; with reverse=True, flip x and the output along time"
+)
+_WEIGHTS_ALONE = {
+    "flax.nnx": "jaxrnn.from_flax(flax.nnx.state(module), batch_first=False)",
+    "flax.linen": "jaxrnn.from_flax(variables['params'], batch_first=False)",
+}
+_MAPPED = {
+    "flax.nnx": "flax.nnx.vmap(jaxrnn.from_flax)(module)",
+    "flax.linen": "jax.vmap(lambda variables: jaxrnn.from_flax(module, variables)[1])(variables)",
+}
 _ONE_PART = "give the part of the weights that belongs to one module"
 _TIED = {
     "flax.nnx": "ours train apart: to tie them, ours.weight_ih_l0_reverse = ours.weight_ih_l0, and so on",
@@ -191,9 +204,19 @@ def from_flax(
     module: linen.RNN | linen.Bidirectional, variables: Mapping[str, Any], rngs: nnx.Rngs | None = None
 ) -> tuple[Any, dict[str, Any]]: ...
 @overload
-def from_flax(module: Any, variables: Mapping[str, Any] | None = None, rngs: nnx.Rngs | None = None) -> Any: ...
-def from_flax(module: Any, variables: Mapping[str, Any] | None = None, rngs: nnx.Rngs | None = None) -> Any:
-    """Convert a recurrent module of Flax: the same weights in ours, with the same results.
+def from_flax(
+    module: Any,
+    variables: Mapping[str, Any] | None = None,
+    rngs: nnx.Rngs | None = None,
+    batch_first: bool | None = None,
+) -> Any: ...
+def from_flax(
+    module: Any,
+    variables: Mapping[str, Any] | None = None,
+    rngs: nnx.Rngs | None = None,
+    batch_first: bool | None = None,
+) -> Any:
+    """Convert a recurrent module of Flax: the same weights in ours, with the same results. Also inside jit and vmap.
 
     Flax has one bias where torch has two. The second begins as zeros, and is trained too. To train exactly as Flax
     does, keep its gradient 0: it is `bias_ih` of an LSTM, `bias_hh` of an RNN or an NNX GRU, and the rows of the gates
@@ -202,9 +225,12 @@ def from_flax(module: Any, variables: Mapping[str, Any] | None = None, rngs: nnx
     Args:
         module: of flax.nnx, an RNN, a Bidirectional of two, or an LSTMCell, OptimizedLSTMCell, GRUCell or SimpleCell;
             or of flax.linen the same, with its variables. Or the weights of one such module alone: Linen's variables or
-            an NNX state, nested or with dotted names. They are taken for layers with the usual settings.
+            an NNX state, nested or with dotted names. They are taken for layers with the usual settings. All may have
+            more axes first, as `jax.vmap` makes them over seeds: then so have the weights of ours.
         variables: those of a Linen module, as from `module.init`.
         rngs: nnx.Rngs for the new NNX module; `nnx.Rngs(0)` if None.
+        batch_first: of weights alone, whether x is `(batch, time, features)`, as Flax's RNN has it, or
+            `(time, batch, features)`, as a scan over the first axis has it. Give it: weights do not say.
 
     Returns:
         For an NNX module, ours: an RNN, LSTM or GRU, with `batch_first` unless it is time-major, or an RNNCell,
@@ -213,15 +239,16 @@ def from_flax(module: Any, variables: Mapping[str, Any] | None = None, rngs: nnx
         state.
 
     Raises:
-        TypeError: another module, or a Linen module without variables.
+        TypeError: another module, such as a scan over a cell; a Linen module without variables; or `batch_first` beside
+            a module.
         CheckpointError: settings that torch does not have, such as a residual; a cell alone with other activations; a
             subclass of RNN or Bidirectional with a `__call__` of its own; or weights under one name.
 
     Warns:
         UserWarning: a setting that changes the results and is not converted, such as `carry_init`; one that is unknown;
-            parameters that an NNX module has at several places; of weights alone, what is beside a cell, and that
-            `forward_rnn` and `backward_rnn` are taken for the two directions of a Bidirectional. The second line says
-            what to do.
+            parameters that an NNX module has at several places; of weights alone, which `batch_first` is assumed if it
+            is not given, what is beside a cell, and that `forward_rnn` and `backward_rnn` are taken for the two
+            directions of a Bidirectional. The second line says what to do.
 
     >>> import jax.numpy as jnp, jaxrnn
     >>> from flax import nnx
@@ -232,7 +259,9 @@ def from_flax(module: Any, variables: Mapping[str, Any] | None = None, rngs: nnx
     True
     """
     if isinstance(module, Mapping):
-        return _from_weights(module, rngs)
+        return _from_weights(module, rngs, batch_first)
+    if batch_first is not None:
+        raise TypeError("batch_first is for weights alone: an RNN says by time_major which axis is time")
     library = "flax.linen" if isinstance(module, linen.Module) else "flax.nnx"
     if library == "flax.linen" and variables is None:
         raise TypeError("variables should be what the Linen module's init returned, got None")
@@ -334,14 +363,19 @@ def _cell(library: str, cell: Any, params: Mapping[str, Any]) -> _FlaxCell:
     name = type(cell).__name__
     if (library, name) not in DIALECTS or type(cell) is not getattr(_LIBRARIES[library], name):
         known = [name for where, name in DIALECTS if where == library]
-        raise TypeError(f"module should be an RNN, a Bidirectional or one of {listed(known)}, got {name}")
+        cause = f"module should be an RNN, a Bidirectional or one of {listed(known)}, got {name}"
+        raise TypeError(f"{cause}\n{_SCANNED_CELL.format(_WEIGHTS_ALONE[library])}")
     dialect = DIALECTS[library, name]
     if library == "flax.linen":
         arrays, dtype = flatten_dict(params, sep="."), cell.dtype
     else:
         arrays, dtype = _of_layers({name: getattr(cell, name) for name in _layers(dialect)}, dialect)
         dialect = dialect.with_biases(arrays)
-    weights = dialect.read({name: np.asarray(array) for name, array in arrays.items()})
+    arrays = {name: _array(array) for name, array in arrays.items()}
+    if more := [f"{name} is {np.shape(array)}" for name, array in arrays.items() if np.ndim(array) > 2]:
+        cause = f"{more[0]}, and should have two axes in a {dialect.title}"
+        raise CheckpointError(f"{cause}\nof several that vmap stacked, convert each by vmap: {_MAPPED[library]}")
+    weights = dialect.read(arrays)
     _report(TABLES[library, name], _settings(cell) | {"param_dtype": weights["weight_hh"].dtype.name})
     settings = {
         "input_size": weights["weight_ih"].shape[1],
@@ -426,12 +460,12 @@ def _built(library: str, name: str, settings: dict[str, Any], params: Mapping[st
         return getattr(jaxrnn.linen, name)(**settings), {"params": arrays}
     ours = getattr(jaxrnn.nnx, name)(**settings, rngs=rngs or nnx.Rngs(0))
     for key, array in arrays.items():
-        getattr(ours, key)[...] = array
+        getattr(ours, key).set_value(array)
     return ours
 
 
-def _from_weights(weights: Mapping[str, Any], rngs: nnx.Rngs | None) -> Any:
-    """As `from_flax`, of the weights of one module."""
+def _from_weights(weights: Mapping[str, Any], rngs: nnx.Rngs | None, batch_first: bool | None) -> Any:
+    """As `from_flax`, of the weights of one module, or of several that `jax.vmap` stacked."""
     others: list[str] = []
     if isinstance(weights, Described):  # which a file held
         params: Mapping[str, Any] = weights
@@ -440,9 +474,36 @@ def _from_weights(weights: Mapping[str, Any], rngs: nnx.Rngs | None) -> Any:
         named = Names[Any](_ONE_PART)
         for path, array in flatten_dict(tree).items():
             named.put(".".join(map(str, path)), array, "/".join(map(str, path)))
-        others = [name for name, a in named.items() if not jnp.issubdtype(a.dtype, jnp.floating)]
-        params = with_torchs_names({name: np.asarray(array) for name, array in named.items() if name not in others})
-    found, origins = find_rnns(params), origins_of(params)
+        arrays = {name: _array(value) for name, value in named.items()}
+        others = [name for name, array in arrays.items() if not jnp.issubdtype(dtype_of(array), jnp.floating)]
+        params = {name: array for name, array in arrays.items() if name not in others}
+    cells, beside, axes = stacked_cells(params)
+    found: list[tuple[str, FoundRNN]] = []
+
+    def read(params: Mapping[str, Any]) -> dict[str, Any]:
+        library, rnn, arrays = _read(params, [*beside, *others] if axes else others)
+        found.append((library, rnn))
+        return arrays
+
+    for _ in range(axes):
+        read = jax.vmap(read)
+    arrays = read(with_library(cells)[1] if axes else params)
+    [(library, rnn)] = found
+    settings = rnn.arguments | {"param_dtype": rnn.dtype}
+    if batch_first is not None:
+        settings["batch_first"] = batch_first
+    elif "batch_first" in rnn.assumed:
+        cause = f"weights alone do not say which axis of x is time: batch_first={rnn.assumed['batch_first']} is assumed"
+        _warn(
+            f"{cause}\ngive batch_first=True, as Flax's RNN has it, or batch_first=False, as a scan over axis 0 has it"
+        )
+    return _built(library, rnn.class_name, settings, arrays, rngs)
+
+
+def _read(params: Mapping[str, Any], others: list[str]) -> tuple[str, FoundRNN, dict[str, Any]]:
+    """The library and the one recurrent module of weights, and its arrays by torch's names."""
+    tensors = with_torchs_names(params)
+    found, origins = find_rnns(tensors), origins_of(tensors)
     if len(found) != 1 or found[0].prefix not in origins:
         there = f"the cells {listed(map(repr, origins))}" if origins else f"no cell; the names are {listed(params)}"
         cause = f"the weights should be those of one recurrent module of Flax, and hold {there}"
@@ -450,12 +511,16 @@ def _from_weights(weights: Mapping[str, Any], rngs: nnx.Rngs | None) -> Any:
     [rnn] = found
     names = {name: rnn.prefix + name for name in rnn.spec.shapes()}
     others = [name for name in others if not RANDOM_STATE.search(name)]
-    if beside := [name for name in params if name not in names.values()] + others:
+    if beside := [name for name in tensors if name not in names.values()] + others:
         cause = f"beside the weights of {origins[rnn.prefix].title} there are {listed(beside)}, which are not converted"
         _warn(f"{cause}\nif the module computes with it, do the same around ours; {_ONE_PART}")
-    arrays = {name: params[key] for name, key in names.items()}
     library = "flax.linen" if origins[rnn.prefix].title.startswith("flax.linen.") else "flax.nnx"
-    return _built(library, rnn.class_name, rnn.arguments | {"param_dtype": rnn.dtype}, arrays, rngs)
+    return library, rnn, {name: tensors[key] for name, key in names.items()}
+
+
+def _array(value: Any) -> Any:
+    """The array of a variable of NNX, or an array."""
+    return value[...] if isinstance(value, nnx.Variable) else value
 
 
 def _pure(weights: Mapping[str, Any]) -> dict[str, Any]:

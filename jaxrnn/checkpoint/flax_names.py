@@ -14,7 +14,7 @@ from flax import linen, nnx
 
 from jaxrnn.checkpoint.arrays import dtype_of
 from jaxrnn.checkpoint.dialects import DIALECTS, Dialect
-from jaxrnn.checkpoint.errors import RESET_BEFORE, listed
+from jaxrnn.checkpoint.errors import RESET_BEFORE, CheckpointError, listed
 from jaxrnn.checkpoint.flax_run import StoredCell, run
 from jaxrnn.checkpoint.named import Names, Origin, described_as
 from jaxrnn.spec import level_outside
@@ -173,9 +173,9 @@ def _cells(groups: Mapping[str, dict[str, Any]]) -> dict[str, StoredCell]:
     return found
 
 
-def _stacked(groups: Mapping[str, dict[str, Any]]) -> dict[str, int]:
-    """The cells whose arrays all have more axes first, and the size of the first: the numbers of several cells."""
-    found: dict[str, int] = {}
+def _stacked(groups: Mapping[str, dict[str, Any]]) -> dict[str, tuple[int, ...]]:
+    """The cells whose arrays all have more axes first, the numbers of several cells; and the sizes of these axes."""
+    found: dict[str, tuple[int, ...]] = {}
     for axes in range(1, _MOST_AXES + 1):
         shapes = {
             prefix: {name: np.shape(array) for name, array in arrays.items()} for prefix, arrays in groups.items()
@@ -185,16 +185,38 @@ def _stacked(groups: Mapping[str, dict[str, Any]]) -> dict[str, int]:
             for prefix, each in shapes.items()
             if len({shape[:axes] for shape in each.values()}) == 1 and min(map(len, each.values())) > axes
         }
-        found |= {prefix: next(iter(shapes[prefix].values()))[0] for prefix in _cells(firsts)}
+        found |= {prefix: next(iter(shapes[prefix].values()))[:axes] for prefix in _cells(firsts)}
     return found
 
 
-def _warn_of_stacked(stacked: Mapping[str, int], warn: Callable[[str, str], None]) -> None:
-    (prefix, number), *others = stacked.items()
+def stacked_cells(tensors: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], int]:
+    """The arrays of cells that jax.vmap stacked, if there are such cells and no others.
+
+    Returns:
+        By names joined by dots the cells' arrays, and the others; and how many axes are before those of a cell.
+
+    Raises:
+        CheckpointError: cells are stacked in different ways.
+    """
+    tensors, groups = _joined_by_dots(tensors, lambda text: None, stacked=True)
+    stacked = {} if _cells(groups) else _stacked(groups)
+    if not stacked:
+        return {}, tensors, 0
+    if len(set(stacked.values())) > 1:
+        different = [f"{prefix.removesuffix('.')} by {axes}" for prefix, axes in stacked.items()]
+        raise CheckpointError(f"cells are stacked by different axes: {listed(different)}\n{_ONE_PART}")
+    cells = {prefix + name: array for prefix in stacked for name, array in groups[prefix].items()}
+    others = {name: array for name, array in tensors.items() if name not in cells}
+    return cells, others, len(next(iter(stacked.values())))
+
+
+def _warn_of_stacked(stacked: Mapping[str, tuple[int, ...]], warn: Callable[[str, str], None]) -> None:
+    (prefix, (number, *_)), *others = stacked.items()
     cause = f"{prefix.removesuffix('.') or 'a cell'} is {number} cells, one for each index of its arrays' first axis"
     also = f", and so are {len(others)} more" if others else ""
     one = "{name: array[0] for name, array in jaxrnn.checkpoint.load(path).items() if array.ndim}"
-    remedy = f"write a file of one, and read that: numpy.savez('one.npz', **{one})"
+    both = "give the part of one cell to jaxrnn.from_flax, which converts all; or write a file of one, and read that"
+    remedy = f"{both}: numpy.savez('one.npz', **{one})"
     warn(f"{cause}, as jax.vmap makes them{also}: not converted", remedy)
 
 

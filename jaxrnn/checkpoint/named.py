@@ -45,6 +45,8 @@ class Described(dict[str, Any]):
         modules: the paths of torch's modules, as its state dicts say them: also of those without tensors. By default
             those that `tensors` has.
         origins: by the prefix of a recurrent module, what it is in another library.
+        in_training: by the prefix of a recurrent module, what that library does with it in training alone, and how to
+            do the same here.
     """
 
     def __init__(
@@ -53,11 +55,13 @@ class Described(dict[str, Any]):
         said: Mapping[str, Mapping[str, Any]] = {},
         modules: Iterable[str] | None = None,
         origins: Mapping[str, Origin] = {},
+        in_training: Mapping[str, tuple[str, ...]] = {},
     ) -> None:
         super().__init__(tensors)
         self.said: dict[str, dict[str, Any]] = {prefix: dict(settings) for prefix, settings in said.items()}
         self.modules: frozenset[str] = frozenset(modules_of(tensors) if modules is None else modules)
         self.origins: dict[str, Origin] = dict(origins)
+        self.in_training: dict[str, tuple[str, ...]] = dict(in_training)
 
 
 def described_as(
@@ -70,10 +74,13 @@ def described_as(
         before: those that they come from.
         rename: the new prefix of a module, from its prefix before; None if it is no longer there. Prefixes end in dots.
     """
-    said = {new: each for prefix, each in said_of(before).items() if (new := rename(prefix)) is not None}
-    origins = {new: each for prefix, each in origins_of(before).items() if (new := rename(prefix)) is not None}
+
+    def renamed(known: Mapping[str, _ValueT]) -> dict[str, _ValueT]:
+        return {new: each for prefix, each in known.items() if (new := rename(prefix)) is not None}
+
     modules = [new[:-1] for path in modules_of(before) if (new := rename(f"{path}." * bool(path))) is not None]
-    return Described(tensors, said, modules, origins)
+    known = renamed(said_of(before)), modules, renamed(origins_of(before)), renamed(in_training_of(before))
+    return Described(tensors, *known)
 
 
 def said_of(tensors: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -84,6 +91,11 @@ def said_of(tensors: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 def origins_of(tensors: Mapping[str, Any]) -> dict[str, Origin]:
     """What modules are in another library; nothing if the tensors are torch's, or come from elsewhere."""
     return tensors.origins if isinstance(tensors, Described) else {}
+
+
+def in_training_of(tensors: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+    """What another library does with modules in training alone; nothing if the tensors come from elsewhere."""
+    return tensors.in_training if isinstance(tensors, Described) else {}
 
 
 def modules_of(tensors: Any) -> frozenset[str]:

@@ -90,7 +90,10 @@ def recurrent(found: FoundRNN) -> Layer:
         (found.input_size, width * (1 + found.bidirectional)),
         (1, found.input_size) if found.is_cell else (1, 1, found.input_size),
         found.dtype,
-        (f"The file does not say {_and(*found.assumed)}: assumed",) if found.assumed else (),
+        (
+            *([f"The file does not say {_and(*found.assumed)}: assumed"] if found.assumed else []),
+            *(f"In training alone, the original has {text}" for text in found.in_training),
+        ),
         has_state=not found.is_cell or found.kind == "LSTM",
         call=("deterministic=True",) if drops else (),
     )

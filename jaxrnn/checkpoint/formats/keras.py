@@ -26,6 +26,7 @@ from jaxrnn.checkpoint.formats.keras_parts import (
     Parts,
     drops,
     findings,
+    in_training,
     lacking,
     words_on_activations,
 )
@@ -134,6 +135,7 @@ def _converted(variables: list[Variable], config: Config | None) -> tuple[Descri
     modules = _modules(groups, config)
     tensors, said = Names[Value](_RENAME), dict[str, dict[str, Any]]()
     origins: dict[str, Origin] = {}
+    training: dict[str, tuple[str, ...]] = {}
     notes = _Notes(config is not None)
     if config is not None:
         notes.without = config.unread()
@@ -147,6 +149,7 @@ def _converted(variables: list[Variable], config: Config | None) -> tuple[Descri
         notes.add(prefix, parts, list(split))
         for below, some in split.items():
             said[below] = _said(some)
+            training[below] = in_training(some)
             title = f"keras.layers.{next(iter(some.values())).kind}"
             origins[below] = Origin(title, {}, functools.partial(run, some), is_exact(some))
             for (side, level), part in some.items():
@@ -163,7 +166,7 @@ def _converted(variables: list[Variable], config: Config | None) -> tuple[Descri
     words = notes.words()
     if config is not None and config.transposed:
         words.append(f"{listed(config.transposed)}: a transposed convolution's kernel is {_TRANSPOSED}")
-    return Described(tensors, said, origins=origins), words
+    return Described(tensors, said, origins=origins, in_training=training), words
 
 
 def _order(variable: Variable, config: Config) -> list[int]:
@@ -375,9 +378,6 @@ class _Notes:
                 if finding.name != "go_backwards":
                     words[sentence_of(finding)] = None
             words |= dict.fromkeys(words_on_activations(part))
-            if part.cell and part.levels > 1 and (dropouts := drops(part)):
-                how = "in training acts on the inputs or states of its cells, by one mask for all steps"
-                words[f"has {listed(dropouts)}, which {how}: make the module with dropout=0.0"] = None
         one = next((part for (side, _), part in parts.items() if side != _SIDES[1]), None)
         if one and one.cell:
             flip, mask = bool(one.settings.get("go_backwards")), one.cell.mask

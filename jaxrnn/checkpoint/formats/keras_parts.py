@@ -8,12 +8,13 @@ import numpy as np
 from jaxrnn.activations import Activation
 from jaxrnn.cells import Cell
 from jaxrnn.checkpoint.dialects import DIALECTS
-from jaxrnn.checkpoint.errors import RESET_BEFORE, CheckpointError
+from jaxrnn.checkpoint.errors import RESET_BEFORE, CheckpointError, printable
 from jaxrnn.checkpoint.formats.keras_activations import MAKERS, activations_of, cell_of
 from jaxrnn.checkpoint.formats.keras_config import TABLES, GroupPath, KerasCell, shown
 from jaxrnn.checkpoint.formats.reading import words_on_cell
 from jaxrnn.checkpoint.tables import Finding
 
+_DROPOUTS = ("dropout", "recurrent_dropout")  # which act on the input and on h, by one mask for all steps
 _KINDS = {4: "LSTM", 3: "GRU", 1: "SimpleRNN"}  # by gates
 
 
@@ -119,5 +120,23 @@ def words_on_activations(part: Part) -> Iterator[str]:
 
 def drops(part: Part) -> list[str]:
     """The dropout of a cell."""
-    settings = part.settings
-    return [shown(name, settings[name]) for name in ("dropout", "recurrent_dropout") if settings.get(name)]
+    return [shown(name, part.settings[name]) for name in _DROPOUTS if part.settings.get(name)]
+
+
+def in_training(parts: Parts) -> tuple[str, ...]:
+    """What Keras does in training alone, and how to do the same here."""
+    settings = [part.settings for part in parts.values()]
+    words = []
+    for name in _DROPOUTS:
+        several = list(dict.fromkeys(shown(name, each.get(name) or 0) for each in settings))
+        if len(several) > 1:
+            words.append(f"{' and '.join(several)} in its cells: make a module of one layer and direction for each")
+        elif not (rate := settings[0].get(name)):
+            continue
+        elif name == "recurrent_dropout":
+            words.append(f"{several[0]}: make the module with {several[0]}, which has one mask for all gates")
+        else:
+            axis = 0 if settings[0].get("time_major") else 1
+            between = f", and the module with {several[0]}, variational_dropout=True" * any(level for _, level in parts)
+            words.append(f"{several[0]}: put flax's Dropout({rate}, broadcast_dims=({axis},)) before it{between}")
+    return tuple(map(printable, words))
