@@ -180,6 +180,7 @@ def test_both_biases_reach_keras() -> None:
     weights = {"weight_ih_l0": np.zeros((3, 1)), "weight_hh_l0": np.zeros((3, 1))}
     biases = {"bias_ih_l0": np.array([1, 2, 3]), "bias_hh_l0": np.array([40, 50, 60])}
     np.testing.assert_array_equal(to_keras("GRU", weights | biases)[2], [[2, 1, 3], [50, 40, 60]])
+    weights["weight_hh_l0"] = np.zeros((3, 3))
     np.testing.assert_array_equal(to_keras("RNN", weights | biases)[2], [41, 52, 63])
 
 
