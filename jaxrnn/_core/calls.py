@@ -83,10 +83,9 @@ def call_step(
         raise ValueError("bidirectional should be False to make a step: the backward direction starts at the end")
     options.check_mesh(spec.hidden_size)
     given = _checked_step(spec, params, x, hx, reset, reset_state)
-    batched, key = given.x.ndim == 2, dropout_key if spec.is_random() else None
-    reset = None if given.reset is None else given.reset[None]
-    output, state, _ = _run_layers(spec, options, _Axes(batched), given._replace(x=given.x[None], reset=reset), key)
-    return output[0], _unwrap(state)
+    axes, key = _Axes(given.x.ndim == 2, step=True), dropout_key if spec.is_random() else None
+    output, state, _ = _run_layers(spec, options, axes, given, key)
+    return output, _unwrap(state)
 
 
 def call_cell(
@@ -126,10 +125,13 @@ class _Axes(NamedTuple):
 
     batched: bool
     batch_first: bool = False
+    step: bool = False  # one step, without an axis of time
 
     def time_major(self, given: _CallArrays) -> _CallArrays:
         """Convert to time-major rows. Unbatched input becomes a batch of one."""
         of_steps = given.x, given.reset, given.valid
+        if self.step:
+            of_steps = jax.tree.map(lambda a: a[None], of_steps)
         if self.batched:
             if self.batch_first:
                 of_steps = jax.tree.map(lambda a: a.swapaxes(0, 1), of_steps)
@@ -144,8 +146,9 @@ class _Axes(NamedTuple):
     def restore(self, x: jax.Array, state: Arrays) -> tuple[jax.Array, Arrays]:
         """Convert results back to the caller's layout."""
         if not self.batched:
-            return jax.tree.map(lambda a: a[:, 0], (x, state))
-        return (x.swapaxes(0, 1) if self.batch_first else x), state
+            x, state = jax.tree.map(lambda a: a[:, 0], (x, state))
+        x = x.swapaxes(0, 1) if self.batch_first else x
+        return (x[0] if self.step else x), state
 
     def restore_every(self, a: jax.Array) -> jax.Array:
         """Like `restore`, for arrays of every step, (layers, time, batch, features)."""
