@@ -26,8 +26,8 @@ ARGUMENTS = {
     "batch_first": "whether batched input and output are (batch, time, features) rather than (time, batch, features). "
     "It does not change hx and h_n.",
     "dropout": "the probability with which an output of each layer but the last is zeroed in training.",
-    "recurrent_dropout": "the probability with which a number of h is zeroed in training before the recurrent product: "
-    "one mask for all steps, and for all gates.",
+    "recurrent_dropout": "the probability with which a number of h is zeroed in training before the recurrent product, "
+    "with one mask for all steps and gates.",
     "variational_dropout": "whether `dropout`, too, has one mask for all steps.",
     "bidirectional": "whether each layer also runs backward in time.",
     "proj_size": "features of an LSTM's projected hidden state, less than hidden_size; 0 for no projection.",
@@ -138,6 +138,8 @@ _LAYER_CALL = """Call:
     (batch, time, input_size), batch_first    (batch, time, D * H)    (D * num_layers, batch, H)
     (time, input_size), unbatched             (time, D * H)           (D * num_layers, H)
     PackedSequence                            PackedSequence          (D * num_layers, batch, H)
+
+    `module.step(x, hx)` makes one step: x and output are without the axis of time.
 
     D is 2 if bidirectional, else 1. H is {size}.
     h_n[D * layer + direction] is the state after each row's last step, or at step 0 for direction 1,

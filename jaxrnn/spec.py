@@ -89,7 +89,7 @@ class _Shapes(abc.ABC, Generic[StateT]):
             A dict from name to array, in the order of `shapes()`.
 
         Raises:
-            TypeError: an initialiser is no function of a key, a shape and a dtype that returns an array of this shape.
+            TypeError: an initializer is not a function of a key, a shape and a dtype, or returns another shape.
             ValueError: it names a gate that the cell does not have.
 
         >>> import jax, jaxrnn

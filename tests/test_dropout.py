@@ -70,6 +70,16 @@ def test_one_layer_drops_nothing() -> None:
     assert_close(found, jaxrnn.apply(spec, params, x), atol=0)
 
 
+def test_masks_without_dropout() -> None:
+    spec = dataclasses.replace(SPEC, dropout=0)
+    masks, message = [np.ones((T, N, 2 * H))] * 2, "dropout_masks should be None with dropout=0"
+    with pytest.raises(ValueError, match=message):
+        jaxrnn.apply(spec, PARAMS, normal(T, N, F), dropout_masks=masks)
+    linen = jaxrnn.linen.GRU(F, H, 3, bidirectional=True)
+    with pytest.raises(ValueError, match=message):
+        linen.apply({"params": PARAMS}, normal(T, N, F), dropout_masks=masks)
+
+
 def test_masks_of_the_wrong_shape() -> None:
     for masks in ([np.ones((T, N, 2 * H))], [np.ones((N, T, 2 * H))] * 2):
         with pytest.raises(ValueError, match=r"dropout_masks should be 2 arrays of shape \(5, 3, 8\)"):

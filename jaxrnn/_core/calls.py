@@ -202,10 +202,8 @@ def _checked(
         raise ValueError("reset should be None for a bidirectional network, whose backward direction starts at the end")
     marks, valid = _boolean("reset", reset, array.shape[:-1]), _boolean("mask", mask, array.shape[:-1])
     restart = _states(spec, "reset_state", reset_state, shapes)
-    masks = None
-    if spec.dropout and dropout_masks is not None:
-        rows = (steps, *batch) if packed is None else array.shape[:1]
-        masks = _masks(dropout_masks, spec, rows, tuple(batch))
+    rows = (steps, *batch) if packed is None else array.shape[:1]
+    masks = None if dropout_masks is None else _masks(dropout_masks, spec, rows, tuple(batch))
     if packed is None:
         ends = None if lengths is None else checked_lengths(lengths, tuple(batch), steps)
         given = _CallArrays(_parameters(spec, params), array, state, restart, ends, marks, masks, valid)
@@ -429,6 +427,8 @@ def _boolean(name: str, value: ArrayLike | None, shape: tuple[int, ...]) -> jax.
 
 
 def _masks(masks: Sequence[ArrayLike], spec: Spec, rows: tuple[int, ...], batch: tuple[int, ...]) -> Arrays:
+    if not spec.dropout:
+        raise ValueError("dropout_masks should be None with dropout=0: give the network the dropout of the masks")
     arrays, count, features = tuple(map(in_jax, masks)), spec.num_layers - 1, spec.num_directions * spec.output_size
     every, constant = (*rows, features), (1, *batch, features)
     if len(arrays) != count or any(a.shape not in (every, constant) for a in arrays):

@@ -235,7 +235,7 @@ class Layers(Module[StateT]):
         if isinstance(deterministic, Sequence) or getattr(deterministic, "shape", ()) != ():  # by position
             raise TypeError(f"deterministic should be True, False or None, got {deterministic!r}: give lengths by name")
         off = self._is_off(deterministic)
-        dropout_masks = None if off else dropout_masks
+        dropout_masks = None if off and self.dropout else dropout_masks  # refused without dropout
         return call(
             self._options(),
             self.spec,

@@ -38,7 +38,7 @@ class Recurrent(Layers[StateT]):
             the two add up. In GRU's n, where they do not, it draws both.
         precision: the precision of the products, as for `jax.lax.dot_general`.
         recurrent_dropout: the probability with which a number of h is zeroed in training before the
-            recurrent product: one mask for all steps, and for all gates.
+            recurrent product, with one mask for all steps and gates.
         variational_dropout: whether `dropout`, too, has one mask for all steps.
         remat: what the forward pass saves for the backward pass. "none": all it needs, nothing is
             recomputed. "gates": only the states; gates are recomputed. An integer k: the state before
@@ -63,6 +63,8 @@ class Recurrent(Layers[StateT]):
         (batch, time, input_size), batch_first    (batch, time, D * H)    (D * num_layers, batch, H)
         (time, input_size), unbatched             (time, D * H)           (D * num_layers, H)
         PackedSequence                            PackedSequence          (D * num_layers, batch, H)
+
+        `module.step(x, hx)` makes one step: x and output are without the axis of time.
 
         D is 2 if bidirectional, else 1. H is proj_size, or hidden_size without projection.
         h_n[D * layer + direction] is the state after each row's last step, or at step 0 for direction 1,

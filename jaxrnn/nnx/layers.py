@@ -36,7 +36,7 @@ class RNN(Layers[jax.Array]):
         proj_size: features of an LSTM's projected hidden state, less than hidden_size; 0 for no
             projection.
         recurrent_dropout: the probability with which a number of h is zeroed in training before the
-            recurrent product: one mask for all steps, and for all gates.
+            recurrent product, with one mask for all steps and gates.
         variational_dropout: whether `dropout`, too, has one mask for all steps.
         param_dtype: the parameters' floating dtype.
         kernel_init: what draws `weight_ih` gate by gate, and `weight_hr` if there is one: a function
@@ -72,6 +72,8 @@ class RNN(Layers[jax.Array]):
         (batch, time, input_size), batch_first    (batch, time, D * H)    (D * num_layers, batch, H)
         (time, input_size), unbatched             (time, D * H)           (D * num_layers, H)
         PackedSequence                            PackedSequence          (D * num_layers, batch, H)
+
+        `module.step(x, hx)` makes one step: x and output are without the axis of time.
 
         D is 2 if bidirectional, else 1. H is hidden_size.
         h_n[D * layer + direction] is the state after each row's last step, or at step 0 for direction 1,
@@ -185,7 +187,7 @@ class LSTM(Layers[Pair]):
         proj_size: features of an LSTM's projected hidden state, less than hidden_size; 0 for no
             projection.
         recurrent_dropout: the probability with which a number of h is zeroed in training before the
-            recurrent product: one mask for all steps, and for all gates.
+            recurrent product, with one mask for all steps and gates.
         variational_dropout: whether `dropout`, too, has one mask for all steps.
         param_dtype: the parameters' floating dtype.
         kernel_init: what draws `weight_ih` gate by gate, and `weight_hr` if there is one: a function
@@ -223,6 +225,8 @@ class LSTM(Layers[Pair]):
         (batch, time, input_size), batch_first    (batch, time, D * H)    (D * num_layers, batch, H)
         (time, input_size), unbatched             (time, D * H)           (D * num_layers, H)
         PackedSequence                            PackedSequence          (D * num_layers, batch, H)
+
+        `module.step(x, hx)` makes one step: x and output are without the axis of time.
 
         D is 2 if bidirectional, else 1. H is proj_size, or hidden_size without projection.
         h_n[D * layer + direction] is the state after each row's last step, or at step 0 for direction 1,
@@ -329,7 +333,7 @@ class GRU(Layers[jax.Array]):
         proj_size: features of an LSTM's projected hidden state, less than hidden_size; 0 for no
             projection.
         recurrent_dropout: the probability with which a number of h is zeroed in training before the
-            recurrent product: one mask for all steps, and for all gates.
+            recurrent product, with one mask for all steps and gates.
         variational_dropout: whether `dropout`, too, has one mask for all steps.
         param_dtype: the parameters' floating dtype.
         kernel_init: what draws `weight_ih` gate by gate, and `weight_hr` if there is one: a function
@@ -365,6 +369,8 @@ class GRU(Layers[jax.Array]):
         (batch, time, input_size), batch_first    (batch, time, D * H)    (D * num_layers, batch, H)
         (time, input_size), unbatched             (time, D * H)           (D * num_layers, H)
         PackedSequence                            PackedSequence          (D * num_layers, batch, H)
+
+        `module.step(x, hx)` makes one step: x and output are without the axis of time.
 
         D is 2 if bidirectional, else 1. H is hidden_size.
         h_n[D * layer + direction] is the state after each row's last step, or at step 0 for direction 1,
