@@ -55,20 +55,21 @@ def mistakes(case: Case) -> Iterator[Mistake]:
     yield Mistake("TF32: products of numbers with 10 bits after the binary point", "tf32")
     if cells:
         return
-    if case.lengths is not None or case.mask is not None:
-        if case.arguments["bidirectional"]:
-            yield Mistake("the backward direction does not start at each row's own last step", "reverse start")
-        yield Mistake("padding leaks: the state goes on past a row's end", "leak")
+    if case.arguments["bidirectional"] and (case.lengths is not None or case.mask is not None):
+        yield Mistake("the backward direction does not start at each row's own last step", "reverse start")
     if case.lengths is not None:
+        yield Mistake("padding leaks: the state goes on past a row's end", "leak")
         yield Mistake("lengths are one too short", "shorter")
         yield Mistake("lengths are one too long", "longer")
     if case.mask is not None:
+        yield Mistake("padding leaks: the state goes on at masked steps", "leaks")
         yield Mistake("the mask is ignored: padding leaks", "no mask")
         yield Mistake("the mask is the other way round: True at padding", "inverted")
         yield Mistake("the mask is taken for lengths: its valid steps are counted, wherever they are", "counted")
-        yield Mistake("the mask only makes inputs 0, and the state goes on", "inputs")
-        yield Mistake("the mask only makes outputs 0, and the state goes on", "outputs")
+        yield Mistake("the mask makes inputs 0, and nothing else: the state has to be held", "inputs")
+        yield Mistake("the mask makes outputs 0, and nothing else: the state has to be held", "outputs")
         yield Mistake("the state becomes 0 at masked steps: it has to be held", "zeroed")
+        yield Mistake("masked steps repeat the last output: theirs have to be 0", "repeated")
     if case.arguments["bidirectional"]:
         if case.arguments["num_layers"] > 1:
             yield Mistake("h_n is ordered by direction before layer", "h_n order")
@@ -184,7 +185,7 @@ def _layer(
     state, output = list(start), np.zeros((count, len(start[0]), start[0].shape[1]))
     for t in range(count)[:: -1 if reverse and what != "no reverse" else 1]:
         alive = valid[t][:, None]
-        held = ~alive & (what != ("reverse start" if reverse else "leak"))
+        held = ~alive & (what not in ("leaks", "reverse start" if reverse else "leak"))
         h = start[0] if what == "stale" else state[0]
         padded = np.where(alive, x[t], 0)
         input_part = np.split(product(padded, w_ih) + b_ih, len(names), axis=-1)
@@ -195,7 +196,7 @@ def _layer(
         if what == "stale c":
             after[1] = state[1]
         state = [np.where(held, old * (what != "zeroed"), new) for new, old in zip(after, state, strict=True)]
-        output[t] = np.where(alive, state[0], 0)
+        output[t] = np.where(alive | (what == "repeated"), state[0], 0)
     return output, state
 
 
