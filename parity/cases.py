@@ -52,6 +52,8 @@ KINDS = {**LAYERS, **CELLS}
 
 # The lengths of the ragged cases' rows, four rows of up to five steps.
 LENGTHS = {"unsorted": (2, 5, 1, 4), "sorted": (5, 4, 2, 1), "equal": (4, 4, 4, 4), "ones": (1, 1, 5, 1)}
+# The masked case's rows, # for a valid step: a hole, padding on the left, a short row, and no valid step at either end.
+MASK = ("##.##", "..###", "##...", ".#.#.")
 CHUNKS = (2, 1, 2)
 LONG = 4096
 MANY = 72  # rows
@@ -71,8 +73,10 @@ class Case:
         small: whether the truth is recorded in full; else it is recorded as a digest, and the case measures accuracy.
         dtypes: what it is run in: float64, and maybe one dtype that is less exact.
         way: how the sequence is fed: "whole"; with `lengths`, as "lengths", "packed" or "sorted", which is packed with
-            enforce_sorted; or "chunked", chunk by chunk, with the state carried on.
+            enforce_sorted; with `mask`, as "mask"; or with the state carried on, as "chunked", chunk by chunk, or
+            "steps", step by step.
         lengths: of the rows, for the ways that have any.
+        mask: of the rows, for the way "mask": see `MASK`.
         second: whether it is differentiated twice, and forward: see `tangents`.
         limit: the largest float64 error that counts as right; None for the limit of all cases.
         float32_limit: the same in float32.
@@ -88,6 +92,7 @@ class Case:
     dtypes: tuple[str, ...] = ("float64", "float32")
     way: str = "whole"
     lengths: tuple[int, ...] | None = None
+    mask: tuple[str, ...] | None = None
     second: bool = False
     limit: float | None = None
     float32_limit: float | None = None
@@ -119,6 +124,18 @@ class Case:
     @property
     def states(self) -> tuple[str, ...]:
         return KINDS[self.kind].cell.states
+
+    def valid(self) -> np.ndarray | None:
+        """The mask, laid out like the input, if there is one."""
+        if self.mask is None:
+            return None
+        rows = np.array([[step == "#" for step in row] for row in self.mask])
+        return rows if self.arguments.get("batch_first") else rows.T
+
+    def marks(self) -> NamedArrays:
+        """The lengths or the mask, by the name of the argument that takes them."""
+        given = {"lengths": None if self.lengths is None else np.array(self.lengths, np.int32), "mask": self.valid()}
+        return {name: array for name, array in given.items() if name == self.way and array is not None}
 
     def shapes(self) -> tuple[dict[str, Shape], dict[str, Shape], dict[str, Shape]]:
         """Names and shapes of the parameters, of the inputs and of the results."""
@@ -255,20 +272,27 @@ def _ragged() -> Iterator[Case]:
         yield case(kind, layers, bidirectional, "packed", "unsorted", hx=True)
 
 
-def _chunked() -> Iterator[Case]:
+def _masked() -> Iterator[Case]:
     for kind in LAYERS:
+        arguments = _layers(kind, 2, bidirectional=True, batch_first=True)
+        settings: dict[str, Any] = {"steps": 5, "batch": len(MASK), "hx": True, "dtypes": ("float64",)}
+        yield _case(kind, arguments, way="mask", mask=MASK, **settings)
+
+
+def _in_parts() -> Iterator[Case]:
+    for kind, way in itertools.product(LAYERS, ("chunked", "steps")):
         arguments = _layers(kind, 2, bidirectional=False)
-        steps = sum(CHUNKS)
-        yield _case(kind, arguments, steps=steps, batch=3, hx=True, dtypes=("float64",), way="chunked")
+        yield _case(kind, arguments, steps=sum(CHUNKS), batch=3, hx=True, dtypes=("float64",), way=way)
 
 
 def _second() -> Iterator[Case]:
-    """Two layers of each kind, both ways, whole and ragged, and each cell: their second derivatives."""
+    """Two layers of each kind, both ways, whole, ragged and masked, and each cell: their second derivatives."""
     for kind in LAYERS:
         arguments = _layers(kind, 2, bidirectional=True)
         settings: dict[str, Any] = {"steps": 5, "hx": True, "dtypes": ("float64",), "pattern": "second", "second": True}
         yield _case(kind, arguments, batch=3, **settings)
         yield _case(kind, arguments, batch=4, way="lengths", lengths=LENGTHS["unsorted"], **settings)
+        yield _case(kind, arguments, batch=len(MASK), way="mask", mask=MASK, **settings)
     for kind in CELLS:
         arguments = dict(SIZES)
         yield _case(kind, arguments, steps=None, batch=3, hx=True, dtypes=("float64",), pattern="second", second=True)
@@ -334,5 +358,5 @@ def _seeds(case: Case) -> Iterator[Case]:
         yield dataclasses.replace(case, name=f"{case.name}-seed{seed}")
 
 
-_ALL = (*_small(), *_ragged(), *_chunked(), *_second(), *_many(), *_half(), *_accuracy(), *_long())
+_ALL = (*_small(), *_ragged(), *_masked(), *_in_parts(), *_second(), *_many(), *_half(), *_accuracy(), *_long())
 CASES = {case.name: case for case in _ALL}

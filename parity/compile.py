@@ -29,7 +29,7 @@ TOPOLOGY = TARGETS[TARGET][1]["topology_name"]
 # A TPU has no float64: XLA makes it of two float32, which takes long to compile. A sample shows that it can.
 EXACT = re.compile(r".*-layers1-bidirectional-hx|\w+Cell\w*-hx")
 # Ragged and chunked cases are compared in float64; of those that are compiled in float32 instead, a sample.
-RAGGED = re.compile(r".*-layers2-.*(lengths-unsorted|packed-unsorted|sorted-sorted|chunked)")
+RAGGED = re.compile(r".*-layers2-.*(lengths-unsorted|packed-unsorted|sorted-sorted|mask|chunked|steps)")
 # The cases that are compiled with hidden units sharded, if their number is even.
 HIDDEN = re.compile(r".*-bfloat16|.*-layers2-.*lengths-unsorted")
 COLLECTIVE = re.compile(r" (all-reduce|all-gather|all-to-all|reduce-scatter|collective-\w+)(?:-start)?\(")
@@ -94,15 +94,14 @@ def _compile(case: Case, dtype: str, kind: str, mesh: Mesh) -> Program:
     parameters, inputs, cotangents = (
         {name: array.astype(jax.numpy.dtype(dtype)) for name, array in arrays.items()} for arrays in case.arrays()
     )
-    lengths = np.array(case.lengths, np.int32) if case.way == "lengths" else None
     hx = sides.given_state(case, inputs, "0") if case.hx else None
     state = sides.given_state(case, cotangents, "n")
 
-    def forward(parameters: Any, inputs: tuple, lengths: Any, cotangent: Any) -> Any:
-        return sides.Feed.of(case)(functools.partial(sides.call_nnx, module, parameters), inputs[0], inputs[1], lengths)
+    def forward(parameters: Any, inputs: tuple, marks: Any, cotangent: Any) -> Any:
+        return sides.Feed.of(case)(functools.partial(sides.call_nnx, module, parameters), inputs[0], inputs[1], marks)
 
-    def training(parameters: Any, inputs: tuple, lengths: Any, cotangent: Any) -> Any:
-        returned, pullback = jax.vjp(lambda p, i: forward(p, i, lengths, None), parameters, inputs)
+    def training(parameters: Any, inputs: tuple, marks: Any, cotangent: Any) -> Any:
+        returned, pullback = jax.vjp(lambda p, i: forward(p, i, marks, None), parameters, inputs)
         return returned, pullback(cotangent)
 
     def describe(array: Any, *parts: str | None) -> jax.ShapeDtypeStruct:
@@ -128,7 +127,7 @@ def _compile(case: Case, dtype: str, kind: str, mesh: Mesh) -> Program:
                     for name, array in parameters.items()
                 },
                 (described(inputs["input"], axis), described(hx, state_axis)),
-                described(lengths, 0),
+                described(case.marks(), axis if case.way == "mask" else 0),
                 states if case.steps is None else (described(cotangents["output"], axis), states),
             )
             function = jax.jit({"forward": forward, "training": training}[kind])

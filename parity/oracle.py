@@ -55,12 +55,21 @@ def mistakes(case: Case) -> Iterator[Mistake]:
     yield Mistake("TF32: products of numbers with 10 bits after the binary point", "tf32")
     if cells:
         return
+    if case.arguments["bidirectional"] and (case.lengths is not None or case.mask is not None):
+        yield Mistake("the backward direction does not start at each row's own last step", "reverse start")
     if case.lengths is not None:
-        if case.arguments["bidirectional"]:
-            yield Mistake("the backward direction does not start at each row's own last step", "reverse start")
         yield Mistake("padding leaks: the state goes on past a row's end", "leak")
         yield Mistake("lengths are one too short", "shorter")
         yield Mistake("lengths are one too long", "longer")
+    if case.mask is not None:
+        yield Mistake("padding leaks: the state goes on at masked steps", "leaks")
+        yield Mistake("the mask is ignored: padding leaks", "no mask")
+        yield Mistake("the mask is the other way round: True at padding", "inverted")
+        yield Mistake("the mask is taken for lengths: its valid steps are counted, wherever they are", "counted")
+        yield Mistake("the mask makes inputs 0, and nothing else: the state has to be held", "inputs")
+        yield Mistake("the mask makes outputs 0, and nothing else: the state has to be held", "outputs")
+        yield Mistake("the state becomes 0 at masked steps: it has to be held", "zeroed")
+        yield Mistake("masked steps repeat the last output: theirs have to be 0", "repeated")
     if case.arguments["bidirectional"]:
         if case.arguments["num_layers"] > 1:
             yield Mistake("h_n is ordered by direction before layer", "h_n order")
@@ -93,8 +102,9 @@ def run(case: Case, arrays: tuple[NamedArrays, NamedArrays], mistake: Mistake = 
         directions = ("", "_reverse")[: 1 + case.arguments["bidirectional"]]
         suffixes = [[f"_l{layer}{d}" for d in directions] for layer in range(case.arguments["num_layers"])]
     count, rows = x.shape[:2]
-    lengths = np.full(rows, count) if case.lengths is None else np.array(case.lengths)
-    lengths = lengths + {"shorter": -1, "longer": 1}.get(mistake.what, 0)
+    valid, taken = (_valid(case, count, rows, what) for what in ("", mistake.what))
+    if mistake.what == "inputs":
+        x = np.where(valid[..., None], x, 0)
     layers, last = [], []
     for depth, names in enumerate(suffixes):
         outputs = []
@@ -105,11 +115,13 @@ def run(case: Case, arrays: tuple[NamedArrays, NamedArrays], mistake: Mistake = 
             hidden = weights["weight_hh"].shape[0] // len(GATES[family])
             sizes = [weights["weight_hh"].shape[1], hidden][: len(case.states)]
             start = [np.zeros((rows, n)) if s is None else s[index] for s, n in zip(first, sizes, strict=True)]
-            output, end = _layer(family, case, weights, x, start, lengths, bool(side), mistake)
+            output, end = _layer(family, case, weights, x, start, taken, bool(side), mistake)
             outputs.append(output)
             last.append(end)
         x = np.concatenate(outputs, axis=-1)
         layers.append(x)
+    if mistake.what == "outputs":
+        layers[-1] = np.where(valid[..., None], layers[-1], 0)
     if mistake.what == "h_n order":
         last = [last[2 * layer + side] for side in (0, 1) for layer in range(len(suffixes))]
     results: dict[str, Any] = {
@@ -124,17 +136,31 @@ def run(case: Case, arrays: tuple[NamedArrays, NamedArrays], mistake: Mistake = 
     return results | {"layers": layers}
 
 
+def _valid(case: Case, count: int, rows: int, what: str) -> np.ndarray:
+    """Which steps are valid, (time, rows), or are taken to be."""
+    times, valid = np.arange(count)[:, None], case.valid()
+    if valid is None:
+        lengths = np.full(rows, count) if case.lengths is None else np.array(case.lengths)
+        return times < lengths + {"shorter": -1, "longer": 1}.get(what, 0)
+    valid = valid.T if case.arguments.get("batch_first") else valid
+    wrong = {"inverted": ~valid, "counted": times < valid.sum(axis=0)}
+    return wrong.get(what, valid | (what in ("no mask", "inputs", "outputs")))
+
+
 def _layer(
     family: str,
     case: Case,
     weights: Mapping[str, np.ndarray],
     x: np.ndarray,
     start: list[np.ndarray],
-    lengths: np.ndarray,
+    valid: np.ndarray,
     reverse: bool,
     mistake: Mistake,
 ) -> tuple[np.ndarray, list[np.ndarray]]:
-    """One layer in one direction: the outputs, and the states after each row's last step."""
+    """One layer in one direction: the outputs, and the states after each row's last step.
+
+    `valid` tells which steps are the row's own, (time, rows).
+    """
     what = mistake.what
     names = GATES[family]
     if mistake.swapped:
@@ -158,10 +184,10 @@ def _layer(
     count = len(x)
     state, output = list(start), np.zeros((count, len(start[0]), start[0].shape[1]))
     for t in range(count)[:: -1 if reverse and what != "no reverse" else 1]:
-        alive = (t < lengths)[:, None]
-        held = ~alive & (what != ("reverse start" if reverse else "leak"))
+        alive = valid[t][:, None]
+        held = ~alive & (what not in ("leaks", "reverse start" if reverse else "leak"))
         h = start[0] if what == "stale" else state[0]
-        padded = np.where((t < np.minimum(lengths, count))[:, None], x[t], 0)
+        padded = np.where(alive, x[t], 0)
         input_part = np.split(product(padded, w_ih) + b_ih, len(names), axis=-1)
         hidden_part = np.split(product(h, w_hh) + b_hh, len(names), axis=-1)
         after = _step(family, KINDS[case.kind].arguments, what, input_part, hidden_part, b_hh, h, state)
@@ -169,8 +195,8 @@ def _layer(
             after[0] = product(after[0], weights["weight_hr"])
         if what == "stale c":
             after[1] = state[1]
-        state = [np.where(held, old, new) for new, old in zip(after, state, strict=True)]
-        output[t] = np.where(alive, state[0], 0)
+        state = [np.where(held, old * (what != "zeroed"), new) for new, old in zip(after, state, strict=True)]
+        output[t] = np.where(alive | (what == "repeated"), state[0], 0)
     return output, state
 
 

@@ -108,7 +108,10 @@ def truth_of(case: Case, record: NamedArrays) -> NamedArrays | None:
 
 
 def record() -> list[Path]:
-    """Record every case's results from torch here, one file for each kind. The same torch gives the same bytes."""
+    """Record every case's results from torch here, one file for each kind.
+
+    The same torch gives the same bytes on the same processor.
+    """
     import torch
 
     records = {

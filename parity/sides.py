@@ -1,9 +1,8 @@
 """Run a case with one library. A side is a function of a case and a dtype; all give the same named arrays."""
 
 import functools
-import itertools
 import warnings
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -56,12 +55,20 @@ def run_torch(case: Case, dtype: str, device: str = "cpu") -> NamedArrays:
     x, hx = inputs["input"], given_state(case, inputs, "0") if case.hx else None
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="LSTM with projections is not supported with oneDNN")
-        if case.lengths is None:
+        if case.lengths is None and case.mask is None:
             results = _named(case, module(x, hx))
         else:
             batch_first, pack, pad = module.batch_first, rnn.pack_padded_sequence, rnn.pad_packed_sequence
-            output, state = module(pack(x, list(case.lengths), batch_first, enforce_sorted=case.way == "sorted"), hx)
-            results = _named(case, (pad(output, batch_first, total_length=case.steps)[0], state))
+            valid, lengths, time = case.valid(), list(case.lengths or ()), int(batch_first)
+            if valid is not None:  # the valid steps of each row come first
+                order = np.argsort(~valid, axis=time, kind="stable")
+                places = [torch.tensor(a, device=x.device)[..., None] for a in (order, np.argsort(order, axis=time))]
+                x, lengths = torch.take_along_dim(x, places[0], time), valid.sum(axis=time).tolist()
+            output, state = module(pack(x, lengths, batch_first, enforce_sorted=case.way == "sorted"), hx)
+            output, _ = pad(output, batch_first, total_length=case.steps)
+            if valid is not None:
+                output = torch.take_along_dim(output, places[1], time)
+            results = _named(case, (output, state))
     sources = inputs | dict(module.named_parameters())
     returned = [results[name] for name in cotangents]
 
@@ -97,17 +104,16 @@ class Feed(NamedTuple):
         static = case.lengths if case.way in ("packed", "sorted") else None
         return cls(case.way, static, case.arguments.get("batch_first", False), case.steps)
 
-    def __call__(self, module: Callable, x: jax.Array, hx: Any, lengths: jax.Array | None) -> Any:
-        if self.way == "whole":
-            return module(x, hx)
-        if self.way == "lengths":
-            return module(x, hx, lengths=lengths)
-        if self.way == "chunked":
+    def __call__(self, module: Callable, x: jax.Array, hx: Any, marks: Mapping[str, jax.Array]) -> Any:
+        if self.way in ("whole", "lengths", "mask"):
+            return module(x, hx, **marks)
+        if self.way in ("chunked", "steps"):
+            parts = jnp.split(x, np.cumsum(CHUNKS)[:-1]) if self.way == "chunked" else list(x)
             outputs = []
-            for start, steps in zip(itertools.accumulate(CHUNKS, initial=0), CHUNKS, strict=False):
-                output, hx = module(x[start : start + steps], hx)
+            for part in parts:
+                output, hx = module(part, hx, **({"method": "step"} if self.way == "steps" else {}))
                 outputs.append(output)
-            return jnp.concatenate(outputs), hx
+            return (jnp.stack if self.way == "steps" else jnp.concatenate)(outputs), hx
         assert self.lengths is not None
         packed = jaxrnn.pack_padded_sequence(x, self.lengths, self.batch_first, enforce_sorted=self.way == "sorted")
         output, state = module(packed, hx)
@@ -127,9 +133,9 @@ def precision() -> str:
 @functools.lru_cache(maxsize=16)
 def _differentiate(call: Callable[..., Any], module: Hashable, feed: Feed) -> Callable[..., Any]:
     @jax.jit
-    def differentiate(sources: Any, lengths: jax.Array | None, cotangents: Any, tangents: Any) -> Any:
+    def differentiate(sources: Any, marks: Mapping[str, jax.Array], cotangents: Any, tangents: Any) -> Any:
         def run(parameters: Any, x: jax.Array, hx: Any) -> Any:
-            return feed(functools.partial(call, module, parameters), x, hx, lengths)
+            return feed(functools.partial(call, module, parameters), x, hx, marks)
 
         def gradient(*sources: Any) -> Any:
             return jax.vjp(run, *sources)[1](cotangents)
@@ -152,7 +158,6 @@ def _run_jax(
         {name: array.astype(jnp.dtype(dtype)) for name, array in arrays.items()}
         for arrays in (*case.arrays(), *case.tangents())
     )
-    lengths = np.array(case.lengths) if case.way == "lengths" else None
     state = given_state(case, cotangents, "n")
 
     def sources(parameters: Any, inputs: NamedArrays) -> tuple:
@@ -162,7 +167,7 @@ def _run_jax(
         module, parameters = build(case, dtype, parameters)
         returned, first, forward, second = _differentiate(call, module, Feed.of(case))(
             sources(parameters, inputs),
-            lengths,
+            case.marks(),
             state if case.steps is None else (cotangents["output"], state),
             sources(d_parameters, d_inputs) if case.second else None,
         )
@@ -185,8 +190,8 @@ def build_nnx(case: Case, dtype: str, parameters: NamedArrays, **settings: Any) 
     return graphdef, nnx.to_pure_dict(state)
 
 
-def call_nnx(graphdef: Any, parameters: Any, *arguments: Any, **kwargs: Any) -> Any:
-    return nnx.merge(graphdef, nnx.State(parameters))(*arguments, **kwargs)
+def call_nnx(graphdef: Any, parameters: Any, *arguments: Any, method: str = "__call__", **kwargs: Any) -> Any:
+    return getattr(nnx.merge(graphdef, nnx.State(parameters)), method)(*arguments, **kwargs)
 
 
 def run_jaxrnn(case: Case, dtype: str) -> NamedArrays:

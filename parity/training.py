@@ -42,6 +42,7 @@ class Run:
         settings: the optimizer's settings, as in torch's state dict.
         clip: the norm that gradients are clipped to, if they are.
         bidirectional: whether the network is.
+        variational: whether one dropout mask is for all time steps.
     """
 
     kind: str
@@ -51,6 +52,7 @@ class Run:
     clip: float | None = None
     bidirectional: bool = False
     dropout: float = 0.25
+    variational: bool = False
 
     @property
     def name(self) -> str:
@@ -68,6 +70,10 @@ class Run:
     @property
     def features(self) -> int:
         return self.spec.output_size * self.spec.num_directions
+
+    @property
+    def mask_shape(self) -> tuple[int, ...]:
+        return (1 if self.variational else TIME, BATCH, self.features)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shapes of the parameters: of the network, and of a linear layer on its outputs."""
@@ -89,6 +95,7 @@ RUNS = {
     run.name: run
     for run in (
         Run("RNN_TANH", "SGD", _SGD | {"lr": 0.5}, "sgd"),
+        Run("RNN_TANH", "SGD", _SGD, "variational", bidirectional=True, variational=True),
         Run("RNN_RELU", "SGD", _SGD | {"lr": 0.02, "momentum": 0.9, "nesterov": True}, "nesterov", clip=1.0),
         Run("LSTM", "SGD", _SGD | {"lr": 0.5, "momentum": 0.9, "weight_decay": 1e-4}, "momentum", bidirectional=True),
         Run("LSTM", "Adam", _ADAM, "adam", clip=0.5),
@@ -105,10 +112,23 @@ def run_torch(run: Run) -> NamedArrays:
 
     torch.set_num_threads(1)
     kind, spec = LAYERS[run.kind], run.spec
-    network = getattr(torch.nn, kind.module)(
-        INPUT, HIDDEN, LAYER_COUNT, dropout=run.dropout, bidirectional=run.bidirectional, dtype=torch.float64,
+    layers = functools.partial(
+        getattr(torch.nn, kind.module), hidden_size=HIDDEN, bidirectional=run.bidirectional, dtype=torch.float64,
         **kind.arguments, **({"proj_size": spec.proj_size} if spec.proj_size else {}),
     )  # fmt: skip
+    network = layers(INPUT, num_layers=LAYER_COUNT, dropout=run.dropout)
+
+    def outputs(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        if not run.variational:
+            return network(x)[0]
+        # torch's dropout has a mask for each step, so its layers run one by one.
+        for index in range(LAYER_COUNT):
+            x = x * mask / (1 - run.dropout) if index else x
+            layer = layers(x.shape[-1])
+            own = {name: getattr(network, name.replace("_l0", f"_l{index}")) for name, _ in layer.named_parameters()}
+            x, _ = torch.func.functional_call(layer, own, x)
+        return x
+
     model = torch.nn.ModuleDict({"rnn": network, "head": torch.nn.Linear(run.features, 1, dtype=torch.float64)})
     params, x, y = run.numbers()
     model.load_state_dict({name: torch.tensor(value) for name, value in params.items()})
@@ -117,10 +137,10 @@ def run_torch(run: Run) -> NamedArrays:
     for step in range(STEPS):
         # torch draws in the call what it draws here from the same state.
         torch.manual_seed(step)
-        masks.append(torch.nn.functional.dropout(torch.ones(TIME, BATCH, run.features), run.dropout).numpy() != 0)
+        masks.append(torch.nn.functional.dropout(torch.ones(run.mask_shape), run.dropout) != 0)
         torch.manual_seed(step)
         optimizer.zero_grad()
-        output = model["head"](model["rnn"](torch.tensor(x[step]))[0])
+        output = model["head"](outputs(torch.tensor(x[step]), masks[-1]))
         loss = torch.mean((output - torch.tensor(y[step])) ** 2)
         loss.backward()
         if run.clip:
@@ -128,14 +148,14 @@ def run_torch(run: Run) -> NamedArrays:
         optimizer.step()
         losses.append(loss.item())
     weights = {name: value.detach().numpy().copy() for name, value in model.named_parameters()}
-    return weights | {"losses": np.array(losses), "masks": np.packbits(np.array(masks))}
+    return weights | {"losses": np.array(losses), "masks": np.packbits(torch.stack(masks).numpy())}
 
 
 def run_jaxrnn(run: Run, record: NamedArrays) -> NamedArrays:
     """The run in JAX, with the masks of a record: its losses, and the parameters after the last step."""
     params, x, y = run.numbers()
-    count = STEPS * TIME * BATCH * run.features
-    masks = np.unpackbits(record["masks"], count=count).reshape(STEPS, TIME, BATCH, run.features).astype(bool)
+    shape = STEPS, *run.mask_shape
+    masks = np.unpackbits(record["masks"], count=math.prod(shape)).reshape(shape).astype(bool)
     group = {**run.settings, "decoupled_weight_decay": run.optimizer == "AdamW", "params": range(len(params))}
     optimizer, state = optax_from_torch({"state": {}, "param_groups": [group]}, params)
     if run.clip:

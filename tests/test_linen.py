@@ -38,15 +38,14 @@ def _settings(case: Case) -> dict[str, Any]:
     return {"way": case.way, "hx": case.hx, "batched": case.batch is not None, **case.arguments}
 
 
-def _run(case: Case, call: Any, module: Any, lengths: Any, parameters: Any, x: jax.Array, hx: Any) -> Any:
-    return sides.Feed.of(case)(functools.partial(call, module, parameters), x, hx, lengths)
+def _run(case: Case, call: Any, module: Any, parameters: Any, x: jax.Array, hx: Any) -> Any:
+    return sides.Feed.of(case)(functools.partial(call, module, parameters), x, hx, case.marks())
 
 
 def _program(case: Case, module: Any, call: Any) -> tuple[str, list]:
     """What JAX is to run for a case, as text, and the numbers that are fixed in it."""
     parameters, inputs, _ = case.arrays()
-    lengths = None if case.lengths is None else np.array(case.lengths)
-    run = functools.partial(_run, case, call, module, lengths)
+    run = functools.partial(_run, case, call, module)
     traced = jax.make_jaxpr(run)(parameters, inputs["input"], sides.given_state(case, inputs, "0") if case.hx else None)
     return str(traced), traced.consts
 
@@ -68,8 +67,7 @@ def _results(case: Case, build: Any, call: Any) -> tuple:
     parameters, inputs, cotangents = (jax.tree.map(jnp.asarray, arrays) for arrays in case.arrays())
     module, parameters = build(case, "float64", parameters)
     x, hx = inputs["input"], sides.given_state(case, inputs, "0") if case.hx else None
-    lengths = None if case.lengths is None else np.array(case.lengths)
-    returned, pullback = jax.vjp(functools.partial(_run, case, call, module, lengths), parameters, x, hx)
+    returned, pullback = jax.vjp(functools.partial(_run, case, call, module), parameters, x, hx)
     state = sides.given_state(case, cotangents, "n")
     return returned, pullback(state if case.steps is None else (cotangents["output"], state))
 
@@ -80,6 +78,7 @@ def test_linen_is_nnx_bit_by_bit(kind: str, thorough: bool) -> None:
     for case in _cases(kind, thorough):
         nnx_results = _results(case, sides.build_nnx, sides.call_nnx)
         assert_close(_results(case, sides.build_linen, sides.call_linen), nnx_results, atol=0)
+    jax.clear_caches()  # each compilation takes memory maps, and Linux gives a process 65,530
 
 
 def _arguments(function: Any, *kinds: Any) -> list[str]:

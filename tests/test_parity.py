@@ -35,9 +35,9 @@ BIG = [*SEEDS, CASES["GRU-long"]]
 
 
 def _takes_long(case: Case) -> bool:
-    """Whether a slow kind has what others have, too: second derivatives, chunks, patterns of lengths."""
-    if case.second or case.way == "chunked":
-        return case.kind in LAYERS.keys() - {"RNN_TANH"}
+    """Whether a slow kind has what others have, too: second derivatives, chunks, steps, masks, patterns of lengths."""
+    if case.second or case.way in ("chunked", "steps", "mask"):
+        return case.kind in LAYERS.keys() - {"RNN_TANH"} or (case.second and case.way == "mask")
     return case.lengths not in (None, LENGTHS["unsorted"]) and case.kind not in ("RNN_TANH", "GRU")
 
 
@@ -84,7 +84,10 @@ def test_the_table_has_every_combination() -> None:
         assert modules >= set(itertools.product(LAYERS, (1, 2, 3), (False, True)))
         assert {case.lengths for case in cases} >= {LENGTHS[name] for name in ("unsorted", "equal", "ones")}
     assert {case.kind for case in SMALL if case.way == "sorted"} == set(LAYERS)
-    assert {case.kind for case in SMALL if case.way == "chunked"} == set(LAYERS)
+    for way in ("chunked", "steps", "mask"):
+        assert {case.kind for case in SMALL if case.way == way} == set(LAYERS)
+    masked = {(case.kind, case.second, case.arguments.get("batch_first", False)) for case in SMALL if case.mask}
+    assert masked == set(itertools.chain(*(((kind, False, True), (kind, True, False)) for kind in LAYERS)))
     assert {case.kind for case in CASES.values() if case.steps == 4096} == LAYERS.keys() - {"RNN_RELU"}
     assert {(case.kind, case.inexact) for case in HALF} == set(itertools.product(KINDS, ("bfloat16", "float16")))
 

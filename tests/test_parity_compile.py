@@ -25,7 +25,7 @@ def test_every_shape_is_compiled_once() -> None:
     exact = {case.kind for case, dtype in chosen if dtype == "float64"}
     assert exact == {case.kind for case in CASES.values()}  # a sample of each kind
     ragged = {(case.kind, case.way) for case, dtype in chosen if dtype == "float32" and case.way != "whole"}
-    assert ragged == set(itertools.product(LAYERS, ("lengths", "packed", "sorted", "chunked")))
+    assert ragged == set(itertools.product(LAYERS, ("lengths", "packed", "sorted", "mask", "chunked", "steps")))
     for dtype in ("float32", "bfloat16", "float16"):
         wanted = {name.rpartition("-seed")[0] or name for name, case in CASES.items() if dtype in case.dtypes}
         found = {case.name for case, d in chosen if d == dtype and case.way == "whole"}

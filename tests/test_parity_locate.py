@@ -26,6 +26,7 @@ RECORDED = Recorded()
 GRU = CASES["GRU-layers2-bidirectional-hx"]
 LSTM = CASES["LSTM-layers2-bidirectional-hx"]
 RAGGED = CASES["LSTM-layers2-bidirectional-batch_first-hx-lengths-unsorted"]
+MASKED = CASES["RNN_TANH-layers2-bidirectional-batch_first-hx-mask"]
 RNN = CASES["RNN_TANH-layers2-hx"]
 # One layer compiles in half the time.
 GRU_1, LSTM_1 = CASES["GRU-layers1-bidirectional-hx"], CASES["LSTM-layers1-bidirectional-hx"]
@@ -140,7 +141,7 @@ def _unmarked(reverse: bool) -> Callable:
     def wrap(advance: Callable) -> Callable:
         def advanced(run: steps.Run, gates: Any, marks: steps.Marks, state: Any) -> Any:
             if run.settings.reverse == reverse:
-                marks = marks._replace(ended=None)
+                marks = marks._replace(ended=None, skipped=None)
             return advance(run, gates, marks, state)
 
         return advanced
@@ -157,6 +158,18 @@ def _tf32(product: Callable) -> Callable:
 
 def _shorter(apply: Callable) -> Callable:
     return lambda *a, lengths=None, **k: apply(*a, lengths=None if lengths is None else lengths - 1, **k)
+
+
+def _ignored(apply: Callable) -> Callable:
+    return lambda *a, mask=None, **k: apply(*a, **k)
+
+
+def _zeroed(advance: Callable) -> Callable:
+    def advanced(run: steps.Run, gates: Any, marks: steps.Marks, state: Any) -> Any:
+        after, sums = advance(run, gates, marks, state)
+        return steps.zero_if_held(marks, after), sums
+
+    return advanced
 
 
 def _h_n_order(case: Case, arrays: NamedArrays) -> None:
@@ -232,6 +245,24 @@ FAULTS: dict[str, tuple[Plant, Case, dict[str, Any], str]] = {
         {"layer": 0, "gates": ()},
         "lengths are one too short",
     ),
+    "ignore the mask": (
+        _function(base, "call", _ignored),
+        MASKED,
+        {"layer": 0, "directions": BOTH},
+        "the mask is ignored",
+    ),
+    "forget the mask backward": (
+        _function(steps, "advance", _unmarked(True)),
+        MASKED,
+        {"layer": 0, "directions": ("backward",)},
+        "the backward direction does not start",
+    ),
+    "zero the state at masked steps": (
+        _function(steps, "advance", _zeroed),
+        MASKED,
+        {"layer": 0, "directions": BOTH},
+        "the state becomes 0 at masked steps",
+    ),
     "wrong sign in the GRU": (
         _cell(jaxrnn.GRU_CELL, _wrong_sign),
         GRU,
@@ -306,7 +337,9 @@ def test_what_is_off_in_gradients_only(monkeypatch: pytest.MonkeyPatch, case: Ca
     assert "first off at only input.grad" in str(locate(case, sides.run_jaxrnn, gradients=truth))
 
 
-@pytest.mark.parametrize("case", [case for case in CASES.values() if case.small and case.way != "chunked"][::11])
+@pytest.mark.parametrize(
+    "case", [*[case for case in CASES.values() if case.small and case.way != "chunked"][::11], MASKED]
+)
 def test_the_oracle_is_torchs(case: Case) -> None:
     parameters, inputs, _ = case.arrays()
     found, truth = oracle.run(case, (parameters, inputs)), truth_of(case, RECORDED(case))
@@ -316,7 +349,7 @@ def test_the_oracle_is_torchs(case: Case) -> None:
             assert_close({name: found[name]}, {name: array}, atol=1e-14)
 
 
-@pytest.mark.parametrize("case", [GRU, LSTM, RAGGED, RNN, CASES["LSTMCell-hx"]], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [GRU, LSTM, RAGGED, MASKED, RNN, CASES["LSTMCell-hx"]], ids=lambda case: case.name)
 def test_every_known_mistake_is_another(case: Case) -> None:
     arrays = case.arrays()[:2]
     known = [oracle.NONE, *oracle.mistakes(case)]
@@ -326,6 +359,13 @@ def test_every_known_mistake_is_another(case: Case) -> None:
     for (one, a), (other, b) in itertools.combinations(zip(known, results, strict=True), 2):
         apart = max(np.max(np.abs(a[name] - b[name])) for name in names)
         assert apart > LARGEST["float64"], (one.cause, other.cause)
+
+
+@pytest.mark.parametrize("mistake", [*oracle.mistakes(MASKED)], ids=lambda mistake: mistake.what)
+def test_a_mistake_with_a_mask_is_recognised(mistake: oracle.Mistake) -> None:
+    place = locate(MASKED, lambda case, dtype: oracle.run(case, case.arrays()[:2], mistake))
+    assert place.cause == mistake.cause
+    assert (place.layer == 0) == (mistake.what != "h_n order")
 
 
 def test_the_runner_says_where(plant: Callable[[Plant], None], capsys: pytest.CaptureFixture[str]) -> None:

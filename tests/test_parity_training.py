@@ -20,12 +20,12 @@ from parity.training import RUNS, STEPS, Run, compare, run_torch
 
 RECORDED = Recorded()
 ADAMW, ADAM = RUNS["training-GRU-adamw"], RUNS["training-LSTM-adam"]
-NESTEROV = RUNS["training-RNN_RELU-nesterov"]
+NESTEROV, VARIATIONAL = RUNS["training-RNN_RELU-nesterov"], RUNS["training-RNN_TANH-variational"]
 
 
-def _quick_and_slow(quick: Run, slow: Run) -> pytest.MarkDecorator:
-    params = [pytest.param(quick, id=quick.name), pytest.param(slow, id=slow.name, marks=pytest.mark.slow)]
-    return pytest.mark.parametrize("run", params)
+def _quick_and_slow(quick: Run, *slow: Run) -> pytest.MarkDecorator:
+    params = [pytest.param(run, id=run.name, marks=pytest.mark.slow) for run in slow]
+    return pytest.mark.parametrize("run", [pytest.param(quick, id=quick.name), *params])
 
 
 def test_every_kind_and_optimizer_is_trained() -> None:
@@ -33,7 +33,7 @@ def test_every_kind_and_optimizer_is_trained() -> None:
     assert {run.optimizer for run in RUNS.values()} == {"SGD", "Adam", "AdamW"}
     assert any(run.settings.get("momentum") and not run.settings["nesterov"] for run in RUNS.values())
     assert all(run.dropout for run in RUNS.values())
-    assert {run.clip is None for run in RUNS.values()} == {True, False}
+    assert {run.clip is None for run in RUNS.values()} == {run.variational for run in RUNS.values()} == {True, False}
     for run in RUNS.values():
         losses = RECORDED.training(run)["losses"]
         assert len(losses) == STEPS
@@ -42,7 +42,7 @@ def test_every_kind_and_optimizer_is_trained() -> None:
         RECORDED.training(dataclasses.replace(ADAM, label="unheard of"))
 
 
-@_quick_and_slow(NESTEROV, ADAMW)
+@_quick_and_slow(NESTEROV, ADAMW, VARIATIONAL)
 def test_ours_follows_the_record(run: Run) -> None:
     result = compare(run, RECORDED.training(run))
     assert not result.failure()
