@@ -112,19 +112,19 @@ def apply(
 
     Returns:
         `(output, h_n)`, or for a cell of several states `(output, (h_n, c_n))`. output: the last layer's outputs, laid
-        out like x, with directions * output size features, 0 past a row's end. h_n and c_n: the states after each row's
+        out like x, with directions * output size features, 0 in padding. h_n and c_n: the states after each row's
         last step, of the full shape of hx. The backward direction starts at each row's last step. A row of length 0
         keeps its hx. For a PackedSequence, output is one, and rows of hx and states are in their original order.
 
     Raises:
         TypeError: spec is not a Spec; x, hx, reset_state or a parameter is not floating; hx or reset_state is not one
-            array, or for a cell of several states not a tuple of as many; lengths are not integers; or reset is not
-            boolean.
+            array, or for a cell of several states not a tuple of as many; lengths are not integers; or mask or reset is
+            not boolean.
         ValueError: x is neither 2-D nor 3-D; params does not match `spec.shapes()`; a length is out of range; lengths
             are given with a PackedSequence, or reset with a bidirectional network; remat, unroll or engine has no such
             value; the engine cannot run this; or hidden_axis is not in the mesh, is not of type Auto, or does not
             divide hidden_size.
-        RuntimeError: the size of x, hx, lengths, reset or reset_state does not fit, or the sequence is empty.
+        RuntimeError: the size of x, hx, lengths, mask, reset or reset_state does not fit, or the sequence is empty.
 
     >>> import jax, jaxrnn
     >>> spec = jaxrnn.Spec(jaxrnn.LSTM_CELL, 10, 20, num_layers=2)
@@ -228,7 +228,7 @@ def trajectory(
     Returns:
         A `Trajectory`, whose arrays have the axis of h_n in front: (num_layers * directions, time, batch, features),
         or (num_layers * directions, batch, time, features) with `batch_first`, without batch for unbatched x. The rows
-        of a PackedSequence are padded, and in their original order. Past a row's end, states are held, and gates are 0.
+        of a PackedSequence are padded, and in their original order. In padding, states are held, and gates are 0.
         Gates are what the cell's `gate_values` says, for torch's cells the values after sigmoid or tanh.
 
     Raises:

@@ -49,9 +49,8 @@ class Marks(NamedTuple):
     ended: jax.Array | None = None  # past the row's end: the state is held, and the output is 0
     skipped: jax.Array | None = None  # the same at any steps
     reset: jax.Array | None = None  # the state is reset before the step
-    zoned: tuple[jax.Array | None, ...] | None = (
-        None  # the units of each state that zoneout holds: (T, B, P) or (.., H)
-    )
+    # The units of each state that zoneout holds, (T, B, P), then (T, B, H); None for a state without zoneout.
+    zoned: tuple[jax.Array | None, ...] | None = None
 
     @property
     def held(self) -> jax.Array | None:
