@@ -80,7 +80,7 @@ def test_inside_shard_map(row: Row) -> None:
 
 
 EXPLICIT = _rows(["grad", "jvp"], ["transform", "bidirectional", "remat"], order="of vmap", batched=True, cell="LSTM")
-BATCH_AXES = {"x": 1, "hx": 1, "reset_state": 1, "lengths": 0, "reset": 1, "dropout_masks": 1}
+BATCH_AXES = {"x": 1, "hx": 1, "reset_state": 1, "lengths": 0, "mask": 1, "reset": 1, "dropout_masks": 1}
 
 
 @_parametrize(EXPLICIT, lambda row: f"{row['transform']}, {row['remat']}")
