@@ -93,7 +93,8 @@ def apply(
             of x, or its data, without features. Ignored at masked steps and past a row's end. Not for a bidirectional
             network.
         reset_state: the state that `reset` starts from, like hx; zeros if None.
-        dropout_key: a jax random key, for dropout and zoneout in training; without it or `dropout_masks` there is none.
+        dropout_key: a jax random key, for dropout and zoneout in training. Without it there is no dropout but that of
+            `dropout_masks`, and zoneout takes its mean.
         dropout_masks: in place of random masks between layers: for each layer but the last an array of 0 or 1, 1 where
             dropout keeps an output, (time, batch, directions * output size) even with `batch_first`, or (1, batch, ...)
             for one mask for all steps; without batch for unbatched x, and laid out like its data for a PackedSequence.
@@ -208,7 +209,8 @@ def trajectory(
             of x, or its data, without features. Ignored at masked steps and past a row's end. Not for a bidirectional
             network.
         reset_state: the state that `reset` starts from, like hx; zeros if None.
-        dropout_key: a jax random key, for dropout and zoneout in training; without it or `dropout_masks` there is none.
+        dropout_key: a jax random key, for dropout and zoneout in training. Without it there is no dropout but that of
+            `dropout_masks`, and zoneout takes its mean.
         dropout_masks: in place of random masks between layers: for each layer but the last an array of 0 or 1, 1 where
             dropout keeps an output, (time, batch, directions * output size) even with `batch_first`, or (1, batch, ...)
             for one mask for all steps; without batch for unbatched x, and laid out like its data for a PackedSequence.

@@ -52,13 +52,15 @@ def test_from_a_key() -> None:
     assert not np.allclose(one[1][2:], plain[1][2:])
 
 
-def test_the_last_layer_drops_nothing_and_every_step_has_its_own_mask() -> None:
-    """A relu layer that copies positive input: what comes out is the mask, scaled to keep the mean."""
-    spec = jaxrnn.Spec(jaxrnn.RNN_RELU, 50, 50, num_layers=2, bias=False, dropout=0.25)
+@pytest.mark.parametrize("layers", [2, 3])
+def test_the_last_layer_drops_nothing_and_every_step_and_layer_has_its_own_mask(layers: int) -> None:
+    """Relu layers that copy positive input: what comes out is the masks' product, scaled to keep the mean."""
+    spec = jaxrnn.Spec(jaxrnn.RNN_RELU, 50, 50, num_layers=layers, bias=False, dropout=0.25)
     params = {name: np.eye(50) if "_ih" in name else np.zeros((50, 50)) for name in spec.shapes()}
     output = np.asarray(jaxrnn.apply(spec, params, np.ones((40, 10, 50)), dropout_key=jax.random.key(0))[0])
-    assert_close({"values": np.unique(output)}, {"values": np.array([0, 4 / 3])}, atol=1e-15)
-    assert abs(output.mean() - 1) < 5 * np.sqrt(0.25 / 0.75 / output.size)
+    scale = (4 / 3) ** (layers - 1)
+    assert_close({"values": np.unique(output)}, {"values": np.array([0, scale])}, atol=1e-15)
+    assert abs(output.mean() - 1) < 5 * np.sqrt((scale - 1) / output.size)
     assert not np.array_equal(output[0], output[1])
 
 
