@@ -239,8 +239,11 @@ def test_zoneout_draws_anew_for_each_layer_direction_step_and_row() -> None:
     spec = jaxrnn.Spec(CLOCK, 1, 60, num_layers=2, bidirectional=True)
     params, x = parameters(spec), np.zeros((6, 7, 1))
     states = jaxrnn.trajectory(spec, params, x, dropout_key=jax.random.key(0)).states
-    h, c = (np.stack([a[:: -1 if k % 2 else 1] for k, a in enumerate(np.asarray(states[name]))]) for name in "hc")
-    kept = [np.diff(a, axis=1, prepend=0) == 0 for a in (h, c)]
+    ways = [1, -1, 1, -1]  # in which the layers' directions go through time
+    kept = [
+        np.stack([(np.diff(a[::way], axis=0, prepend=0) == 0)[::way] for a, way in zip(state, ways, strict=True)])
+        for state in map(np.asarray, states.values())
+    ]
     for p, each in zip((0.25, 0.75), kept, strict=True):
         assert abs(each.mean() - p) < 5 * np.sqrt(p * (1 - p) / each.size)
         for axis in range(4):
