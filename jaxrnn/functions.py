@@ -93,7 +93,8 @@ def apply(
             of x, or its data, without features. Ignored at masked steps and past a row's end. Not for a bidirectional
             network.
         reset_state: the state that `reset` starts from, like hx; zeros if None.
-        dropout_key: a jax random key, for dropout and zoneout in training; without it or `dropout_masks` there is none.
+        dropout_key: a jax random key, for dropout and zoneout in training. Without it there is no dropout but that of
+            `dropout_masks`, and zoneout takes its mean.
         dropout_masks: in place of random masks between layers: for each layer but the last an array of 0 or 1, 1 where
             dropout keeps an output, (time, batch, directions * output size) even with `batch_first`, or (1, batch, ...)
             for one mask for all steps; without batch for unbatched x, and laid out like its data for a PackedSequence.
@@ -112,19 +113,19 @@ def apply(
 
     Returns:
         `(output, h_n)`, or for a cell of several states `(output, (h_n, c_n))`. output: the last layer's outputs, laid
-        out like x, with directions * output size features, 0 past a row's end. h_n and c_n: the states after each row's
+        out like x, with directions * output size features, 0 in padding. h_n and c_n: the states after each row's
         last step, of the full shape of hx. The backward direction starts at each row's last step. A row of length 0
         keeps its hx. For a PackedSequence, output is one, and rows of hx and states are in their original order.
 
     Raises:
         TypeError: spec is not a Spec; x, hx, reset_state or a parameter is not floating; hx or reset_state is not one
-            array, or for a cell of several states not a tuple of as many; lengths are not integers; or reset is not
-            boolean.
+            array, or for a cell of several states not a tuple of as many; lengths are not integers; or mask or reset is
+            not boolean.
         ValueError: x is neither 2-D nor 3-D; params does not match `spec.shapes()`; a length is out of range; lengths
             are given with a PackedSequence, or reset with a bidirectional network; remat, unroll or engine has no such
             value; the engine cannot run this; or hidden_axis is not in the mesh, is not of type Auto, or does not
             divide hidden_size.
-        RuntimeError: the size of x, hx, lengths, reset or reset_state does not fit, or the sequence is empty.
+        RuntimeError: the size of x, hx, lengths, mask, reset or reset_state does not fit, or the sequence is empty.
 
     >>> import jax, jaxrnn
     >>> spec = jaxrnn.Spec(jaxrnn.LSTM_CELL, 10, 20, num_layers=2)
@@ -208,7 +209,8 @@ def trajectory(
             of x, or its data, without features. Ignored at masked steps and past a row's end. Not for a bidirectional
             network.
         reset_state: the state that `reset` starts from, like hx; zeros if None.
-        dropout_key: a jax random key, for dropout and zoneout in training; without it or `dropout_masks` there is none.
+        dropout_key: a jax random key, for dropout and zoneout in training. Without it there is no dropout but that of
+            `dropout_masks`, and zoneout takes its mean.
         dropout_masks: in place of random masks between layers: for each layer but the last an array of 0 or 1, 1 where
             dropout keeps an output, (time, batch, directions * output size) even with `batch_first`, or (1, batch, ...)
             for one mask for all steps; without batch for unbatched x, and laid out like its data for a PackedSequence.
@@ -228,7 +230,7 @@ def trajectory(
     Returns:
         A `Trajectory`, whose arrays have the axis of h_n in front: (num_layers * directions, time, batch, features),
         or (num_layers * directions, batch, time, features) with `batch_first`, without batch for unbatched x. The rows
-        of a PackedSequence are padded, and in their original order. Past a row's end, states are held, and gates are 0.
+        of a PackedSequence are padded, and in their original order. In padding, states are held, and gates are 0.
         Gates are what the cell's `gate_values` says, for torch's cells the values after sigmoid or tanh.
 
     Raises:

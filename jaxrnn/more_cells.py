@@ -108,7 +108,8 @@ def zoneout(cell: Cell[StateT], **probabilities: float) -> Cell[StateT]:
 
     Args:
         cell: any cell.
-        probabilities: by name of the state, from 0 to 1; 0 for a state that is not named.
+        probabilities: by name of the state, from 0 to 1. A state that is not named keeps the cell's own: 0, unless the
+            cell has zoneout.
 
     Raises:
         TypeError: cell is not a `Cell`.
@@ -124,9 +125,9 @@ def zoneout(cell: Cell[StateT], **probabilities: float) -> Cell[StateT]:
         raise TypeError(f"cell should be a jaxrnn.Cell, got {cell!r}")
     if not probabilities.keys() <= set(cell.states):
         raise ValueError(f"zoneout of Cell {cell.name!r} is for its states {cell.states}, got {list(probabilities)}")
-    said = ", ".join(f"{name}={p}" for name, p in probabilities.items())
-    values = tuple(probabilities.get(name, 0.0) for name in cell.states)
-    return dataclasses.replace(cell, name=f"zoneout({cell.name}, {said})", zoneout=values)
+    before = dict(zip(cell.states, cell.zoneout or (0.0,) * len(cell.states), strict=True))
+    name = ", ".join([cell.name, *(f"{name}={p}" for name, p in probabilities.items())])
+    return dataclasses.replace(cell, name=f"zoneout({name})", zoneout=tuple((before | probabilities).values()))
 
 
 _GATES = ("i", "f", "g", "o")

@@ -174,9 +174,9 @@ def _check_cell(cell: object) -> None:
 
 
 def level_outside() -> int:
-    """`stacklevel` that points at the first frame outside jaxrnn and flax."""
+    """`stacklevel` that points at the first frame outside jaxrnn and the libraries that call it."""
     frame, level = inspect.currentframe(), 0
-    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("jaxrnn", "flax"):
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("jaxrnn", "flax", "jax"):
         frame, level = frame.f_back, level + 1
     return level
 

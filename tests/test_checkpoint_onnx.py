@@ -403,6 +403,9 @@ def test_linen_and_what_onnx_has_not(tmp_path: Path) -> None:
     for other in (jaxrnn.GRUCell(F, H, rngs=nnx.Rngs(0)), nnx.Linear(2, 2, rngs=nnx.Rngs(0))):
         with pytest.raises(TypeError, match=f"should be an RNN, LSTM or GRU of jaxrnn, got {type(other).__name__}"):
             to_onnx(other, path)
+    zoned = jaxrnn.Recurrent(jaxrnn.zoneout(jaxrnn.LSTM_CELL, h=0.5), F, H, rngs=nnx.Rngs(0))  # in inference, too
+    with pytest.raises(TypeError, match=r"got Recurrent of zoneout\(LSTM, h=0.5\)"):
+        to_onnx(zoned, path)
     with pytest.raises(CheckpointError, match=r"model.onnx: ONNX has no LSTM with proj_size\n"):
         to_onnx(filled(lambda: jaxrnn.LSTM(F, H, proj_size=2, rngs=nnx.Rngs(0))), path)
     with pytest.raises(CheckpointError, match=r"has no GRU of bfloat16\nmake .* with param_dtype one of float32"):

@@ -220,6 +220,12 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "float64": (lambda: _run(_spec(), normal(T, N, F)), "it computes in float32, not float64"),
     "bfloat16": (lambda: _run(_spec(), dtype=jnp.bfloat16), "it computes in float32, not bfloat16"),
     "resets": (lambda: _run(_spec(), reset=np.zeros((T, N), bool)), "it has no resets"),
+    "a mask": (lambda: _run(_spec(), mask=np.ones((T, N), bool)), "it takes lengths, and no mask"),
+    "recurrent dropout": (
+        lambda: _run(_spec(recurrent_dropout=0.5), dropout_key=jax.random.key(0)),
+        "it has no recurrent dropout",
+    ),
+    "zoneout": (lambda: _run(_spec(jaxrnn.zoneout(jaxrnn.LSTM_CELL, c=0.5))), r"not 'zoneout\(LSTM, c=0.5\)'"),
     "trajectory": (lambda: _run(_spec(), function=jaxrnn.trajectory), "it does not return the states of every step"),
     "gates recomputed": (lambda: _run(_spec(), remat="gates"), "it does not recompute, and remat is 'gates'"),
     "steps recomputed": (lambda: _run(_spec(), remat=2), "it does not recompute, and remat is 2"),

@@ -52,13 +52,15 @@ def test_from_a_key() -> None:
     assert not np.allclose(one[1][2:], plain[1][2:])
 
 
-def test_the_last_layer_drops_nothing_and_every_step_has_its_own_mask() -> None:
-    """A relu layer that copies positive input: what comes out is the mask, scaled to keep the mean."""
-    spec = jaxrnn.Spec(jaxrnn.RNN_RELU, 50, 50, num_layers=2, bias=False, dropout=0.25)
+@pytest.mark.parametrize("layers", [2, 3])
+def test_the_last_layer_drops_nothing_and_every_step_and_layer_has_its_own_mask(layers: int) -> None:
+    """Relu layers that copy positive input: what comes out is the masks' product, scaled to keep the mean."""
+    spec = jaxrnn.Spec(jaxrnn.RNN_RELU, 50, 50, num_layers=layers, bias=False, dropout=0.25)
     params = {name: np.eye(50) if "_ih" in name else np.zeros((50, 50)) for name in spec.shapes()}
     output = np.asarray(jaxrnn.apply(spec, params, np.ones((40, 10, 50)), dropout_key=jax.random.key(0))[0])
-    assert_close({"values": np.unique(output)}, {"values": np.array([0, 4 / 3])}, atol=1e-15)
-    assert abs(output.mean() - 1) < 5 * np.sqrt(0.25 / 0.75 / output.size)
+    scale = (4 / 3) ** (layers - 1)
+    assert_close({"values": np.unique(output)}, {"values": np.array([0, scale])}, atol=1e-15)
+    assert abs(output.mean() - 1) < 5 * np.sqrt((scale - 1) / output.size)
     assert not np.array_equal(output[0], output[1])
 
 
@@ -220,7 +222,7 @@ def test_recurrent_masks_have_the_rate_and_differ() -> None:
     every = np.concatenate(masks)
     assert_close({"values": np.unique(every)}, {"values": np.array([0, 1 / 0.6])}, atol=1e-15)
     assert abs((every > 0).mean() - 0.6) < 5 * np.sqrt(0.24 / every.size)
-    assert len({mask.tobytes() for mask in every}) == 4
+    assert len({row.tobytes() for row in every.reshape(-1, 200)}) == 200  # of each layer, direction and row
 
 
 def test_zoneout_keeps_units_at_the_rate_of_their_state() -> None:
@@ -236,6 +238,54 @@ def test_zoneout_keeps_units_at_the_rate_of_their_state() -> None:
     assert np.all(jaxrnn.zoneout(jaxrnn.LSTM_CELL, c=0.5).zoneout == (0, 0.5))
     always = jaxrnn.Spec(jaxrnn.zoneout(jaxrnn.LSTM_CELL, h=1, c=1), 2, 100)
     assert not np.any(jaxrnn.apply(always, params, x, dropout_key=jax.random.key(0))[0])
+
+
+# Both states count their steps, so that a unit that zoneout keeps is seen.
+COUNTED = jaxrnn.Cell("counted", ("a",), ("h", "c"), lambda _, __, state: tuple(a + 1 for a in state), recurrent=False)
+CLOCK = jaxrnn.zoneout(COUNTED, h=0.25, c=0.75)
+
+
+def test_zoneout_draws_anew_for_each_layer_direction_step_and_row() -> None:
+    spec = jaxrnn.Spec(CLOCK, 1, 60, num_layers=2, bidirectional=True)
+    params, x = parameters(spec), np.zeros((6, 7, 1))
+    states = jaxrnn.trajectory(spec, params, x, dropout_key=jax.random.key(0)).states
+    ways = [1, -1, 1, -1]  # in which the layers' directions go through time
+    kept = [
+        np.stack([(np.diff(a[::way], axis=0, prepend=0) == 0)[::way] for a, way in zip(state, ways, strict=True)])
+        for state in map(np.asarray, states.values())
+    ]
+    for p, each in zip((0.25, 0.75), kept, strict=True):
+        assert abs(each.mean() - p) < 5 * np.sqrt(p * (1 - p) / each.size)
+        for axis in range(4):
+            assert len({a.tobytes() for a in np.moveaxis(each, axis, 0)}) == each.shape[axis]
+    assert np.any(kept[0] & ~kept[1])  # units of h are not drawn with those of c
+    cell = jaxrnn.CellSpec(CLOCK, 1, 60)
+    one, other = jaxrnn.apply_cell(cell, parameters(cell), x[0], dropout_key=jax.random.key(0))
+    assert len({a.tobytes() for a in np.asarray(one)}) == 7
+    assert np.any((one == 0) & (other != 0))
+
+
+@pytest.mark.parametrize("key", [None, jax.random.key(0)], ids=["mean", "random"])
+def test_zoneout_keeps_the_state_that_a_step_was_reset_to(key: jax.Array | None) -> None:
+    """And none from before the reset: neither value nor derivative."""
+    spec, start = jaxrnn.Spec(CLOCK, 1, 60), np.full((1, 1, 60), 1000.0)
+    params, x, reset = parameters(spec), np.zeros((4, 1, 1)), np.arange(4)[:, None] == 2
+
+    def run(hx: Any, reset_state: Any) -> Any:
+        return jaxrnn.apply(spec, params, x, (hx, hx), reset=reset, reset_state=(reset_state,) * 2, dropout_key=key)
+
+    output, state = run(start, 10 * np.ones_like(start))
+    assert np.all(output[:2] >= 1000)
+    for a in (output[2], *state):
+        assert np.all((np.asarray(a) >= 10) & (np.asarray(a) <= 12))
+    before, after = jax.grad(lambda *a: sum(map(jnp.sum, run(*a)[1])), (0, 1))(start, start)
+    assert_close((before, after), (np.zeros_like(start), 2 * np.ones_like(start)), atol=1e-15)
+
+
+def test_zoneout_of_a_cell_with_zoneout_adds_to_it() -> None:
+    both = jaxrnn.zoneout(jaxrnn.zoneout(jaxrnn.LSTM_CELL, h=0.1), c=0.5)
+    assert (both.name, both.zoneout) == ("zoneout(zoneout(LSTM, h=0.1), c=0.5)", (0.1, 0.5))
+    assert jaxrnn.zoneout(both, h=0).zoneout == (0, 0.5)
 
 
 @pytest.mark.parametrize("settings", [RECURRENT, {"dropout": 0.5, "variational_dropout": True, "num_layers": 2}])
@@ -279,6 +329,19 @@ def test_modules_are_random_in_training_alone(kind: str) -> None:
     assert not np.allclose(one[0], other[0])
     with pytest.raises(ValueError, match="deterministic"):
         linen.apply(variables, x)
+    # One step.
+    state = tuple(np.ones(shape, np.float32) for shape in ours.spec.state_shapes(N))
+    off, on = (jaxrnn.apply_step(ours.spec, params, x[0], state, dropout_key=k) for k in (None, key))
+    assert not np.allclose(on[0], off[0])
+    linen_step = functools.partial(linen.apply, variables, x[0], state, method="step")
+    for deterministic, expected in ((True, off), (False, on)):
+        assert_close(ours.step(x[0], state, deterministic=deterministic, rngs=key), expected, atol=0)
+        assert_close(linen_step(deterministic, rng=key), expected, atol=0)
+    assert_close(ours.step(x[0], state, rngs=key), off, atol=0)
+    ours.train()
+    assert_close(ours.step(x[0], state, rngs=key), on, atol=0)
+    with pytest.raises(ValueError, match="deterministic"):
+        linen_step()
 
 
 def test_modules_take_masks() -> None:
@@ -294,6 +357,17 @@ def test_modules_take_masks() -> None:
     assert_close(linen.apply({"params": params}, x, deterministic=True, dropout_masks=masks), off, atol=0)
     ours.eval()
     assert_close(ours(x, dropout_masks=masks), off, atol=0)
+    # What is random beside them stays so.
+    key, settings = jax.random.key(0), {"num_layers": 2, "dropout": 0.5, "recurrent_dropout": 0.4}
+    both = jaxrnn.apply(dataclasses.replace(ours.spec, **settings), params, x, dropout_masks=masks, dropout_key=key)
+    assert not np.allclose(both[0], on[0])
+    for module in (jaxrnn.GRU(F, H, **settings, rngs=nnx.Rngs(0)), jaxrnn.linen.GRU(F, H, **settings)):
+        if isinstance(module, jaxrnn.GRU):
+            nnx.update(module, nnx.State(params))
+            found = module(x, rngs=key, dropout_masks=masks)
+        else:
+            found = module.apply({"params": params}, x, deterministic=False, rng=key, dropout_masks=masks)
+        assert_close(found, both, atol=0)
 
 
 @pytest.mark.libraries

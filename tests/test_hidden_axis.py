@@ -68,6 +68,14 @@ CASES = {
         [GATHER] * 2 + [SUM] * 2,
         [SWAP] * 3 + [SEND],
     ),
+    "LSTM with a mask, zoneout and recurrent dropout": Case(
+        jaxrnn.zoneout(jaxrnn.LSTM_CELL, h=0.2, c=0.5),
+        {"recurrent_dropout": 0.5},
+        {"mask": np.arange(T * N).reshape(T, N) % 3 > 0, "dropout_key": jax.random.key(0)},
+        [GATHER],
+        [GATHER, SUM],
+        [SWAP],
+    ),
     # Every device needs the whole projection, which is a sum over the devices.
     "projected LSTM": Case(jaxrnn.LSTM_CELL, {"proj_size": 5}, {}, [SUM], [SUM] * 2, []),
     "LSTM, gates recomputed": Case(jaxrnn.LSTM_CELL, {}, {"remat": "gates"}, [GATHER], [GATHER, SUM], [SWAP]),

@@ -80,7 +80,7 @@ def test_inside_shard_map(row: Row) -> None:
 
 
 EXPLICIT = _rows(["grad", "jvp"], ["transform", "bidirectional", "remat"], order="of vmap", batched=True, cell="LSTM")
-BATCH_AXES = {"x": 1, "hx": 1, "reset_state": 1, "lengths": 0, "reset": 1, "dropout_masks": 1}
+BATCH_AXES = {"x": 1, "hx": 1, "reset_state": 1, "lengths": 0, "mask": 1, "reset": 1, "dropout_masks": 1}
 
 
 @_parametrize(EXPLICIT, lambda row: f"{row['transform']}, {row['remat']}")
@@ -111,8 +111,9 @@ def mesh() -> Mesh:
     return jax.make_mesh((4,), ("rows",), axis_types=(AxisType.Explicit,))
 
 
-def test_dropout_on_an_explicit_mesh(mesh: Mesh) -> None:
-    spec = jaxrnn.Spec(jaxrnn.GRU_CELL, 2, 3, num_layers=2, dropout=0.5, batch_first=True)
+def test_dropout_and_zoneout_on_an_explicit_mesh(mesh: Mesh) -> None:
+    cell = jaxrnn.zoneout(jaxrnn.GRU_CELL, h=0.3)
+    spec = jaxrnn.Spec(cell, 2, 3, num_layers=2, dropout=0.5, recurrent_dropout=0.5, batch_first=True)
     params, x, key = parameters(spec), normal(4, 5, 2), jax.random.key(0)
     run = jax.jit(lambda x: jaxrnn.apply(spec, params, x, dropout_key=key))
     expected = run(x)
@@ -136,9 +137,10 @@ def test_a_dropout_key_for_each_device() -> None:
 
 
 def test_cells_on_an_explicit_mesh(mesh: Mesh) -> None:
-    spec = jaxrnn.CellSpec(jaxrnn.LSTM_CELL, 2, 4)
+    spec = jaxrnn.CellSpec(jaxrnn.zoneout(jaxrnn.LSTM_CELL, c=0.5), 2, 4)
     params, x, hx = parameters(spec), normal(4, 2), (normal(4, 4), normal(4, 4, seed=1))
-    run = jax.jit(lambda params, x, hx: jaxrnn.apply_cell(spec, params, x, hx))
+    random = {"reset": np.arange(4) == 2, "dropout_key": jax.random.key(0)}
+    run = jax.jit(lambda params, x, hx: jaxrnn.apply_cell(spec, params, x, hx, **random))
     expected, rows = run(params, x, hx), NamedSharding(mesh, P("rows"))
     with jax.set_mesh(mesh):
         assert_close(run(jax.device_put(params, rows), jax.device_put(x, rows), hx), expected)

@@ -37,6 +37,11 @@ def _apply(spec: Any = SPEC, **arguments: Any) -> Any:
 
 WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "keyword of a layer": (lambda: _gru()(X, nothing=1), TypeError, "module() got an unexpected keyword"),
+    "keyword of a step": (
+        lambda: _gru().step(X[0], nothing=1),
+        TypeError,
+        "module.step() got an unexpected keyword",
+    ),
     "keyword of a cell": (lambda: _cell()(X[0], nothing=1), TypeError, "cell() got an unexpected keyword"),
     "keyword of Linen's": (
         lambda: jaxrnn.linen.GRU(3, 4).init(KEY, X, nothing=1),

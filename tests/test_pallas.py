@@ -246,6 +246,9 @@ SCALED = jaxrnn.Cell("scaled", ("a",), ("h",), _scaled, params={"scale": ()})
 REFUSED: dict[str, tuple[jaxrnn.Cell, dict[str, Any], dict[str, Any]]] = {
     "this is float64": (jaxrnn.GRU_CELL, {}, {"dtype": jnp.float64}),
     "it runs no projection": (jaxrnn.LSTM_CELL, {"proj_size": 2}, {}),
+    "it takes lengths, and no mask": (jaxrnn.GRU_CELL, {}, {"mask": normal(T, N) > 0}),
+    "neither recurrent dropout": (jaxrnn.GRU_CELL, {"recurrent_dropout": 0.5}, {"dropout_key": jax.random.key(0)}),
+    "nor zoneout": (jaxrnn.zoneout(jaxrnn.GRU_CELL, h=0.5), {}, {}),
     "the cell's step closes over arrays": (_closing(1), {}, {}),
     "a parameter without an axis 'hidden'": (SCALED, {}, {}),
     "sharded over mesh axes ['units']": (jaxrnn.GRU_CELL, {}, {"hidden_axis": "units"}),

@@ -161,6 +161,13 @@ def test_weights_of_several_cells_of_which_some_are_stacked() -> None:
         jaxrnn.from_flax({"a": stacked, "b": _stacked(part, 2, SEEDS)["params"]["cell"]})
 
 
+def test_what_is_beside_stacked_cells_is_named() -> None:
+    stacked = {"a": _stacked(LINEN["GRU"](), SEEDS)["params"]["cell"], "head": {"kernel": np.zeros((SEEDS, 2, 2))}}
+    with pytest.warns(UserWarning, match=r"beside the weights of .* there are head\.kernel, steps, which") as caught:
+        jaxrnn.from_flax(stacked | {"steps": np.zeros(SEEDS, int)}, batch_first=True)
+    assert [warning.filename for warning in caught] == [__file__]
+
+
 def _nnx(seed: int) -> Any:
     return filled(lambda: nnx.RNN(nnx.GRUCell(F, H, rngs=nnx.Rngs(0))), seed)
 

@@ -11,7 +11,7 @@ from jaxrnn._core import meshes
 from jaxrnn.cells import Arrays, Cell
 from jaxrnn.spec import Spec
 
-Zoned = tuple[jax.Array | None, ...]
+Zoned = tuple[jax.Array | None, ...]  # for each state an array of bool; None for a state without zoneout
 
 
 def between_layers(spec: Spec, x: jax.Array, key: jax.Array | None, masks: Arrays | None, layer: int) -> jax.Array:

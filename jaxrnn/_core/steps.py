@@ -12,6 +12,7 @@ import numpy as np
 from jax import lax
 
 from jaxrnn._compat import time_major
+from jaxrnn._core.dropout import Zoned
 from jaxrnn._core.layouts import Layout, layout
 from jaxrnn._core.options import Options
 from jaxrnn._core.platforms import Kernel, by_platform
@@ -49,9 +50,7 @@ class Marks(NamedTuple):
     ended: jax.Array | None = None  # past the row's end: the state is held, and the output is 0
     skipped: jax.Array | None = None  # the same at any steps
     reset: jax.Array | None = None  # the state is reset before the step
-    zoned: tuple[jax.Array | None, ...] | None = (
-        None  # the units of each state that zoneout holds: (T, B, P) or (.., H)
-    )
+    zoned: Zoned | None = None  # the units of each state that zoneout holds: (T, B, P), then (T, B, H)
 
     @property
     def held(self) -> jax.Array | None:
@@ -100,7 +99,7 @@ class Layer(NamedTuple):
     reset_state: Arrays | None  # like `state`
     every: bool  # whether the states and gates of every step are returned
     h_scale: jax.Array | None = None  # what h is multiplied by before the recurrent product, (D, B, P); None for ones
-    zoned: tuple[jax.Array | None, ...] | None = None  # as in `Marks`, with an axis of directions in front
+    zoned: Zoned | None = None  # as in `Marks`, with an axis of directions in front
 
 
 class Sums(NamedTuple):
@@ -219,7 +218,7 @@ def scaled(h: jax.Array, scale: jax.Array | None) -> jax.Array:
     return h if scale is None else h * scale
 
 
-def zoned(cell: Cell, marks: Marks, before: Arrays, after: Arrays) -> Arrays:
+def with_zoneout(cell: Cell, marks: Marks, before: Arrays, after: Arrays) -> Arrays:
     """The state after a step with the cell's zoneout: its units by chance or, without `marks.zoned`, their mean."""
     if not any(cell.zoneout):
         return after
@@ -255,7 +254,7 @@ def advance(run: Run, gates: Arrays, marks: Marks, state: Arrays) -> tuple[Array
     """Make one step of a run, with its marks. Returns the state after it, and the sums, for the derivative."""
     before = select(marks.reset, run.reset_state, state)
     after, sums = _one_step(run, gates, before)
-    return select(marks.held, state, zoned(run.settings.cell, marks, before, after)), sums
+    return select(marks.held, state, with_zoneout(run.settings.cell, marks, before, after)), sums
 
 
 def returned(run: Run, marks: Marks, state: Arrays, sums: Any) -> Steps:

@@ -95,8 +95,8 @@ def state_dict(module: nnx.Module) -> dict[str, NDArray[Any]]:
 
     A name is the path of attributes to an `nnx.Param`, joined by dots, with numbers for items of lists. As in torch,
     the modules of an `nnx.Sequential` are numbered directly under it. A layer in `jaxrnn.OutputOnly` has the names that
-    it has without that. Layers that `load_state_dict` knows have torch's
-    names and layouts, such as `weight`, which is the transposed kernel of an `nnx.Linear`.
+    it has without that. Layers that `load_state_dict` knows have torch's names and layouts, such as `weight`, which is
+    the transposed kernel of an `nnx.Linear`.
 
     The order is torch's, too: a module's own parameters before its submodules', both in order of definition. (A module
     that went through `nnx.jit`, `nnx.merge`, `nnx.clone` or `copy.deepcopy` has lost that order, and its attributes are

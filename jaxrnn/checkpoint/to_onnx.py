@@ -64,7 +64,8 @@ def to_onnx(
             raise TypeError("variables should be what the Linen module's init returned, got None")
         params = linen.unbox(variables["params"])
     if not isinstance(spec, Spec) or spec.cell not in (RNN_TANH, RNN_RELU, LSTM_CELL, GRU_CELL):
-        raise TypeError(f"module should be an RNN, LSTM or GRU of jaxrnn, got {type(module).__name__}")
+        of = f" of {spec.cell.name}" if isinstance(spec, Spec) else ""
+        raise TypeError(f"module should be an RNN, LSTM or GRU of jaxrnn, got {type(module).__name__}{of}")
     if isinstance(module, nnx.Module):
         params = {name: getattr(module, name)[...] for name in spec.shapes()}
     with about(path, "check the folder and its space"):

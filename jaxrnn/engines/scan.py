@@ -182,7 +182,7 @@ class Scan:
             if weight_hr is not None:
                 d_output = product(d_after[0], weight_hr, contract=1)
                 d_after = (d_output if d_projected is None else d_output + d_projected, *d_after[1:])
-            d_state = steps.select(marks.held, d_state, steps.zoned(cell, marks, d_before, d_after))
+            d_state = steps.select(marks.held, d_state, steps.with_zoneout(cell, marks, d_before, d_after))
             return d_state, steps.returned(run, marks, d_state, d_sums)
 
         xs = kept.push, linear.sums, inputs, d_projected, run.marks

@@ -295,6 +295,8 @@ class Layers(Module[StateT]):
             dropout_key=None if off else self._key(rng),
         )
 
+    step.__qualname__ = "module.step"
+
     def _options(self) -> Options:
         options = flax_sharding.on_the_mesh(self.options)
         if self.is_initializing() and not flax_sharding.on_mesh():  # `init` needs no mesh for names and shapes

@@ -266,7 +266,7 @@ class Layers(Module[StateT], LayerParameters):
 
         Returns:
             `(output, h_n)`, for an LSTM `(output, (h_n, c_n))`. output: the last layer's outputs at every step, laid
-            out like x, with directions * (proj_size or hidden_size) features, 0 past a row's end. h_n and c_n: the
+            out like x, with directions * (proj_size or hidden_size) features, 0 in padding. h_n and c_n: the
             states after each row's last step, (num_layers * directions, batch, features), without batch for unbatched
             x, in the dtype of hx, if given. The backward direction starts at each row's last step. A row of length 0
             keeps its hx. For a PackedSequence, output is one, and rows of hx and states are in their original order.
@@ -337,6 +337,8 @@ class Layers(Module[StateT], LayerParameters):
             reset_state=reset_state,
             dropout_key=None if off else self._key(rngs),
         )
+
+    step.__qualname__ = "module.step"
 
     def _key(self, rngs: Randomness | None, masks: bool = False) -> jax.Array | None:
         """A key for what is random, beside dropout if there are masks for it."""
