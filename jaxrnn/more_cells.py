@@ -112,7 +112,7 @@ def zoneout(cell: Cell[StateT], **probabilities: float) -> Cell[StateT]:
 
     Raises:
         TypeError: cell is not a `Cell`.
-        ValueError: the cell has no such state, or a number is out of range.
+        ValueError: the cell has no such state or has zoneout already, or a number is out of range.
 
     >>> import jax.numpy as jnp, jaxrnn
     >>> from flax import nnx
@@ -121,12 +121,14 @@ def zoneout(cell: Cell[StateT], **probabilities: float) -> Cell[StateT]:
     >>> output, (h_n, c_n) = lstm(jnp.ones((5, 3, 10)))           # training; lstm.eval() for the mean
     """
     if not isinstance(cell, Cell):
-        raise TypeError(f"cell should be a jaxrnn.Cell, got {cell!r}")
+        raise TypeError(f"cell should be a jaxrnn.Cell, such as jaxrnn.LSTM_CELL, got {cell!r}")
+    if any(cell.zoneout):
+        raise ValueError(f"cell should have no zoneout, got {cell.name}: give the numbers of all states at once")
     if not probabilities.keys() <= set(cell.states):
         raise ValueError(f"zoneout of Cell {cell.name!r} is for its states {cell.states}, got {list(probabilities)}")
-    said = ", ".join(f"{name}={p}" for name, p in probabilities.items())
+    said = ", ".join([cell.name, *(f"{name}={p}" for name, p in probabilities.items())])
     values = tuple(probabilities.get(name, 0.0) for name in cell.states)
-    return dataclasses.replace(cell, name=f"zoneout({cell.name}, {said})", zoneout=values)
+    return dataclasses.replace(cell, name=f"zoneout({said})", zoneout=values)
 
 
 _GATES = ("i", "f", "g", "o")
