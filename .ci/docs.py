@@ -69,8 +69,8 @@ ARGUMENTS = {
     "reset_state": "the state that `reset` starts from, like hx; zeros if None.",
     "dropout_masks": "in place of random masks between layers, if `dropout` is above 0: for each layer but the last "
     "an array of 0 or 1, 1 where dropout keeps an output, (time, batch, directions * output size) even with "
-    "`batch_first`, or (1, batch, ...) for one mask for all steps; without batch for unbatched x, and laid out like its "
-    "data for a PackedSequence.",
+    "`batch_first`, or (1, batch, ...) for one mask for all steps; without batch for unbatched x, and laid out like "
+    "its data for a PackedSequence.",
 }
 # Linen's fields.
 ARGUMENTS |= {
