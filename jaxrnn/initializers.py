@@ -38,7 +38,7 @@ Initializer = Callable[..., jax.Array]
 GateInitializer = Initializer | Mapping[str, Initializer]  # for all gates, or by the gate's name
 
 
-class _Flax(TypedDict):
+class _Flax(TypedDict, total=False):
     kernel_init: GateInitializer
     recurrent_kernel_init: GateInitializer
     bias_init: GateInitializer

@@ -198,7 +198,7 @@ def linen_modules(key: jax.Array) -> None:
     output, (h_n, c_n) = lstm.apply(variables, x, lengths=[3, 2, 1, 3, 3])
     print(variables["params"]["weight_ih_l0"].shape, output.shape, h_n.shape, c_n.shape)
     print(lstm.hidden_size + lstm.input_size, lstm.batch_first, lstm.remat, lstm.initial_state(3))
-    print(lstm.apply(variables, x[0], (h_n, c_n), method="step"))
+    print(lstm.apply(variables, x[:, 0], (h_n, c_n), method="step"))
     peephole = jaxrnn.linen.Recurrent(jaxrnn.PEEPHOLE_LSTM_CELL, 10, 20)
     (output, (h_n, c_n)), _ = peephole.init_with_output(key, x)
     for cell in (jaxrnn.linen.RNNCell(10, 20, nonlinearity="relu"), jaxrnn.linen.GRUCell(10, 20)):
