@@ -67,13 +67,14 @@ ARGUMENTS = {
     "shape of x, or its data, without features. Ignored at masked steps and past a row's end. Not for a bidirectional "
     "network.",
     "reset_state": "the state that `reset` starts from, like hx; zeros if None.",
-    "dropout_masks": "in place of random masks between layers: for each layer but the last an array of 0 or 1, 1 where "
-    "dropout keeps an output, (time, batch, directions * output size) even with `batch_first`, or (1, batch, ...) for "
-    "one mask for all steps; without batch for unbatched x, and laid out like its data for a PackedSequence.",
+    "dropout_masks": "in place of random masks between layers, if `dropout` is above 0: for each layer but the last "
+    "an array of 0 or 1, 1 where dropout keeps an output, (time, batch, directions * output size) even with "
+    "`batch_first`, or (1, batch, ...) for one mask for all steps; without batch for unbatched x, and laid out like "
+    "its data for a PackedSequence.",
 }
 # Linen's fields.
 ARGUMENTS |= {
-    "deterministic": "whether dropout is off. With dropout, give it here or in the call.",
+    "deterministic": "whether dropout and zoneout are off. With either, give it here or in the call.",
     "rng_collection": "the name of the random keys for dropout that `apply` is given.",
     "name": "the name of the module in its parent, as everywhere in Linen.",
 }
@@ -81,11 +82,11 @@ ARGUMENTS |= {
 # What a call of NNX's modules takes, and of Linen's.
 _CALL_ARGUMENTS = {
     False: {
-        "deterministic": "whether dropout is off; by default as `train()` and `eval()` last set it.",
+        "deterministic": "whether dropout and zoneout are off; by default as `train()` and `eval()` last set it.",
         "rngs": "nnx.Rngs, an nnx.RngStream or a jax key for dropout, in place of the module's own.",
     },
     True: {
-        "deterministic": "whether dropout is off. With dropout, give it here or as a field.",
+        "deterministic": "whether dropout and zoneout are off. With either, give it here or as a field.",
         "rng": "a jax key for dropout, in place of the one that `apply` was given for `rng_collection`.",
     },
 }

@@ -95,9 +95,10 @@ def apply(
         reset_state: the state that `reset` starts from, like hx; zeros if None.
         dropout_key: a jax random key, for dropout and zoneout in training. Without it there is no dropout but that of
             `dropout_masks`, and zoneout takes its mean.
-        dropout_masks: in place of random masks between layers: for each layer but the last an array of 0 or 1, 1 where
-            dropout keeps an output, (time, batch, directions * output size) even with `batch_first`, or (1, batch, ...)
-            for one mask for all steps; without batch for unbatched x, and laid out like its data for a PackedSequence.
+        dropout_masks: in place of random masks between layers, if `dropout` is above 0: for each layer but the last an
+            array of 0 or 1, 1 where dropout keeps an output, (time, batch, directions * output size) even with
+            `batch_first`, or (1, batch, ...) for one mask for all steps; without batch for unbatched x, and laid out
+            like its data for a PackedSequence.
         dtype: the floating dtype to compute in, and of the output; by default the promoted dtype of inputs and
             parameters. States have the dtype of hx, if given: a float32 state is returned unrounded.
         precision: the precision of the products, as for `jax.lax.dot_general`.
@@ -119,12 +120,12 @@ def apply(
 
     Raises:
         TypeError: spec is not a Spec; x, hx, reset_state or a parameter is not floating; hx or reset_state is not one
-            array, or for a cell of several states not a tuple of as many; lengths are not integers; or mask or reset is
-            not boolean.
+            array, or for a cell of several states not a tuple of as many; lengths are not integers; or mask or
+            reset is not boolean.
         ValueError: x is neither 2-D nor 3-D; params does not match `spec.shapes()`; a length is out of range; lengths
-            are given with a PackedSequence, or reset with a bidirectional network; remat, unroll or engine has no such
-            value; the engine cannot run this; or hidden_axis is not in the mesh, is not of type Auto, or does not
-            divide hidden_size.
+            are given with a PackedSequence, or reset with a bidirectional network; dropout_masks have other shapes, or
+            dropout is 0; remat, unroll or engine has no such value; the engine cannot run this; or hidden_axis is not
+            in the mesh, is not of type Auto, or does not divide hidden_size.
         RuntimeError: the size of x, hx, lengths, mask, reset or reset_state does not fit, or the sequence is empty.
 
     >>> import jax, jaxrnn
@@ -211,9 +212,10 @@ def trajectory(
         reset_state: the state that `reset` starts from, like hx; zeros if None.
         dropout_key: a jax random key, for dropout and zoneout in training. Without it there is no dropout but that of
             `dropout_masks`, and zoneout takes its mean.
-        dropout_masks: in place of random masks between layers: for each layer but the last an array of 0 or 1, 1 where
-            dropout keeps an output, (time, batch, directions * output size) even with `batch_first`, or (1, batch, ...)
-            for one mask for all steps; without batch for unbatched x, and laid out like its data for a PackedSequence.
+        dropout_masks: in place of random masks between layers, if `dropout` is above 0: for each layer but the last an
+            array of 0 or 1, 1 where dropout keeps an output, (time, batch, directions * output size) even with
+            `batch_first`, or (1, batch, ...) for one mask for all steps; without batch for unbatched x, and laid out
+            like its data for a PackedSequence.
         dtype: the floating dtype to compute in, and of the output; by default the promoted dtype of inputs and
             parameters. States have the dtype of hx, if given: a float32 state is returned unrounded.
         precision: the precision of the products, as for `jax.lax.dot_general`.

@@ -14,6 +14,8 @@ names to functions; then the others are drawn as torch draws them. A gate's two 
 >>> r, z, n = params["weight_hh_l0"].reshape(3, 4, 4)
 >>> bool(jax.numpy.allclose(z @ z.T, jax.numpy.eye(4), atol=1e-5))
 True
+
+With other biases it is `FLAX | {"bias_init": forget_bias()}`.
 """
 
 from __future__ import annotations
@@ -36,10 +38,10 @@ Initializer = Callable[..., jax.Array]
 GateInitializer = Initializer | Mapping[str, Initializer]  # for all gates, or by the gate's name
 
 
-class _Flax(TypedDict):
-    kernel_init: Initializer
-    recurrent_kernel_init: Initializer
-    bias_init: Initializer
+class _Flax(TypedDict, total=False):
+    kernel_init: GateInitializer
+    recurrent_kernel_init: GateInitializer
+    bias_init: GateInitializer
 
 
 # nnx.GRUCell and nnx.OptimizedLSTMCell draw all gates' recurrent weights as one matrix; Flax's other cells, and all of

@@ -107,13 +107,12 @@ def zoneout(cell: Cell[StateT], **probabilities: float) -> Cell[StateT]:
     `deterministic` switch both.
 
     Args:
-        cell: any cell.
-        probabilities: by name of the state, from 0 to 1. A state that is not named keeps the cell's own: 0, unless the
-            cell has zoneout.
+        cell: any cell without zoneout.
+        probabilities: by name of the state, from 0 to 1; 0 for a state that is not named.
 
     Raises:
         TypeError: cell is not a `Cell`.
-        ValueError: the cell has no such state, or a number is out of range.
+        ValueError: the cell has no such state or has zoneout already, or a number is out of range.
 
     >>> import jax.numpy as jnp, jaxrnn
     >>> from flax import nnx
@@ -122,12 +121,14 @@ def zoneout(cell: Cell[StateT], **probabilities: float) -> Cell[StateT]:
     >>> output, (h_n, c_n) = lstm(jnp.ones((5, 3, 10)))           # training; lstm.eval() for the mean
     """
     if not isinstance(cell, Cell):
-        raise TypeError(f"cell should be a jaxrnn.Cell, got {cell!r}")
+        raise TypeError(f"cell should be a jaxrnn.Cell, such as jaxrnn.LSTM_CELL, got {cell!r}")
+    if any(cell.zoneout):
+        raise ValueError(f"cell should have no zoneout, got {cell.name}: give the numbers of all states at once")
     if not probabilities.keys() <= set(cell.states):
         raise ValueError(f"zoneout of Cell {cell.name!r} is for its states {cell.states}, got {list(probabilities)}")
-    before = dict(zip(cell.states, cell.zoneout or (0.0,) * len(cell.states), strict=True))
-    name = ", ".join([cell.name, *(f"{name}={p}" for name, p in probabilities.items())])
-    return dataclasses.replace(cell, name=f"zoneout({name})", zoneout=tuple((before | probabilities).values()))
+    said = ", ".join([cell.name, *(f"{name}={p}" for name, p in probabilities.items())])
+    values = tuple(probabilities.get(name, 0.0) for name in cell.states)
+    return dataclasses.replace(cell, name=f"zoneout({said})", zoneout=values)
 
 
 _GATES = ("i", "f", "g", "o")

@@ -158,12 +158,12 @@ def _roles(cell: Cell, bias: bool | int, proj_size: int = 0) -> tuple[str, ...]:
     return (*(role for role in ROLES if has[role]), *cell.own)
 
 
-def _check_type(name: str, value: object, kind: type) -> None:
+def _check_type(name: str, value: object, kind: type, remedy: str = "") -> None:
     if not isinstance(value, kind):
         library = "numpy." if isinstance(value, np.generic) else ""  # whose bool is called bool, too
         got = f"got {value!r} of type {library}{type(value).__name__}"
         same = jnp.issubdtype(getattr(value, "dtype", object), jnp.integer if kind is int else jnp.bool_)
-        remedy = f": write {kind.__name__}({name})" if same else ""
+        remedy = f": write {kind.__name__}({name})" if same else remedy
         raise TypeError(f"{name} should be of type {kind.__name__}, {got}{remedy}")
 
 
@@ -231,7 +231,7 @@ class Spec(_Shapes[StateT]):
         cells.check_probability("recurrent_dropout", self.recurrent_dropout)
         _check_type("bias", self.bias, bool)
         _check_type("batch_first", self.batch_first, bool)
-        _check_type("variational_dropout", self.variational_dropout, bool)
+        _check_type("variational_dropout", self.variational_dropout, bool, ": the probability is that of dropout")
         if self.recurrent_dropout and not self.cell.recurrent:
             raise ValueError(
                 f"recurrent_dropout should be 0 for {self.cell.name}, got {self.recurrent_dropout}: the cell has no "

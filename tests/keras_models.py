@@ -100,8 +100,8 @@ def _each_step(run: Run) -> Run:
     return runs
 
 
-def _with_lengths(run: Run) -> Run:
-    return functools.partial(run, lengths=jnp.array([3, 2]))
+def _with_mask(run: Run) -> Run:
+    return functools.partial(run, mask=jnp.arange(T) < jnp.array([3, 2])[:, None])
 
 
 REMEDIES: dict[str, Callable[[Run], Run]] = {
@@ -112,7 +112,8 @@ REMEDIES: dict[str, Callable[[Run], Run]] = {
     r"dtype=jnp.bfloat16": _half,
     r"is in a TimeDistributed: merge the first two axes of its input": _each_step,
     r"comes after \w+ \((Masking|Embedding|ReversibleEmbedding|Lambda)\), which may mask steps: "
-    r"if it masks the ends of rows alone, give lengths=, and take h_n for the last output": _with_lengths,
+    r"give mask=, True at valid steps, and take h_n for the last output; "
+    r"at a masked step the output is 0, where Keras repeats the one before": _with_mask,
     # What the file says is in what `find_rnns` gives, of which `modules` makes them.
     r"has relu, which weights do not say: make the module with nonlinearity='relu'": lambda run: run,
     r"has other activations, which weights do not say: make the module as jaxrnn.Recurrent\(cell, ...\) with the cell "

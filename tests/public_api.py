@@ -88,6 +88,8 @@ def cells(rngs: nnx.Rngs) -> None:
     state = lstm(x[0], (h, c))
     assert_type(state, Pair)
     print(jaxrnn.GRUCell(10, 20, **jaxrnn.initializers.FLAX, rngs=rngs).bias)
+    inits = jaxrnn.initializers.FLAX | {"bias_init": jaxrnn.initializers.forget_bias()}
+    print(jaxrnn.LSTMCell(10, 20, **inits, rngs=rngs).bias)
     print(rnn.nonlinearity, gru.weight_ih[...].sum(), gru.weight_hh.shape, gru.hidden_size + 1)
     assert lstm.bias_ih is None
     assert gru.bias_hh is not None

@@ -351,7 +351,7 @@ def test_bad_cell_calls(arguments: tuple, error: type[Exception], message: str) 
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"reset": np.zeros(N)}, TypeError, "reset should be boolean, got float64"),
+        ({"reset": np.zeros(N)}, TypeError, "reset should be boolean, True at the steps to reset before, got float64"),
         ({"reset": True}, RuntimeError, r"reset should have the shape of x without its features, \(3,\), got \(\)"),
         ({"reset_state": (np.zeros((N, H)),) * 2}, ValueError, "reset should be given with reset_state"),
         (

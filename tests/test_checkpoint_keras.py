@@ -27,7 +27,10 @@ pytestmark = pytest.mark.libraries
 F, H = 2, 3
 GATES = {"LSTM": 4, "GRU": 3, "SimpleRNN": 1}
 UNKNOWN = "jaxrnn does not know what it does: compare the outputs with the original's"
-MASK = "which may mask steps: if it masks the ends of rows alone, give lengths=, and take h_n for the last output"
+MASK = (
+    "which may mask steps: give mask=, True at valid steps, and take h_n for the last output; at a masked step the "
+    "output is 0, where Keras repeats the one before"
+)
 weights_alone = pytest.mark.filterwarnings("ignore:.*weights alone")
 
 

@@ -80,12 +80,17 @@ def test_masks_without_dropout() -> None:
     linen = jaxrnn.linen.GRU(F, H, 3, bidirectional=True)
     with pytest.raises(ValueError, match=message):
         linen.apply({"params": PARAMS}, normal(T, N, F), dropout_masks=masks)
+    one = jaxrnn.Spec(jaxrnn.GRU_CELL, F, H)  # has none between layers
+    assert_close(*(jaxrnn.apply(one, parameters(one), normal(T, N, F), dropout_masks=m) for m in ([], None)), atol=0)
 
 
 def test_masks_of_the_wrong_shape() -> None:
-    for masks in ([np.ones((T, N, 2 * H))], [np.ones((N, T, 2 * H))] * 2):
+    for masks in ([np.ones((T, N, 2 * H))], [np.ones((N, T, 2 * H))] * 2, [None, None]):
         with pytest.raises(ValueError, match=r"dropout_masks should be 2 arrays of shape \(5, 3, 8\)"):
             jaxrnn.apply(SPEC, PARAMS, normal(T, N, F), dropout_masks=masks)
+    batch_first = dataclasses.replace(SPEC, batch_first=True)
+    with pytest.raises(ValueError, match=r"got \[\(3, 5, 8\), \(3, 5, 8\)\]: batch_first does not change them"):
+        jaxrnn.apply(batch_first, PARAMS, normal(N, T, F), dropout_masks=[np.ones((N, T, 2 * H))] * 2)
 
 
 @pytest.mark.parametrize("batch_first", [False, True])
@@ -282,12 +287,6 @@ def test_zoneout_keeps_the_state_that_a_step_was_reset_to(key: jax.Array | None)
     assert_close((before, after), (np.zeros_like(start), 2 * np.ones_like(start)), atol=1e-15)
 
 
-def test_zoneout_of_a_cell_with_zoneout_adds_to_it() -> None:
-    both = jaxrnn.zoneout(jaxrnn.zoneout(jaxrnn.LSTM_CELL, h=0.1), c=0.5)
-    assert (both.name, both.zoneout) == ("zoneout(zoneout(LSTM, h=0.1), c=0.5)", (0.1, 0.5))
-    assert jaxrnn.zoneout(both, h=0).zoneout == (0, 0.5)
-
-
 @pytest.mark.parametrize("settings", [RECURRENT, {"dropout": 0.5, "variational_dropout": True, "num_layers": 2}])
 def test_chunks_with_the_same_key_have_the_same_masks(settings: dict) -> None:
     spec = jaxrnn.Spec(jaxrnn.LSTM_CELL, F, H, **settings)
@@ -421,6 +420,10 @@ def test_recurrent_dropout_is_keras_s(name: str, monkeypatch: pytest.MonkeyPatch
             lambda: dataclasses.replace(jaxrnn.LSTM_CELL, zoneout=(0.1,)),
             r"a number for each of \('h', 'c'\), got \(0.1",
         ),
+        (
+            lambda: jaxrnn.zoneout(jaxrnn.zoneout(jaxrnn.LSTM_CELL, h=0.1), c=0.5),
+            r"cell should have no zoneout, got zoneout\(LSTM, h=0\.1\): give the numbers of all states at once",
+        ),
     ],
 )
 def test_bad_settings(make: Callable[[], Any], message: str) -> None:
@@ -429,7 +432,9 @@ def test_bad_settings(make: Callable[[], Any], message: str) -> None:
 
 
 def test_a_flag_should_be_a_bool() -> None:
-    with pytest.raises(TypeError, match=r"variational_dropout should be of type bool, got 0\.2"):
+    with pytest.raises(
+        TypeError, match=r"variational_dropout should be of type bool, got 0\.2 .* the probability is that of"
+    ):
         jaxrnn.Spec(jaxrnn.GRU_CELL, F, H, variational_dropout=0.2)
     with pytest.raises(TypeError, match=r"cell should be a jaxrnn\.Cell"):
         jaxrnn.zoneout("LSTM", h=0.1)

@@ -251,7 +251,7 @@ def test_a_mask_of_modules() -> None:
     [
         (HOLES.T, RuntimeError, r"mask should have the shape of x without its features, \(5, 4\), got \(4, 5\)"),
         (HOLES[..., None], RuntimeError, r"mask should have the shape of x without its features"),
-        (HOLES.astype(np.int32), TypeError, "mask should be boolean, got int32"),
+        (HOLES.astype(np.int32), TypeError, "mask should be boolean, True at valid steps, got int32"),
     ],
 )
 def test_bad_masks(mask: np.ndarray, error: type[Exception], message: str) -> None:

@@ -163,6 +163,20 @@ def test_models_of_torch(torch: types.ModuleType, name: str, linen: bool) -> Non
     _fits(_models(torch)[name]().state_dict(), linen)
 
 
+def test_a_sequential_runs(torch: types.ModuleType) -> None:
+    """With the places between filled, because a Sequential would pass a layer's state on."""
+
+    class Output(torch.nn.Module):
+        def forward(self, results: Any) -> Any:
+            return results[0]
+
+    theirs = torch.nn.Sequential(torch.nn.LSTM(3, 4), Output(), torch.nn.GRU(4, 4), Output(), torch.nn.Linear(4, 2))
+    text = scaffold(tensors := theirs.state_dict(), source="TENSORS").replace("    todo,", "    lambda x: x,")
+    x = np.linspace(-1, 1, 30).reshape(5, 2, 3).astype(np.float32)
+    found = _run(text, TENSORS=tensors)["model"](jnp.asarray(x))
+    np.testing.assert_allclose(found, theirs(torch.tensor(x)).detach().numpy(), atol=1e-6)
+
+
 @both
 @pytest.mark.parametrize("path", [ROOT / "examples" / name for name in FILES] + [SHARED / name for name in REAL])
 def test_files(path: Path, linen: bool, capsys: pytest.CaptureFixture[str]) -> None:

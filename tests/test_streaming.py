@@ -81,7 +81,11 @@ RESET = np.zeros((T, N), bool)
     ("arguments", "error", "message"),
     [
         ({"reset": RESET.T}, RuntimeError, r"reset should have the shape of x .* \(5, 3\), got \(3, 5\)"),
-        ({"reset": RESET.astype(float)}, TypeError, "reset should be boolean, got float64"),
+        (
+            {"reset": RESET.astype(float)},
+            TypeError,
+            "reset should be boolean, True at the steps to .*, got float64",
+        ),
         ({"reset_state": np.zeros((1, N, H))}, ValueError, "reset should be given with reset_state"),
         (
             {"reset": RESET, "reset_state": np.zeros((1, 2, H))},

@@ -176,6 +176,7 @@ class _CallArrays(NamedTuple):
 
 
 _BATCH_AXES = (None, 1, 1, 1, 0, 1, 1, 1)  # of each field of `_CallArrays`, after `time_major`
+_TRUE = {"reset": "True at the steps to reset before", "mask": "True at valid steps"}
 
 
 def _checked(
@@ -410,7 +411,7 @@ def _for_all_rows(name: str, array: jax.Array, shape: tuple[int, ...], batched: 
 
 def _check_reset(reset: ArrayLike | None, reset_state: HX) -> None:
     if reset is None and reset_state is not None:
-        raise ValueError("reset should be given with reset_state: a boolean array, True at the steps to reset before")
+        raise ValueError(f"reset should be given with reset_state: a boolean array, {_TRUE['reset']}")
 
 
 def _boolean(name: str, value: ArrayLike | None, shape: tuple[int, ...]) -> jax.Array | None:
@@ -420,21 +421,22 @@ def _boolean(name: str, value: ArrayLike | None, shape: tuple[int, ...]) -> jax.
     value = stacked(value)
     array = in_jax(value, None if np.size(value) else bool)
     if array.dtype != bool:
-        raise TypeError(f"{name} should be boolean, got {array.dtype}")
+        raise TypeError(f"{name} should be boolean, {_TRUE[name]}, got {array.dtype}")
     if array.shape != shape:
         raise RuntimeError(f"{name} should have the shape of x without its features, {shape}, got {array.shape}")
     return array
 
 
 def _masks(masks: Sequence[ArrayLike], spec: Spec, rows: tuple[int, ...], batch: tuple[int, ...]) -> Arrays:
-    if not spec.dropout:
-        raise ValueError("dropout_masks should be None with dropout=0: give the network the dropout of the masks")
-    arrays, count, features = tuple(map(in_jax, masks)), spec.num_layers - 1, spec.num_directions * spec.output_size
-    every, constant = (*rows, features), (1, *batch, features)
-    if len(arrays) != count or any(a.shape not in (every, constant) for a in arrays):
+    count, features = spec.num_layers - 1, spec.num_directions * spec.output_size
+    every, constant, shapes = (*rows, features), (1, *batch, features), [np.shape(mask) for mask in masks]
+    if len(shapes) != count or any(shape not in (every, constant) for shape in shapes):
         wanted = f"{count} arrays of shape {every}, or for one mask for all steps {constant}"
-        raise ValueError(f"dropout_masks should be {wanted}, got {[a.shape for a in arrays]}")
-    return arrays
+        remedy = ": batch_first does not change them" if spec.batch_first else ""
+        raise ValueError(f"dropout_masks should be {wanted}, got {shapes}{remedy}")
+    if shapes and not spec.dropout:
+        raise ValueError("dropout_masks should be None with dropout=0: give the layers the dropout of the masks")
+    return tuple(map(in_jax, masks))
 
 
 def _unwrap(state: Arrays) -> State:

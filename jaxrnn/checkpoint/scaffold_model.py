@@ -211,6 +211,9 @@ class Program:
             items = Group("[", _repeated(list(codes.values())), "]")
             return items if self.linen else Group("nnx.List(", [items], ")")
         if item.kind == "sequential":
+            for number, each in item.items.items():
+                if isinstance(each, Layer) and each.has_state and not each.nnx[0].endswith("Cell"):
+                    codes[number] = Group("jaxrnn.OutputOnly(", [codes[number]], ")")
             return Group("nnx.Sequential(", [codes.get(number, STAND_IN) for number in range(max(codes) + 1)], ")")
         pairs: list[Code] = []
         for number, code in codes.items():

@@ -207,8 +207,8 @@ class Layers(Module[StateT]):
             hx: the initial state h_0, for a cell of several states a tuple or list, (h_0, c_0) for an LSTM, of the
                 shapes that are returned; zeros if None. A state that all rows share, such as a learned one, may have a
                 batch of 1, or the last axis alone.
-            deterministic: whether dropout is off. With dropout, give it either here or as a field. It can be given by
-                position, so that `linen.remat` can name it: `linen.remat(jaxrnn.linen.LSTM, static_argnums=3)`.
+            deterministic: whether dropout and zoneout are off. With either, give it here or as a field. It can be given
+                by position, so that `linen.remat` can name it: `linen.remat(jaxrnn.linen.LSTM, static_argnums=3)`.
             lengths: how many steps each row has, integers from 0 to time, (batch,), or for unbatched x (); all steps if
                 None. Padding in x affects no result and no gradient. Under jit lengths are data, and cannot be checked:
                 a length below 0 counts as 0, and one above time as time.
@@ -219,10 +219,10 @@ class Layers(Module[StateT]):
                 shape of x, or its data, without features. Ignored at masked steps and past a row's end. Not for a
                 bidirectional network.
             reset_state: the state that `reset` starts from, like hx; zeros if None.
-            dropout_masks: in place of random masks between layers: for each layer but the last an array of 0 or 1, 1
-                where dropout keeps an output, (time, batch, directions * output size) even with `batch_first`, or (1,
-                batch, ...) for one mask for all steps; without batch for unbatched x, and laid out like its data for a
-                PackedSequence.
+            dropout_masks: in place of random masks between layers, if `dropout` is above 0: for each layer but the last
+                an array of 0 or 1, 1 where dropout keeps an output, (time, batch, directions * output size) even with
+                `batch_first`, or (1, batch, ...) for one mask for all steps; without batch for unbatched x, and laid
+                out like its data for a PackedSequence.
             rng: a jax key for dropout, in place of the one that `apply` was given for `rng_collection`.
 
         Returns:
@@ -271,7 +271,7 @@ class Layers(Module[StateT]):
             hx: the initial state h_0, for a cell of several states a tuple or list, (h_0, c_0) for an LSTM, of the
                 shapes that are returned; zeros if None. A state that all rows share, such as a learned one, may have a
                 batch of 1, or the last axis alone.
-            deterministic: whether dropout is off. With dropout, give it either here or as a field.
+            deterministic: whether dropout and zoneout are off. With either, give it here or as a field.
             reset: True for the rows whose state is reset before the step; boolean, (batch,), or for unbatched x ().
             reset_state: the state that `reset` starts from, like hx; zeros if None.
             rng: as in a call. The same key at each step gives the same masks.

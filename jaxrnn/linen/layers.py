@@ -55,7 +55,7 @@ class RNN(Layers[jax.Array]):
             1 elsewhere.
         engine: what runs the loop over time: "auto"; a name in `jaxrnn.engines.ENGINES`; or a tuple of
             such names, of which the first that can run it does.
-        deterministic: whether dropout is off. With dropout, give it here or in the call.
+        deterministic: whether dropout and zoneout are off. With either, give it here or in the call.
         rng_collection: the name of the random keys for dropout that `apply` is given.
         proj_size: features of an LSTM's projected hidden state, less than hidden_size; 0 for no
             projection.
@@ -90,11 +90,11 @@ class RNN(Layers[jax.Array]):
             boolean, of the shape of x, or its data, without features. Ignored at masked steps and past
             a row's end. Not for a bidirectional network.
         reset_state: the state that `reset` starts from, like hx; zeros if None.
-        dropout_masks: in place of random masks between layers: for each layer but the last an array of
-            0 or 1, 1 where dropout keeps an output, (time, batch, directions * output size) even with
-            `batch_first`, or (1, batch, ...) for one mask for all steps; without batch for unbatched x,
-            and laid out like its data for a PackedSequence.
-        deterministic: whether dropout is off. With dropout, give it here or as a field.
+        dropout_masks: in place of random masks between layers, if `dropout` is above 0: for each layer
+            but the last an array of 0 or 1, 1 where dropout keeps an output, (time, batch, directions *
+            output size) even with `batch_first`, or (1, batch, ...) for one mask for all steps; without
+            batch for unbatched x, and laid out like its data for a PackedSequence.
+        deterministic: whether dropout and zoneout are off. With either, give it here or as a field.
         rng: a jax key for dropout, in place of the one that `apply` was given for `rng_collection`.
 
     Parameters of layer k, with torch's names, shapes and order:
@@ -190,7 +190,7 @@ class LSTM(Layers[Pair]):
             1 elsewhere.
         engine: what runs the loop over time: "auto"; a name in `jaxrnn.engines.ENGINES`; or a tuple of
             such names, of which the first that can run it does.
-        deterministic: whether dropout is off. With dropout, give it here or in the call.
+        deterministic: whether dropout and zoneout are off. With either, give it here or in the call.
         rng_collection: the name of the random keys for dropout that `apply` is given.
 
     With `proj_size`, h_t is W_hr (o * tanh(c_t)).
@@ -224,11 +224,11 @@ class LSTM(Layers[Pair]):
             boolean, of the shape of x, or its data, without features. Ignored at masked steps and past
             a row's end. Not for a bidirectional network.
         reset_state: the state that `reset` starts from, like hx; zeros if None.
-        dropout_masks: in place of random masks between layers: for each layer but the last an array of
-            0 or 1, 1 where dropout keeps an output, (time, batch, directions * output size) even with
-            `batch_first`, or (1, batch, ...) for one mask for all steps; without batch for unbatched x,
-            and laid out like its data for a PackedSequence.
-        deterministic: whether dropout is off. With dropout, give it here or as a field.
+        dropout_masks: in place of random masks between layers, if `dropout` is above 0: for each layer
+            but the last an array of 0 or 1, 1 where dropout keeps an output, (time, batch, directions *
+            output size) even with `batch_first`, or (1, batch, ...) for one mask for all steps; without
+            batch for unbatched x, and laid out like its data for a PackedSequence.
+        deterministic: whether dropout and zoneout are off. With either, give it here or as a field.
         rng: a jax key for dropout, in place of the one that `apply` was given for `rng_collection`.
 
     Parameters of layer k, with torch's names, shapes and order:
@@ -319,7 +319,7 @@ class GRU(Layers[jax.Array]):
             1 elsewhere.
         engine: what runs the loop over time: "auto"; a name in `jaxrnn.engines.ENGINES`; or a tuple of
             such names, of which the first that can run it does.
-        deterministic: whether dropout is off. With dropout, give it here or in the call.
+        deterministic: whether dropout and zoneout are off. With either, give it here or in the call.
         rng_collection: the name of the random keys for dropout that `apply` is given.
         proj_size: features of an LSTM's projected hidden state, less than hidden_size; 0 for no
             projection.
@@ -354,11 +354,11 @@ class GRU(Layers[jax.Array]):
             boolean, of the shape of x, or its data, without features. Ignored at masked steps and past
             a row's end. Not for a bidirectional network.
         reset_state: the state that `reset` starts from, like hx; zeros if None.
-        dropout_masks: in place of random masks between layers: for each layer but the last an array of
-            0 or 1, 1 where dropout keeps an output, (time, batch, directions * output size) even with
-            `batch_first`, or (1, batch, ...) for one mask for all steps; without batch for unbatched x,
-            and laid out like its data for a PackedSequence.
-        deterministic: whether dropout is off. With dropout, give it here or as a field.
+        dropout_masks: in place of random masks between layers, if `dropout` is above 0: for each layer
+            but the last an array of 0 or 1, 1 where dropout keeps an output, (time, batch, directions *
+            output size) even with `batch_first`, or (1, batch, ...) for one mask for all steps; without
+            batch for unbatched x, and laid out like its data for a PackedSequence.
+        deterministic: whether dropout and zoneout are off. With either, give it here or as a field.
         rng: a jax key for dropout, in place of the one that `apply` was given for `rng_collection`.
 
     Parameters of layer k, with torch's names, shapes and order:

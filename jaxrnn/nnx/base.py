@@ -256,12 +256,12 @@ class Layers(Module[StateT], LayerParameters):
                 shape of x, or its data, without features. Ignored at masked steps and past a row's end. Not for a
                 bidirectional network.
             reset_state: the state that `reset` starts from, like hx; zeros if None.
-            dropout_masks: in place of random masks between layers: for each layer but the last an array of 0 or 1, 1
-                where dropout keeps an output, (time, batch, directions * output size) even with `batch_first`, or (1,
-                batch, ...) for one mask for all steps; without batch for unbatched x, and laid out like its data for a
-                PackedSequence.
-            deterministic: whether dropout is off, also of `dropout_masks`; the module's `deterministic` if None, which
-                `train()` sets to False and `eval()` to True.
+            dropout_masks: in place of random masks between layers, if `dropout` is above 0: for each layer but the last
+                an array of 0 or 1, 1 where dropout keeps an output, (time, batch, directions * output size) even with
+                `batch_first`, or (1, batch, ...) for one mask for all steps; without batch for unbatched x, and laid
+                out like its data for a PackedSequence.
+            deterministic: whether dropout, also by `dropout_masks`, and zoneout are off; the module's `deterministic`
+                if None, which `train()` sets to False and `eval()` to True.
             rngs: nnx.Rngs, an nnx.RngStream or a jax key for dropout, in place of the module's own.
 
         Returns:
@@ -275,7 +275,7 @@ class Layers(Module[StateT], LayerParameters):
             TypeError: x, hx or reset_state is not floating; hx or reset_state is not one array, or for an LSTM not
                 two; lengths are not integers; or mask or reset is not boolean.
             ValueError: x is neither 2-D nor 3-D, a length is out of range, lengths are given with a PackedSequence,
-                reset to a bidirectional module, or dropout_masks have other shapes.
+                reset to a bidirectional module, or dropout_masks have other shapes or dropout is 0.
             RuntimeError: the size of x, hx, lengths, mask, reset or reset_state does not fit, or the sequence is empty.
         """
         flax_cell.refuse_state_of_sequential(self, hx)
@@ -316,7 +316,7 @@ class Layers(Module[StateT], LayerParameters):
                 batch of 1, or the last axis alone.
             reset: True for the rows whose state is reset before the step; boolean, (batch,), or for unbatched x ().
             reset_state: the state that `reset` starts from, like hx; zeros if None.
-            deterministic: whether dropout is off; the module's `deterministic` if None.
+            deterministic: whether dropout and zoneout are off; the module's `deterministic` if None.
             rngs: as in a call. The same key at each step gives the same masks.
 
         Returns:

@@ -91,11 +91,12 @@ class Recurrent(Layers[StateT]):
             boolean, of the shape of x, or its data, without features. Ignored at masked steps and past
             a row's end. Not for a bidirectional network.
         reset_state: the state that `reset` starts from, like hx; zeros if None.
-        dropout_masks: in place of random masks between layers: for each layer but the last an array of
-            0 or 1, 1 where dropout keeps an output, (time, batch, directions * output size) even with
-            `batch_first`, or (1, batch, ...) for one mask for all steps; without batch for unbatched x,
-            and laid out like its data for a PackedSequence.
-        deterministic: whether dropout is off; by default as `train()` and `eval()` last set it.
+        dropout_masks: in place of random masks between layers, if `dropout` is above 0: for each layer
+            but the last an array of 0 or 1, 1 where dropout keeps an output, (time, batch, directions *
+            output size) even with `batch_first`, or (1, batch, ...) for one mask for all steps; without
+            batch for unbatched x, and laid out like its data for a PackedSequence.
+        deterministic: whether dropout and zoneout are off; by default as `train()` and `eval()` last
+            set it.
         rngs: nnx.Rngs, an nnx.RngStream or a jax key for dropout, in place of the module's own.
 
     Parameters of layer k, with torch's names, shapes and order:

@@ -14,11 +14,9 @@ GroupPath = tuple[str, ...]
 CONTAINERS = ("layers", "_layer_checkpoint_dependencies")  # of models in files of Keras 3, and of late Keras 2
 CELL = re.compile(r"cell|(lstm|gru|simple_rnn)_cell(_\d+)?")
 FLIP = "flip its input along the time axis"
-MASKED = "if it masks the ends of rows alone, give lengths=, and take h_n for the last output"
-FLIP_MASKED = (
-    "give it jaxrnn.flip_sequences(x, lengths, batch_first=x.ndim > 2 and batch_first) and lengths=, "
-    "and take h_n for the last output"
-)
+_MASK = "give mask=, True at valid steps, and take h_n for the last output"
+MASKED = f"{_MASK}; at a masked step the output is 0, where Keras repeats the one before"
+FLIP_MASKED = f"flip its input and the mask along the time axis, {MASKED}"
 _DEEPEST, _MOST = 128, 50_000  # of paths, and of layers: files with more groups are refused, too
 
 _TRAINING = neutral("changes training alone")
@@ -51,7 +49,7 @@ _LAYER: dict[str, Row] = {
     "go_backwards": warned(False, remedy=FLIP),
     "stateful": warned(False, remedy="give each call the state that the last one returned, as hx"),
     "unroll": _HOW,
-    "zero_output_for_mask": neutral("is about steps past the end of a row, which are zero here"),
+    "zero_output_for_mask": neutral("is about the output at masked steps, which is zero here"),
     # of Keras 2
     "time_major": USED,
     "input_dim": _INPUT,
