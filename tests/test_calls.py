@@ -326,8 +326,9 @@ def test_a_cell_with_zoneout() -> None:
     assert_close(jaxrnn.apply_cell(spec, params, x, hx), mean, atol=1e-15)
     one = jaxrnn.apply_cell(spec, params, x, hx, dropout_key=jax.random.key(0))
     for a, b, found in zip(hx, after, one, strict=True):
-        assert np.all((np.asarray(found) == a) | (np.asarray(found) == np.asarray(b)))
-        assert 0 < np.mean(np.asarray(found) == a) < 1
+        kept = np.asarray(found) == a
+        assert np.all(kept | np.isclose(found, b, rtol=0, atol=1e-15))  # another program rounds otherwise
+        assert 0 < kept.mean() < 1
     assert_close(jaxrnn.apply_cell(spec, params, x[0], [a[0] for a in hx]), [a[0] for a in mean], atol=1e-15)
 
 
