@@ -37,21 +37,21 @@ Mapped = tuple[Callable[[Tree, Tree], Any], Tree, Tree]
 
 
 def _apply() -> Mapped:
-    spec = jaxrnn.Spec(jaxrnn.LSTM_CELL, F, H, num_layers=2, dropout=0.5, proj_size=2)
-    state = (normal(ROWS, 2, N, 2), normal(ROWS, 2, N, H))
+    spec = jaxrnn.Spec(jaxrnn.LSTM_CELL, F, H, num_layers=3, dropout=0.5, proj_size=2)
+    state = (normal(ROWS, 3, N, 2), normal(ROWS, 3, N, H))
     floats = {
         "params": _rows(parameters(spec)),
         "x": normal(ROWS, T, N, F),
         "hx": state,
         "reset_state": jax.tree.map(np.cos, state),
     }
-    marks = MARKS | {"dropout_masks": [normal(ROWS, T, N, 2) > 0]}
+    marks = MARKS | {"dropout_masks": [normal(ROWS, T, N, 2) > 0, normal(ROWS, 1, N, 2, seed=1) > -1]}
     return lambda floats, marks: jaxrnn.apply(spec, **floats, **marks), floats, marks
 
 
 def _trajectory() -> Mapped:
     _, floats, marks = _apply()
-    spec = jaxrnn.Spec(jaxrnn.LSTM_CELL, F, H, num_layers=2, dropout=0.5, proj_size=2)
+    spec = jaxrnn.Spec(jaxrnn.LSTM_CELL, F, H, num_layers=3, dropout=0.5, proj_size=2)
     return lambda floats, marks: jaxrnn.trajectory(spec, **floats, **marks), floats, marks
 
 

@@ -224,7 +224,7 @@ def _tangents(loop: Loop, given: Given, kept: Any, tangent: Given) -> tuple[Step
         elif without:
             sums = steps.recurrent_sums(settings, weights.recurrent, gates, steps.scaled(kept.before[0], given.h_scale))
             kept = kept._replace(sums=steps.arguments(cell, gates, sums))
-        before = steps.scaled(kept.before[0], given.h_scale)
+        before = kept.before[0] if kept.push is not None else steps.scaled(kept.before[0], given.h_scale)
         zeros = plus(meshes.zeros_like(before[..., :1]), jnp.zeros_like(lay.split(weights.recurrent.bias)[0]))
         d_gates = d_hidden = lay.join((zeros,) * len(cell.gates))
         for a, b in ((x, d_weight_ih), (d_x, weight_ih)):

@@ -121,7 +121,7 @@ class Steps(NamedTuple):
 class Kept(NamedTuple):
     """Saved for the derivative of a run: the linear map of each step, or the sums to make it from."""
 
-    before: Arrays  # the states before each step: (T, B, P), then (T, B, H); with `push` h alone, (T, B, P)
+    before: Arrays  # the states before each step: (T, B, P), then (T, B, H); with `push` h alone, scaled, (T, B, P)
     sums: Sums | None = None
     push: Any = None  # the linear map of each step, as `jax.linearize` returns it, of arrays (T, ...)
     hidden: jax.Array | None = None  # h after each step, before its projection, (T, B, H)

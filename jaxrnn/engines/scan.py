@@ -83,7 +83,10 @@ def _linearized(run: Run, kept: Kept, single: bool, keep_sums: bool | None = Fal
     after, push = (step if single else jax.vmap(step))(*kept.sums, kept.before)
     if keep_sums is None and _size(push) > _LARGER * _size((kept.sums, kept.before[1:])):
         return kept
-    return Kept(kept.before[:1], None, push, None if recurrent.weight_hr is None else after[0])
+    # Nothing but the recurrent product needs h any more.
+    return Kept(
+        (steps.scaled(kept.before[0], run.h_scale),), None, push, None if recurrent.weight_hr is None else after[0]
+    )
 
 
 def _size(tree: Any) -> int:
