@@ -7,14 +7,14 @@ These libraries promise what their API references document. JAX promises nothing
 import inspect
 import os
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen, nnx
 from jax.experimental.layout import Layout, with_layout_constraint
-from jax.extend.core import Primitive
+from jax.extend.core import Literal, Primitive
 from jax.interpreters import ad, batching, mlir
 
 
@@ -80,6 +80,48 @@ def _laid_out(context: Any, array: Any) -> Any:
 
 batching.primitive_batchers[_time_major] = _mapped
 mlir.register_lowering(_time_major, _laid_out, platform="tpu")
+
+
+def influences(function: Callable[..., Any], count: int, *arguments: Any) -> list[frozenset[int | str]]:
+    """For each array of a function's result, which of the first `count` arrays of its arguments it depends on.
+
+    The name of an operation among them says that it is not known to be pointwise, element by element in the same order.
+    Only a traced program tells, and JAX does not promise the form of programs, nor the names of operations.
+    """
+    program = jax.make_jaxpr(function)(*arguments).jaxpr
+    return _influences(program, [frozenset(range(k, min(k + 1, count))) for k in range(len(program.invars))])
+
+
+_CALLS = ("jit", "pjit", "closed_call", "checkpoint", "remat2")
+_POINTWISE = ("add", "add_any", "sub", "mul", "div", "neg", "select_n", "convert_element_type", "copy", "pvary")
+_RESHAPES = ("broadcast_in_dim", "reshape", "squeeze", "expand_dims")
+
+
+def _influences(program: Any, given: Sequence[frozenset[int | str]]) -> list[frozenset[int | str]]:
+    none: frozenset[int | str] = frozenset()
+    known = dict(zip(program.invars, given, strict=True))
+
+    def of(value: Any) -> frozenset[int | str]:
+        return none if isinstance(value, Literal) else known.get(value, none)
+
+    def size(value: Any) -> list[Any]:
+        return [n for n in value.aval.shape if not (isinstance(n, int) and n == 1)]
+
+    for each in program.eqns:
+        name, inputs = each.primitive.name, [of(value) for value in each.invars]
+        together = none.union(*inputs)
+        if not together:
+            continue
+        if name in _CALLS:
+            called = each.params["jaxpr" if "jaxpr" in each.params else "call_jaxpr"]
+            found = _influences(getattr(called, "jaxpr", called), inputs)
+        else:
+            sizes = [size(value) for value, of_it in zip(each.invars, inputs, strict=True) if of_it]
+            ordered = all(a == size(each.outvars[0]) for a in sizes) and each.params.get("dimensions") is None
+            pointwise = name in _POINTWISE or name == "squeeze" or (name in _RESHAPES and ordered)
+            found = [together if pointwise else together | {name}] * len(each.outvars)
+        known.update(zip(each.outvars, found, strict=True))
+    return [of(value) for value in program.outvars]
 
 
 def pallas() -> tuple[Any, Any]:

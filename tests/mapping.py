@@ -29,7 +29,7 @@ SOFTMAX = jaxrnn.Cell(
 
 CELLS = {
     "RNN": (jaxrnn.RNN_TANH, 0),
-    "relu RNN": (jaxrnn.RNN_RELU, 0),
+    "minGRU": (jaxrnn.MIN_GRU_CELL, 0),
     "LSTM": (jaxrnn.LSTM_CELL, 0),
     "projected LSTM": (jaxrnn.LSTM_CELL, 2),
     "GRU": (jaxrnn.GRU_CELL, 0),
@@ -156,9 +156,10 @@ class Case:
             for k in range(len(self.arguments))
         ]
 
-    def apply(self, floats: Row, marks: Row, remat: Any = "none") -> list[jax.Array]:
+    def apply(self, floats: Row, marks: Row, remat: Any = "none", engine: str = "auto") -> list[jax.Array]:
         rest = {name: value for name, value in (floats | marks).items() if name not in ("params", "x")}
-        return jax.tree.leaves(jaxrnn.apply(self.spec, floats["params"], floats["x"], remat=remat, **rest))
+        rest |= {"remat": remat, "engine": engine}
+        return jax.tree.leaves(jaxrnn.apply(self.spec, floats["params"], floats["x"], **rest))
 
     def tangents(self, k: int) -> Row:
         """Each row's own, also of what is the same for all rows, where the transform is within vmap."""
@@ -211,7 +212,8 @@ class Case:
 
     def by_vmap(self) -> Tree:
         row, out = self.row, self.row["out"]
-        function: Function = functools.partial(self.apply, remat=row["remat"])
+        engine = "associative_scan" if self.spec.cell == jaxrnn.MIN_GRU_CELL else "auto"
+        function: Function = functools.partial(self.apply, remat=row["remat"], engine=engine)
         function = jax.jit(function) if "inside" in row["jit"] else function
         transform = TRANSFORMS[row["transform"]]
         # No argument has more axes than it has, and in the outer one of two vmaps all are mapped along the first.

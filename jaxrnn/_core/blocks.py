@@ -66,6 +66,9 @@ class Loop(NamedTuple):
         # XLA crashes on some products of mapped arrays behind a barrier, and gathers arrays that devices share.
         if where.mapped or where.shared:
             form = form._replace(apart=False)
+        known = isinstance(rows, int)
+        if known and rows * sizes.columns * _BYTES > form.parallel:
+            form = form._replace(parallel=0)
         return cls(engine, form, settings._replace(stored=one), sizes.keep, size)
 
     @property

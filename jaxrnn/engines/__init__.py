@@ -26,6 +26,7 @@ import jax
 from jaxrnn._core.options import Options
 from jaxrnn._core.steps import Kept, Layer, Run, Steps
 from jaxrnn.cells import Arrays
+from jaxrnn.engines.associative import AssociativeScan
 from jaxrnn.engines.cudnn import CuDNN
 from jaxrnn.engines.pallas import Pallas
 from jaxrnn.engines.scan import Form, Linear, Scan
@@ -90,6 +91,7 @@ class LayerEngine(Protocol):
 
 ENGINES: dict[str, Engine | LayerEngine] = {
     "scan": Scan(),
+    "associative_scan": AssociativeScan(),
     "cudnn": CuDNN(),
     "pallas": Pallas(),
     # Computes what a TPU would compute, on any platform, slowly.

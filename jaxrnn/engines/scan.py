@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxrnn._compat import time_major
-from jaxrnn._core import steps
+from jaxrnn._core import affine, steps
 from jaxrnn._core.steps import Kept, Marks, Run, Settings, Steps
 from jaxrnn.cells import Arrays
 
@@ -29,6 +29,8 @@ class Form(NamedTuple):
         unroll: how many steps an iteration of the loop has, unless the options say.
         joined: whether the loop stacks the sums of all gates as one array, which is one update a step.
         packed: whether the arrays that a loop reads at each step lie side by side in one.
+        parallel: for a recurrence that is linear in the state: up to how many bytes the input's part of the gates may
+            take in a step, for all steps of a block to run at once, by an associative scan.
     """
 
     inference: int | None = None
@@ -39,6 +41,7 @@ class Form(NamedTuple):
     unroll: int = 1
     joined: bool = False
     packed: bool = False
+    parallel: int = 0
 
     def scan(self, settings: Settings, body: Callable[..., Any], carry: Any, every: Any) -> tuple[Any, Any]:
         """As `jax.lax.scan` of `body(carry, step)`, in the direction of the settings."""
@@ -46,6 +49,8 @@ class Form(NamedTuple):
         if isinstance(length, int) and length == 1:
             carry, results = body(carry, jax.tree.map(lambda a: a[0], every))
             return carry, jax.tree.map(lambda a: a[None], results)
+        if self.parallel and isinstance(length, int):
+            return affine.scan(body, carry, every, settings.reverse)
         # A symbolic time axis, in an export, cannot be split.
         unroll = settings.options.unroll or (self.unroll if isinstance(length, int) else 1)
         scan = functools.partial(lax.scan, reverse=settings.reverse, unroll=unroll)
@@ -63,6 +68,9 @@ _GPU = Form(inference=64 * _MIB, training=64 * _MIB, rows=2048, many=2048, unrol
 _TPU = Form(inference=64 * _MIB, training=64 * _MIB, rows=512, many=1024)
 _NARROW = _TPU._replace(packed=True)
 _LANES = 128
+# Where a recurrence is linear, a few passes over all steps take less time than a launch or more for each step, unless a
+# step has much to do. On a CPU they take longer.
+_PARALLEL: dict[str | None, int] = {"cuda": _MIB, "rocm": _MIB, "tpu": _MIB // 8}
 
 
 def _linearized(run: Run, kept: Kept, single: bool, keep_sums: bool | None = False) -> Kept:
@@ -126,13 +134,16 @@ class Scan:
         # Devices exchange arrays at each step, which takes far longer than launches.
         if run.settings.options.hidden_axis is not None:
             return {None: Form()}
-        narrow = run.gates[0].shape[-1] < _LANES
-        return {None: _CPU, "cuda": _GPU, "rocm": _GPU, "tpu": _NARROW if narrow else _TPU}
+        tpu = _NARROW if run.gates[0].shape[-1] < _LANES else _TPU
+        forms = {None: _CPU, "cuda": _GPU, "rocm": _GPU, "tpu": tpu}
+        if affine.why_not_affine(run) is not None:
+            return forms
+        return {platform: form._replace(parallel=_PARALLEL.get(platform, 0)) for platform, form in forms.items()}
 
     def run(self, form: Form, run: Run, keep: bool) -> tuple[Steps, Arrays, Kept | None]:
         cell, lay, marks = run.settings.cell, run.settings.layout, run.marks
         single = run.gates[0].ndim == run.state[0].ndim
-        joined = form.joined and not single
+        joined = form.joined and not single and not form.parallel
         again = run.settings.options.remat == "gates"
 
         def body(state: Arrays, step: tuple[Arrays, Marks]) -> tuple[Arrays, Any]:

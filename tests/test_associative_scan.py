@@ -1,0 +1,174 @@
+"""All steps at once, for cells that are linear in their state: as the loop over time, and refused for other cells."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from arrays import normal, parameters
+from comparing import assert_close
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import jaxrnn
+
+F, H, T, N = 3, 5, 9, 4
+
+
+def _sru(gates: tuple, hidden: tuple, state: tuple) -> tuple:
+    """The gate f, and a highway. Lei et al. 2018 (arXiv:1709.02755), without c in its gates."""
+    x, f, r, skipped = gates
+    c = jax.nn.sigmoid(f) * state[1] + (1 - jax.nn.sigmoid(f)) * x
+    return jax.nn.sigmoid(r) * c + (1 - jax.nn.sigmoid(r)) * skipped, c
+
+
+def _rotation(gates: tuple, hidden: tuple, state: tuple) -> tuple:
+    """Both states depend on both."""
+    angle, x, y = gates
+    cos, sin = jnp.cos(angle) * 0.8, jnp.sin(angle) * 0.8
+    return cos * state[0] - sin * state[1] + x, sin * state[0] + cos * state[1] + y
+
+
+def _chain(gates: tuple, hidden: tuple, state: tuple, params: dict) -> tuple:
+    """The first depends on the second, the second on the third; so the first depends on the third a step later."""
+    _, b, c = state
+    return 0.5 * b + gates[0], -0.7 * c, jnp.where(gates[0] > 0, params["w"] * c, c) + gates[0]
+
+
+SRU: jaxrnn.Cell = jaxrnn.Cell("SRU", ("x", "f", "r", "skipped"), ("h", "c"), _sru, recurrent=False)
+ROTATION: jaxrnn.Cell = jaxrnn.Cell("rotation", ("angle", "x", "y"), ("a", "b"), _rotation, recurrent=False)
+CHAIN: jaxrnn.Cell = jaxrnn.Cell("chain", "x", ("a", "b", "c"), _chain, params={"w": ("hidden",)}, recurrent=False)
+LENGTHS, MASK = {"lengths": np.array([9, 0, 1, 6])}, {"mask": np.random.RandomState(0).rand(T, N) < 0.6}
+RESET = {"reset": np.random.RandomState(1).rand(T, N) < 0.4}
+KEY = {"dropout_key": np.asarray(jax.random.PRNGKey(0))}
+
+
+def _case(cell: jaxrnn.Cell, **settings: Any) -> tuple[jaxrnn.Spec, Any]:
+    spec = jaxrnn.Spec(cell, F, H, **settings)
+    rows = spec.num_layers * (1 + spec.bidirectional)
+    state = tuple(normal(rows, N, H, seed=k) for k in range(len(cell.states)))
+    return spec, (parameters(spec), normal(T, N, F), state if len(state) > 1 else state[0])
+
+
+@pytest.mark.parametrize(
+    ("cell", "settings", "marks", "remat"),
+    [
+        pytest.param(
+            jaxrnn.MIN_GRU_CELL, {"num_layers": 2, "bidirectional": True}, LENGTHS, "none", id="minGRU-lengths"
+        ),
+        pytest.param(SRU, {}, RESET, "gates", id="SRU-resets"),
+        pytest.param(ROTATION, {}, MASK, "none", id="rotation-mask"),
+        pytest.param(CHAIN, {}, RESET | LENGTHS, 4, id="chain-resets-lengths"),
+        pytest.param(jaxrnn.zoneout(jaxrnn.MIN_GRU_CELL, h=0.3), {}, KEY, "none", id="zoneout"),
+    ],
+)
+def test_as_the_loop(cell: jaxrnn.Cell, settings: dict, marks: dict, remat: Any) -> None:
+    """Results, gradients and second derivatives."""
+    spec, given = _case(cell, **settings)
+
+    def every(engine: str) -> Any:
+        def apply(*given: Any) -> Any:
+            return jaxrnn.apply(spec, *given, engine=engine, remat=remat, **marks)
+
+        def loss(*given: Any) -> jax.Array:
+            return sum(jnp.sum(jnp.sin(a)) for a in jax.tree.leaves(apply(*given)))
+
+        def run(*given: Any) -> Any:
+            gradient, second = jax.jvp(jax.grad(loss, (0, 1, 2)), given, given)
+            return {"results": apply(*given), "gradient": gradient, "second": second}
+
+        return jax.jit(run)(*given)
+
+    assert_close(every("associative_scan"), every("scan"))
+
+
+def _of_h(step: Any) -> jaxrnn.Cell:
+    return jaxrnn.Cell("own", "x", "h", lambda gates, hidden, state: (step(gates[0], state[0]),), recurrent=False)
+
+
+LINEAR = {
+    "twice": lambda x, h: h + jax.nn.sigmoid(x) * h,
+    "where": lambda x, h: jnp.where(x > 0, x, h / 2),
+    "jitted": jax.jit(lambda x, h: x - h),
+    "reshaped": lambda x, h: (x.reshape(*x.shape, 1) * h[..., None])[..., 0],
+    "forgetful": lambda x, h: jnp.tanh(x),
+}
+OTHERS = {
+    "squared": (lambda x, h: x + h * h, "linear in their state"),
+    "tanh": (lambda x, h: jnp.tanh(x + h), "linear in their state"),
+    "relu": (lambda x, h: jax.nn.relu(h) + x, "linear in their state"),
+    "chosen by the state": (lambda x, h: jnp.where(h > 0, h, x), "linear in their state"),
+    "backward": (lambda x, h: x + h[..., ::-1], "rev"),
+    "rolled": (lambda x, h: x + jnp.roll(h, 1, axis=-1), "concatenate"),
+    "mean": (lambda x, h: x + jnp.mean(h, -1, keepdims=True), "reduce_sum"),
+    "summed up": (lambda x, h: x + jnp.cumsum(h, -1), "cumsum"),
+    "transposed": (lambda x, h: x + jax.lax.reshape(h, h.shape[::-1], (1, 0)).reshape(h.shape), "reshape"),
+}
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_linear(name: str) -> None:
+    spec, given = _case(_of_h(LINEAR[name]))
+    found = {engine: jaxrnn.apply(spec, *given, engine=engine) for engine in ("associative_scan", "scan")}
+    assert_close(found["associative_scan"], found["scan"])
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_not_linear_or_not_unit_by_unit(name: str) -> None:
+    step, reason = OTHERS[name]
+    spec, given = _case(_of_h(step))
+    with pytest.raises(ValueError, match=f"'associative_scan' cannot run this: .*{reason}"):
+        jax.eval_shape(lambda *a: jaxrnn.apply(spec, *a, engine="associative_scan"), *given)
+
+
+def test_the_remedy_works() -> None:
+    spec, given = _case(jaxrnn.GRU_CELL)
+    with pytest.raises(ValueError, match=r"'GRU' has a recurrent product. Use engine=\('associative_scan', 'scan'\)"):
+        jaxrnn.apply(spec, *given, engine="associative_scan")
+    assert_close(jaxrnn.apply(spec, *given, engine=("associative_scan", "scan")), jaxrnn.apply(spec, *given))
+
+
+def _loops(platform: str, **settings: Any) -> int:
+    spec, given = _case(settings.pop("cell", jaxrnn.MIN_GRU_CELL))
+    step = jax.jit(jax.grad(lambda *a: jnp.sum(jaxrnn.apply(spec, *a, **settings)[0])))
+    return step.trace(*given).lower(lowering_platforms=(platform,)).as_text().count("stablehlo.while")
+
+
+def test_by_default_where_steps_take_longer_than_passes() -> None:
+    """On GPUs and TPUs, for few rows."""
+    assert _loops("tpu") == _loops("cuda") == 0
+    assert _loops("cpu") == 2
+    assert _loops("tpu", cell=jaxrnn.IND_RNN_CELL) == 2
+    assert _loops("cpu", engine="associative_scan") == 0
+
+
+def test_a_symbolic_number_of_steps_is_a_loop() -> None:
+    spec, (params, x, _) = _case(jaxrnn.MIN_GRU_CELL)
+    shape = jax.ShapeDtypeStruct(jax.export.symbolic_shape(f"t, {N}, {F}"), jnp.float64)
+
+    def exported(**settings: Any) -> Any:
+        return jax.export.export(jax.jit(lambda x: jaxrnn.apply(spec, params, x, **settings)[0]))(shape)
+
+    assert_close(exported().call(x), jaxrnn.apply(spec, params, x)[0])
+    with pytest.raises(ValueError, match="the number of steps is symbolic"):
+        exported(engine="associative_scan")
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit, AxisType.Manual])
+def test_rows_on_several_devices(kind: AxisType) -> None:
+    spec, (params, x, _) = _case(jaxrnn.MIN_GRU_CELL, bidirectional=True)
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto if kind == AxisType.Manual else kind,))
+
+    def loss(params: Any, x: Any, engine: str) -> Any:
+        return jnp.sum(jnp.sin(jaxrnn.apply(spec, params, x, engine=engine)[0]))
+
+    def whole(params: Any, x: Any) -> Any:
+        return jax.grad(loss, (0, 1))(params, x, "associative_scan")
+
+    expected = jax.jit(jax.grad(loss, (0, 1)), static_argnums=2)(params, x, "scan")
+    rows = PartitionSpec(None, "data")
+    if kind == AxisType.Manual:
+        whole = jax.shard_map(whole, mesh=mesh, in_specs=(PartitionSpec(), rows), out_specs=(PartitionSpec(), rows))
+    with jax.set_mesh(mesh):
+        sharded = jax.device_put(x, NamedSharding(mesh, rows))
+        assert_close(jax.jit(whole)(params, sharded), expected)
