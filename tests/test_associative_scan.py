@@ -102,7 +102,7 @@ OTHERS = {
     "rolled": (lambda x, h: x + jnp.roll(h, 1, axis=-1), "concatenate"),
     "mean": (lambda x, h: x + jnp.mean(h, -1, keepdims=True), "reduce_sum"),
     "summed up": (lambda x, h: x + jnp.cumsum(h, -1), "cumsum"),
-    "transposed": (lambda x, h: x + jax.lax.reshape(h, h.shape[::-1], (1, 0)).reshape(h.shape), "reshape"),
+    "transposed": (lambda x, h: x + jax.lax.reshape(h, h.shape, (1, 0)), "reshape"),
 }
 
 
