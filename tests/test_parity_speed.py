@@ -69,6 +69,9 @@ def test_every_workload_is_in_the_table() -> None:
         *sizes("LSTM", 32, 200, 160, 512, proj_size=256),
         *sizes("LSTM GRU", 32, 100, 32, 128),
         *sizes("LSTM GRU", 16, 64, 256, 256),
+        *sizes("minGRU", 32, 128, 256, 256),
+        *sizes("minGRU", 8, 4096, 256, 256),
+        *sizes("minGRU", 1, 65536, 256, 256),
     ]
     assert {workload[1:] for workload in WORKLOADS} == set(wanted)
     assert len({workload.name for workload in WORKLOADS}) == len(WORKLOADS) == len(wanted)

@@ -4,7 +4,8 @@ In the order in which to read it:
 
 - `options`: how to run.
 - `steps`: one step of a layer, with its weights. `layouts`: the layout of its gates.
-- `blocks`: the scan over blocks of steps. `jaxrnn.engines`: the loop over the steps of a block.
+- `blocks`: the scan over blocks of steps. `jaxrnn.engines`: the loop over the steps of a block. `affine`: all of them
+  at once, where they are linear in the state.
 - `recurrence`: one layer in one direction, and its derivative.
 - `stack`: all layers and directions, with dropout.
 - `calls`: checks a user's arguments, converts them to time-major rows, and converts the results back.

@@ -1,4 +1,4 @@
-"""Engines run layers: `Scan`, and a file for each kernel.
+"""Engines run layers: `Scan`, and a file for each other way.
 
 To add one, write a file with a class, and add it to `ENGINES`; and to `AUTO` if `engine="auto"` should use it. No other
 file has to change. The shortest engine is a subclass of `Scan`: examples/own_cell.md has one. There are two kinds:
@@ -26,7 +26,7 @@ import jax
 from jaxrnn._core.options import Options
 from jaxrnn._core.steps import Kept, Layer, Run, Steps
 from jaxrnn.cells import Arrays
-from jaxrnn.engines.associative import AssociativeScan
+from jaxrnn.engines.associative import AssociativeScan, EitherScan
 from jaxrnn.engines.cudnn import CuDNN
 from jaxrnn.engines.pallas import Pallas
 from jaxrnn.engines.scan import Form, Linear, Scan
@@ -92,13 +92,14 @@ class LayerEngine(Protocol):
 ENGINES: dict[str, Engine | LayerEngine] = {
     "scan": Scan(),
     "associative_scan": AssociativeScan(),
+    "either_scan": EitherScan(),
     "cudnn": CuDNN(),
     "pallas": Pallas(),
     # Computes what a TPU would compute, on any platform, slowly.
     "pallas_interpret": Pallas(platform=None, interpret=True),
 }
 # The engines of "auto", in the order in which they are tried. The last one runs everything.
-AUTO = ["scan"]
+AUTO = ["either_scan"]
 
 
 def asked(options: Options) -> dict[str, Engine | LayerEngine]:

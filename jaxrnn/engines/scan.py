@@ -68,9 +68,6 @@ _GPU = Form(inference=64 * _MIB, training=64 * _MIB, rows=2048, many=2048, unrol
 _TPU = Form(inference=64 * _MIB, training=64 * _MIB, rows=512, many=1024)
 _NARROW = _TPU._replace(packed=True)
 _LANES = 128
-# Where a recurrence is linear, a few passes over all steps take less time than a launch or more for each step, unless a
-# step has much to do. On a CPU they take longer.
-_PARALLEL: dict[str | None, int] = {"cuda": _MIB, "rocm": _MIB, "tpu": _MIB // 8}
 
 
 def _linearized(run: Run, kept: Kept, single: bool, keep_sums: bool | None = False) -> Kept:
@@ -134,11 +131,8 @@ class Scan:
         # Devices exchange arrays at each step, which takes far longer than launches.
         if run.settings.options.hidden_axis is not None:
             return {None: Form()}
-        tpu = _NARROW if run.gates[0].shape[-1] < _LANES else _TPU
-        forms = {None: _CPU, "cuda": _GPU, "rocm": _GPU, "tpu": tpu}
-        if affine.why_not_affine(run) is not None:
-            return forms
-        return {platform: form._replace(parallel=_PARALLEL.get(platform, 0)) for platform, form in forms.items()}
+        narrow = run.gates[0].shape[-1] < _LANES
+        return {None: _CPU, "cuda": _GPU, "rocm": _GPU, "tpu": _NARROW if narrow else _TPU}
 
     def run(self, form: Form, run: Run, keep: bool) -> tuple[Steps, Arrays, Kept | None]:
         cell, lay, marks = run.settings.cell, run.settings.layout, run.marks

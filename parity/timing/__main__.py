@@ -95,6 +95,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = f"python -m {__pack
     absent = {side for side in ("keras", "torch") if not importlib.util.find_spec(side)}
     absent |= {"sharded"} if len(jax.devices()) == 1 else set()
     absent |= {"graphs", "cudnn"} if jax.default_backend() != "gpu" else set()
+    absent |= {"scan", "associative_scan"} if options.sweep else set()
     absent |= {"pallas"} if jax.default_backend() != "tpu" else set()
     left_out = [side for side in speed.SIDES if side in asked & absent]
     asked -= absent

@@ -28,7 +28,7 @@ from ..hlo import Bundles
 from ..tables import new_table, print_table
 from .workloads import GRAPHS, Workload, implementations, training
 
-SIDES = ("jaxrnn", "pallas", "flax.nnx")
+SIDES = ("jaxrnn", "scan", "pallas", "flax.nnx")
 PROGRAMS = ("forward", "training")
 Key = tuple[str, str, str, str]  # the first attributes of `Compiled`
 

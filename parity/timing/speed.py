@@ -22,10 +22,13 @@ from rich.console import Console
 import jaxrnn
 
 from ..tables import new_table, print_table
-from .workloads import Torch, Workload, implementations, torch_device, training
+from .workloads import TORCH, Torch, Workload, implementations, torch_device, training
 
-SIDES = ("jaxrnn", "sharded", "graphs", "pallas", "cudnn", "flax.nnx", "flax.linen", "keras", "torch")
-OURS = ("graphs", "pallas", "cudnn")  # the loop in a CUDA graph, and other engines
+SIDES = (
+    *("jaxrnn", "sharded", "graphs", "pallas", "cudnn", "scan", "associative_scan"),
+    *("flax.nnx", "flax.linen", "keras", "torch"),
+)
+OURS = ("graphs", "pallas", "cudnn", "scan", "associative_scan")  # the loop in a CUDA graph, and other engines
 THEIRS = SIDES[2:]
 PROGRAMS = ("inference", "training")
 LEAST = 5  # runs of each, however long they take
@@ -129,7 +132,7 @@ def prepare(workload: Workload, sides: Collection[str]) -> Iterator[Turn]:
             memory: Any = compiled.memory_analysis()
             timed = Timed(*names, operations[program], seconds, memory.temp_size_in_bytes / 1e6)
             yield timed, functools.partial(_call_and_wait, jitted, arguments)
-    if "torch" in sides and not workload.reset:  # torch has no resets
+    if "torch" in sides and not workload.reset and workload.kind in TORCH:  # torch has no resets
         module = Torch(workload)
         for program, call in zip(PROGRAMS, (module.inference, module.training), strict=True):
             yield Timed(workload.name, program, "torch", f"torch.nn.{workload.kind}", operations[program]), call

@@ -46,9 +46,9 @@ class Workload(NamedTuple):
     @property
     def spec(self) -> jaxrnn.Spec:
         rnn = jaxrnn.RNN_RELU if self.nonlinearity == "relu" else jaxrnn.RNN_TANH
-        cell = {"LSTM": jaxrnn.LSTM_CELL, "GRU": jaxrnn.GRU_CELL, "RNN": rnn}[self.kind]
+        cells = {"LSTM": jaxrnn.LSTM_CELL, "GRU": jaxrnn.GRU_CELL, "RNN": rnn, "minGRU": jaxrnn.MIN_GRU_CELL}
         sizes = self.input_size, self.hidden_size, self.num_layers
-        return jaxrnn.Spec(cell, *sizes, bidirectional=self.bidirectional, proj_size=self.proj_size)
+        return jaxrnn.Spec(cells[self.kind], *sizes, bidirectional=self.bidirectional, proj_size=self.proj_size)
 
     @property
     def sizes(self) -> list[int]:
@@ -60,6 +60,8 @@ class Workload(NamedTuple):
         settings |= {"bidirectional": self.bidirectional}
         settings |= {"proj_size": self.proj_size} if self.proj_size else {}
         settings |= {"nonlinearity": self.nonlinearity} if self.kind == "RNN" else {}
+        if self.kind not in TORCH:
+            return jaxrnn.Recurrent(self.spec.cell, self.input_size, self.hidden_size, self.num_layers, **settings)
         return getattr(library, self.kind)(self.input_size, self.hidden_size, self.num_layers, **settings)
 
     def kwargs(self) -> Kwargs:
@@ -108,8 +110,12 @@ WORKLOADS = [
     # What the README had from the start; its other GRU is the RL GRU above.
     *(Workload(f"small {kind}", kind, 32, 100, 32, 128) for kind in ("LSTM", "GRU")),
     Workload("medium LSTM", "LSTM", 16, 64, 256, 256),
+    Workload("minGRU, 128 steps", "minGRU", 32, 128, 256, 256),
+    Workload("minGRU, 4,096 steps", "minGRU", 8, 4096, 256, 256),
+    Workload("minGRU, 65,536 steps", "minGRU", 1, 65536, 256, 256),
 ]
 CELLS = {"LSTM": ("LSTMCell", "OptimizedLSTMCell"), "GRU": ("GRUCell",), "RNN": ("SimpleCell",)}  # Flax's
+TORCH = tuple(CELLS)  # the kinds that Flax, Keras and torch have
 
 
 class Implementation(NamedTuple):
@@ -136,13 +142,15 @@ def training(run: Callable[..., jax.Array]) -> Callable[..., Any]:
 def implementations(workload: Workload, sides: Collection[str]) -> Iterator[Implementation]:
     """The implementations on the JAX sides. Flax has two for an LSTM, of which the faster counts.
 
-    Flax and Keras have no projections, and Keras has no resets.
+    Flax and Keras have no projections, and Keras has no resets. Without them, a minGRU is run by each of our engines.
     """
     parameters = workload.parameters()
     x = jax.ShapeDtypeStruct((workload.time, workload.batch, workload.input_size), jnp.float32)
     ours = dict.fromkeys(("jaxrnn", "sharded", "graphs"), (f"jaxrnn.{workload.kind}", "auto"))
     if workload.kind == "LSTM" and not workload.proj_size:
         ours["cudnn"] = "jaxrnn.LSTM with engine='cudnn'", "cudnn"
+    if workload.kind not in TORCH:
+        ours |= {engine: (f"{workload.kind} with engine={engine!r}", engine) for engine in ("scan", "associative_scan")}
     ours["pallas"] = f"jaxrnn.{workload.kind} with engine='pallas'", "pallas"
     for side, (name, engine) in ours.items():
         if side in sides:
@@ -150,7 +158,7 @@ def implementations(workload: Workload, sides: Collection[str]) -> Iterator[Impl
             graph, state = nnx.split(nnx.eval_shape(lambda build=build: build(rngs=nnx.Rngs(0))))
             run = _run_nnx(graph, lambda module, x, kwargs: module(x, **kwargs)[0])
             yield Implementation(side, name, run, {name: parameters[name] for name in state})
-    for cell in () if workload.proj_size else CELLS[workload.kind]:
+    for cell in () if workload.proj_size else CELLS.get(workload.kind, ()):
         if "flax.nnx" in sides:
             graph, state = nnx.split(nnx.eval_shape(functools.partial(NNXStack, workload, cell)))
             converted = to_flax("flax.nnx", cell, parameters, nnx.to_pure_dict(state))
@@ -160,7 +168,7 @@ def implementations(workload: Workload, sides: Collection[str]) -> Iterator[Impl
             template = jax.eval_shape(stack.init, jax.random.key(0), x, workload.kwargs())["params"]
             converted = to_flax("flax.linen", cell, parameters, template)
             yield Implementation("flax.linen", f"linen.{cell}", functools.partial(_run_linen, stack), converted)
-    if "keras" in sides and not workload.proj_size and not workload.reset:
+    if "keras" in sides and not workload.proj_size and not workload.reset and workload.kind in TORCH:
         model = keras_model(workload)
         run = functools.partial(_run_keras, model)
         yield Implementation("keras", f"keras.{workload.kind}", run, to_keras(workload.kind, parameters))
