@@ -146,6 +146,12 @@ def functions(cell: jaxrnn.Cell, key: jax.Array) -> None:
     inside = jaxrnn.trajectory(spec, params, x, mask=x[..., 0] > 0, engine="scan")
     assert_type(inside, jaxrnn.Trajectory)
     print(inside.states["c"][0, -1], inside.gates["f"].mean(), h_n.shape, c_n.shape)
+    generator = jaxrnn.TorchGenerator(0)
+    output, (h_n, c_n) = jaxrnn.apply(
+        spec, spec.init(generator), x, dropout_masks=spec.dropout_masks(jaxrnn.TorchGenerator(seed=1), 5, 3)
+    )
+    print(generator.uniform((3, 4), -1.0, 1.0).sum(), generator.normal(3, "float64"), generator.dropout_mask([3], 0.5))
+    print(jaxrnn.LSTM(10, 20, rngs=generator), jaxrnn.GRUCell(10, 20, rngs=generator), output.shape)
     print(spec.shapes()["weight_ih_l0"][0] + 1, spec.state_shapes(3), spec.names(0, 0), spec.hidden_axes())
 
     def ones(key: jax.Array, shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> jax.Array:

@@ -238,6 +238,7 @@ NOT_MAPPED = {
     "checkpoint": "reads and writes files",
     **dict.fromkeys(("lstm_cell", "gru_cell", "rnn_cell", "zoneout"), "makes a Cell"),
     "activations": "functions of one array, of which a Cell is made",
+    "TorchGenerator": "draws NumPy's arrays, outside of what JAX traces",
     "initializers": "functions that draw parameters: test_initializers maps them",
     "CheckpointError": "an error",
     "linen": "a module, whose classes are listed by themselves",
