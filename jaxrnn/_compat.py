@@ -150,6 +150,16 @@ def may_be_sorted(names: list[str]) -> bool:
     return names == sorted(names)
 
 
+def is_rebuilt(node: nnx.Pytree) -> bool:
+    """Whether Flax has made a module anew from its parts, as `nnx.merge`, `nnx.jit` and copies do.
+
+    Then its attributes are sorted, and Flax's own are not first, in the order in which a new module has them. That is
+    not documented.
+    """
+    first = list(vars(nnx.Module()))
+    return list(vars(node))[: len(first)] != first
+
+
 def called_module(context: Any) -> linen.Module:
     """The module whose method is called, from the context that `linen.intercept_methods` passes to an interceptor.
 

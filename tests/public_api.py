@@ -231,6 +231,11 @@ def linen_modules(key: jax.Array) -> None:
     assert_type(loaded, jaxrnn.checkpoint.linen.Loaded)
     assert_type(loaded.missing, list[str])
     output, (h_n, c_n) = lstm.apply(loaded.variables, x)
+    first = jaxrnn.checkpoint.linen.torch_init(lstm, variables, 0, x, order=["weight_ih_l0"])
+    print(
+        first["params"],
+        jaxrnn.checkpoint.linen.torch_init(lstm, variables, jaxrnn.TorchGenerator(1), x, values=tensors),
+    )
     params = loaded.variables["params"]
     optimizer, opt_state = jaxrnn.checkpoint.linen.optax_from_torch(SGD, lstm, variables, x)
     print(loaded.unexpected, optimizer.update(params, opt_state, params)[0])
@@ -259,6 +264,9 @@ def checkpoints(folder: Path, lstm: jaxrnn.LSTM) -> None:
     assert jaxrnn.checkpoint.from_flax is jaxrnn.from_flax
     assert jaxrnn.checkpoint.CheckpointError is jaxrnn.CheckpointError
     assert jaxrnn.checkpoint.from_torch is jaxrnn.from_torch
+    assert jaxrnn.checkpoint.torch_init is jaxrnn.torch_init
+    jaxrnn.torch_init(lstm, jaxrnn.TorchGenerator(0), order=list(tensors), values=tensors)
+    jaxrnn.torch_init(lstm, seed=0)
     try:
         jaxrnn.checkpoint.load(folder / "none.pt")
     except jaxrnn.CheckpointError as error:

@@ -233,7 +233,8 @@ NOT_MAPPED = {
     "Parameter": "axes and a function, with no arrays in it",
     "Trajectory": "what trajectory returns",
     **dict.fromkeys(
-        ("load_state_dict", "state_dict", "from_torch", "from_flax"), "moves arrays between host and module"
+        ("load_state_dict", "state_dict", "torch_init", "from_torch", "from_flax"),
+        "moves arrays between host and module",
     ),
     "checkpoint": "reads and writes files",
     **dict.fromkeys(("lstm_cell", "gru_cell", "rnn_cell", "zoneout"), "makes a Cell"),
