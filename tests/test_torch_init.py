@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen, nnx
-from test_torch_random import bits, torchs
+from test_torch_random import DTYPES, bits, torchs
 
 import jaxrnn
 from jaxrnn import CheckpointError, TorchGenerator, torch_init
@@ -130,7 +130,8 @@ def _random_layers(torch: types.ModuleType, random: np.random.RandomState, dtype
     kernel, bias = tuple(map(int, random.randint(1, 4, random.randint(1, 4)))), bool(random.randint(2))
     theirs: dict[str, Any] = {"dtype": getattr(torch, dtype)}
     ours: dict[str, Any] = {"param_dtype": dtype, "rngs": nnx.Rngs(0)}
-    if kind == "Embedding":
+    if kind == "Embedding":  # of which normal numbers have no 16 bits here
+        theirs, ours = theirs | {"dtype": torch.float32}, ours | {"param_dtype": "float32"}
         embed = nnx.Embed(inputs, outputs, embedding_init=plain, **ours)
         return torch.nn.Embedding(inputs, outputs, **theirs), embed
     ours |= {"use_bias": bias, **PLAIN}
@@ -148,7 +149,7 @@ def test_random_layers_have_torchs_weights(torch: types.ModuleType) -> None:
     random = np.random.RandomState(0)
     for k in range(100):
         torch.manual_seed(k)
-        theirs, ours = _random_layers(torch, random, ("float32", "float64")[k % 2])
+        theirs, ours = _random_layers(torch, random, DTYPES[k % 2 if k < 80 else k % 4])
         torch_init(ours, k)
         expected = {name: bits(torchs(value)) for name, value in theirs.named_parameters()}
         assert {name: bits(value) for name, value in jaxrnn.state_dict(ours).items()} == expected, theirs
