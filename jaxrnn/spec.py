@@ -108,7 +108,7 @@ class _Shapes(abc.ABC, Generic[StateT]):
             self._refuse_initializers(given)
             bound = self._bound()
             drawn = {name: key.uniform(shape, -bound, bound, dtype) for name, shape in shapes.items()}
-            return {name: jnp.asarray(array, dtype) for name, array in drawn.items()}
+            return {name: _as_jax(array) for name, array in drawn.items()}
         keys = jax.random.split(key, len(shapes))
         draws = self.initializers(**given)
         return {name: draws[name](keys[i], shape, dtype) for i, (name, shape) in enumerate(shapes.items())}
@@ -145,6 +145,12 @@ class _Shapes(abc.ABC, Generic[StateT]):
                 f"{found[0]} should be None with a TorchGenerator, because it draws from a jax key: "
                 "give a key or nnx.Rngs in place of the generator"
             )
+
+
+def _as_jax(array: NDArray[Any]) -> jax.Array:
+    """An array on the mesh, if one is set: with a dtype, `jnp.asarray` would put it on one device."""
+    found = jnp.asarray(array)
+    return found if found.dtype == array.dtype else found.astype(array.dtype)  # float64 without x64, of which JAX warns
 
 
 def shown(spec: Any) -> list[str]:

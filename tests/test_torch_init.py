@@ -229,6 +229,42 @@ def test_what_torch_does_not_draw_is_given() -> None:
         torch_init(model, 0, values={"h0": array})
 
 
+class Remade(linen.Module):
+    """A transformation of a layer, a cell of ours in Flax's wrapper, and one of Flax's."""
+
+    flaxs: bool = False
+
+    @linen.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = linen.remat(linen.Dense)(3, name="dense")(x)
+        x = linen.RNN(jaxrnn.linen.FlaxCell(jaxrnn.linen.GRUCell(3, 3, name="cell")), name="rnn")(x)
+        return linen.RNN(linen.GRUCell(3, name="gru"), name="last")(x) if self.flaxs else x
+
+
+def test_layers_within_modules_of_flax() -> None:
+    """A cell of Flax's is made of Linear layers, but torch draws its own at once."""
+    cell = nnx.SimpleCell(2, 3, kernel_init=plain, recurrent_kernel_init=plain, rngs=nnx.Rngs(0))
+    with pytest.raises(CheckpointError) as caught:
+        torch_init(nnx.RNN(cell), 0)
+    cause, remedy = str(caught.value).split("\n")
+    assert "draws for cell.dense_h.weight of SimpleCell, cell.dense_i.weight of SimpleCell" in cause
+    assert remedy.startswith("convert Flax's cells by jaxrnn.from_flax first, or give what torch has there, in torch's")
+    model = nnx.Dict(rnn=jaxrnn.from_flax(nnx.RNN(cell)))
+    torch_init(model, 0)
+    wanted = jaxrnn.RNN(2, 3, rngs=TorchGenerator(0))
+    assert bits(model.rnn.weight_hh_l0[...]) == bits(wanted.weight_hh_l0[...])
+    attention = nnx.MultiHeadAttention(1, 4, **PLAIN, rngs=nnx.Rngs(0))
+    with pytest.raises(CheckpointError, match=r"query\.kernel of MultiHeadAttention.*\ngive what"):
+        torch_init(attention, 0)
+    x, generator = jnp.ones((1, 2, 3), jnp.float32), TorchGenerator(0)
+    found = _linens(Remade(), 0, x)
+    generator.uniform(12)
+    wanted = jaxrnn.GRUCell(3, 3, rngs=generator)
+    assert bits(found["cell.weight_ih"]) == bits(wanted.weight_ih[...])
+    with pytest.raises(CheckpointError, match=r"for gru\.ir.weight of GRUCell"):
+        _linens(Remade(flaxs=True), 0, x)
+
+
 def test_a_shared_parameter() -> None:
     model = Learned(nnx.Rngs(0))
     model.second.kernel = model.first.kernel
@@ -254,8 +290,11 @@ def test_wrong_calls() -> None:
     before = {name: bits(value) for name, value in jaxrnn.state_dict(model).items()}
     for settings, cause in (
         ({"order": ["embed", "conv"]}, "order lacks lstm.weight_ih_l0, .*, heads.0.bias\ngive order, the"),
-        ({"order": [*list(before), "tail.weight"]}, "tail.weight in order is no module or parameter\ngive order"),
-        ({"values": {"tail.weight": X}}, "tail.weight in values is no parameter\nit has embed.weight"),
+        (
+            {"order": [*list(before), "tail.weight"]},
+            "order has tail.weight, which are no modules or parameters\ngive order",
+        ),
+        ({"values": {"tail.weight": X}}, "values has tail.weight, which are no parameters\nit has embed.weight"),
         ({"values": {"heads.0.bias": np.ones(4, np.float32)}}, r"heads.0.bias is float32 \(4,\), should be"),
     ):
         with pytest.raises(CheckpointError, match=f"^Model: .*{cause}" if "\n" in cause else cause):

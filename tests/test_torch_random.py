@@ -152,6 +152,21 @@ def test_a_generator_in_place_of_a_key_or_rngs() -> None:
     assert repr(generator) == "TorchGenerator(0)"
 
 
+def test_float64_without_x64_is_warned_of() -> None:
+    with jax.enable_x64(False), pytest.warns(UserWarning, match="dtype float64 requested"):
+        params = jaxrnn.CellSpec(jaxrnn.GRU_CELL, 1, 1).init(TorchGenerator(0), "float64")
+    assert params["weight_ih"].dtype == jnp.float32
+
+
+def test_a_layer_on_a_mesh() -> None:
+    mesh = jax.make_mesh((2,), ("hidden",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
+    with jax.set_mesh(mesh):
+        layer = jaxrnn.GRU(3, 4, hidden_axis="hidden", rngs=TorchGenerator(0))
+    weight = layer.weight_hh_l0[...]
+    assert weight.sharding.spec == jax.sharding.PartitionSpec(None, "hidden")
+    assert bits(weight) == bits(jaxrnn.GRU(3, 4, rngs=TorchGenerator(0)).weight_hh_l0[...])
+
+
 @pytest.mark.torch
 @pytest.mark.parametrize("p", [0.0, 0.2, 0.3, 0.5, 0.9, 1.0])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])

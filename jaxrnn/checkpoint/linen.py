@@ -19,7 +19,7 @@ from jaxrnn.checkpoint.flax_layers import Conversion, kind_of
 from jaxrnn.checkpoint.matching import Contents, ModuleParameter, fit, interchangeable
 from jaxrnn.checkpoint.named import Names
 from jaxrnn.checkpoint.optimizer import are_named, order_lost, resumed, trained
-from jaxrnn.checkpoint.torch_init import drawn
+from jaxrnn.checkpoint.torch_init import drawn, is_other
 from jaxrnn.spec import CellSpec, Spec
 from jaxrnn.torch_random import TorchGenerator
 
@@ -143,7 +143,15 @@ def torch_init(
     layers = _reached(module, variables, args, kwargs)
     contents, owner = _contents_of(module, variables, layers), type(module).__name__
     doubtful = _defined_otherwise(layers, _flat(variables)) if order is None else []
-    tensors = drawn(owner, contents, seed, order, values, doubtful, "they are called in another order than setup's")
+    others = {
+        id(below.module): type(layer.module).__name__
+        for path, layer in layers.items()
+        if is_other(layer.module)
+        for under, below in layers.items()
+        if under[: len(path)] == path
+    }
+    reason = "they are called in another order than setup's"
+    tensors = drawn(owner, contents, others, seed, order, values, doubtful, reason)
     found = fit(owner, contents, tensors, "", strict=True)
     for text in found.warnings:
         warnings.warn(text, stacklevel=2)

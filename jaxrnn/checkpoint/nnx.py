@@ -308,7 +308,7 @@ def order_in_doubt(node: object, above: tuple[int, ...] = ()) -> list[str]:
             if isinstance(children[name], nnx.Param) == own:
                 shapes = tuple(param.shape for param in _under({name: children[name]}).params.values())
                 parts |= {name: shapes} if shapes else {}
-        if len(parts) > 1 and _compat.may_be_sorted(list(parts)) and interchangeable(parts):
+        if len(parts) > 1 and _compat.is_rebuilt(node) and interchangeable(parts):
             return list(parts)
     return []
 

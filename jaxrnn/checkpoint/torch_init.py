@@ -1,15 +1,15 @@
 """The initial weights of a whole model as torch draws them from a seed."""
 
 import warnings
-from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, NoReturn
 
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
+from flax import linen, nnx
 
 from jaxrnn.checkpoint.errors import CheckpointError, listed
-from jaxrnn.checkpoint.flax_layers import kind_of
+from jaxrnn.checkpoint.flax_layers import TABLES, kind_of
 from jaxrnn.checkpoint.matching import Contents, ModuleParameter, fit
 from jaxrnn.checkpoint.nnx import contents_of, order_lost_in, put
 from jaxrnn.spec import CellSpec, Spec
@@ -17,6 +17,13 @@ from jaxrnn.torch_random import TorchGenerator
 
 _GIVE_ORDER = (
     "give order, the submodules or parameters as torch's model constructs them, such as list(torch_model.state_dict())"
+)
+
+# Flax's classes that hold or call modules, and do no more. In torch the layers in others, such as Flax's cells, are
+# parts of one module that draws otherwise, or there is no such module.
+_HOLDERS = (
+    *(nnx.Module, nnx.Pytree, nnx.Sequential, nnx.List, nnx.Dict, nnx.RNN, nnx.Bidirectional, nnx.RNNCellBase),
+    *(linen.Module, linen.Sequential, linen.RNN, linen.Bidirectional, linen.RNNCellBase),
 )
 
 
@@ -30,9 +37,9 @@ def torch_init(
     """Set a module's parameters, in place, to those that `torch.manual_seed(seed)` and the same model in torch draw.
 
     Torch is not needed. The parameters are those of torch on a CPU, bit for bit: see `jaxrnn.TorchGenerator` for which
-    processors. These layers are drawn: RNN, LSTM, GRU and their cells, Recurrent of torch's cells, and Flax's Linear,
-    Embed, Conv and ConvTranspose. Norms get ones and zeros. Layers are drawn in the order in which the module's
-    attributes were set, which should be that of the model in torch.
+    processors. Layers are drawn in the order in which the module's attributes were set, which should be that of the
+    model in torch. These are known: RNN, LSTM, GRU and their cells, Recurrent if its cell has no `init` of its own, and
+    Flax's Linear, Embed, Conv and ConvTranspose. Norms get ones and zeros.
 
     Torch may do more after a layer is made. What it draws then, such as `torch.nn.init.xavier_uniform_(layer.weight)`,
     give in `values`, or draw with a generator after this call. The row of an embedding's `padding_idx` is 0 in torch;
@@ -58,7 +65,7 @@ def torch_init(
         UserWarning: a setting is not torch's default, as for `jaxrnn.load_state_dict`.
 
     >>> import jaxrnn
-    >>> from flax import nnx
+    >>> from flax import linen, nnx
     >>> class Tagger(nnx.Module):
     ...     def __init__(self, rngs):
     ...         self.embed = nnx.Embed(50, 8, rngs=rngs)                    # torch.nn.Embedding(50, 8)
@@ -69,18 +76,82 @@ def torch_init(
     >>> model.embed.embedding[0, :3]
     Array([-1.1258398 , -1.1523602 , -0.25057858], dtype=float32)
     """
-    contents = contents_of(module)
+    contents, owner = contents_of(module), type(module).__name__
+    others = {
+        id(below): type(each).__name__
+        for _, each in nnx.iter_modules(module)
+        if is_other(each)
+        for _, below in nnx.iter_modules(each)
+    }
     doubtful = order_lost_in(module) if order is None else []
-    tensors = drawn(type(module).__name__, contents, seed, order, values, doubtful, "Flax sorts attributes in nnx.jit")
-    found = fit(type(module).__name__, contents, tensors, "", strict=True)
+    tensors = drawn(owner, contents, others, seed, order, values, doubtful, "Flax sorts attributes in nnx.jit")
+    found = fit(owner, contents, tensors, "", strict=True)
     for text in found.warnings:
         warnings.warn(text, stacklevel=2)
     put(contents, found.arrays)
 
 
+def is_other(module: object) -> bool:
+    """Whether it is a module of Flax's that is neither a known layer nor only holds modules; or a subclass."""
+    flaxs = next((kind for kind in type(module).__mro__ if kind.__module__.startswith("flax.")), nnx.Module)
+    return flaxs not in _HOLDERS and flaxs not in TABLES
+
+
+class _Layer(NamedTuple):
+    """A module with parameters of its own.
+
+    Attributes:
+        prefix: of their names.
+        module: the module; in Linen None if no call reaches it.
+        kind: its class, or that of a module of Flax's around it that torch lacks.
+        params: by name.
+        known: the names of those that torch's layer draws, or sets to constants.
+    """
+
+    prefix: str
+    module: Any
+    kind: str
+    params: dict[str, ModuleParameter]
+    known: set[str]
+
+    def drawn(self, owner: str, generator: TorchGenerator) -> dict[str, Any]:
+        shapes = {
+            name.removeprefix(self.prefix): param.shape for name, param in self.params.items() if name in self.known
+        }
+        if not shapes:
+            return {}
+        dtype = jnp.result_type(next(iter(self.params.values())).value)
+        draw = kind_of(self.module).draw
+        try:
+            arrays = draw(generator, shapes, dtype) if draw else self.module.spec.init(generator, dtype)
+        except TypeError as error:
+            _refuse(owner, f"{self.prefix}{error}", "make that layer with such a param_dtype")
+        return {self.prefix + name: np.asarray(arrays[name]) for name in shapes}
+
+
+def _layers(contents: Contents, others: Mapping[int, str]) -> dict[str, _Layer]:
+    """Every module with parameters of its own, by the prefix of their names."""
+    found: dict[str, _Layer] = {}
+    for name, param in contents.params.items():
+        layer, prefix = param.layer, param.prefix_of(name)
+        spec, kind = getattr(layer, "spec", None), kind_of(layer)
+        if id(layer) in others:
+            known = False
+        elif isinstance(spec, Spec | CellSpec):
+            known = all(own.init is None for own in spec.cell.own.values()) and param.conversion.name in spec.shapes()
+        else:
+            known = kind.draw is not None and param.conversion in kind.conversions
+        title = others.get(id(layer), "module" if layer is None else type(layer).__name__)
+        each = found.setdefault(prefix, _Layer(prefix, layer, title, {}, set()))
+        each.params[name] = param
+        each.known.update([name] * known)
+    return found
+
+
 def drawn(
     owner: str,
     contents: Contents,
+    others: Mapping[int, str],
     seed: int | TorchGenerator,
     order: Sequence[str] | None,
     values: Mapping[str, Any],
@@ -92,6 +163,7 @@ def drawn(
     Args:
         owner: the module's name, for messages.
         contents: its parameters.
+        others: by the id of a module, the class around it for which `is_other` is true.
         seed, order, values: as for `torch_init`.
         doubtful, reason: attributes whose order may not be torch's, and why.
 
@@ -100,52 +172,38 @@ def drawn(
     """
     generator = seed if isinstance(seed, TorchGenerator) else TorchGenerator(seed)
     if unknown := [name for name in values if name not in contents.params]:
-        _refuse(owner, [f"{name} in values is no parameter" for name in unknown], f"it has {listed(contents.params)}")
+        _refuse(owner, f"values has {listed(unknown)}, which are no parameters", f"it has {listed(contents.params)}")
     if doubtful:
-        _refuse(owner, [f"the order of {listed(doubtful)} may not be torch's, because {reason}"], _GIVE_ORDER)
-    layers: dict[str, dict[str, ModuleParameter]] = {}  # by the prefix of their names
-    for name, param in contents.params.items():
-        layers.setdefault(param.prefix_of(name), {})[name] = param
-    _refuse_unknown(owner, layers, values)
+        _refuse(owner, f"the order of {listed(doubtful)} may not be torch's, because {reason}", _GIVE_ORDER)
+    layers = _layers(contents, others)
+    _refuse_unknown(owner, layers.values(), values)
     shared = _shared(owner, contents, values)
     tensors: dict[str, Any] = {}
     made: dict[int, str] = {}
     for prefix in layers if order is None else _ordered(owner, contents, layers, order):
-        layer = next(iter(layers[prefix].values())).layer
-        if (first := made.setdefault(id(layer), prefix)) != prefix:  # a layer under two names
-            own = {name: first + name.removeprefix(prefix) for name in layers[prefix]}
+        layer = layers[prefix]
+        if (first := made.setdefault(id(layer.module), prefix)) != prefix:  # a layer under two names
+            own = {name: first + name.removeprefix(prefix) for name in layer.params}
             tensors |= {name: tensors[there] for name, there in own.items() if there in tensors}
-            continue
-        tensors |= _drawn(owner, layer, layers[prefix], prefix, generator)
+        else:
+            tensors |= layer.drawn(owner, generator)
     return tensors | {name: values[given] for name, given in shared.items()}
 
 
-def _refuse(owner: str, causes: Sequence[str], remedy: str) -> NoReturn:
-    raise CheckpointError("\n  ".join([f"{owner}: {causes[0]}", *causes[1:]]) + f"\n{remedy}")
+def _refuse(owner: str, cause: str, remedy: str) -> NoReturn:
+    raise CheckpointError(f"{owner}: {cause}\n{remedy}")
 
 
-def _draws(layer: Any, names: Mapping[str, ModuleParameter], prefix: str) -> set[str]:
-    """The parameters of a layer that torch's layer draws, or sets to constants."""
-    spec = getattr(layer, "spec", None)
-    if isinstance(spec, Spec | CellSpec):
-        known = set() if any(own.init is not None for own in spec.cell.own.values()) else set(spec.shapes())
-    else:
-        kind = kind_of(layer)
-        known = {conversion.name for conversion in kind.conversions} if kind.draw else set()
-    return {name for name in names if name.removeprefix(prefix) in known}
-
-
-def _refuse_unknown(owner: str, layers: Mapping[str, Mapping[str, ModuleParameter]], values: Mapping[str, Any]) -> None:
-    problems = []
-    for prefix, params in layers.items():
-        layer = next(iter(params.values())).layer
-        known = _draws(layer, params, prefix)
-        kind = type(layer).__name__ if layer is not None else "module"
-        problems += [f"{name} of {kind}" for name in params if name not in known and name not in values]
-    if problems:
-        cause = f"jaxrnn does not know what torch draws for {listed(problems)}"
-        example = f"{problems[0].rpartition(' of ')[0]!r}: array{', ...' * (len(problems) > 1)}"
-        _refuse(owner, [cause], f"give what torch has there, in torch's layout: values={{{example}}}")
+def _refuse_unknown(owner: str, layers: Iterable[_Layer], values: Mapping[str, Any]) -> None:
+    unknown = {
+        name: layer.kind for layer in layers for name in layer.params if name not in layer.known and name not in values
+    }
+    if unknown:
+        names = listed(f"{name} of {kind}" for name, kind in unknown.items())
+        convert = "convert Flax's cells by jaxrnn.from_flax first, or " if "Cell" in "".join(unknown.values()) else ""
+        example = f"values={{{next(iter(unknown))!r}: array{', ...' * (len(unknown) > 1)}}}"
+        cause = f"jaxrnn does not know what torch draws for {names}"
+        _refuse(owner, cause, f"{convert}give what torch has there, in torch's layout: {example}")
 
 
 def _shared(owner: str, contents: Contents, values: Mapping[str, Any]) -> dict[str, str]:
@@ -159,38 +217,20 @@ def _shared(owner: str, contents: Contents, values: Mapping[str, Any]) -> dict[s
             found |= {name: name if name in given else given[0] for name in same}
         elif len({id(contents.params[name].layer) for name in same}) > 1:
             cause = f"{' and '.join(same)} are one parameter, of which each of torch's layers draws its own"
-            _refuse(owner, [cause], f"give the one that stays in torch: values={{{same[0]!r}: array}}")
+            _refuse(owner, cause, f"give the one that stays in torch: values={{{same[0]!r}: array}}")
     return found
 
 
-def _ordered(
-    owner: str, contents: Contents, layers: Mapping[str, Mapping[str, ModuleParameter]], order: Sequence[str]
-) -> list[str]:
+def _ordered(owner: str, contents: Contents, layers: Mapping[str, _Layer], order: Sequence[str]) -> list[str]:
     """The prefixes of layers, in the order of names of modules or parameters."""
     found: dict[str, None] = {}
     unknown = []
     for name in order:
-        own = [prefix for prefix in layers if prefix.startswith(f"{name}.") or name in layers[prefix]]
+        own = [prefix for prefix in layers if prefix.startswith(f"{name}.") or name in layers[prefix].params]
         unknown += [name] if not own and name not in contents.ignored else []
         found |= dict.fromkeys(own)
     if unknown:
-        _refuse(owner, [f"{name} in order is no module or parameter" for name in unknown], _GIVE_ORDER)
-    if left := [name for prefix in layers if prefix not in found for name in layers[prefix]]:
-        _refuse(owner, [f"order lacks {listed(left)}"], _GIVE_ORDER)
+        _refuse(owner, f"order has {listed(unknown)}, which are no modules or parameters", _GIVE_ORDER)
+    if left := [name for prefix in layers if prefix not in found for name in layers[prefix].params]:
+        _refuse(owner, f"order lacks {listed(left)}", _GIVE_ORDER)
     return list(found)
-
-
-def _drawn(
-    owner: str, layer: Any, params: Mapping[str, ModuleParameter], prefix: str, generator: TorchGenerator
-) -> dict[str, Any]:
-    known = _draws(layer, params, prefix)
-    shapes = {name.removeprefix(prefix): param.shape for name, param in params.items() if name in known}
-    if not shapes:
-        return {}
-    dtype = jnp.result_type(next(iter(params.values())).value)
-    draw = kind_of(layer).draw
-    try:
-        arrays = draw(generator, shapes, dtype) if draw else layer.spec.init(generator, dtype)
-    except TypeError as error:
-        _refuse(owner, [f"{prefix}{error}"], "make that layer with such a param_dtype")
-    return {prefix + name: np.asarray(arrays[name]) for name in shapes}
