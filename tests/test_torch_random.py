@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from comparing import bits, torchs
 from flax import nnx
 
 import jaxrnn
@@ -19,17 +20,6 @@ from jaxrnn import TorchGenerator, torch_random
 SEEDS = (0, 1, -1, -(2**63), 2**32 + 5, 2**40, 2**64 - 1)
 DTYPES = ("float32", "float64", "float16", "bfloat16")
 X = np.ones((5, 2, 3), np.float32)
-
-
-def bits(array: Any) -> tuple[str, tuple[int, ...], bytes]:
-    """All that tells two arrays apart, also 0 and -0."""
-    array = np.asarray(array)
-    return str(array.dtype), array.shape, array.tobytes()
-
-
-def torchs(tensor: Any) -> np.ndarray:
-    """A tensor as a NumPy array, also of bfloat16."""
-    return np.asarray(jaxrnn.checkpoint.arrays.to_numpy("tensor", tensor.detach()))
 
 
 # Checksums of what torch 2.13 draws, so that its numbers are checked without it.
