@@ -4,15 +4,15 @@ They are for comparing a model with its original in torch from the first step on
 Torch's generator is the Mersenne Twister mt19937, seeded with the seed's low 32 bits, and so is NumPy's RandomState:
 
     w        the next 32-bit word of the generator
-    u        (w mod 2^24) / 2^24; for float64 (2^32 w + w' mod 2^53) / 2^53, with the word after it as w'
+    u        (w mod 2^24) / 2^24; for float64 ((2^32 w + w') mod 2^53) / 2^53, with w' the word after w
     uniform  fma(u, high - low, low), rounded once, and low in place of what is rounded up to high
     normal   sqrt(-2 log(1 - u)) cos(2 pi u') and the same with sin, from two numbers u and u'
     kept     by dropout: a number u of float64 is below 1 - p
 
 The source is torch's, `ATen/core/DistributionsHelper.h`, `TransformationHelper.h` and
 `ATen/native/cpu/DistributionTemplates.h`. Numbers are bit for bit those of torch 2.13 on Linux, on a processor with
-AVX2 and fma, such as any for servers and desktops since 2015. Elsewhere the compiler may round twice instead of once,
-and the C library computes normal numbers of float32: then some of the numbers differ in their last bits.
+AVX2 and fma, such as Intel's since 2013 and AMD's since 2015. In torch's code for others, without fma, half of the
+uniform numbers differ by one rounding, and normal ones of float32 by up to 2.1e-6.
 """
 
 from __future__ import annotations
