@@ -39,7 +39,8 @@ ARGUMENTS = {
     "recurrent_kernel_init": "the same for `weight_hh`.",
     "bias_init": "the same for `bias_ih`, with the shape (hidden_size,). It makes `bias_hh` 0, because the two add up. "
     "In GRU's n, where they do not, it draws both.",
-    "rngs": "nnx.Rngs for the initial parameters and, where it is used, for dropout.",
+    "rngs": "nnx.Rngs for the initial parameters and, where it is used, for dropout. Or a jaxrnn.TorchGenerator to "
+    "draw the parameters as torch does; then a call with dropout needs `rngs` or `dropout_masks`.",
     "dtype": "the floating dtype to compute in, and of the output; by default the promoted dtype of inputs and "
     "parameters. States have the dtype of hx, if given: a float32 state is returned unrounded.",
     "precision": "the precision of the products, as for `jax.lax.dot_general`.",

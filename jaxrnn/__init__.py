@@ -5,7 +5,7 @@ What people use, in the order in which to read it:
 1. `cells`: what one step computes. `more_cells`: cells that torch does not have. `activations`: torch's cells with
    other activations.
 2. `spec`: a layer's or a cell's settings, and the names and shapes of its parameters. `initializers`: other initial
-   values than torch's.
+   values than torch's. `torch_random`: torch's own from its seed.
 3. `functions`: `apply` and its relatives, for parameters that no module holds.
 4. `nnx` and `linen`: modules, which add parameters and randomness.
 5. `packed`: rows of different lengths. `engines`: what runs the loop over time. `checkpoint`: files, and other
@@ -25,7 +25,7 @@ from jaxrnn import activations, checkpoint, initializers, linen
 from jaxrnn._version import __version__
 from jaxrnn.activations import gru_cell, lstm_cell, rnn_cell
 from jaxrnn.cells import GRU_CELL, LSTM_CELL, RNN_RELU, RNN_TANH, Cell, Parameter
-from jaxrnn.checkpoint import CheckpointError, from_flax, from_torch, load_state_dict, state_dict
+from jaxrnn.checkpoint import CheckpointError, from_flax, from_torch, load_state_dict, state_dict, torch_init
 from jaxrnn.functions import Trajectory, apply, apply_cell, apply_step, trajectory
 from jaxrnn.more_cells import IND_RNN_CELL, LAYER_NORM_LSTM_CELL, MIN_GRU_CELL, PEEPHOLE_LSTM_CELL, zoneout
 from jaxrnn.nnx import GRU, LSTM, RNN, FlaxCell, GRUCell, LSTMCell, OutputOnly, Recurrent, RNNCell
@@ -40,6 +40,7 @@ from jaxrnn.packed import (
     unpad_sequence,
 )
 from jaxrnn.spec import CellSpec, Spec
+from jaxrnn.torch_random import TorchGenerator
 
 __all__ = [
     "GRU",
@@ -65,6 +66,7 @@ __all__ = [
     "RNNCell",
     "Recurrent",
     "Spec",
+    "TorchGenerator",
     "Trajectory",
     "__version__",
     "activations",
@@ -86,6 +88,7 @@ __all__ = [
     "pad_sequence",
     "rnn_cell",
     "state_dict",
+    "torch_init",
     "trajectory",
     "unpack_sequence",
     "unpad_sequence",

@@ -183,13 +183,14 @@ def annotated_param(value: jax.Array, axes: tuple[Any, ...]) -> nnx.Param:
     return nnx.Param(value, out_sharding=axes, eager_sharding=False)
 
 
-def may_be_sorted(names: list[str]) -> bool:
-    """Whether Flax may have sorted a node's attributes, so that their order of definition is lost.
+def is_rebuilt(node: nnx.Pytree) -> bool:
+    """Whether Flax has made a node anew from its parts, as `nnx.merge`, `nnx.jit` and copies do.
 
-    `vars` has them in the order of definition, which is torch's. When Flax rebuilds the node, as `nnx.merge` and
-    `nnx.jit` do, it sorts them. That is not documented, and the node does not say whether it happened.
+    `vars` has a new node's attributes in the order of definition, which is torch's, after Flax's own. When Flax
+    rebuilds the node, it sorts them all. That is not documented, and the node does not say whether it happened.
     """
-    return names == sorted(names)
+    first = list(vars(nnx.Module()))
+    return list(vars(node))[: len(first)] != first
 
 
 def called_module(context: Any) -> linen.Module:

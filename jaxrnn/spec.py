@@ -10,17 +10,19 @@ import dataclasses
 import inspect
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Generic
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
+from numpy.typing import NDArray
 
 from jaxrnn import cells, more_cells
 from jaxrnn.cells import ROLES, Cell, StateT
 from jaxrnn.initializers import GateInitializer, by_role
+from jaxrnn.torch_random import TorchGenerator
 
 Shape = tuple[int, ...]
 
@@ -64,7 +66,7 @@ class _Shapes(abc.ABC, Generic[StateT]):
 
     def init(
         self,
-        key: jax.Array,
+        key: jax.Array | TorchGenerator,
         dtype: DTypeLike = jnp.float32,
         *,
         kernel_init: GateInitializer | None = None,
@@ -76,7 +78,7 @@ class _Shapes(abc.ABC, Generic[StateT]):
         A cell's own parameters are drawn by their `init`, if they have one.
 
         Args:
-            key: a jax random key.
+            key: a jax random key; or a `jaxrnn.TorchGenerator`, for the numbers that torch's constructor draws.
             dtype: the parameters' floating dtype.
             kernel_init: what draws `weight_ih`, and with proj_size `weight_hr`, in place of torch's draw: a function
                 `init(key, shape, dtype)`, as in `jax.nn.initializers`. It is called for each gate with the shape
@@ -90,7 +92,8 @@ class _Shapes(abc.ABC, Generic[StateT]):
 
         Raises:
             TypeError: an initializer is not a function of a key, a shape and a dtype, or returns another shape.
-            ValueError: it names a gate that the cell does not have.
+            ValueError: it names a gate that the cell does not have. Or a TorchGenerator is given with an initializer,
+                or for a cell with one of its own, such as `jaxrnn.LAYER_NORM_LSTM_CELL`.
 
         >>> import jax, jaxrnn
         >>> params = jaxrnn.CellSpec(jaxrnn.GRU_CELL, 3, 4).init(jax.random.key(0))
@@ -98,10 +101,16 @@ class _Shapes(abc.ABC, Generic[StateT]):
         {'weight_ih': (12, 3), 'weight_hh': (12, 4), 'bias_ih': (12,), 'bias_hh': (12,)}
         """
         shapes = self.shapes()
+        given: dict[str, Any] = {
+            "kernel_init": kernel_init, "recurrent_kernel_init": recurrent_kernel_init, "bias_init": bias_init
+        }  # fmt: skip
+        if isinstance(key, TorchGenerator):
+            self._refuse_initializers(given)
+            bound = self._bound()
+            drawn = {name: key.uniform(shape, -bound, bound, dtype) for name, shape in shapes.items()}
+            return {name: _as_jax(array) for name, array in drawn.items()}
         keys = jax.random.split(key, len(shapes))
-        draws = self.initializers(
-            kernel_init=kernel_init, recurrent_kernel_init=recurrent_kernel_init, bias_init=bias_init
-        )
+        draws = self.initializers(**given)
         return {name: draws[name](keys[i], shape, dtype) for i, (name, shape) in enumerate(shapes.items())}
 
     def initializers(
@@ -120,9 +129,28 @@ class _Shapes(abc.ABC, Generic[StateT]):
     def _named_roles(self) -> dict[str, str]:
         """Each parameter's role, in the order of `shapes()`."""
 
+    def _bound(self) -> float:
+        return 1 / math.sqrt(self.hidden_size) if self.hidden_size else 0.0
+
     def _uniform(self, key: jax.Array, shape: Shape, dtype: DTypeLike = jnp.float32) -> jax.Array:
-        bound = 1 / math.sqrt(self.hidden_size) if self.hidden_size else 0.0
+        bound = self._bound()
         return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    def _refuse_initializers(self, given: Mapping[str, GateInitializer | None]) -> None:
+        """Refuse what draws from a key of JAX, which a TorchGenerator is not."""
+        own = [name for name, parameter in self.cell.own.items() if parameter.init is not None]
+        found = [name for name, value in given.items() if value is not None] + [f"init of {name}" for name in own]
+        if found:
+            raise ValueError(
+                f"{found[0]} should be None with a TorchGenerator, because it draws from a jax key: "
+                "give a key or nnx.Rngs in place of the generator"
+            )
+
+
+def _as_jax(array: NDArray[Any]) -> jax.Array:
+    """An array on the mesh, if one is set: with a dtype, `jnp.asarray` would put it on one device."""
+    found = jnp.asarray(array)
+    return found if found.dtype == array.dtype else found.astype(array.dtype)  # float64 without x64, of which JAX warns
 
 
 def shown(spec: Any) -> list[str]:
@@ -289,6 +317,26 @@ class Spec(_Shapes[StateT]):
         """
         rows = self.num_layers * self.num_directions
         return tuple((rows, *batch, size) for size in self.state_sizes())
+
+    def dropout_masks(self, generator: TorchGenerator, *leading: int) -> list[NDArray[np.bool_]]:
+        """The masks that torch's module with these settings draws in a training call, for `dropout_masks=`.
+
+        Args:
+            generator: torch's generator, as it is before the call. See `TorchGenerator.dropout_mask` for where torch
+                draws these masks, and where others.
+            leading: (time, batch) of the input, even with `batch_first`; or (time,) of an unbatched one; or for a
+                PackedSequence the length of its data.
+
+        Returns:
+            A mask for each layer but the last.
+
+        >>> import jaxrnn
+        >>> spec = jaxrnn.Spec(jaxrnn.LSTM_CELL, 10, 20, num_layers=3, dropout=0.2, bidirectional=True)
+        >>> [mask.shape for mask in spec.dropout_masks(jaxrnn.TorchGenerator(0), 7, 3)]
+        [(7, 3, 40), (7, 3, 40)]
+        """
+        shape = *leading, self.num_directions * self.output_size
+        return [generator.dropout_mask(shape, self.dropout) for _ in range(self.num_layers - 1)]
 
     def names(self, layer: int, direction: int) -> dict[str, str]:
         """For one layer and direction: from a parameter's role (`weight_ih`) to its name (`weight_ih_l0_reverse`).

@@ -1,5 +1,7 @@
 """Training in step with torch: the same weights, batches, dropout masks and optimizer; losses and weights compared.
 
+In one run each side draws its first weights from a seed.
+
 A record of a run is a dict of arrays:
 
     losses  torch's loss at each step, float64
@@ -18,9 +20,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import nnx
 
-from jaxrnn.checkpoint import clip_grad_norm, optax_from_torch
+from jaxrnn.checkpoint import clip_grad_norm, optax_from_torch, state_dict, torch_init
 from jaxrnn.functions import apply
+from jaxrnn.nnx import Recurrent
 from jaxrnn.spec import Spec
 
 from .cases import LAYERS, NamedArrays
@@ -43,6 +47,7 @@ class Run:
         clip: the norm that gradients are clipped to, if they are.
         bidirectional: whether the network is.
         variational: whether one dropout mask is for all time steps.
+        seed: what the first parameters are drawn from, on each side by itself; None if both are given the same.
     """
 
     kind: str
@@ -53,6 +58,7 @@ class Run:
     bidirectional: bool = False
     dropout: float = 0.25
     variational: bool = False
+    seed: int | None = None
 
     @property
     def name(self) -> str:
@@ -88,7 +94,16 @@ class Run:
         x = random.standard_normal((STEPS, TIME, BATCH, INPUT))
         y = np.zeros((STEPS, TIME, BATCH, 1))
         y[:, 2:] = x[:, 1:-1, :, :1] * (1 + 0.5 * x[:, :-2, :, 1:2])
-        return params, x, y
+        return params if self.seed is None else self._drawn(self.seed), x, y
+
+    def _drawn(self, seed: int) -> NamedArrays:
+        """What torch draws first, without torch."""
+        arguments = {name: getattr(self.spec, name) for name in ("num_layers", "bidirectional", "proj_size", "dropout")}
+        settings: Any = {"param_dtype": jnp.float64, "rngs": nnx.Rngs(0)}
+        network = Recurrent(self.spec.cell, INPUT, HIDDEN, **arguments, **settings)
+        model = nnx.Dict(rnn=network, head=nnx.Linear(self.features, 1, **settings))
+        torch_init(model, seed)
+        return state_dict(model)
 
 
 RUNS = {
@@ -102,6 +117,7 @@ RUNS = {
         Run("LSTM_PROJ", "AdamW", _ADAM | {"weight_decay": 0.1}, "adamw"),
         Run("GRU", "AdamW", _ADAM | {"weight_decay": 0.1}, "adamw", clip=0.5, bidirectional=True),
         Run("GRU", "Adam", _ADAM | {"betas": (0.8, 0.99), "weight_decay": 1e-3}, "adam"),
+        Run("LSTM", "AdamW", _ADAM | {"weight_decay": 0.1}, "seed", bidirectional=True, seed=2026),
     )
 }
 
@@ -116,6 +132,7 @@ def run_torch(run: Run) -> NamedArrays:
         getattr(torch.nn, kind.module), hidden_size=HIDDEN, bidirectional=run.bidirectional, dtype=torch.float64,
         **kind.arguments, **({"proj_size": spec.proj_size} if spec.proj_size else {}),
     )  # fmt: skip
+    torch.manual_seed(run.seed or 0)
     network = layers(INPUT, num_layers=LAYER_COUNT, dropout=run.dropout)
 
     def outputs(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -131,7 +148,8 @@ def run_torch(run: Run) -> NamedArrays:
 
     model = torch.nn.ModuleDict({"rnn": network, "head": torch.nn.Linear(run.features, 1, dtype=torch.float64)})
     params, x, y = run.numbers()
-    model.load_state_dict({name: torch.tensor(value) for name, value in params.items()})
+    if run.seed is None:  # else it has drawn its own
+        model.load_state_dict({name: torch.tensor(value) for name, value in params.items()})
     optimizer = getattr(torch.optim, run.optimizer)(model.parameters(), **run.settings)
     losses, masks = [], []
     for step in range(STEPS):

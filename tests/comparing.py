@@ -1,10 +1,12 @@
-"""How tests compare numbers: one function, whose message names the leaf that is off, by how much and where."""
+"""How tests compare numbers: up to rounding, with a message of what is off, by how much and where; or bit by bit."""
 
 from typing import Any
 
 import chex
 import jax
 import numpy as np
+
+from jaxrnn.checkpoint.arrays import to_numpy
 
 
 def assert_close(found: Any, expected: Any, *, atol: float = 1e-12, rtol: float = 0.0) -> None:
@@ -18,6 +20,17 @@ def assert_close(found: Any, expected: Any, *, atol: float = 1e-12, rtol: float 
     found, expected = _arrays(found), _arrays(expected)
     chex.assert_trees_all_equal_shapes(found, expected)
     chex.assert_trees_all_close(found, expected, atol=atol, rtol=rtol)
+
+
+def bits(array: Any) -> tuple[str, tuple[int, ...], bytes]:
+    """All that tells two arrays apart, also 0 and -0."""
+    array = np.asarray(array)
+    return str(array.dtype), array.shape, array.tobytes()
+
+
+def torchs(tensor: Any) -> np.ndarray:
+    """A tensor as a NumPy array, also of bfloat16."""
+    return np.asarray(to_numpy("tensor", tensor.detach()))
 
 
 def _arrays(tree: Any) -> Any:

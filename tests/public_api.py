@@ -146,6 +146,12 @@ def functions(cell: jaxrnn.Cell, key: jax.Array) -> None:
     inside = jaxrnn.trajectory(spec, params, x, mask=x[..., 0] > 0, engine="scan")
     assert_type(inside, jaxrnn.Trajectory)
     print(inside.states["c"][0, -1], inside.gates["f"].mean(), h_n.shape, c_n.shape)
+    generator = jaxrnn.TorchGenerator(0)
+    output, (h_n, c_n) = jaxrnn.apply(
+        spec, spec.init(generator), x, dropout_masks=spec.dropout_masks(jaxrnn.TorchGenerator(seed=1), 5, 3)
+    )
+    print(generator.uniform((3, 4), -1.0, 1.0).sum(), generator.normal(3, "float64"), generator.dropout_mask([3], 0.5))
+    print(jaxrnn.LSTM(10, 20, rngs=generator), jaxrnn.GRUCell(10, 20, rngs=generator), output.shape)
     print(spec.shapes()["weight_ih_l0"][0] + 1, spec.state_shapes(3), spec.names(0, 0), spec.hidden_axes())
 
     def ones(key: jax.Array, shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> jax.Array:
@@ -225,6 +231,11 @@ def linen_modules(key: jax.Array) -> None:
     assert_type(loaded, jaxrnn.checkpoint.linen.Loaded)
     assert_type(loaded.missing, list[str])
     output, (h_n, c_n) = lstm.apply(loaded.variables, x)
+    first = jaxrnn.checkpoint.linen.torch_init(lstm, variables, 0, x, order=["weight_ih_l0"])
+    print(
+        first["params"],
+        jaxrnn.checkpoint.linen.torch_init(lstm, variables, jaxrnn.TorchGenerator(1), x, values=tensors),
+    )
     params = loaded.variables["params"]
     optimizer, opt_state = jaxrnn.checkpoint.linen.optax_from_torch(SGD, lstm, variables, x)
     print(loaded.unexpected, optimizer.update(params, opt_state, params)[0])
@@ -253,6 +264,9 @@ def checkpoints(folder: Path, lstm: jaxrnn.LSTM) -> None:
     assert jaxrnn.checkpoint.from_flax is jaxrnn.from_flax
     assert jaxrnn.checkpoint.CheckpointError is jaxrnn.CheckpointError
     assert jaxrnn.checkpoint.from_torch is jaxrnn.from_torch
+    assert jaxrnn.checkpoint.torch_init is jaxrnn.torch_init
+    jaxrnn.torch_init(lstm, jaxrnn.TorchGenerator(0), order=list(tensors), values=tensors)
+    jaxrnn.torch_init(lstm, seed=0)
     try:
         jaxrnn.checkpoint.load(folder / "none.pt")
     except jaxrnn.CheckpointError as error:

@@ -233,11 +233,13 @@ NOT_MAPPED = {
     "Parameter": "axes and a function, with no arrays in it",
     "Trajectory": "what trajectory returns",
     **dict.fromkeys(
-        ("load_state_dict", "state_dict", "from_torch", "from_flax"), "moves arrays between host and module"
+        ("load_state_dict", "state_dict", "torch_init", "from_torch", "from_flax"),
+        "moves arrays between host and module",
     ),
     "checkpoint": "reads and writes files",
     **dict.fromkeys(("lstm_cell", "gru_cell", "rnn_cell", "zoneout"), "makes a Cell"),
     "activations": "functions of one array, of which a Cell is made",
+    "TorchGenerator": "draws NumPy's arrays, outside of what JAX traces",
     "initializers": "functions that draw parameters: test_initializers maps them",
     "CheckpointError": "an error",
     "linen": "a module, whose classes are listed by themselves",

@@ -11,7 +11,7 @@ import optax
 import pytest
 from comparing import assert_close
 
-from jaxrnn import checkpoint
+from jaxrnn import TorchGenerator, checkpoint
 from parity import __main__ as runner
 from parity import training
 from parity.cases import LAYERS, NamedArrays
@@ -21,6 +21,7 @@ from parity.training import RUNS, STEPS, Run, compare, run_torch
 RECORDED = Recorded()
 ADAMW, ADAM = RUNS["training-GRU-adamw"], RUNS["training-LSTM-adam"]
 NESTEROV, VARIATIONAL = RUNS["training-RNN_RELU-nesterov"], RUNS["training-RNN_TANH-variational"]
+SEEDED = RUNS["training-LSTM-seed"]
 
 
 def _quick_and_slow(quick: Run, *slow: Run) -> pytest.MarkDecorator:
@@ -42,7 +43,7 @@ def test_every_kind_and_optimizer_is_trained() -> None:
         RECORDED.training(dataclasses.replace(ADAM, label="unheard of"))
 
 
-@_quick_and_slow(NESTEROV, ADAMW, VARIATIONAL)
+@_quick_and_slow(NESTEROV, ADAMW, VARIATIONAL, SEEDED)
 def test_ours_follows_the_record(run: Run) -> None:
     result = compare(run, RECORDED.training(run))
     assert not result.failure()
@@ -51,11 +52,34 @@ def test_ours_follows_the_record(run: Run) -> None:
 
 
 @pytest.mark.torch
-@_quick_and_slow(NESTEROV, ADAM)
+@_quick_and_slow(NESTEROV, ADAM, SEEDED)
 def test_the_record_is_a_live_torchs(torch: types.ModuleType, run: Run) -> None:
     recorded, now = RECORDED.training(run), run_torch(run)
     assert np.array_equal(recorded["masks"], now["masks"])
     assert_close(recorded, now)
+
+
+@pytest.mark.parametrize("run", RUNS.values(), ids=list(RUNS))
+def test_recorded_masks_are_those_of_the_seeds(run: Run) -> None:
+    """Torch recorded them on a processor where it draws dropout by its own generator."""
+    masks = [TorchGenerator(step).dropout_mask(run.mask_shape, run.dropout) for step in range(STEPS)]
+    assert np.array_equal(np.packbits(masks), RECORDED.training(run)["masks"])
+
+
+@pytest.mark.torch
+def test_a_run_from_a_seed_starts_with_torchs_weights(torch: types.ModuleType) -> None:
+    params, *_ = SEEDED.numbers()
+    torch.manual_seed(SEEDED.seed)
+    sizes = {"hidden_size": training.HIDDEN, "num_layers": training.LAYER_COUNT, "bidirectional": True}
+    layers = torch.nn.LSTM(training.INPUT, **sizes, dtype=torch.float64)
+    theirs = torch.nn.ModuleDict({"rnn": layers, "head": torch.nn.Linear(SEEDED.features, 1, dtype=torch.float64)})
+    assert all(np.array_equal(params[name], value.numpy()) for name, value in theirs.state_dict().items())
+
+
+@pytest.mark.slow
+def test_another_seed_is_seen() -> None:
+    result = compare(dataclasses.replace(SEEDED, seed=1), RECORDED.training(SEEDED))
+    assert "are off by" in result.failure()
 
 
 def _without_the_small_number(max_norm: float) -> optax.GradientTransformation:

@@ -10,6 +10,7 @@ from jaxrnn.checkpoint.nnx import from_torch, load_state_dict, state_dict
 from jaxrnn.checkpoint.optimizer import clip_grad_norm, optax_from_torch, optimizer_from_torch
 from jaxrnn.checkpoint.scaffold import scaffold
 from jaxrnn.checkpoint.to_onnx import to_onnx
+from jaxrnn.checkpoint.torch_init import torch_init
 from jaxrnn.checkpoint.write import save
 
 __all__ = [
@@ -31,4 +32,5 @@ __all__ = [
     "scaffold",
     "state_dict",
     "to_onnx",
+    "torch_init",
 ]

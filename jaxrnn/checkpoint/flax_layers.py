@@ -4,7 +4,7 @@ import inspect
 import itertools
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +14,7 @@ from flax import linen, nnx
 
 from jaxrnn.checkpoint.tables import USED, Row, Table, neutral, warned
 from jaxrnn.spec import level_outside
+from jaxrnn.torch_random import TorchGenerator
 
 
 class Conversion(NamedTuple):
@@ -169,6 +170,35 @@ def _pad(name: str, pads: list[tuple[int, int]]) -> str:
     return f"torch.nn.functional.pad({name}, {sum(reversed(pads), ())})"
 
 
+_Shapes = Mapping[str, tuple[int, ...]]
+_Draw = Callable[[TorchGenerator, _Shapes, np.dtype], dict[str, np.ndarray]]
+
+
+def _constants(generator: TorchGenerator, shapes: _Shapes, dtype: np.dtype) -> dict[str, np.ndarray]:
+    """Of norms: ones and zeros."""
+    return {name: np.full(shape, name in ("weight", "running_var"), dtype) for name, shape in shapes.items()}
+
+
+def _normal(generator: TorchGenerator, shapes: _Shapes, dtype: np.dtype) -> dict[str, np.ndarray]:
+    """Of torch.nn.Embedding."""
+    return {name: generator.normal(shape, dtype) for name, shape in shapes.items()}
+
+
+def _within_fan_in(generator: TorchGenerator, shapes: _Shapes, dtype: np.dtype) -> dict[str, np.ndarray]:
+    """Of torch.nn.Linear and convolutions: kaiming_uniform_(weight, a=sqrt(5)), then the bias.
+
+    The bound of both is 1/sqrt(fan_in), up to rounding.
+    """
+    fan_in = math.prod(shapes["weight"][1:])
+    bound = 1 / math.sqrt(fan_in) if fan_in else 0.0
+    gain = math.sqrt(2.0 / (1 + math.sqrt(5) ** 2))
+    first = math.sqrt(3.0) * (gain / math.sqrt(fan_in)) if fan_in else 0.0
+    bounds = {"weight": first, "bias": bound}
+    return {
+        name: generator.uniform(shapes[name], -bounds[name], bounds[name], dtype) for name in bounds if name in shapes
+    }
+
+
 class LayerKind(NamedTuple):
     """A row of the table: a kind of layer.
 
@@ -176,11 +206,13 @@ class LayerKind(NamedTuple):
         conversions: its variables, in torch's order.
         differences: warnings about a layer's settings that are not torch's, with the remedy.
         ignored: what torch stores and Flax does not have.
+        draw: the first parameters in torch, from a generator, the shapes by torch's names, and the dtype.
     """
 
     conversions: tuple[Conversion, ...] = ()
     differences: Callable[[Any], Iterator[str]] = lambda layer: iter(())
     ignored: tuple[str, ...] = ()
+    draw: _Draw | None = None
 
 
 def _features(layer: Any) -> tuple[int, ...]:
@@ -190,23 +222,24 @@ def _features(layer: Any) -> tuple[int, ...]:
 _BIAS = Conversion("bias", "bias", lambda layer: (layer.out_features,))
 _KERNEL = Conversion("kernel", "weight", lambda layer: layer.kernel_shape, _to_channels_first, _to_channels_last)
 _MATRIX = Conversion("kernel", "weight", lambda layer: (layer.in_features, layer.out_features), _transpose, _transpose)
-_LINEAR = LayerKind((_MATRIX, _BIAS))
-_EMBED = LayerKind((Conversion("embedding", "weight", lambda layer: (layer.num_embeddings, layer.features)),))
+_LINEAR = LayerKind((_MATRIX, _BIAS), draw=_within_fan_in)
+_TABLE = Conversion("embedding", "weight", lambda layer: (layer.num_embeddings, layer.features))
+_EMBED = LayerKind((_TABLE,), draw=_normal)
 _SCALE = Conversion("scale", "weight", _features)
 _AFFINE = (_SCALE, Conversion("bias", "bias", _features))
 _STATISTICS = (Conversion("mean", "running_mean", _features), Conversion("var", "running_var", _features))
 _EPSILON = Setting("epsilon", "eps", 1e-5)
 _MOMENTUM = Setting("momentum", "momentum", 0.1, lambda value: 1 - value)
-_NORM = LayerKind(_AFFINE, _compared(_EPSILON))
-_BATCH_NORM = LayerKind((*_AFFINE, *_STATISTICS), _compared(_EPSILON, _MOMENTUM), ("num_batches_tracked",))
+_NORM = LayerKind(_AFFINE, _compared(_EPSILON), draw=_constants)
+_BATCH_NORM = LayerKind((*_AFFINE, *_STATISTICS), _compared(_EPSILON, _MOMENTUM), ("num_batches_tracked",), _constants)
 _KINDS: dict[str, LayerKind] = {
     "Linear": _LINEAR,
     "Dense": _LINEAR,
     "Embed": _EMBED,
-    "Conv": LayerKind((_KERNEL, _BIAS), _padding),
-    "ConvTranspose": LayerKind((_KERNEL, _BIAS), _transposed_padding),
+    "Conv": LayerKind((_KERNEL, _BIAS), _padding, draw=_within_fan_in),
+    "ConvTranspose": LayerKind((_KERNEL, _BIAS), _transposed_padding, draw=_within_fan_in),
     **dict.fromkeys(("LayerNorm", "GroupNorm", "InstanceNorm"), _NORM),
-    "RMSNorm": LayerKind((_SCALE,), _compared(Setting("epsilon", "eps", None))),
+    "RMSNorm": LayerKind((_SCALE,), _compared(Setting("epsilon", "eps", None)), draw=_constants),
     "BatchNorm": _BATCH_NORM,
 }
 

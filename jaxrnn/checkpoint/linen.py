@@ -2,7 +2,7 @@
 
 import itertools
 import warnings
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +19,9 @@ from jaxrnn.checkpoint.flax_layers import Conversion, kind_of
 from jaxrnn.checkpoint.matching import Contents, ModuleParameter, fit, interchangeable
 from jaxrnn.checkpoint.named import Names
 from jaxrnn.checkpoint.optimizer import are_named, order_lost, resumed, trained
+from jaxrnn.checkpoint.torch_init import drawn, is_other
 from jaxrnn.spec import CellSpec, Spec
+from jaxrnn.torch_random import TorchGenerator
 
 TreePath = tuple[str, ...]
 
@@ -90,14 +92,82 @@ def load_state_dict(
     found = fit(type(module).__name__, contents, tensors, prefix, strict)
     for text in found.warnings:
         warnings.warn(text, stacklevel=2)
+    return Loaded(_replaced(variables, contents, found.arrays), found.missing, found.unexpected)
+
+
+def _replaced(variables: Mapping[str, Any], contents: Contents, arrays: Mapping[str, jax.Array]) -> Any:
+    """Variables with other arrays for some parameters, by their names in torch."""
     flat = _flat(variables)
-    for name, array in found.arrays.items():
+    for name, array in arrays.items():
         place = contents.params[name].place
         box = jax.tree.structure(flat[place])  # an array, or one with metadata such as `linen.Partitioned`
         flat[place] = jax.tree.unflatten(box, [array])
     tree = unflatten_dict(flat)
-    new = linen.FrozenDict(tree) if isinstance(variables, linen.FrozenDict) else tree
-    return Loaded(new, found.missing, found.unexpected)
+    return linen.FrozenDict(tree) if isinstance(variables, linen.FrozenDict) else tree
+
+
+def torch_init(
+    module: linen.Module,
+    variables: Mapping[str, Any],
+    seed: int | TorchGenerator,
+    *args: Any,
+    order: Sequence[str] | None = None,
+    values: Mapping[str, Any] = {},
+    **kwargs: Any,
+) -> Any:
+    """The variables of a Linen module with the parameters that torch draws: `jaxrnn.torch_init` for Flax's other API.
+
+    Layers are drawn in the order in which they are called. If `setup` defines them in another one, give `order`; also
+    if torch's model does.
+
+    Args:
+        module, variables, args, kwargs: as for `load_state_dict`.
+        seed, order, values: as for `jaxrnn.torch_init`.
+
+    Returns:
+        New variables.
+
+    Raises:
+        CheckpointError: as `jaxrnn.torch_init`; or `setup` defines submodules in another order than that of the calls.
+
+    Warns:
+        UserWarning: as `load_state_dict`.
+
+    >>> import jax, jax.numpy as jnp, jaxrnn
+    >>> from flax import linen
+    >>> model, x = linen.Sequential([jaxrnn.linen.GRUCell(3, 4), linen.Dense(5)]), jnp.ones((2, 3))
+    >>> variables = jaxrnn.checkpoint.linen.torch_init(model, model.init(jax.random.key(0), x), 0, x)
+    >>> variables["params"]["layers_0"]["bias_hh"][:3]
+    Array([ 0.24965751,  0.10465068, -0.390042  ], dtype=float32)
+    """
+    layers = _reached(module, variables, args, kwargs)
+    contents, owner = _contents_of(module, variables, layers), type(module).__name__
+    doubtful = _defined_otherwise(layers, _flat(variables)) if order is None else []
+    others = {
+        id(below.module): type(layer.module).__name__
+        for path, layer in layers.items()
+        if is_other(layer.module)
+        for under, below in layers.items()
+        if under[: len(path)] == path
+    }
+    reason = "they are called in another order than setup's"
+    tensors = drawn(owner, contents, others, seed, order, values, doubtful, reason)
+    found = fit(owner, contents, tensors, "", strict=True)
+    for text in found.warnings:
+        warnings.warn(text, stacklevel=2)
+    return _replaced(variables, contents, found.arrays)
+
+
+def _defined_otherwise(layers: Mapping[TreePath, "_LinenLayer"], places: Iterable[TreePath]) -> list[str]:
+    """Submodules with parameters that `setup` defines in another order than that of their first calls."""
+    with_parameters = {place[1 : end + 1] for place in places for end in range(1, len(place) - 1)}
+    for path, layer in layers.items():
+        below = dict.fromkeys(called[: len(path) + 1] for called in layers if called[: len(path)] == path != called)
+        called = [child[-1] for child in below if child in with_parameters]
+        defined = [name for name in layer.defined if name in called]
+        if defined != [name for name in called if name in defined]:
+            return defined
+    return []
 
 
 def state_dict(
@@ -233,10 +303,23 @@ def _contents(module: linen.Module, variables: Mapping[str, Any], args: tuple, k
     Raises:
         CheckpointError: the module is a stack of several, as `linen.vmap` makes, or variables has no "params".
     """
+    return _contents_of(module, variables, _reached(module, variables, args, kwargs))
+
+
+def _reached(
+    module: linen.Module, variables: Mapping[str, Any], args: tuple, kwargs: dict
+) -> dict[TreePath, "_LinenLayer"]:
+    """Every submodule that a call reaches, as `_layers`; having checked variables."""
     _check_collections(module, variables, {name for name in variables if not isinstance(variables[name], Mapping)})
     layers = _layers(module, variables, args, kwargs)
     if "params" not in variables:
         _check_collections(module, variables, {path[0] for path in layers if path} & variables.keys())
+    return layers
+
+
+def _contents_of(
+    module: linen.Module, variables: Mapping[str, Any], layers: Mapping[TreePath, "_LinenLayer"]
+) -> Contents:
     prefixes = {path: "".join(f"{name}." for name in _renamed(path, layers)) for path in layers}
     found: dict[TreePath, dict[str, ModuleParameter]] = {path: {} for path in layers}
     for place, value in _flat(variables).items():
@@ -283,11 +366,13 @@ class _LinenLayer(NamedTuple):
     Attributes:
         module: the submodule.
         names: from the child names that Linen generates to torch's.
+        defined: the names of submodules that are attributes, in the order in which these were set.
         shapes: the shapes of its variables inside it, by collection and name.
     """
 
     module: linen.Module
     names: dict[str, str]
+    defined: dict[str, None]
     shapes: dict[TreePath, tuple[int, ...]]
 
 
@@ -299,7 +384,7 @@ def _layers(
 
     def note(call: Any, call_args: tuple, call_kwargs: dict, context: Any) -> Any:
         layer = _compat.called_module(context)
-        noted = layers.setdefault(layer.path, _LinenLayer(layer, {}, {}))  # before its submodules
+        noted = layers.setdefault(layer.path, _LinenLayer(layer, {}, {}, {}))  # before its submodules
         for collection, below in layer.variables.items():
             for name, value in below.items():
                 if not isinstance(value, Mapping) and (leaves := jax.tree.leaves(value)):
@@ -308,6 +393,7 @@ def _layers(
         # Now, because the attributes that `setup` sets are gone after the call.
         for name, value in vars(layer).items():
             layers[layer.path].names.update(_numbered(name, value))
+            layers[layer.path].defined.update(dict.fromkeys([name, *dict(_numbered(name, value))]))
         if isinstance(layer, linen.Sequential):  # which numbers its layers as torch does
             for name, number in layers[layer.path].names.items():
                 layers[layer.path].names[name] = number.removeprefix("layers.")

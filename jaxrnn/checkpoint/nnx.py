@@ -80,14 +80,19 @@ def load_state_dict(
     found = fit(type(module).__name__, contents, tensors, prefix, strict)
     for text in found.warnings:
         warnings.warn(text, stacklevel=2)
-    for name, array in found.arrays.items():
+    put(contents, found.arrays)
+    return found.missing, found.unexpected
+
+
+def put(contents: Contents, arrays: Mapping[str, jax.Array]) -> None:
+    """Set parameters, by their names in torch, to arrays in Flax's layout."""
+    for name, array in arrays.items():
         param = contents.params[name]
         variable = param.place
         axes = variable.get_metadata().get("out_sharding")
         if axes and not isinstance(param.value, jax.Array):  # of an abstract module: not on any device yet
             array = flax_sharding.shard(array, axes)
         variable.set_value(array)
-    return found.missing, found.unexpected
 
 
 def state_dict(module: nnx.Module) -> dict[str, NDArray[Any]]:
@@ -303,9 +308,22 @@ def order_in_doubt(node: object, above: tuple[int, ...] = ()) -> list[str]:
             if isinstance(children[name], nnx.Param) == own:
                 shapes = tuple(param.shape for param in _under({name: children[name]}).params.values())
                 parts |= {name: shapes} if shapes else {}
-        if len(parts) > 1 and _compat.may_be_sorted(list(parts)) and interchangeable(parts):
+        if len(parts) > 1 and _compat.is_rebuilt(node) and interchangeable(parts):
             return list(parts)
     return []
+
+
+def order_lost_in(node: object, above: tuple[int, ...] = (), rebuilt: bool = False) -> list[str]:
+    """Submodules whose order of definition is lost, because Flax has made their module anew."""
+    children = _children(node) if id(node) not in above else {}
+    rebuilt = _compat.is_rebuilt(node) if isinstance(node, nnx.Pytree) else rebuilt
+    numbered = isinstance(node, nnx.Sequential | nnx.List | list | tuple)
+    below = {name: child for name, child in children.items() if not isinstance(child, nnx.Variable)}
+    for child in below.values():
+        if found := order_lost_in(child, (*above, id(node)), rebuilt):
+            return found
+    drawn = [name for name, child in below.items() if _under(child).params] if rebuilt and not numbered else []
+    return drawn if len(drawn) > 1 else []
 
 
 def _children(node: object) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from jaxrnn.cells import RNN_RELU, StateT
 from jaxrnn.initializers import GateInitializer
 from jaxrnn.packed import Lengths, PackedSequence
 from jaxrnn.spec import CellSpec, Spec, shown
+from jaxrnn.torch_random import TorchGenerator
 
 if TYPE_CHECKING:
     from jaxrnn._core.weights import LayerParameters
@@ -66,7 +67,7 @@ class Module(nnx.Module, Generic[StateT]):
         spec: Spec[StateT] | CellSpec[StateT],
         options: Options,
         param_dtype: DTypeLike,
-        rngs: nnx.Rngs,
+        rngs: nnx.Rngs | TorchGenerator,
         kernel_init: GateInitializer | None,
         recurrent_kernel_init: GateInitializer | None,
         bias_init: GateInitializer | None,
@@ -77,7 +78,7 @@ class Module(nnx.Module, Generic[StateT]):
         floating_dtype("param_dtype", param_dtype)
         self.param_dtype = param_dtype
         values = spec.init(
-            rngs.params(),
+            rngs if isinstance(rngs, TorchGenerator) else rngs.params(),
             param_dtype,
             kernel_init=kernel_init,
             recurrent_kernel_init=recurrent_kernel_init,
@@ -150,7 +151,7 @@ class Layers(Module[StateT], LayerParameters):
         spec: Spec[StateT],
         options: Options,
         param_dtype: DTypeLike,
-        rngs: nnx.Rngs,
+        rngs: nnx.Rngs | TorchGenerator,
         kernel_init: GateInitializer | None,
         recurrent_kernel_init: GateInitializer | None,
         bias_init: GateInitializer | None,
@@ -159,7 +160,9 @@ class Layers(Module[StateT], LayerParameters):
         super().__init__(spec, options, param_dtype, rngs, kernel_init, recurrent_kernel_init, bias_init)
         self.deterministic = False
         # Only where it is used: a stream adds leaves without a gradient.
-        self.rngs = rngs["dropout"].fork() if spec.is_random() else nnx.data(None)
+        self.rngs = (
+            rngs["dropout"].fork() if not isinstance(rngs, TorchGenerator) and spec.is_random() else nnx.data(None)
+        )
 
     @property
     def num_layers(self) -> int:
@@ -344,6 +347,12 @@ class Layers(Module[StateT], LayerParameters):
         """A key for what is random, beside dropout if there are masks for it."""
         if not self.spec.is_random(masks):
             return None
+        if rngs is None and self.rngs is None:
+            instead = "rngs" if self.spec.is_random(masks=True) else "rngs or dropout_masks"
+            raise ValueError(
+                "training draws random numbers, and a module that a TorchGenerator made has no key for them: "
+                f"give {instead} in the call, or call module.eval()"
+            )
         return drawn_key(self.rngs if rngs is None else rngs, "dropout")
 
     def set_view(self, deterministic: bool | None = None) -> None:

@@ -16,6 +16,7 @@ from jaxrnn.cells import GRU_CELL, LSTM_CELL, RNN_RELU, Nonlinearity, Pair, torc
 from jaxrnn.initializers import GateInitializer
 from jaxrnn.nnx.base import OneStep, drawn_key
 from jaxrnn.spec import CellSpec
+from jaxrnn.torch_random import TorchGenerator
 
 
 class RNNCell(OneStep[jax.Array]):
@@ -40,7 +41,8 @@ class RNNCell(OneStep[jax.Array]):
         recurrent_kernel_init: the same for `weight_hh`.
         bias_init: the same for `bias_ih`, with the shape (hidden_size,). It makes `bias_hh` 0, because
             the two add up. In GRU's n, where they do not, it draws both.
-        rngs: nnx.Rngs for the initial parameters.
+        rngs: nnx.Rngs for the initial parameters, or a jaxrnn.TorchGenerator to draw them as torch
+            does.
         dtype: the floating dtype to compute in, and of the output; by default the promoted dtype of
             inputs and parameters. States have the dtype of hx, if given: a float32 state is returned
             unrounded.
@@ -94,7 +96,7 @@ class RNNCell(OneStep[jax.Array]):
         kernel_init: GateInitializer | None = None,
         recurrent_kernel_init: GateInitializer | None = None,
         bias_init: GateInitializer | None = None,
-        rngs: nnx.Rngs,
+        rngs: nnx.Rngs | TorchGenerator,
         dtype: DTypeLike | None = None,
         precision: jax.lax.PrecisionLike = None,
     ) -> None:
@@ -129,7 +131,8 @@ class LSTMCell(OneStep[Pair]):
         recurrent_kernel_init: the same for `weight_hh`.
         bias_init: the same for `bias_ih`, with the shape (hidden_size,). It makes `bias_hh` 0, because
             the two add up. In GRU's n, where they do not, it draws both.
-        rngs: nnx.Rngs for the initial parameters.
+        rngs: nnx.Rngs for the initial parameters, or a jaxrnn.TorchGenerator to draw them as torch
+            does.
         dtype: the floating dtype to compute in, and of the output; by default the promoted dtype of
             inputs and parameters. States have the dtype of hx, if given: a float32 state is returned
             unrounded.
@@ -180,7 +183,7 @@ class LSTMCell(OneStep[Pair]):
         kernel_init: GateInitializer | None = None,
         recurrent_kernel_init: GateInitializer | None = None,
         bias_init: GateInitializer | None = None,
-        rngs: nnx.Rngs,
+        rngs: nnx.Rngs | TorchGenerator,
         dtype: DTypeLike | None = None,
         precision: jax.lax.PrecisionLike = None,
     ) -> None:
@@ -213,7 +216,8 @@ class GRUCell(OneStep[jax.Array]):
         recurrent_kernel_init: the same for `weight_hh`.
         bias_init: the same for `bias_ih`, with the shape (hidden_size,). It makes `bias_hh` 0, because
             the two add up. In GRU's n, where they do not, it draws both.
-        rngs: nnx.Rngs for the initial parameters.
+        rngs: nnx.Rngs for the initial parameters, or a jaxrnn.TorchGenerator to draw them as torch
+            does.
         dtype: the floating dtype to compute in, and of the output; by default the promoted dtype of
             inputs and parameters. States have the dtype of hx, if given: a float32 state is returned
             unrounded.
@@ -262,7 +266,7 @@ class GRUCell(OneStep[jax.Array]):
         kernel_init: GateInitializer | None = None,
         recurrent_kernel_init: GateInitializer | None = None,
         bias_init: GateInitializer | None = None,
-        rngs: nnx.Rngs,
+        rngs: nnx.Rngs | TorchGenerator,
         dtype: DTypeLike | None = None,
         precision: jax.lax.PrecisionLike = None,
     ) -> None:

@@ -12,6 +12,7 @@ from jaxrnn.cells import GRU_CELL, LSTM_CELL, RNN_RELU, Nonlinearity, Pair, torc
 from jaxrnn.initializers import GateInitializer
 from jaxrnn.nnx.base import Layers
 from jaxrnn.spec import Spec
+from jaxrnn.torch_random import TorchGenerator
 
 
 class RNN(Layers[jax.Array]):
@@ -46,7 +47,9 @@ class RNN(Layers[jax.Array]):
         recurrent_kernel_init: the same for `weight_hh`.
         bias_init: the same for `bias_ih`, with the shape (hidden_size,). It makes `bias_hh` 0, because
             the two add up. In GRU's n, where they do not, it draws both.
-        rngs: nnx.Rngs for the initial parameters and, where it is used, for dropout.
+        rngs: nnx.Rngs for the initial parameters and, where it is used, for dropout. Or a
+            jaxrnn.TorchGenerator to draw the parameters as torch does; then a call with dropout needs
+            `rngs` or `dropout_masks`.
         dtype: the floating dtype to compute in, and of the output; by default the promoted dtype of
             inputs and parameters. States have the dtype of hx, if given: a float32 state is returned
             unrounded.
@@ -147,7 +150,7 @@ class RNN(Layers[jax.Array]):
         kernel_init: GateInitializer | None = None,
         recurrent_kernel_init: GateInitializer | None = None,
         bias_init: GateInitializer | None = None,
-        rngs: nnx.Rngs,
+        rngs: nnx.Rngs | TorchGenerator,
         dtype: DTypeLike | None = None,
         precision: jax.lax.PrecisionLike = None,
         remat: Remat = "none",
@@ -198,7 +201,9 @@ class LSTM(Layers[Pair]):
         recurrent_kernel_init: the same for `weight_hh`.
         bias_init: the same for `bias_ih`, with the shape (hidden_size,). It makes `bias_hh` 0, because
             the two add up. In GRU's n, where they do not, it draws both.
-        rngs: nnx.Rngs for the initial parameters and, where it is used, for dropout.
+        rngs: nnx.Rngs for the initial parameters and, where it is used, for dropout. Or a
+            jaxrnn.TorchGenerator to draw the parameters as torch does; then a call with dropout needs
+            `rngs` or `dropout_masks`.
         dtype: the floating dtype to compute in, and of the output; by default the promoted dtype of
             inputs and parameters. States have the dtype of hx, if given: a float32 state is returned
             unrounded.
@@ -297,7 +302,7 @@ class LSTM(Layers[Pair]):
         kernel_init: GateInitializer | None = None,
         recurrent_kernel_init: GateInitializer | None = None,
         bias_init: GateInitializer | None = None,
-        rngs: nnx.Rngs,
+        rngs: nnx.Rngs | TorchGenerator,
         dtype: DTypeLike | None = None,
         precision: jax.lax.PrecisionLike = None,
         remat: Remat = "none",
@@ -345,7 +350,9 @@ class GRU(Layers[jax.Array]):
         recurrent_kernel_init: the same for `weight_hh`.
         bias_init: the same for `bias_ih`, with the shape (hidden_size,). It makes `bias_hh` 0, because
             the two add up. In GRU's n, where they do not, it draws both.
-        rngs: nnx.Rngs for the initial parameters and, where it is used, for dropout.
+        rngs: nnx.Rngs for the initial parameters and, where it is used, for dropout. Or a
+            jaxrnn.TorchGenerator to draw the parameters as torch does; then a call with dropout needs
+            `rngs` or `dropout_masks`.
         dtype: the floating dtype to compute in, and of the output; by default the promoted dtype of
             inputs and parameters. States have the dtype of hx, if given: a float32 state is returned
             unrounded.
@@ -441,7 +448,7 @@ class GRU(Layers[jax.Array]):
         kernel_init: GateInitializer | None = None,
         recurrent_kernel_init: GateInitializer | None = None,
         bias_init: GateInitializer | None = None,
-        rngs: nnx.Rngs,
+        rngs: nnx.Rngs | TorchGenerator,
         dtype: DTypeLike | None = None,
         precision: jax.lax.PrecisionLike = None,
         remat: Remat = "none",

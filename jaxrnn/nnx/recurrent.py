@@ -14,6 +14,7 @@ from jaxrnn.cells import Cell, StateT
 from jaxrnn.initializers import GateInitializer
 from jaxrnn.nnx.base import Layers
 from jaxrnn.spec import Spec
+from jaxrnn.torch_random import TorchGenerator
 
 
 class Recurrent(Layers[StateT]):
@@ -45,7 +46,9 @@ class Recurrent(Layers[StateT]):
         recurrent_kernel_init: the same for `weight_hh`.
         bias_init: the same for `bias_ih`, with the shape (hidden_size,). It makes `bias_hh` 0, because
             the two add up. In GRU's n, where they do not, it draws both.
-        rngs: nnx.Rngs for the initial parameters and, where it is used, for dropout.
+        rngs: nnx.Rngs for the initial parameters and, where it is used, for dropout. Or a
+            jaxrnn.TorchGenerator to draw the parameters as torch does; then a call with dropout needs
+            `rngs` or `dropout_masks`.
         dtype: the floating dtype to compute in, and of the output; by default the promoted dtype of
             inputs and parameters. States have the dtype of hx, if given: a float32 state is returned
             unrounded.
@@ -135,7 +138,7 @@ class Recurrent(Layers[StateT]):
         kernel_init: GateInitializer | None = None,
         recurrent_kernel_init: GateInitializer | None = None,
         bias_init: GateInitializer | None = None,
-        rngs: nnx.Rngs,
+        rngs: nnx.Rngs | TorchGenerator,
         dtype: DTypeLike | None = None,
         precision: jax.lax.PrecisionLike = None,
         remat: Remat = "none",
