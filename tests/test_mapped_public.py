@@ -240,6 +240,7 @@ NOT_MAPPED = {
     "activations": "functions of one array, of which a Cell is made",
     "initializers": "functions that draw parameters: test_initializers maps them",
     "CheckpointError": "an error",
+    "plain_jaxprs": "a context, under which test_plain_jaxprs maps",
     "linen": "a module, whose classes are listed by themselves",
     "__version__": "a string",
 }
