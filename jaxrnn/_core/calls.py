@@ -314,7 +314,7 @@ def _run_cell(spec: CellSpec, options: Options, given: _CallArrays, key: jax.Arr
         (params, None), *((a, 0) for a in (x, state, reset_state, reset))
     )
     if state is None:
-        state = tuple(jnp.zeros(shape, x.dtype) for shape in spec.state_shapes(len(x)))
+        state = tuple(jnp.zeros(shape, x.dtype) for shape in spec.state_shapes(x.shape[0]))
     marks = steps.Marks(
         reset=None if reset is None else reset[:, None], zoned=dropout.zoned_step(spec.cell, key, x, state)
     )
