@@ -1,10 +1,12 @@
 """Models that jax2onnx exports, in onnxruntime: the same results.
 
-jax2onnx asks for an older orbax than jaxrnn, with which it runs all the same. The gate installs it without what it asks
-for.
+jax2onnx asks for an older orbax than the newest, with which it runs all the same. So the gate installs it beside the
+environment.
 """
 
+import doctest
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -96,10 +98,27 @@ def test_the_same_results(name: str) -> None:
     structs = [jax.ShapeDtypeStruct(shape, array.dtype) for shape, array in zip(shapes, inputs, strict=True)]
     with jaxrnn.plain_jaxprs():
         model = jax2onnx.to_onnx(function, structs, return_mode="proto")
+    _compare(model.SerializeToString(), function, inputs, *([] if axes is None else [_others(inputs, axes)]))
+
+
+def test_the_guide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (Path(__file__).parents[1] / "examples" / "export.md").read_text()
+    before, _, after = text.partition("```py\n")
+    export, _, _ = after.partition("```")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    for example in doctest.DocTestParser().get_examples(before):
+        exec(example.source, names)
+    exec(export, names)
+    arrays = [_f(5, 3, 8), np.array([5, 2, 0], np.int32)]
+    _compare("model.onnx", names["function"], arrays)
+
+
+def _compare(model: Any, function: Callable, *inputs: list[np.ndarray]) -> None:
     options = runtime.SessionOptions()
     options.log_severity_level = 3
-    session = runtime.InferenceSession(model.SerializeToString(), options)
-    for arrays in inputs, *([] if axes is None else [_others(inputs, axes)]):
+    session = runtime.InferenceSession(model, options)
+    for arrays in inputs:
         found = session.run(None, {each.name: array for each, array in zip(session.get_inputs(), arrays, strict=True)})
         expected = jax.tree.leaves(function(*map(jnp.asarray, arrays)))
         for a, b in zip(found, expected, strict=True):
