@@ -1,7 +1,7 @@
 """Models that jax2onnx exports, in onnxruntime: the same results.
 
 jax2onnx asks for an older orbax than the newest, with which it runs all the same. So the gate installs it beside the
-environment.
+environment. It leaves functions of `jax.numpy` changed behind it: these tests need a process of their own.
 """
 
 import doctest
