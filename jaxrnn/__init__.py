@@ -26,7 +26,7 @@ from jaxrnn._version import __version__
 from jaxrnn.activations import gru_cell, lstm_cell, rnn_cell
 from jaxrnn.cells import GRU_CELL, LSTM_CELL, RNN_RELU, RNN_TANH, Cell, Parameter
 from jaxrnn.checkpoint import CheckpointError, from_flax, from_torch, load_state_dict, state_dict, torch_init
-from jaxrnn.functions import Trajectory, apply, apply_cell, apply_step, trajectory
+from jaxrnn.functions import Trajectory, apply, apply_cell, apply_step, plain_jaxprs, trajectory
 from jaxrnn.more_cells import IND_RNN_CELL, LAYER_NORM_LSTM_CELL, MIN_GRU_CELL, PEEPHOLE_LSTM_CELL, zoneout
 from jaxrnn.nnx import GRU, LSTM, RNN, FlaxCell, GRUCell, LSTMCell, OutputOnly, Recurrent, RNNCell
 from jaxrnn.packed import (
@@ -86,6 +86,7 @@ __all__ = [
     "pack_sequence",
     "pad_packed_sequence",
     "pad_sequence",
+    "plain_jaxprs",
     "rnn_cell",
     "state_dict",
     "torch_init",

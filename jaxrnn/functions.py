@@ -1,13 +1,15 @@
-"""The pure functions, for parameters that no module holds."""
+"""The pure functions, for parameters that no module holds; and the context in which other libraries read programs."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple, overload
 
 import jax
 from jax.typing import ArrayLike, DTypeLike
 
+from jaxrnn._compat import is_plain
 from jaxrnn._core.calls import HX, Output, call, call_cell, call_every, call_step
 from jaxrnn._core.options import EngineNames, MeshAxis, Options, Remat
 from jaxrnn.cells import StateT
@@ -371,3 +373,28 @@ def apply_cell(
     return call_cell(
         Options(dtype, precision), spec, params, x, hx, reset=reset, reset_state=reset_state, dropout_key=dropout_key
     )
+
+
+@contextlib.contextmanager
+def plain_jaxprs() -> Iterator[None]:
+    """In this context jaxrnn traces programs of JAX's own primitives alone, for libraries that read a jaxpr.
+
+    jaxrnn has two primitives of its own. They choose the loop for a platform when the program is compiled, which is
+    after an exporter such as jax2onnx reads it. In this context there are none of them, no custom derivatives, and no
+    `jax.lax.scan` with `reverse=True`: the program is the one for a CPU, with plain loops forward in time. Results are
+    the same, up to rounding.
+
+    It holds for what is traced in it, of modules and functions alike. JAX traces a jitted function anew for it. As a
+    decorator, `jaxrnn.plain_jaxprs()(function)`, it serves libraries that trace the function later. Leave it out for
+    training: JAX's own derivatives take more memory, and `remat` has no effect on them.
+
+    >>> import jax, jaxrnn
+    >>> from flax import nnx
+    >>> gru = jaxrnn.GRU(10, 20, rngs=nnx.Rngs(0))
+    >>> with jaxrnn.plain_jaxprs():
+    ...     program = jax.make_jaxpr(gru)(jax.numpy.ones((5, 3, 10)))
+    >>> "by_platform" in str(program), "scan" in str(program)
+    (False, True)
+    """
+    with is_plain(True):
+        yield

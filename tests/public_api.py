@@ -138,11 +138,18 @@ def functions(cell: jaxrnn.Cell, key: jax.Array) -> None:
     params = spec.init(key)
     assert_type(params, dict[str, jax.Array])
     assert_type(spec.init(key, **jaxrnn.initializers.FLAX), dict[str, jax.Array])
+
+    def lstm_output(params: dict[str, jax.Array]) -> jax.Array:
+        return jaxrnn.apply(spec, params, x)[0]
+
     output, state = jaxrnn.apply(spec, params, x, lengths=[5, 2, 1], dropout_key=key, remat="gates", unroll=2)
     assert_type(output, jax.Array)
     assert_type(state, Pair)
     output, (h_n, c_n) = jaxrnn.apply(spec, params, x, spec.initial_state(3), dropout_masks=[output > 0])
     output, (h_n, c_n) = jaxrnn.apply_step(spec, params, x[0], (h_n, c_n), dropout_key=key)
+    with jaxrnn.plain_jaxprs():
+        print(jax.make_jaxpr(lstm_output)(params))
+    assert_type(jaxrnn.plain_jaxprs()(lstm_output)(params), jax.Array)
     inside = jaxrnn.trajectory(spec, params, x, mask=x[..., 0] > 0, engine="scan")
     assert_type(inside, jaxrnn.Trajectory)
     print(inside.states["c"][0, -1], inside.gates["f"].mean(), h_n.shape, c_n.shape)

@@ -197,6 +197,14 @@ def test_a_step_of_a_stream(tmp_path: Path, name: str, params_are: str) -> None:
         _check(found, {f"{size}/output": np.stack(outputs)} | _leaves(f"{size}/state", state))
 
 
+def test_a_cell_starts_from_zeros_for_any_batch() -> None:
+    cell = filled(lambda: jaxrnn.LSTMCell(F, H, rngs=nnx.Rngs(0)))
+    (batch,) = jax.export.symbolic_shape("batch")
+    exported = _export(cell, jax.ShapeDtypeStruct((batch, F), jnp.float32))
+    x = _random(0, 5, F)
+    _check(_leaves("call", exported.call(x)), _leaves("call", cell(x)))
+
+
 def _ragged(time: int, batch: int, batch_first: bool = False) -> tuple[jax.Array, jax.Array]:
     """Rows of lengths from 0 to time, with NaN past their ends."""
     lengths = np.linspace(time, 0, batch).astype(np.int32)

@@ -242,6 +242,7 @@ NOT_MAPPED = {
     "TorchGenerator": "draws NumPy's arrays, outside of what JAX traces",
     "initializers": "functions that draw parameters: test_initializers maps them",
     "CheckpointError": "an error",
+    "plain_jaxprs": "a context, under which test_plain_jaxprs maps",
     "linen": "a module, whose classes are listed by themselves",
     "__version__": "a string",
 }

@@ -280,7 +280,7 @@ def _marks(time: Any, lengths: jax.Array | None, valid: jax.Array | None, reset:
     """Where the state is held, and where it is reset, from a call's lengths, mask and reset."""
     ended = skipped = None
     if lengths is not None:
-        times = jnp.arange(time, dtype=jnp.int32)
+        times = jax.lax.iota(jnp.int32, time)
         ended = (times[:, None] >= lengths.astype(jnp.int32)[None])[..., None]
     if valid is not None:
         skipped = ~valid[..., None] if ended is None else ~valid[..., None] | ended
@@ -314,7 +314,7 @@ def _run_cell(spec: CellSpec, options: Options, given: _CallArrays, key: jax.Arr
         (params, None), *((a, 0) for a in (x, state, reset_state, reset))
     )
     if state is None:
-        state = tuple(jnp.zeros(shape, x.dtype) for shape in spec.state_shapes(len(x)))
+        state = tuple(jnp.zeros(shape, x.dtype) for shape in spec.state_shapes(x.shape[0]))
     marks = steps.Marks(
         reset=None if reset is None else reset[:, None], zoned=dropout.zoned_step(spec.cell, key, x, state)
     )

@@ -12,6 +12,8 @@ import jax
 from jax.extend.core import ClosedJaxpr, Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
 
+from jaxrnn._compat import is_plain
+
 
 class Where(NamedTuple):
     """How a program will run, as far as tracing can tell; see `by_platform`.
@@ -68,6 +70,8 @@ def by_platform(
         weights: how many arrays of `constants`, from the first, are weights. Where `jax.vmap` maps one of them, rows
             do not share weights.
     """
+    if is_plain.value:
+        return function(Where(), constants, linear)
     tree: Any
     shape: Any
     arguments, tree = jax.tree.flatten((constants, linear))

@@ -2,11 +2,13 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+from jaxrnn._compat import is_plain
 
 Tree = TypeVar("Tree")
 Function = TypeVar("Function", bound=Callable)
@@ -32,7 +34,12 @@ def with_rule(
 
         ruled: Any = jax.custom_jvp(run, nondiff_argnums=nondiff_argnums)
         ruled.defjvp(derive, symbolic_zeros=symbolic_zeros)
-        return ruled
+
+        @functools.wraps(function)
+        def called(*arguments: Any) -> Any:
+            return function(*arguments) if is_plain.value else ruled(*arguments)
+
+        return cast(Function, called)
 
     return decorate
 

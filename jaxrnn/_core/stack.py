@@ -1,8 +1,11 @@
 """Layers, directions and dropout, on time-major padded rows."""
 
+from typing import TypeVar
+
 import jax
 import jax.numpy as jnp
 
+from jaxrnn._compat import is_plain
 from jaxrnn._core import dropout, recurrence
 from jaxrnn._core.layouts import layout
 from jaxrnn._core.options import Options
@@ -10,6 +13,8 @@ from jaxrnn._core.steps import Layer, Marks, Settings, Steps, accumulator
 from jaxrnn.cells import Arrays
 from jaxrnn.engines import layer_engine_for
 from jaxrnn.spec import Spec
+
+Tree = TypeVar("Tree")
 
 
 def run(
@@ -72,9 +77,17 @@ def _by_loops(layer: Layer) -> list[tuple[Steps, Arrays]]:
     """Run a layer direction after direction."""
     found = []
     for direction, weights in enumerate(layer.weights):
-        settings = Settings(layer.cell, layer.options, direction == 1, layer.every)
+        reverse = direction == 1
         own = layer.state, layer.reset_state, layer.h_scale, layer.zoned
         first, restart, h_scale, zoned = jax.tree.map(lambda a, row=direction: a[row], own)
-        marks = layer.marks._replace(zoned=zoned)
-        found.append(recurrence.layer(settings, weights, layer.x, first, marks, restart, h_scale))
+        of_steps = layer.x, layer.marks._replace(zoned=zoned)
+        flipped = reverse and is_plain.value  # not every reader of jaxprs knows a scan with `reverse`
+        x, marks = _flipped(of_steps) if flipped else of_steps
+        settings = Settings(layer.cell, layer.options, reverse and not flipped, layer.every)
+        every, last = recurrence.layer(settings, weights, x, first, marks, restart, h_scale)
+        found.append((_flipped(every) if flipped else every, last))
     return found
+
+
+def _flipped(of_steps: Tree) -> Tree:
+    return jax.tree.map(lambda a: jnp.flip(a, axis=0), of_steps)

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Mapping
 
+from jaxrnn._compat import is_plain
 from jaxrnn._core.affine import why_not_affine
 from jaxrnn._core.steps import Run
 from jaxrnn.engines.scan import Form, Scan
@@ -21,7 +22,8 @@ class AssociativeScan(Scan):
         return why_not_affine(run)
 
     def forms(self, run: Run) -> Mapping[str | None, Form]:
-        return {None: Form(parallel=sys.maxsize)}
+        # Not every reader of jaxprs knows what an associative scan is made of.
+        return {None: Form(parallel=0 if is_plain.value else sys.maxsize)}
 
 
 class EitherScan(Scan):

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType
 
-from jaxrnn._compat import cudnn_lstm, manual_axes
+from jaxrnn._compat import cudnn_lstm, is_plain, manual_axes
 from jaxrnn._core import steps
 from jaxrnn._core.options import Options
 from jaxrnn._core.steps import Layer
@@ -33,6 +33,7 @@ class CuDNN:
             "it has no recurrent dropout": layer.h_scale is not None,
             "it does not return the states of every step": layer.every,
             f"it does not recompute, and remat is {options.remat!r}": options.remat != "none",
+            "its program is no plain jaxpr": is_plain.value,
             "it does not shard hidden units": options.hidden_axis is not None,
             "it runs on one device, or in jax.shard_map with check_vma=False": _sharded(layer),
             f"it needs sizes that are known and above 0, and x has shape {x.shape}": not _known(x.shape),
