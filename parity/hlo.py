@@ -184,13 +184,18 @@ def _cycles(lines: Sequence[str]) -> int:
     return sum(int(n) for line in lines for n in re.findall(r'"estimated_cycles":"(\d+)"', line))
 
 
-def launches(thunks: str) -> list[Loop]:
-    """The loops in a GPU's list of launches, in the order in which they begin, each with 1 trip.
+_CONDITION = -1  # of a loop, in the place of the loop whose body a launch is in
+
+
+def launches(thunks: str) -> tuple[list[Loop], int]:
+    """A GPU's list of launches: its loops in the order in which they begin, each with 1 trip, and the launches outside of
+    loops.
 
     An operation is a kernel, a library's product, or a copy. Lines belong to the last line before them that is indented
     less.
     """
     found: list[Loop] = []
+    others = 0
     within: list[tuple[int, bool, int | None]] = []  # the indentation, whether in a graph, and in which loop's body
     for line in thunks.splitlines():
         if not (match := re.match(r"( *)(?:\d+: (k\w+)|body:)", line)):
@@ -203,12 +208,16 @@ def launches(thunks: str) -> list[Loop]:
             body = len(found) - 1
         elif kind == "kWhile":
             found.append(Loop(1, 0, 0, in_graph=in_graph))
-            body = None  # but its condition
+            body = _CONDITION
         elif kind == "kCommandBuffer":
             in_graph = True
-        elif body is not None and kind not in ("kDynamicSliceFusion", "kSequential"):
+        elif kind in ("kDynamicSliceFusion", "kSequential") or body == _CONDITION:
+            pass
+        elif body is None:
+            others += 1
+        else:
             loop = found[body]
             copies = loop.copies + (kind == "kCopy")
             found[body] = dataclasses.replace(loop, operations=loop.operations + 1, copies=copies)
         within.append((indent, in_graph, body))
-    return found
+    return found, others

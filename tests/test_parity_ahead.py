@@ -127,7 +127,8 @@ ENTRY %main (x: f32[4,8,2,128]) -> f32[2,128] {
 
 
 def test_launches_are_counted() -> None:
-    first, second = hlo.launches(THUNKS)
+    (first, second), outside = hlo.launches(THUNKS)
+    assert outside == 3
     assert (first.operations, first.copies, first.in_graph) == (3, 1, False)
     assert (second.operations, second.copies, second.in_graph) == (1, 0, True)
 
@@ -140,7 +141,8 @@ def test_loops_are_read() -> None:
 
 
 def test_launches_of_a_loop_within_a_loop() -> None:
-    block, step = hlo.launches(NESTED_THUNKS)
+    (block, step), outside = hlo.launches(NESTED_THUNKS)
+    assert outside == 2
     assert (block.operations, block.copies, block.in_graph) == (4, 2, False)
     assert (step.operations, step.copies, step.in_graph) == (3, 0, True)
 
@@ -197,6 +199,15 @@ def test_a_step_on_a_gpu_takes_few_launches_in_one_graph(name: str, most: int) -
     assert found["training"].a_step(NAMED[name].time) <= most
     assert all(loop.in_graph for program in found.values() for loop in program.loops)
     assert len(found["training"].loops) == 2
+
+
+@pytest.mark.compilers
+def test_a_linear_recurrence_takes_few_launches_on_a_gpu() -> None:
+    """And a loop one or more for each step."""
+    loops, at_once = (_compiled("h100", "minGRU, 4,096 steps", side)["training"] for side in ("scan", "jaxrnn"))
+    assert loops.a_step(4096) >= 2
+    assert not at_once.loops
+    assert 0 < at_once.outside < 60
 
 
 @pytest.mark.compilers

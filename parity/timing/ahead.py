@@ -42,6 +42,7 @@ class Compiled:
         loops: the loops over time, in their order.
         temporary: the temporary memory, in bytes.
         cycles: the cycles of a TPU, see `hlo.cycles`.
+        outside: the launches of a GPU outside of loops.
         problem: why it does not compile.
         refused: why the engine does not run it.
     """
@@ -53,6 +54,7 @@ class Compiled:
     loops: tuple[hlo.Loop, ...] = ()
     temporary: int = 0
     cycles: int = 0
+    outside: int = 0
     problem: str = ""
     refused: str = ""
 
@@ -114,11 +116,12 @@ def _compiled(key: Key, time: int, function: Any, arguments: Any, dumps: Path | 
         except Exception as problem:  # what does not compile is one of the results
             return Compiled(*key, problem=f"{type(problem).__name__}: {problem}".splitlines()[0])
         dumped = sorted(Path(launched).glob("*thunk_sequence_after_thunk_passes.txt"))
-        launches = hlo.launches(dumped[-1].read_text()) if dumped else []
+        launches, outside = hlo.launches(dumped[-1].read_text()) if dumped else ([], 0)
     text, memory = compiled.as_text() or "", compiled.memory_analysis().temp_size_in_bytes
     if on_gpu:
         pairs = zip(launches, hlo.trips(text, time), strict=False)
-        return Compiled(*key, tuple(dataclasses.replace(loop, trips=n) for loop, n in pairs if n), memory)
+        loops = [dataclasses.replace(loop, trips=n) for loop, n in pairs if n]
+        return Compiled(*key, tuple(loops), memory, outside=outside)
     loops = hlo.loops(text, time, {} if dumps is None else _bundles(dumps))
     return Compiled(*key, tuple(loops), memory, hlo.cycles(text, loops))
 
@@ -200,6 +203,7 @@ def _columns(on_tpu: bool, compiled: Sequence[Compiled]) -> list[tuple[str, list
             xla,
             lambda each, _, steps: f"{each.a_step(steps):.1f}",
         ),
+        (not on_tpu, "outside", xla, lambda each, *_: str(each.outside)),
         (True, "copies", ours, lambda each, _, steps: f"{each.a_step(steps, 'copies'):.1f}"),
         (on_tpu, "HBM kB a step", ours, lambda each, _, steps: f"{each.a_step(steps, 'hbm_bytes') / 1e3:,.0f}"),
         (on_tpu, "not time-major", ours, lambda each, *_: str(each.total("not_time_major"))),
