@@ -188,8 +188,7 @@ _CONDITION = -1  # of a loop, in the place of the loop whose body a launch is in
 
 
 def launches(thunks: str) -> tuple[list[Loop], int]:
-    """A GPU's list of launches: its loops in the order in which they begin, each with 1 trip, and the launches outside of
-    loops.
+    """The loops in a GPU's list of launches, in the order in which they begin, each with 1 trip; and what is outside.
 
     An operation is a kernel, a library's product, or a copy. Lines belong to the last line before them that is indented
     less.
