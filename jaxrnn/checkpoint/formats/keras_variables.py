@@ -19,6 +19,7 @@ from jaxrnn.checkpoint.arrays import NO_NUMBERS, dtype_of
 from jaxrnn.checkpoint.errors import AGAIN, CheckpointError, as_text, listed
 from jaxrnn.checkpoint.formats.bombs import Budget, largest
 from jaxrnn.checkpoint.formats.keras_config import GroupPath
+from jaxrnn.checkpoint.formats.reading import Window
 
 _HDF5 = b"\x89HDF\r\n\x1a\n"
 _CONFIG, _WEIGHTS = "config.json", "model.weights.h5"  # in a .keras file
@@ -27,6 +28,7 @@ _FIRST_ENTRIES = (_METADATA.encode(), _CONFIG.encode(), _WEIGHTS.encode())
 _DEEPEST, _MOST = 64, 50_000  # groups in groups, and in all
 _SAVE = "save the model again, in one file: model.save(path)"
 _NOWHERE = (1 << 64) - 1  # the address of a dataset that is not stored
+_COMPRESSED = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 _OPTIMIZER = ("optimizer", "optimizer_weights")
 
 
@@ -45,8 +47,9 @@ def contents(path: str | os.PathLike[str]) -> tuple[Any, str | None, list["Varia
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         zipped = file.read(8) != _HDF5
-        config, version, weights = _unzipped(file, size) if zipped else (None, None, file)
+        config, version, weights = _unzipped(file, size) if zipped else (None, None, Window(file, 0, size))
         try:
+            # Through a window: pyfive would open a file that has a name again and again, and leave it open on damage.
             with warnings.catch_warnings(), pyfive.File(weights) as opened:
                 warnings.simplefilter("ignore")  # of what is no array
                 config = config if zipped else opened.attrs.get("model_config")
@@ -71,6 +74,8 @@ def _unzipped(file: IO[bytes], size: int) -> tuple[bytes, Any, IO[bytes]]:
             if (inflated := sum(archive.getinfo(name).file_size for name in read)) > largest(size):
                 cause = f"a zip bomb: its entries inflate to {inflated} bytes, from a file of {size}"
                 raise CheckpointError(f"{cause}\nget the file from a source that you trust")
+            if odd := [name for name in read if archive.getinfo(name).compress_type not in _COMPRESSED]:
+                raise CheckpointError(f"damaged: Keras compresses no entry as {listed(odd)} is\n{AGAIN}")
             version = _version(archive.read(_METADATA)) if _METADATA in names else None
             return archive.read(_CONFIG), version, io.BytesIO(archive.read(_WEIGHTS))
     except CheckpointError:

@@ -11,7 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrnn.checkpoint.errors import CheckpointError
-from jaxrnn.checkpoint.formats.pickle_machine import DAMAGE, Global, Refused, Vocabulary, build, bytes_of, checked_key
+from jaxrnn.checkpoint.formats.pickle_machine import (
+    DAMAGE,
+    Global,
+    Refused,
+    Vocabulary,
+    build,
+    bytes_of,
+    checked_key,
+    quiet,
+)
 from jaxrnn.checkpoint.stored import Value
 
 STATE_DICT = "save only the tensors: torch.save(model.state_dict(), path)"
@@ -162,7 +171,9 @@ def unpickle(data: bytes, left_out: set[str] | None = None, packed: bool = False
     try:
         return build(data, TorchSave(packed), left_out)
     except Refused as refusal:
-        if is_object(pickletools.genops(data)):
+        with quiet():
+            whole = is_object(pickletools.genops(data))
+        if whole:
             cause, remedy = f"a whole module, not a state_dict: {refusal}", "save model.state_dict() instead"
         else:
             cause, remedy = f"it holds more than tensors, and its code is not run: {refusal}", _WITHOUT
