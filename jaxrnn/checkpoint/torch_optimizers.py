@@ -24,7 +24,9 @@ class OptimizerKind(NamedTuple):
         told_by: its settings, or names in its state, that tell it.
         lacks: those that tell others.
         settings: its own settings that are used, beside those in `_SETTINGS`.
-        fields: from the names in torch's state to the fields of optax's. Any other name is refused.
+        fields: from the names in torch's state to the fields of optax's, for reading and writing. Any other name is
+            refused.
+        counts: whether torch's state has the number of steps.
         keeps: whether it keeps a state for each parameter, with a group's settings.
         step: what makes a step of learning rate 1 of a gradient, from a group's settings.
         unequal: where optax has nothing that equals it: what differs.
@@ -36,6 +38,7 @@ class OptimizerKind(NamedTuple):
     lacks: Set[str] = frozenset()
     settings: tuple[str, ...] = ()
     fields: Mapping[str, str] = {}
+    counts: bool = True
     keeps: Callable[[_Group], bool] = lambda group: True
     step: Callable[[_Group], _Steps] = lambda group: []
     unequal: str = ""
@@ -78,6 +81,16 @@ def _sgd(group: _Group) -> _Steps:
     return [optax.trace(momentum, nesterov=bool(group["nesterov"]))] if momentum else []
 
 
+class AmsgradState(NamedTuple):
+    """Of torch's amsgrad, which corrects the maximum of second moments. That of optax is the maximum of corrected ones,
+    and has another name."""
+
+    count: Any
+    mu: Any
+    nu: Any
+    max_nu: Any
+
+
 def _adam(group: _Group) -> _Steps:
     if (decay := group.get("weight_decay")) and "decoupled_weight_decay" not in group:
         remedy = 'say which: set "decoupled_weight_decay" in its param_groups to False for Adam, to True for AdamW'
@@ -87,17 +100,20 @@ def _adam(group: _Group) -> _Steps:
     b1, b2, eps = _betas_and_eps(group)
     if not group["amsgrad"]:
         return [optax.scale_by_adam(b1, b2, eps)]
-    moments = optax.scale_by_amsgrad(b1, b2)
+    moments = optax.scale_by_adam(b1, b2)
 
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        _, new = moments.update(updates, state)
-        # optax takes the maximum of corrected moments, torch corrects the maximum.
-        new = new._replace(nu_max=jax.tree.map(jnp.maximum, state.nu_max, new.nu))
-        mu = optax.tree.bias_correction(new.mu, b1, new.count)
-        nu = optax.tree.bias_correction(new.nu_max, b2, new.count)
+    def init(params: Any) -> AmsgradState:
+        count, mu, nu = moments.init(params)
+        return AmsgradState(count, mu, nu, optax.tree.zeros_like(params))
+
+    def update(updates: Any, state: AmsgradState, params: Any = None) -> tuple[Any, AmsgradState]:
+        _, (count, mu, nu) = moments.update(updates, optax.ScaleByAdamState(state.count, state.mu, state.nu))
+        new = AmsgradState(count, mu, nu, jax.tree.map(jnp.maximum, state.max_nu, nu))
+        mu = optax.tree.bias_correction(mu, b1, count)
+        nu = optax.tree.bias_correction(new.max_nu, b2, count)
         return jax.tree.map(lambda mu, nu: mu / (jnp.sqrt(nu) + eps), mu, nu), new
 
-    return [optax.GradientTransformation(moments.init, update)]
+    return [optax.GradientTransformation(init, update)]
 
 
 def _adamax(group: _Group) -> _Steps:
@@ -151,6 +167,7 @@ KINDS = (
         {"momentum", "dampening", "nesterov"},
         settings=("momentum", "dampening", "nesterov"),
         fields={"momentum_buffer": "trace"},
+        counts=False,
         keeps=lambda group: bool(number(group["momentum"])),
         step=_sgd,
     ),
@@ -159,7 +176,7 @@ KINDS = (
         {"betas", "amsgrad"},
         lacks={"momentum_decay"},
         settings=("betas", "eps", "amsgrad", "decoupled_weight_decay"),
-        fields=_MOMENTS | {"max_exp_avg_sq": "nu_max"},
+        fields=_MOMENTS | {"max_exp_avg_sq": "max_nu"},
         step=_adam,
     ),
     OptimizerKind(
@@ -240,7 +257,7 @@ def kind_of_optimizer(group: _Group, state: Set[str]) -> OptimizerKind:
     kind = next((kind for kind in KINDS if kind.told_by <= present and not kind.lacks & present), None)
     if kind is None and {"betas", "eps"} <= group.keys() and not state:
         cause = "the optimizer may be Adamax before its first step, when only its state would tell"
-        raise CheckpointError(f"{cause}\n{_START_ANEW}, such as optax.adamax")
+        raise CheckpointError(f"{cause}\nmake a step in torch before, or {_START_ANEW}, such as optax.adamax")
     if kind is None:
         settings = listed(name for name in group if name != "params")
         raise CheckpointError(f"the optimizer is not one of {_KNOWN}: its settings are {settings}\n{_START_ANEW}")
