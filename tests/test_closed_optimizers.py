@@ -448,5 +448,7 @@ def test_numbers_of_moments_that_do_not_fit(torch: types.ModuleType, number: flo
 
 def test_adamax_before_its_firsttorchs_step(torch: types.ModuleType) -> None:
     state = torch.optim.Adamax([torch.ones(2)]).state_dict()
-    with pytest.raises(CheckpointError, match=r"may be Adamax before its first step.*\nmake a step .* start a new .*optax.adamax"):
+    with pytest.raises(
+        CheckpointError, match=r"may be Adamax before its first step.*\nmake a step .* start a new .*optax.adamax"
+    ):
         checkpoint.optax_from_torch(state, {"w": np.ones(2)})
