@@ -284,6 +284,23 @@ def test_the_remedies_work() -> None:
     assert written["state"][0]["exp_avg"].shape == (3, 2)
 
 
+@pytest.mark.torch
+@pytest.mark.parametrize("kind", ["Adam", "RMSprop"])  # optax counts the steps of the first alone
+def test_groups_with_steps_of_their_own(torch: types.ModuleType, kind: str) -> None:
+    theirs = [torch.nn.Parameter(torch.ones(shape)) for shape in ((2, 3), (3,))]
+    optimizer = getattr(torch.optim, kind)([{"params": [each]} for each in theirs])
+    for step in range(5):
+        for each in theirs[: 2 if step < 2 else 1]:  # the second gets gradients for two steps alone
+            each.grad = torch.ones(each.shape)
+        optimizer.step()
+        optimizer.zero_grad()
+    model = nnx.Dict(a=nnx.Param(PARAMS["a"]), b=nnx.Param(PARAMS["b"]))
+    ours = checkpoint.optimizer_from_torch(optimizer.state_dict(), model)
+    ours.update(model, nnx.state(model))
+    written = checkpoint.optimizer_to_torch(ours, optimizer.state_dict(), model, NAMES)
+    assert [kept["step"] for kept in written["state"].values()] == [6, 3]
+
+
 def test_masked_parameters_keep_what_torch_had() -> None:
     frozen = {"step": np.float32(2), "exp_avg": np.ones(3, "f4"), "exp_avg_sq": np.ones(3, "f4")}
     settings = {**ADAM, "state": {1: frozen}}
