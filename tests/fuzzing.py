@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import faulthandler
+import gc
 import os
 import resource
 import shutil
@@ -76,9 +77,11 @@ def fuzz(reader: Reader, files: int, first: int = 0) -> Counts:
             warnings.simplefilter("ignore")
             reader.read(folder / reader.file, Random(0))
     started = time.monotonic()
+    gc.freeze()  # what is there by now need not be searched again
     with _limits(), open(folder / "number", "wb", buffering=0) as number:
         for index in range(first, first + files):
             if index % 100 == 0:
+                gc.collect()  # pytest is told to do so rarely, and buffers of 1 MB would pile up
                 faulthandler.dump_traceback_later(_STUCK, exit=True, file=sys.__stderr__)
             os.pwrite(number.fileno(), str(index).encode(), 0)  # if the process dies, the folder says of what
             random = Random(f"{reader.name} {index}")
@@ -89,6 +92,7 @@ def fuzz(reader: Reader, files: int, first: int = 0) -> Counts:
                 if len(failures) == _MOST:
                     break
         faulthandler.cancel_dump_traceback_later()
+    gc.unfreeze()
     shutil.rmtree(folder)
     lines = [
         f"{len(indices)} of number {indices[0]} and after: {failure}\n  again: pytest -n0 tests/test_fuzz.py "

@@ -279,6 +279,7 @@ def test_twenty_thousand_layers(tmp_path: Path) -> None:
         ({"shape": (2, 2), "strides": (3, 1)}, 16, "it reaches past the end"),
         ({"shape": (2,), "strides": (2**62,)}, 16, "it reaches past the end"),
         ({"shape": (0, 2**62, 2**62), "strides": (1, 1, 1)}, 16, "cannot be read"),
+        ({"shape": (0, 2**62), "strides": (2**62, 1)}, 16, "cannot be read: array is too big"),
         ({"shape": (1,) * 65, "strides": (1,) * 65}, 16, "(a tensor has an impossible shape)"),
         ({"offset": -1}, 16, "truncated or damaged: its pickle cannot be read (a tensor has an impossible size)"),
         ({"shape": (-4,)}, 16, "(a tensor has an impossible size)"),

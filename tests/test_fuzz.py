@@ -5,6 +5,7 @@ failure says how to see it again.
 """
 
 import functools
+import gc
 import io
 import json
 import pickle
@@ -295,3 +296,106 @@ def test_mutated_of_torch(
     _, seeds, read, files = next(each for each in TORCHS if each[0] == name)
     torch.manual_seed(0)
     _run(Reader(name, functools.partial(seeds, torch), "model.pt", read, files), request, capsys)
+
+
+# What fuzzing found.
+
+
+def _npy(header: str) -> bytes:
+    text = header.encode() + b" " * (-len(header) % 64 + 53) + b"\n"
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text + bytes(4)
+
+
+def _zip(kind: int = zipfile.ZIP_STORED, **entries: bytes) -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", kind) as archive:
+        for name, data in entries.items():
+            archive.writestr(name.replace("__", "."), data)
+    return file.getvalue()
+
+
+def _one_tensor(shape: list[int]) -> bytes:
+    header = json.dumps({"x": {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]}}).encode()
+    return len(header).to_bytes(8, "little") + header
+
+
+def _gates_of_different_inputs() -> bytes:
+    tree = _flax()
+    tree["GRUCell_0"]["iz"]["kernel"] = normal(4, 3)
+    return serialization.to_bytes({"params": tree})
+
+
+@pytest.mark.parametrize(
+    ("data", "cause"),
+    [
+        (lambda: _one_tensor([0, 2**62, 8]), r"damaged: x of shape \(0, 4611686018427387904, 8\) cannot be read"),
+        (lambda: _one_tensor([0] * 65), r"damaged: x of shape \(0.*cannot be read: maximum supported dimension"),
+        (lambda: _zip(a__npy=_npy(r"{'descr': '\p', 'fortran_order': False, 'shape': (1,)}")), r"damaged \.npz file"),
+        (_gates_of_different_inputs, r"ir.kernel, iz.kernel, in.kernel of flax\.linen\.GRUCell are of different input"),
+    ],
+)  # fmt: skip
+def test_refused(data: Callable[[], bytes], cause: str, tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    path.write_bytes(data())
+    with pytest.raises(checkpoint.CheckpointError, match=rf"^{path}: .*{cause}.*\n"):
+        checkpoint.load(path)
+
+
+def test_files_of_one_byte(tmp_path: Path) -> None:
+    for value in range(256):
+        (tmp_path / "model").write_bytes(bytes([value]))
+        with pytest.raises(checkpoint.CheckpointError):
+            checkpoint.load(tmp_path / "model")
+
+
+def test_what_numpy_and_pickletools_advise_is_not_said(tmp_path: Path) -> None:
+    """Warnings are errors here."""
+    (tmp_path / "model").write_bytes(_zip(a__npy=_npy("{'descr': '<f4', 'fortran_order': False, 'shape': (1L,)}")))
+    assert checkpoint.load(tmp_path / "model")["a"].shape == (1,)
+    pickled = rb"(dS'\_'" + b"\nI1\ns."
+    for data in (pickled, pickled[:-1] + b"S'b'\ncos\nsystem\ns."):  # read, and refused
+        (tmp_path / "model").write_bytes(_zip(**{"archive/data__pkl": b"\x80\x02" + data}))
+        with pytest.raises(checkpoint.CheckpointError, match=r"some entries of it are not named|names os\.system"):
+            checkpoint.load(tmp_path / "model")
+
+
+def test_what_torch_advises_is_not_said(torch: types.ModuleType, tmp_path: Path) -> None:
+    data = _saved(torch, {"w": torch.ones(2)}, zipped=False)
+    (tmp_path / "model").write_bytes(data.replace(b"\x80\x02", b"\x80\x03"))  # another protocol
+    assert list(checkpoint.load(tmp_path / "model")) == ["w"]
+
+
+@pytest.mark.libraries
+def test_damage_in_files_of_keras(tmp_path: Path) -> None:
+    """Neither LZMA, which takes as much memory as the file says, nor zeros for what is not there."""
+    pytest.importorskip("pyfive", reason="pyfive is not installed")
+    import keras_files as files
+
+    weights = files.hdf5({"layers/lstm/cell/vars": files.layer_arrays("LSTM")})
+    (tmp_path / "model.keras").write_bytes(_zip(zipfile.ZIP_LZMA, config__json=b"{}", **{"model.weights.h5": weights}))
+    with pytest.raises(checkpoint.CheckpointError, match=r"damaged: Keras compresses no entry as config\.json, model"):
+        checkpoint.load(tmp_path / "model.keras")
+    place = (1 << 40).to_bytes(8, "little")
+    numbers = files.layer_arrays("LSTM")[0].tobytes()
+    address = weights.index(numbers).to_bytes(8, "little")
+    (tmp_path / "model.h5").write_bytes(weights.replace(address, place))
+    (tmp_path / "model2.keras").write_bytes(
+        _zip(config__json=b"{}", **{"model.weights.h5": weights.replace(address, place)})
+    )
+    for name in ("model.h5", "model2.keras"):
+        with pytest.raises(checkpoint.CheckpointError, match="numbers of layers/lstm/cell/vars/0 reach past its end"):
+            checkpoint.load(tmp_path / name)
+    gc.collect()
+
+
+@pytest.mark.libraries
+@pytest.mark.filterwarnings("ignore:.*the file does not say")
+def test_large_arrays_in_files_of_keras(tmp_path: Path) -> None:
+    """pyfive reads them in pieces of 4 MB, and in files in a zip not all from the right place."""
+    pytest.importorskip("pyfive", reason="pyfive is not installed")
+    import keras_files as files
+
+    array = np.arange(2 * 1_100_001, dtype=np.float32).reshape(2, -1)
+    weights = files.hdf5({"layers/dense/vars": [array]})
+    (tmp_path / "model.keras").write_bytes(_zip(config__json=b"{}", **{"model.weights.h5": weights}))
+    assert np.array_equal(checkpoint.load(tmp_path / "model.keras")["dense.kernel"], array)

@@ -19,7 +19,6 @@ from jaxrnn.checkpoint.arrays import NO_NUMBERS, dtype_of
 from jaxrnn.checkpoint.errors import AGAIN, CheckpointError, as_text, listed
 from jaxrnn.checkpoint.formats.bombs import Budget, largest
 from jaxrnn.checkpoint.formats.keras_config import GroupPath
-from jaxrnn.checkpoint.formats.reading import Window
 
 _HDF5 = b"\x89HDF\r\n\x1a\n"
 _CONFIG, _WEIGHTS = "config.json", "model.weights.h5"  # in a .keras file
@@ -47,14 +46,13 @@ def contents(path: str | os.PathLike[str]) -> tuple[Any, str | None, list["Varia
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         zipped = file.read(8) != _HDF5
-        config, version, weights = _unzipped(file, size) if zipped else (None, None, Window(file, 0, size))
+        config, version, weights = _unzipped(file, size) if zipped else (None, None, file)
         try:
-            # Through a window: pyfive would open a file that has a name again and again, and leave it open on damage.
             with warnings.catch_warnings(), pyfive.File(weights) as opened:
                 warnings.simplefilter("ignore")  # of what is no array
                 config = config if zipped else opened.attrs.get("model_config")
                 version = version if zipped else opened.attrs.get("keras_version")
-                variables = list(_variables(pyfive, opened, (), (), Budget(size), itertools.count()))
+                variables = list(_variables(pyfive, opened, weights, (), (), Budget(size), itertools.count()))
         except CheckpointError:
             raise
         except Exception as error:  # pyfive checks little itself: Python's errors are its checks
@@ -102,6 +100,22 @@ def _version(metadata: bytes) -> Any:
     return found.get("keras_version") if isinstance(found, dict) else None
 
 
+def _array(name: str, dataset: Any, file: IO[bytes]) -> np.ndarray:
+    """The numbers of a dataset, read from the file.
+
+    Not by pyfive: of files without a name, and of those in a zip, it reads large arrays in pieces, not all of them from
+    the right place, and gives zeros for what is past the end. A file with a name it opens anew, and may leave open.
+    """
+    size = math.prod(dataset.shape)
+    if size and hasattr(dataset.id, "data_offset"):
+        file.seek(dataset.id.data_offset)
+        data = file.read(size * dataset.dtype.itemsize)
+        if len(data) < size * dataset.dtype.itemsize:
+            raise CheckpointError(f"a damaged HDF5 file: the numbers of {name} reach past its end\n{AGAIN}")
+        return np.frombuffer(data, dataset.dtype, size).reshape(dataset.shape).copy()
+    return np.array(dataset[()]) if size else np.empty(dataset.shape, dataset.dtype)
+
+
 class Variable(NamedTuple):
     """A variable.
 
@@ -117,7 +131,13 @@ class Variable(NamedTuple):
 
 
 def _variables(
-    pyfive: Any, group: Any, path: GroupPath, titles: tuple[str | None, ...], budget: Budget, count: Iterator[int]
+    pyfive: Any,
+    group: Any,
+    file: IO[bytes],
+    path: GroupPath,
+    titles: tuple[str | None, ...],
+    budget: Budget,
+    count: Iterator[int],
 ) -> Iterator[Variable]:
     """Every array of numbers in a group and below it."""
     for name in _in_order(group):
@@ -130,7 +150,7 @@ def _variables(
             variables = item.get("vars")
             noted = variables.attrs.get("name") if isinstance(variables, pyfive.Group) else None
             title = as_text(noted) if isinstance(noted, str | bytes) and noted else None
-            yield from _variables(pyfive, item, below, (*titles, title), budget, count)
+            yield from _variables(pyfive, item, file, below, (*titles, title), budget, count)
         elif isinstance(item, pyfive.Dataset) and isinstance(item.dtype, np.dtype):
             # Keras writes no other type of which numpy knows the size alone; its older files do not name this one.
             bfloat16 = item.dtype == "V2" and item.attrs.get("dtype", "bfloat16") in ("bfloat16", b"bfloat16")
@@ -142,6 +162,6 @@ def _variables(
             budget.spend(math.prod(item.shape) * item.dtype.itemsize)
             if math.prod(item.shape) and getattr(item.id, "data_offset", 0) == _NOWHERE:
                 raise CheckpointError(f"the numbers of {'/'.join(below)} are in another file\n{_SAVE}")
-            array = np.array(item[()]) if math.prod(item.shape) else np.empty(item.shape, item.dtype)
+            array = _array("/".join(below), item, file)
             array = array.view(jnp.bfloat16) if bfloat16 else array.astype(array.dtype.newbyteorder("="))
             yield Variable(below, titles, array)

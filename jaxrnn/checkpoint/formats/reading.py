@@ -1,10 +1,9 @@
 """What all formats share: what is to be read, and how they warn."""
 
-import io
 import os
 import warnings
 from collections.abc import Callable
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from jaxrnn.cells import GRU_CELL, LSTM_CELL, RNN_RELU, RNN_TANH, Cell
 from jaxrnn.checkpoint.errors import CheckpointError, printable
@@ -32,36 +31,6 @@ class Reading(NamedTuple):
             raise CheckpointError(
                 f"{what} has no dicts in it, and so no key {self.key!r}\nleave out key=, or --key on the command line"
             )
-
-
-class Window(io.RawIOBase):
-    """A part of a file, as a file."""
-
-    def __init__(self, file: IO[bytes], first: int, size: int) -> None:
-        self._file, self._first, self._size, self._at = file, first, size, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
-        if at < 0:
-            raise ValueError("a place before the beginning")
-        self._at = at
-        return at
-
-    def tell(self) -> int:
-        return self._at
-
-    def read(self, count: int | None = -1) -> bytes:
-        left = max(self._size - self._at, 0)
-        self._file.seek(self._first + self._at)
-        data = self._file.read(left if count is None or count < 0 else min(count, left))
-        self._at += len(data)
-        return data
 
 
 def warn(path: str | os.PathLike[str], text: str, remedy: str = "") -> None:

@@ -17,8 +17,7 @@ from jaxrnn.checkpoint.errors import AGAIN, CheckpointError
 from jaxrnn.checkpoint.formats.bombs import largest
 from jaxrnn.checkpoint.formats.nested import check_expanded
 from jaxrnn.checkpoint.formats.pickles import Other, StoredTensor
-from jaxrnn.checkpoint.formats.reading import Window
-from jaxrnn.checkpoint.stored import Source, Stored, Value
+from jaxrnn.checkpoint.stored import Source, Stored, Value, check_shape
 
 _PIECE = 1 << 20  # bytes read at a time
 _TRUSTED = "get the file from a source that you trust"
@@ -91,7 +90,7 @@ class Archive:
         entry = self.entries[name]
         if entry.compress_type == zipfile.ZIP_STORED:
             first, source = self._offset(entry), self._source
-            file: Any = Window(self._file, first, entry.file_size)
+            file: Any = _Window(self._file, first, entry.file_size)
         else:
             first, source, file = 0, None, io.BytesIO(self._read(entry).tobytes())
         archive = Archive(file, source, entry.file_size, self.first + first)
@@ -139,6 +138,7 @@ class Archive:
             plain = len(names) == 1 and tensors[names[0]].is_plain and not swap
             if plain and self._source is not None and entry.compress_type == zipfile.ZIP_STORED:
                 tensor, offset = tensors[names[0]], self.first + self._offset(entry)
+                check_shape(names[0], tensor.shape, tensor.dtype)
                 arrays[names[0]] = Stored(
                     self._source, offset, tensor.dtype, tensor.shape, getattr(entry, "CRC", None), entry.filename
                 )
@@ -157,6 +157,36 @@ class Archive:
         if entry.compress_size != entry.file_size or end > self.size:
             raise EOFError(f"its entry {entry.filename} ends early")
         return offset
+
+
+class _Window(io.RawIOBase):
+    """A part of a file, as a file."""
+
+    def __init__(self, file: IO[bytes], first: int, size: int) -> None:
+        self._file, self._first, self._size, self._at = file, first, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
+        if at < 0:
+            raise ValueError("a place before the beginning")
+        self._at = at
+        return at
+
+    def tell(self) -> int:
+        return self._at
+
+    def read(self, count: int | None = -1) -> bytes:
+        left = max(self._size - self._at, 0)
+        self._file.seek(self._first + self._at)
+        data = self._file.read(left if count is None or count < 0 else min(count, left))
+        self._at += len(data)
+        return data
 
 
 @contextlib.contextmanager
