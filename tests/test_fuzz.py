@@ -246,6 +246,7 @@ PLAIN = [
     Reader("msgpack", _msgpack, "model.msgpack", _load),
     Reader("pickles", _pickles, "model.pkl", _load),
     Reader("index", _index, "model", _load),
+    Reader("orbax", _orbax, "model", _load, files=10),
     Reader("trees of msgpack", _msgpack, "model.msgpack", _load_tree),
     Reader("trees of pickles", _pickles, "model.pkl", _load_tree),
 ]
