@@ -205,15 +205,16 @@ def _folders(write: Callable[[Path], object]) -> dict[str, Any]:
 def _orbax() -> list[Any]:
     import orbax.checkpoint as ocp
 
-    def zarr(path: Path) -> None:
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False)) as checkpointer:
+    def zarr(path: Path, newer: bool = False) -> None:
+        handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=newer)
+        with ocp.Checkpointer(handler) as checkpointer:
             checkpointer.save(path, args=ocp.args.PyTreeSave({"params": _flax(), "name": "a", "none": None}))
 
     def plain(path: Path) -> None:
         checkpoint.save(path.with_suffix(".orbax"), LSTM)
         path.with_suffix(".orbax").rename(path)
 
-    return [_folders(zarr), _folders(plain)]
+    return [_folders(zarr), _folders(functools.partial(zarr, newer=True)), _folders(plain)]
 
 
 def _index() -> list[Any]:
@@ -233,6 +234,39 @@ def _load(path: Path, random: Random) -> None:
         checkpoint.scaffold(tensors, linen=random.random() < 0.5)
 
 
+def _optimizers() -> list[Any]:
+    """Their states, as JSON."""
+    files = []
+    adam = {"betas": [0.9, 0.999], "eps": 1e-8, "amsgrad": False, "decoupled_weight_decay": True}
+    for own, moments in (
+        (adam | {"param_names": ["w", "v"]}, ("exp_avg", "exp_avg_sq")),
+        (adam | {"amsgrad": True}, ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")),
+        ({"momentum": 0.9, "dampening": 0, "nesterov": False}, ("momentum_buffer",)),
+        ({"alpha": 0.9, "eps": 1e-8, "centered": False, "momentum": 0}, ("square_avg",)),
+        ({"lr_decay": 0.1, "eps": 1e-8, "initial_accumulator_value": 0}, ("sum",)),
+    ):
+        group = {"lr": 0.1, "weight_decay": 0.1, "maximize": False, "foreach": None, "params": [0, 1]} | own
+        kept = {n: {"step": 3} | {name: [1.0] * (2 + n) for name in moments} for n in (0, 1)}
+        files.append(json.dumps({"state": kept, "param_groups": [group]}).encode())
+        files.append(json.dumps({"state": kept, "param_groups": [group | {"params": [n]} for n in (0, 1)]}).encode())
+    return [Coded(JSON, JSON.decode(data)) for data in files]
+
+
+def _load_optimizer(path: Path, random: Random) -> None:
+    try:
+        state = json.loads(path.read_bytes())
+        kept = state["state"].items() if random.random() < 0.9 else ()
+        state["state"] = {
+            int(key): {n: np.asarray(v, object if v is None else None) for n, v in each.items()} for key, each in kept
+        }
+    except (ValueError, TypeError, AttributeError, KeyError, RecursionError, OverflowError) as error:
+        raise checkpoint.CheckpointError("no state to try\ntry another") from error
+    params = {"w": np.ones(2), "v": np.ones(3)}
+    rate = random.choice([None, 0.1, lambda step: 0.1 / (1 + step)])
+    _, ours = checkpoint.optax_from_torch(state, params, None, rate, random.choice([None, 3]))
+    checkpoint.optax_to_torch(ours, state, params, ["w", "v"], rate, 3)
+
+
 def _load_tree(path: Path, random: Random) -> None:
     checkpoint.load_tree(path, random.choice([None, "params", "state_dict", "x.0", "a"]))
 
@@ -246,6 +280,7 @@ PLAIN = [
     Reader("msgpack", _msgpack, "model.msgpack", _load),
     Reader("pickles", _pickles, "model.pkl", _load),
     Reader("index", _index, "model", _load),
+    Reader("optimizers", _optimizers, "state.json", _load_optimizer, files=100),
     Reader("orbax", _orbax, "model", _load, files=10),
     Reader("trees of msgpack", _msgpack, "model.msgpack", _load_tree),
     Reader("trees of pickles", _pickles, "model.pkl", _load_tree),

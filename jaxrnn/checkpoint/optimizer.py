@@ -20,11 +20,14 @@ from jaxrnn.checkpoint.names import as_in_module
 from jaxrnn.checkpoint.nnx import contents_of, order_in_doubt
 from jaxrnn.checkpoint.torch_optimizers import (
     OTHER_KEY,
+    SAVE,
     STATE,
     STEP,
     OptimizerKind,
+    groups_and_states,
     kind_of_optimizer,
     number,
+    steps_of,
     transformation,
 )
 from jaxrnn.spec import level_outside
@@ -35,7 +38,6 @@ _COUNT = "count"
 _FROZEN = "frozen"
 _NAMES = "give names=, the parameters' names in the order of torch's param_groups"
 _ONCE = "give each name once"
-_SAVE = "give torch's optimizer.state_dict(), or what jaxrnn.checkpoint.load_tree(path, key) reads of it"
 
 
 def optax_from_torch(
@@ -334,13 +336,8 @@ def resumed(
     Raises:
         CheckpointError: as `optax_from_torch`.
     """
-    try:
-        groups, states = list(state["param_groups"]), state["state"]
-        indices = [index for group in groups for index in group["params"]]
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"state should be the state dict of a torch optimizer, but has no {error}\n{_SAVE}"
-        ) from error
+    groups, states = groups_and_states(state)
+    indices = [index for group in groups for index in group["params"]]
     if any(isinstance(index, int) and str(index) in states for index in indices):  # as JSON makes of numbers
         remedy = 'give numbers: state["state"] = {int(key): kept for key, kept in state["state"].items()}'
         raise CheckpointError(f"the keys of state's moments are text, and those of param_groups numbers\n{remedy}")
@@ -373,7 +370,7 @@ def resumed(
             rate = number(group["lr"]) if learning_rate is None else learning_rate
             transformations[label] = transformation(kind, group, rate)
         except KeyError as error:
-            raise CheckpointError(f"{label} of torch's {kind.name} has no {error}\n{_SAVE}") from error
+            raise CheckpointError(f"{label} of torch's {kind.name} has no {error}\n{SAVE}") from error
         for index in group["params"]:
             if index in named:
                 members[index] = Member(named[index], params[named[index]], kind, label, index not in unused)
@@ -485,7 +482,7 @@ def _check_moments(states: Mapping[Any, Any], indices: Sequence[Any]) -> None:
     """Refuse moments that belong to no parameter."""
     if strange := [key for key in states if key not in indices]:
         cause = f"state has moments under {listed(map(repr, strange))}, which are in no group of param_groups"
-        raise CheckpointError(f"{cause}\n{_SAVE}")
+        raise CheckpointError(f"{cause}\n{SAVE}")
 
 
 def _check_keys(state: Mapping[str, Any], groups: Sequence[_Group], kinds: Sequence[OptimizerKind]) -> None:
@@ -507,11 +504,6 @@ def _check_keys(state: Mapping[str, Any], groups: Sequence[_Group], kinds: Seque
 def _used(kept: Mapping[str, Any]) -> bool:
     """Whether a parameter's state comes from a step: Adagrad stores one for each parameter before the first."""
     return any(value is not None for value in kept.values()) and (STEP not in kept or steps_of(kept) > 0)
-
-
-def steps_of(kept: Mapping[str, Any]) -> int:
-    step = kept.get(STEP, 0)
-    return int(step if isinstance(step, int | float) else to_numpy(STEP, step))
 
 
 def _moment(name: str, value: Any, param: ModuleParameter) -> NDArray[Any]:

@@ -21,9 +21,8 @@ from jaxrnn.checkpoint.optimizer import (
     order_lost,
     resumed,
     slot_of,
-    steps_of,
 )
-from jaxrnn.checkpoint.torch_optimizers import STEP, number
+from jaxrnn.checkpoint.torch_optimizers import STEP, number, steps_of
 
 _STEPS = "give the number of steps that torch and optax have made together: steps_made=1000"
 _SAME = "give the parameters, or the module, that the optimizer trains"

@@ -68,9 +68,61 @@ STATE = Table("torch's optimizer.state_dict()", {"state": USED, "param_groups": 
 OTHER_KEY = "torch.optim's own optimizers have none: if it is of another class, compare its next steps with those here"
 
 
-def number(value: Any) -> float:
+SAVE = "give torch's optimizer.state_dict(), or what jaxrnn.checkpoint.load_tree(path, key) reads of it"
+
+
+def groups_and_states(state: Mapping[str, Any]) -> tuple[list[_Group], Mapping[Any, Mapping[str, Any]]]:
+    """The two parts of an optimizer's state dict: groups with lists of parameters, and what is kept of these.
+
+    Raises:
+        CheckpointError: they are not there, or not built so.
+    """
+
+    def check(good: bool, place: str, value: Any) -> None:
+        if not good:
+            cause = (
+                f"state should be the state dict of a torch optimizer, but {place} is of type {type(value).__name__}"
+            )
+            raise CheckpointError(f"{cause}\n{SAVE}")
+
+    try:
+        groups, states = state["param_groups"], state["state"]
+        check(isinstance(groups, list | tuple), "param_groups", groups)
+        check(isinstance(states, Mapping), "state", states)
+        for place, group in enumerate(groups):
+            check(isinstance(group, Mapping), f"group {place}", group)
+            check(isinstance(group["params"], list | tuple), f"params of group {place}", group["params"])
+            names = group.get("param_names")
+            check(names is None or isinstance(names, list | tuple), f"param_names of group {place}", names)
+            named = any(isinstance(key, str) for key in group["params"])
+            for key in group["params"]:
+                check(isinstance(key, str if named else int), f"a parameter of group {place}", key)
+            for name in names or ():
+                check(isinstance(name, str), f"a name of group {place}", name)
+    except (KeyError, TypeError) as error:
+        cause = f"state should be the state dict of a torch optimizer, but has no {error}"
+        raise CheckpointError(f"{cause}\n{SAVE}") from error
+    for index, kept in states.items():
+        check(kept is None or isinstance(kept, Mapping), f"what it keeps of parameter {index}", kept)
+    return list(groups), states
+
+
+def number(value: Any, name: str = "a setting") -> float:
     """A setting that is a number, or an array of one: torch's lr may be a tensor."""
-    return float(value) if isinstance(value, int | float) else float(to_numpy("a setting", value).item())
+    try:
+        return float(value) if isinstance(value, int | float) else float(to_numpy(name, value).item())
+    except (ValueError, OverflowError, TypeError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{name} should be one number: {error}\n{SAVE}") from error
+
+
+def steps_of(kept: Mapping[str, Any]) -> int:
+    """The number of steps in what torch keeps of a parameter."""
+    steps = number(kept.get(STEP, 0), STEP)
+    if not 0 <= steps < 1 << 31:
+        raise CheckpointError(f"{STEP} should be a number of steps, got {steps}\n{SAVE}")
+    return int(steps)
 
 
 def _sgd(group: _Group) -> _Steps:
@@ -156,8 +208,10 @@ def _adadelta(group: _Group) -> _Steps:
 
 
 def _betas_and_eps(group: _Group) -> tuple[float, float, float]:
-    b1, b2 = map(number, group["betas"])
-    return b1, b2, number(group["eps"])
+    betas = group["betas"]
+    if not isinstance(betas, list | tuple) or len(betas) != 2:
+        raise CheckpointError(f"betas should be two numbers, got {betas!r:.80}\n{SAVE}")
+    return number(betas[0]), number(betas[1]), number(group["eps"])
 
 
 _MOMENTS = {"exp_avg": "mu", "exp_avg_sq": "nu"}
