@@ -60,6 +60,8 @@ def _keep_programs(config: pytest.Config) -> None:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--thorough", action="store_true", help="whole tables and more random inputs: minutes longer")
+    parser.addoption("--fuzz", type=int, metavar="N", help="in test_fuzz.py: read N mutated files for each reader")
+    parser.addoption("--fuzz-first", type=int, default=0, metavar="K", help="the number of the first of them")
     parser.addoption("--optimized", action="store_true", help="compile every program as users do: twice as long")
 
 

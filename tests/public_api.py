@@ -7,7 +7,7 @@ JAX and Flax it uses only what they annotate in full, which `jnp.ones`, `jax.jit
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import assert_type
+from typing import Any, assert_type
 
 import jax
 import jax.numpy as jnp
@@ -246,6 +246,7 @@ def linen_modules(key: jax.Array) -> None:
     params = loaded.variables["params"]
     optimizer, opt_state = jaxrnn.checkpoint.linen.optax_from_torch(SGD, lstm, variables, x)
     print(loaded.unexpected, optimizer.update(params, opt_state, params)[0])
+    print(jaxrnn.checkpoint.linen.optax_to_torch(opt_state, SGD, lstm, variables, x, steps_made=3)["state"])
 
 
 def checkpoints(folder: Path, lstm: jaxrnn.LSTM) -> None:
@@ -322,6 +323,10 @@ def optimizers(gru: jaxrnn.GRU) -> None:
         SGD, params, list(params), lambda step: 0.1 / (1 + step), 3
     )
     updates, state = transformation.update(params, state, params)
+    written = jaxrnn.checkpoint.optax_to_torch(state, SGD, params, list(params), 0.1)
+    assert_type(written, dict[str, Any])
+    whole = jaxrnn.checkpoint.optimizer_to_torch(optimizer, SGD, gru, learning_rate=lambda step: 0.1 / (1 + step))
+    jaxrnn.checkpoint.save_tree("run.pt", {"optimizer": whole, "written": [written], "epoch": 3})
     clip = jaxrnn.checkpoint.clip_grad_norm(1.0)
     print(clip.update(updates, clip.init(params))[0], optimizer.step[...] + 1)
 

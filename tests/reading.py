@@ -1,9 +1,7 @@
 """What tests of files share: the tensors and warnings of a file, and the modules in it."""
 
 import doctest
-import random
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,20 +50,3 @@ def refusal(path: Path, data: bytes) -> str:
 def weights(tensors: Any, found: Any) -> dict[str, Any]:
     """The parameters of a module that `find_rnns` found, by the names that `jaxrnn.apply` takes."""
     return {name: jnp.asarray(tensors[found.prefix + name]) for name in found.spec.shapes()}
-
-
-def refused_of_mutated(path: Path, data: bytes, files: int, bytes_changed: Sequence[int], first: int = 2) -> int:
-    """How many files with changed bytes are refused; the others are read. Any other error is passed on."""
-    numbers, refused = random.Random(0), 0
-    for _ in range(files):
-        changed = bytearray(data)
-        for _ in range(numbers.choice(bytes_changed)):
-            changed[numbers.randrange(first, len(data))] = numbers.choice([0, 1, 255, numbers.randrange(256)])
-        path.write_bytes(changed)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # also of files that a reader leaves open when it fails
-            try:
-                load(path)
-            except CheckpointError:
-                refused += 1
-    return refused

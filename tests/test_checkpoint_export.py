@@ -1,10 +1,7 @@
 """Files of torch.export: the weights of a program bit by bit, the settings in its graph, and nothing in a file runs."""
 
 import io
-import json
-import random
 import sys
-import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +11,14 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from export_archives import (
+    export_archive,
+    export_of_an_lstm,
+    meta,
+    older_export,
+    torch_save,
+    weights_config,
+)
 from flax import nnx
 from memory import memory_to_refuse
 from reading import loaded, refusal
@@ -22,7 +27,6 @@ import jaxrnn
 from jaxrnn.__main__ import main
 from jaxrnn.checkpoint import CheckpointError, find_rnns, load, load_tree
 from jaxrnn.checkpoint.formats import torch_export
-from jaxrnn.checkpoint.formats.torch_zip import write
 
 # Of torch: attributes of its own layers that it finds while it exports.
 _QUIET = pytest.mark.filterwarnings(
@@ -31,52 +35,10 @@ _QUIET = pytest.mark.filterwarnings(
 
 # Files by hand
 
-NUMBERS = np.arange(4, dtype=np.float32).tobytes()
-
-
-def _meta(*shape: int, **changes: Any) -> dict[str, Any]:
-    """A contiguous float32 tensor as the JSON describes it."""
-    strides = [int(np.prod(shape[axis + 1 :])) for axis in range(len(shape))]
-    meta: dict[str, Any] = {
-        "dtype": 7, "layout": 7, "requires_grad": True, "device": {"type": "cpu", "index": None},
-        "sizes": [{"as_int": n} for n in shape], "strides": [{"as_int": n} for n in strides],
-        "storage_offset": {"as_int": 0},
-    }  # fmt: skip
-    return meta | changes
-
-
-def _config(**metas: Any) -> dict[str, Any]:
-    return {
-        "config": {
-            name: {"path_name": "weight_0", "is_param": True, "use_pickle": False, "tensor_meta": meta}
-            for name, meta in metas.items()
-        }
-    }
-
-
-def _archive(weights: Any, nodes: Any = (), specs: Any = (), **entries: bytes) -> bytes:
-    def text(value: Any) -> bytes:
-        return value if isinstance(value, bytes) else json.dumps(value).encode()
-
-    graph = {"graph_module": {"signature": {"input_specs": specs}, "graph": {"nodes": nodes}}}
-    texts = {
-        "data/weights/weight_0": NUMBERS,
-        "data/weights/model_weights_config.json": text(weights),
-        "data/constants/model_constants_config.json": text(_config()),
-        "models/model.json": text(graph),
-        "archive_format": b"pt2",
-    }
-    file = io.BytesIO()
-    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as writer:
-        for name, data in (texts | entries).items():
-            kind = zipfile.ZIP_STORED if "/weight_" in name else zipfile.ZIP_DEFLATED
-            writer.writestr(f"model/{name}", data, kind)
-    return file.getvalue()
-
 
 def test_an_archive_by_hand(tmp_path: Path) -> None:
-    shared = _config(w=_meta(4), v=_meta(2, storage_offset={"as_int": 1}, strides=[{"as_int": 2}]))
-    tensors, said = loaded(tmp_path / "a.pt2", _archive(shared))
+    shared = weights_config(w=meta(4), v=meta(2, storage_offset={"as_int": 1}, strides=[{"as_int": 2}]))
+    tensors, said = loaded(tmp_path / "a.pt2", export_archive(shared))
     assert {name: array.tolist() for name, array in tensors.items()} == {"w": [0, 1, 2, 3], "v": [1, 3]}
     assert said == []
     with pytest.raises(CheckpointError, match=r"which holds tensors only\nread it with jaxrnn.checkpoint.load"):
@@ -89,27 +51,27 @@ HUGE = {"as_int": 1 << 40}
 @pytest.mark.parametrize(
     ("weights", "cause"),
     [
-        (_config(w=_meta(5)), "w of shape (5,) was saved expanded"),
-        (_config(w=_meta(1, sizes=[HUGE], strides=[{"as_int": 0}])), "was saved expanded"),
-        (_config(w=_meta(1, sizes=[{"as_int": 1 << 63}])), "is of an impossible size"),
-        (_config(w=_meta(1, sizes=[{"as_int": -1}])), "is of an impossible size"),
-        (_config(w=_meta(1, sizes=[{"as_int": True}])), "is of an impossible size"),
-        (_config(w=_meta(1, sizes=[{"as_expr": "s0"}])), "does not describe tensors: 'as_int'"),
-        (_config(w=_meta(1, storage_offset={"as_int": 4})), "it reaches past the end of what is stored"),
-        (_config(w=_meta(1, strides=[])), "is of an impossible shape"),
-        (_config(w=_meta(1, layout=1)), "w is a tensor of layout 1 and dtype 7, as torch.export numbers them"),
-        (_config(w=_meta(1, dtype=9)), "w is a tensor of layout 7 and dtype 9"),
-        (_config(w=_meta(1, dtype=[])), "does not describe tensors"),
-        (_config(w=_meta(1)) | {"config": 1}, "does not describe tensors"),
+        (weights_config(w=meta(5)), "w of shape (5,) was saved expanded"),
+        (weights_config(w=meta(1, sizes=[HUGE], strides=[{"as_int": 0}])), "was saved expanded"),
+        (weights_config(w=meta(1, sizes=[{"as_int": 1 << 63}])), "is of an impossible size"),
+        (weights_config(w=meta(1, sizes=[{"as_int": -1}])), "is of an impossible size"),
+        (weights_config(w=meta(1, sizes=[{"as_int": True}])), "is of an impossible size"),
+        (weights_config(w=meta(1, sizes=[{"as_expr": "s0"}])), "does not describe tensors: 'as_int'"),
+        (weights_config(w=meta(1, storage_offset={"as_int": 4})), "it reaches past the end of what is stored"),
+        (weights_config(w=meta(1, strides=[])), "is of an impossible shape"),
+        (weights_config(w=meta(1, layout=1)), "w is a tensor of layout 1 and dtype 7, as torch.export numbers them"),
+        (weights_config(w=meta(1, dtype=9)), "w is a tensor of layout 7 and dtype 9"),
+        (weights_config(w=meta(1, dtype=[])), "does not describe tensors"),
+        (weights_config(w=meta(1)) | {"config": 1}, "does not describe tensors"),
         (
-            {"config": {"w": {"path_name": "weight_0", "use_pickle": True, "tensor_meta": _meta(1)}}},
+            {"config": {"w": {"path_name": "weight_0", "use_pickle": True, "tensor_meta": meta(1)}}},
             "w is a tensor of a",
         ),
         (
-            {"config": {"w": {"path_name": "weight_9", "use_pickle": False, "tensor_meta": _meta(4)}}},
+            {"config": {"w": {"path_name": "weight_9", "use_pickle": False, "tensor_meta": meta(4)}}},
             "was saved expanded",
         ),
-        ({"config": {"w": {"path_name": "../../x", "use_pickle": False, "tensor_meta": _meta(0)}}}, "none are there"),
+        ({"config": {"w": {"path_name": "../../x", "use_pickle": False, "tensor_meta": meta(0)}}}, "none are there"),
         (b'{"config": {"w": 1, "w": 2}}', "has w twice"),
         (b"{" + b"".join(b'"%d": 0, ' % i for i in range(40_000)) + b'"w": 1, "w": 2}', "has w twice"),
         (b"[" * 100_000, "is not JSON"),
@@ -119,12 +81,12 @@ HUGE = {"as_int": 1 << 40}
     ],
 )
 def test_descriptions_that_torch_does_not_write(weights: Any, cause: str, tmp_path: Path) -> None:
-    assert cause in refusal(tmp_path / "a.pt2", _archive(weights))
+    assert cause in refusal(tmp_path / "a.pt2", export_archive(weights))
 
 
 def test_what_is_no_program(tmp_path: Path) -> None:
     def without(name: str, **entries: bytes) -> bytes:
-        file, out = io.BytesIO(_archive(_config(), **entries)), io.BytesIO()
+        file, out = io.BytesIO(export_archive(weights_config(), **entries)), io.BytesIO()
         with zipfile.ZipFile(file) as reader, zipfile.ZipFile(out, "w") as writer:
             for each in reader.namelist():
                 if each != f"model/{name}":
@@ -136,26 +98,8 @@ def test_what_is_no_program(tmp_path: Path) -> None:
     assert refusal(tmp_path / "a", without("models/model.json")) == "a .pt2 archive without a program"
     name = "data/weights/model_weights_config.json"
     assert refusal(tmp_path / "a", without(name)) == f"damaged: it has no {name}"
-    fake = _archive(_config(w=_meta(4)), **{"data/weights/weight_0": b""})
+    fake = export_archive(weights_config(w=meta(4)), **{"data/weights/weight_0": b""})
     assert refusal(tmp_path / "a", fake) == "w is a fake tensor, without numbers"
-
-
-def _node(op: str, weights: list[str], **settings: Any) -> dict[str, Any]:
-    inputs = {"params": {"as_tensors": [{"name": f"p_{name}"} for name in weights]}, **settings}
-    return {"target": f"torch.ops.aten.{op}", "inputs": [{"name": name, "arg": arg} for name, arg in inputs.items()]}
-
-
-def _lstm(**changes: Any) -> bytes:
-    """A file with an LSTM of one layer and one unit."""
-    shapes = jaxrnn.Spec(jaxrnn.LSTM_CELL, 1, 1).shapes()
-    settings: dict[str, Any] = {
-        "has_biases": {"as_bool": True}, "num_layers": {"as_int": 1}, "dropout": {"as_float": 0.0},
-        "train": {"as_bool": False}, "bidirectional": {"as_bool": False}, "batch_first": {"as_bool": True},
-    }  # fmt: skip
-    specs = [{"parameter": {"arg": {"name": f"p_{name}"}, "parameter_name": name}} for name in shapes]
-    weights = _config(**{name: _meta(*shape) for name, shape in shapes.items()})
-    node = _node("lstm.input", [*shapes], **(settings | changes))
-    return _archive(weights, [node], specs, **{"data/weights/weight_0": NUMBERS})
 
 
 @pytest.mark.parametrize(
@@ -169,7 +113,7 @@ def _lstm(**changes: Any) -> bytes:
     ],
 )
 def test_settings(changes: Any, expected: Any, cause: str, tmp_path: Path) -> None:
-    tensors, said = loaded(tmp_path / "a.pt2", _lstm(**changes))
+    tensors, said = loaded(tmp_path / "a.pt2", export_of_an_lstm(**changes))
     [found] = find_rnns(tensors)
     assert found.said == expected
     assert len(said) == bool(cause)
@@ -180,35 +124,12 @@ def test_settings(changes: Any, expected: Any, cause: str, tmp_path: Path) -> No
     "graph", [b"[]", b"{}", b'{"graph_module": {"signature": {"input_specs": 1}}}', b"[" * 100_000]
 )
 def test_graphs_that_torch_does_not_write(graph: bytes, tmp_path: Path) -> None:
-    data = _archive(_config(w=_meta(4)), **{"models/model.json": graph})
+    data = export_archive(weights_config(w=meta(4)), **{"models/model.json": graph})
     assert "damaged: its " in refusal(tmp_path / "a.pt2", data)
 
 
 def test_an_argument_without_a_value(tmp_path: Path) -> None:
-    assert refusal(tmp_path / "a.pt2", _lstm(batch_first={})).startswith("damaged: its graph is not one of")
-
-
-def _old(tensors: bytes, name: str = "serialized_state_dict.pt") -> bytes:
-    """A file as torch before 2.8 wrote it."""
-    empty = io.BytesIO()
-    with zipfile.ZipFile(empty, "w") as writer:
-        writer.writestr("archive/data.pkl", b"\x80\x02}.")
-    graph = json.dumps({"graph_module": {"signature": {"input_specs": []}, "graph": {"nodes": []}}}).encode()
-    file = io.BytesIO()
-    with zipfile.ZipFile(file, "w") as writer:
-        writer.writestr("serialized_exported_program.json", graph)
-        writer.writestr(name, tensors)
-        writer.writestr("serialized_constants.pt", empty.getvalue())
-    return file.getvalue()
-
-
-def _torch_save(tensors: dict[str, np.ndarray]) -> bytes:
-    class Named(io.BytesIO):
-        name = "inside"
-
-    file = Named()
-    write(file, tensors, lambda count: None)
-    return file.getvalue()
+    assert refusal(tmp_path / "a.pt2", export_of_an_lstm(batch_first={})).startswith("damaged: its graph is not one of")
 
 
 EVIL = b"\x80\x02}X\x01\x00\x00\x00wcposix\nsystem\nX\x0a\x00\x00\x00touch evil\x85Rs."
@@ -218,35 +139,41 @@ def test_the_older_layout_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(sys.modules, "torch", None)
     arrays = {"w": np.arange(4.0), "b": np.arange(3, dtype=np.int8)}
     for name in ("serialized_state_dict.pt", "serialized_state_dict.json"):
-        tensors, said = loaded(tmp_path / "a.pt2", _old(_torch_save(arrays), name))
+        tensors, said = loaded(tmp_path / "a.pt2", older_export(torch_save(arrays), name))
         assert said == []
         for each, array in arrays.items():
             np.testing.assert_array_equal(tensors[each], array, strict=True)
     inside = io.BytesIO()
     with zipfile.ZipFile(inside, "w") as writer:
         writer.writestr("archive/data.pkl", EVIL)
-    assert "it names posix.system" in refusal(tmp_path / "a.pt2", _old(inside.getvalue()))
-    assert "truncated or damaged" in refusal(tmp_path / "a.pt2", _old(_torch_save(arrays)[:-30]))
-    flipped = bytearray(_old(_torch_save(arrays)))
+    assert "it names posix.system" in refusal(tmp_path / "a.pt2", older_export(inside.getvalue()))
+    assert "truncated or damaged" in refusal(tmp_path / "a.pt2", older_export(torch_save(arrays)[:-30]))
+    flipped = bytearray(older_export(torch_save(arrays)))
     flipped[flipped.index(np.arange(4.0).tobytes()) + 9] ^= 1
     assert "the checksum (CRC) of its entry" in refusal(tmp_path / "a.pt2", bytes(flipped))
 
 
 BOMBS: dict[str, tuple[Callable[[], bytes], str]] = {
-    "JSON": (lambda: _archive(b" " * 60_000_000), "a zip bomb: its entry model/data/weights/model_weights_config.json"),
-    "graph": (lambda: _archive(_config(), **{"models/model.json": b"[" * 60_000_000}), "a zip bomb: its entry"),
-    "deep JSON": (lambda: _archive(b"[" * 200_000), "is not JSON"),
+    "JSON": (
+        lambda: export_archive(b" " * 60_000_000),
+        "a zip bomb: its entry model/data/weights/model_weights_config.json",
+    ),
+    "graph": (
+        lambda: export_archive(weights_config(), **{"models/model.json": b"[" * 60_000_000}),
+        "a zip bomb: its entry",
+    ),
+    "deep JSON": (lambda: export_archive(b"[" * 200_000), "is not JSON"),
     "sizes": (
-        lambda: _archive(_config(w=_meta(1, sizes=[HUGE] * 3, strides=[{"as_int": 0}] * 3))),
+        lambda: export_archive(weights_config(w=meta(1, sizes=[HUGE] * 3, strides=[{"as_int": 0}] * 3))),
         "was saved expanded",
     ),
     "views": (
-        lambda: _archive(
-            _config(**{f"w{k}": _meta(1 << 18) for k in range(300)}), **{"data/weights/weight_0": bytes(1 << 20)}
+        lambda: export_archive(
+            weights_config(**{f"w{k}": meta(1 << 18) for k in range(300)}), **{"data/weights/weight_0": bytes(1 << 20)}
         ),
         "a zip bomb: its tensors have 314572800 bytes",
     ),
-    "inside": (lambda: _old(_inflating()), "a zip bomb: its entry archive/data.pkl inflates"),
+    "inside": (lambda: older_export(_inflating()), "a zip bomb: its entry archive/data.pkl inflates"),
 }
 
 
@@ -376,37 +303,3 @@ def test_the_commands(torch: ModuleType, tmp_path: Path, capsys: pytest.CaptureF
     gru = jaxrnn.GRU(3, 4, batch_first=True, rngs=nnx.Rngs(0))
     assert jaxrnn.load_state_dict(gru, load(path)) == ([], [])
     np.testing.assert_allclose(gru(jnp.asarray(x.numpy()))[0], model(x)[0].detach().numpy(), atol=1e-6)
-
-
-def _mutated(numbers: random.Random, good: bytes) -> bytes:
-    """A file with bytes changed; or whose JSON or pickle has been changed, where no checksum finds it."""
-    if numbers.random() < 0.2:
-        data = bytearray(good)
-        for _ in range(numbers.choice([1, 3, 9])):
-            data[numbers.randrange(len(data))] = numbers.choice([0, 1, 255, numbers.randrange(256)])
-        return bytes(data)
-    out = io.BytesIO()
-    with zipfile.ZipFile(io.BytesIO(good)) as reader, zipfile.ZipFile(out, "w") as writer:
-        entries = {name: bytearray(reader.read(name)) for name in reader.namelist()}
-        name = numbers.choice([name for name in entries if name.endswith((".json", ".pt", "byteorder"))])
-        for _ in range(numbers.choice([1, 2, 5])):
-            at, kind = numbers.randrange(len(entries[name]) or 1), numbers.randrange(3)
-            new = bytes(numbers.choice([*b'0123456789[]{},:"ntas_-', numbers.randrange(256)]) for _ in range(kind))
-            entries[name][at : at + numbers.choice([1, 1, 4])] = new
-        for each, data in entries.items():
-            writer.writestr(each, bytes(data))
-    return out.getvalue()
-
-
-def test_mutated_files(thorough: bool, tmp_path: Path) -> None:
-    good = [_lstm(), _old(_torch_save({"w": np.arange(4.0), "b": np.arange(3, dtype=np.int8)}))]
-    numbers, refused, files = random.Random(0), 0, 20_000 if thorough else 300
-    for index in range(files):
-        (tmp_path / "a.pt2").write_bytes(_mutated(numbers, good[index % 2]))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            try:
-                find_rnns(load(tmp_path / "a.pt2"))
-            except CheckpointError:
-                refused += 1
-    assert 0.1 * files < refused < files

@@ -22,7 +22,7 @@ from flax.core import freeze
 from flax.training import train_state
 from flax.traverse_util import flatten_dict, unflatten_dict
 from memory import memory_to_refuse
-from reading import apply, loaded, refused_of_mutated, weights
+from reading import apply, loaded, weights
 from safetensors.numpy import save_file
 
 import jaxrnn
@@ -505,7 +505,7 @@ def _savez(tree: Any) -> bytes:
     return file.getvalue()
 
 
-MUTATED = {
+WHOLE = {
     "npz": lambda: _savez(POLICY),
     "msgpack": lambda: serialization.to_bytes({"params": POLICY, "step": 3, "z": 1 + 2j}),
     "pickle 2": lambda: pickle.dumps({"params": POLICY, "step": 3}, 2),
@@ -513,10 +513,9 @@ MUTATED = {
 }
 
 
-@pytest.mark.parametrize("name", MUTATED)
-def test_mutated_files(name: str, tmp_path: Path, thorough: bool) -> None:
-    data = MUTATED[name]()
-    assert refused_of_mutated(tmp_path / "a", data, 20_000 if thorough else 300, [1, 2, 5], first=2) > 50
+@pytest.mark.parametrize("name", WHOLE)
+def test_files_cut_short(name: str, tmp_path: Path) -> None:
+    data = WHOLE[name]()
     for end in range(1, len(data), len(data) // 40):
         (tmp_path / "a").write_bytes(data[:end])
         assert _refusal(tmp_path / "a")

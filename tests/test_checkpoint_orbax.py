@@ -1,5 +1,6 @@
 """Orbax checkpoints: every bit there and back, those that Flax users write, and what is refused."""
 
+import asyncio
 import contextlib
 import gc
 import json
@@ -8,6 +9,7 @@ import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +24,7 @@ import jaxrnn
 from jaxrnn import checkpoint
 from jaxrnn.__main__ import main
 from jaxrnn.checkpoint import CheckpointError
+from jaxrnn.checkpoint.formats import orbax
 from jaxrnn.checkpoint.formats.safetensors import DTYPES
 
 # Where one array cannot be read, orbax does not wait for the others, which then find no event loop, in this or the next
@@ -159,13 +162,49 @@ def test_damaged_directories(tmp_path: Path, refusal: Callable[[Path], str], tho
         with contextlib.suppress(CheckpointError):
             checkpoint.load(path)
         file.write_bytes(files[file])
-    for _ in range(3):  # which waits for those that are still read
-        checkpoint.load(path)
     gc.collect()
     (path / "_METADATA").write_text("{}")
     assert "a damaged orbax checkpoint" in refusal(path)
     (path / "_METADATA").unlink()
     assert refusal(path) == "a directory without an orbax checkpoint"
+
+
+def _zarr(path: Path, tree: Any) -> None:
+    """In files of their own, whose JSON has no checksum."""
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False)) as checkpointer:
+        checkpointer.save(path, args=ocp.args.PyTreeSave(tree))
+
+
+def test_a_chunk_far_larger_than_its_array(tmp_path: Path, refusal: Callable[[Path], str]) -> None:
+    """tensorstore would end the process, for lack of memory."""
+    _zarr(tmp_path / "bomb", {"x": np.zeros((3, 3))})
+    described = tmp_path / "bomb" / "x" / ".zarray"
+    described.write_text(described.read_text().replace("[3,3]", "[3, 2147483647]", 1))
+    assert re.fullmatch(r"a bomb: its tensors have 51539607528 bytes, in files of \d+", refusal(tmp_path / "bomb"))
+
+
+def test_errors_wait_for_what_is_being_read() -> None:
+    """Or tensorstore's threads would print tracebacks, because asyncio's loop is closed when they are done."""
+    done = []
+
+    async def read(count: int) -> list[int]:
+        for _ in range(count):
+            await asyncio.sleep(0)
+        done.append(count)
+        if count == 1:
+            raise ValueError(count)
+        return [count]
+
+    async def both(*counts: int) -> Any:
+        reads = [orbax._All(read, [(count,), (count + 1,)]) for count in counts]
+        return await asyncio.gather(*reads)
+
+    assert asyncio.run(both(2, 4)) == [[2, 3], [4, 5]]
+    done.clear()
+    with pytest.raises(ValueError, match="1"):
+        asyncio.run(both(5, 1, 7))
+    assert sorted(done) == [1, 2, 5, 6, 7, 8]
+    orbax._All(read, [(1,)])  # never awaited, which is no warning
 
 
 def test_an_array_far_larger_than_its_files(tmp_path: Path, refusal: Callable[[Path], str]) -> None:

@@ -1,6 +1,5 @@
 """Files of torch.save without torch: every tensor bit by bit, whatever calls is refused, and no damage gets through."""
 
-import functools
 import io
 import pickle
 import sys
@@ -16,7 +15,6 @@ import pytest
 from flax import nnx
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors.numpy import save as safetensors_bytes
 
 import jaxrnn
 from jaxrnn import checkpoint
@@ -281,6 +279,7 @@ def test_twenty_thousand_layers(tmp_path: Path) -> None:
         ({"shape": (2, 2), "strides": (3, 1)}, 16, "it reaches past the end"),
         ({"shape": (2,), "strides": (2**62,)}, 16, "it reaches past the end"),
         ({"shape": (0, 2**62, 2**62), "strides": (1, 1, 1)}, 16, "cannot be read"),
+        ({"shape": (0, 2**62), "strides": (2**62, 1)}, 16, "cannot be read: array is too big"),
         ({"shape": (1,) * 65, "strides": (1,) * 65}, 16, "(a tensor has an impossible shape)"),
         ({"offset": -1}, 16, "truncated or damaged: its pickle cannot be read (a tensor has an impossible size)"),
         ({"shape": (-4,)}, 16, "(a tensor has an impossible size)"),
@@ -331,71 +330,6 @@ def test_many_views_of_one_storage_are_a_bomb(tmp_path: Path) -> None:
     tracemalloc.stop()
     assert "a zip bomb: its tensors have 314572800 bytes" in refusal
     assert peak < 20_000_000
-
-
-# Fuzzing: of good files, bytes flipped, cut out, doubled and moved.
-
-
-def _mutated(data: bytes, random: np.random.RandomState) -> bytes:
-    array = bytearray(data)
-    for _ in range(random.randint(1, 4)):
-        start, end = np.sort(random.randint(0, len(array) + 1, 2))
-        end = min(end, start + random.choice([1, 4, 40, len(array)]))
-        at = random.randint(0, len(array) + 1)
-        kind = random.randint(5)
-        if kind == 0 and len(array):
-            array[random.randint(len(array))] ^= 1 << random.randint(8)
-        elif kind == 1 and len(array):
-            array[random.randint(len(array))] = random.choice([0, 1, 0x28, 0x2E, 0x52, 0x7F, 0x80, 0xFF])
-        elif kind == 2:
-            del array[start:end]
-        elif kind == 3:
-            array[at:at] = array[start:end]
-        else:
-            array[at : at + end - start] = array[start:end]
-    return bytes(array)
-
-
-def _good() -> dict[str, Callable[[np.random.RandomState], bytes]]:
-    """For each reader, what makes a mutated file."""
-    numbers = {"data/0": np.arange(4, dtype=np.float32).tobytes(), "byteorder": b"little", "version": b"3\n"}
-    body = b"".join(_tensor(name=name)[3:-1] for name in ("weight_ih_l0", "weight_hh_l0", "bias"))
-    pickled = b"\x80\x02}" + body + b"."
-    whole = _archive(pickled, **numbers)
-    deflated = _archive(pickled, zipfile.ZIP_DEFLATED, **numbers)
-    tensors = safetensors_bytes({"a": np.zeros((2, 3), np.float32), "b": np.ones(5, np.int8)})
-    return {
-        "zip": functools.partial(_mutated, whole),
-        "deflated zip": functools.partial(_mutated, deflated),
-        "pickle": lambda random: _archive(_mutated(pickled, random), **numbers),
-        "safetensors": functools.partial(_mutated, tensors),
-    }
-
-
-@pytest.mark.parametrize("reader", list(_good()))
-def test_damage_is_a_checkpoint_error_or_harmless(reader: str, thorough: bool, tmp_path: Path) -> None:
-    _fuzz(_good()[reader], thorough, tmp_path)
-
-
-@pytest.mark.torch
-@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
-def test_damage_in_a_legacy_file(torch: types.ModuleType, thorough: bool, tmp_path: Path) -> None:
-    file = io.BytesIO()
-    torch.save(torch.nn.GRU(1, 2).state_dict(), file, _use_new_zipfile_serialization=False)
-    _fuzz(functools.partial(_mutated, file.getvalue()), thorough, tmp_path)
-
-
-def _fuzz(mutate: Callable[[np.random.RandomState], bytes], thorough: bool, tmp_path: Path) -> None:
-    random = np.random.RandomState(0)
-    loaded = 0
-    for _ in range(20_000 if thorough else 1000):
-        try:
-            found = _load(mutate(random), tmp_path)
-        except CheckpointError:
-            continue
-        loaded += 1
-        assert all(isinstance(array, np.ndarray) for array in found.values())
-    assert loaded < 0.8 * (20_000 if thorough else 1000)
 
 
 def test_calls_that_copy_one_list_again_and_again() -> None:

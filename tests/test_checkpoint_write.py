@@ -2,14 +2,18 @@
 
 import errno
 import os
+import re
 import stat
 import subprocess
 import sys
 import threading
 import time
+import types
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -335,3 +339,51 @@ def test_where_files_cannot_be_locked(code, tmp_path, monkeypatch):
 def test_names_that_are_none(name, tensors, cause, tmp_path):
     with pytest.raises(CheckpointError, match=cause):
         checkpoint.save(tmp_path / name, tensors)
+
+
+TREE: dict[str, Any] = {
+    "model": {"w": np.arange(6.0).reshape(2, 3), "h": jnp.ones(2, jnp.bfloat16), "empty": np.zeros((0, 2), np.int8)},
+    "optimizer": {"state": {0: {"step": np.array(3.0, np.float32)}}, "param_groups": [{"betas": (0.9, 0.999)}]},
+    "more": [None, True, False, 0, -(2**70), 1e-310, float("nan"), "é\ud800", (), [], {}, {"a.b": np.float64(2)}],
+}
+
+
+def test_trees(tmp_path: Path, torch: types.ModuleType) -> None:
+    checkpoint.save_tree(tmp_path / "run.pt", {**TREE, "lr": torch.tensor(0.1)})
+    found = checkpoint.load_tree(tmp_path / "run.pt")
+    assert repr(found["more"][:-1]) == repr(TREE["more"][:-1])
+    assert found["lr"].dtype == np.float32
+    theirs = torch.load(tmp_path / "run.pt")
+    assert list(theirs) == [*TREE, "lr"]
+    assert theirs["optimizer"]["param_groups"] == [{"betas": (0.9, 0.999)}]
+    assert theirs["optimizer"]["state"][0]["step"] == 3
+    assert theirs["model"]["h"].dtype == torch.bfloat16
+    assert (theirs["model"]["w"].numpy() == TREE["model"]["w"]).all()
+    assert theirs["more"][-1]["a.b"] == 2
+    assert list(checkpoint.load(tmp_path / "run.pt", key="model")) == ["w", "h", "empty"]
+
+
+@pytest.mark.parametrize(
+    ("tree", "name", "cause"),
+    [
+        ({}, "run.safetensors", "nested dicts are written for torch alone\nend the name in .pt"),
+        ({"a": [{1.5: 0}]}, "run.pt", "keys should be strings or integers, and a.0 has 1.5\nrename it"),
+        ({"a": [object()]}, "run.pt", "a.0 is of type object, which is not written\nleave it out"),
+        ({"a": {3: np.array("x")}}, "run.pt", "a.3 is of type ndarray, which is not written"),
+        ({"a": [jnp.ones(2, jnp.int4)]}, "run.pt", "a.0 has dtype int4, which torch does not have\nconvert it"),
+        (object(), "run.pt", "the tree is of type object"),
+    ],
+)
+def test_trees_that_are_not_written(tree: Any, name: str, cause: str, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=f"^{re.escape(f'{tmp_path / name}: {cause}')}"):
+        checkpoint.save_tree(tmp_path / name, tree)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_tree_that_reads_back_otherwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "run.pt").write_bytes(b"mine")
+    for change in ({"a": [1]}, {"a": (1, 2)}, {"a": [True, 2]}, {"a": [1, np.zeros(2)]}, {"b": [1, 2]}):
+        monkeypatch.setattr(checkpoint.write, "load_tree", lambda path, change=change: change)
+        with pytest.raises(CheckpointError, match=r"read back, it differs from what was written: (a|the tree)"):
+            checkpoint.save_tree(tmp_path / "run.pt", {"a": [1, 2]})
+    assert (tmp_path / "run.pt").read_bytes() == b"mine"

@@ -448,5 +448,35 @@ def test_numbers_of_moments_that_do_not_fit(torch: types.ModuleType, number: flo
 
 def test_adamax_before_its_firsttorchs_step(torch: types.ModuleType) -> None:
     state = torch.optim.Adamax([torch.ones(2)]).state_dict()
-    with pytest.raises(CheckpointError, match=r"may be Adamax before its first step.*\nstart a new .*optax.adamax"):
+    with pytest.raises(
+        CheckpointError, match=r"may be Adamax before its first step.*\nmake a step .* start a new .*optax.adamax"
+    ):
         checkpoint.optax_from_torch(state, {"w": np.ones(2)})
+
+
+ADAM = {"lr": 0.1, "betas": (0.9, 0.9), "eps": 1e-8, "weight_decay": 0, "amsgrad": False, "params": [0]}
+
+
+@pytest.mark.parametrize(
+    ("state", "groups", "cause"),
+    [
+        ({}, 3, "param_groups is of type int"),
+        ([], [ADAM], "state is of type list"),
+        ({}, ["a"], "group 0 is of type str"),
+        ({}, [ADAM | {"params": 3}], "params of group 0 is of type int"),
+        ({}, [ADAM | {"params": [[]]}], "a parameter of group 0 is of type list"),
+        ({}, [ADAM | {"params": ["w", 1]}], "a parameter of group 0 is of type int"),
+        ({}, [ADAM | {"param_names": [1]}], "a name of group 0 is of type int"),
+        ({}, [ADAM | {"param_names": 1}], "param_names of group 0 is of type int"),
+        ({0: [1]}, [ADAM], "what it keeps of parameter 0 is of type list"),
+        ({0: {"step": np.ones(2)}}, [ADAM], "step should be one number: "),
+        ({0: {"step": 2**40}}, [ADAM], "step should be a number of steps, got 1099511627776.0"),
+        ({0: {"step": float("nan")}}, [ADAM], "step should be a number of steps, got nan"),
+        ({}, [ADAM | {"betas": [0.9]}], r"betas should be two numbers, got \[0.9\]"),
+        ({}, [ADAM | {"betas": 0.9}], "betas should be two numbers, got 0.9"),
+        ({}, [ADAM | {"eps": np.ones(2)}], "a setting should be one number: "),
+    ],
+)
+def test_what_is_no_state_dict(state: Any, groups: Any, cause: str) -> None:
+    with pytest.raises(CheckpointError, match=f"^.*{cause}.*\ngive torch's optimizer.state_dict"):
+        checkpoint.optax_from_torch({"state": state, "param_groups": groups}, {"w": np.ones(2)})

@@ -10,8 +10,9 @@ from jaxrnn.checkpoint.nnx import from_torch, load_state_dict, state_dict
 from jaxrnn.checkpoint.optimizer import clip_grad_norm, optax_from_torch, optimizer_from_torch
 from jaxrnn.checkpoint.scaffold import scaffold
 from jaxrnn.checkpoint.to_onnx import to_onnx
+from jaxrnn.checkpoint.to_torch_optimizer import optax_to_torch, optimizer_to_torch
 from jaxrnn.checkpoint.torch_init import torch_init
-from jaxrnn.checkpoint.write import save
+from jaxrnn.checkpoint.write import save, save_tree
 
 __all__ = [
     "CheckpointError",
@@ -27,8 +28,11 @@ __all__ = [
     "load_state_dict",
     "load_tree",
     "optax_from_torch",
+    "optax_to_torch",
     "optimizer_from_torch",
+    "optimizer_to_torch",
     "save",
+    "save_tree",
     "scaffold",
     "state_dict",
     "to_onnx",

@@ -131,6 +131,9 @@ class Dialect:
                 shape = arrays[entry.name].shape
                 cause = f"{entry.name} of {self.title} is {shape}, which does not fit hidden_size={hidden}"
                 raise CheckpointError(f"{cause}\n{_ONE_LAYER}") from error
+        if len({part.shape for (source, _, bias), part in parts.items() if source == "i" and not bias}) > 1:
+            names = listed(entry.name for entry in entries if "i" in entry.sources and not entry.bias)
+            raise CheckpointError(f"{names} of {self.title} are of different input sizes\n{_ONE_LAYER}")
         zero = np.zeros(hidden, next(iter(parts.values())).dtype)
         for gate, amount in self.added.items():  # in the bias that only torch has: a sum would be rounded
             other = "h" if self._holders(gate) == ["i"] else "i"

@@ -18,7 +18,8 @@ from jaxrnn.checkpoint.errors import CheckpointError, listed
 from jaxrnn.checkpoint.flax_layers import Conversion, kind_of
 from jaxrnn.checkpoint.matching import Contents, ModuleParameter, fit, interchangeable
 from jaxrnn.checkpoint.named import Names
-from jaxrnn.checkpoint.optimizer import are_named, order_lost, resumed, trained
+from jaxrnn.checkpoint.optimizer import are_named, has_moments, order_lost, resumed, trained
+from jaxrnn.checkpoint.to_torch_optimizer import written
 from jaxrnn.checkpoint.torch_init import drawn, is_other
 from jaxrnn.spec import CellSpec, Spec
 from jaxrnn.torch_random import TorchGenerator
@@ -249,26 +250,76 @@ def optax_from_torch(
     >>> updates["layers_1"]["kernel"].shape  # in torch (5, 4)
     (4, 5)
     """
-    contents = _contents(module, variables, args, kwargs)
+    described, names = _trained(state, _contents(module, variables, args, kwargs), names, prefix)
+    return resumed(state, described, names, learning_rate, steps_made, prefix).for_tree(variables["params"])
+
+
+def optax_to_torch(
+    state: optax.OptState,
+    settings: Mapping[str, Any],
+    module: linen.Module,
+    variables: Mapping[str, Any],
+    *args: Any,
+    names: Sequence[str] | None = None,
+    learning_rate: optax.ScalarOrSchedule | None = None,
+    steps_made: int | None = None,
+    prefix: str = "",
+    **kwargs: Any,
+) -> dict[str, Any]:
+    """As `jaxrnn.checkpoint.optax_to_torch`, for a Linen module: the inverse of `optax_from_torch`.
+
+    Args:
+        state, settings, learning_rate, steps_made: as for `jaxrnn.checkpoint.optax_to_torch`.
+        module, variables, args, kwargs: as for `load_state_dict`.
+        names, prefix: as for `optax_from_torch`.
+
+    Returns:
+        As `jaxrnn.checkpoint.optax_to_torch`, with torch's layouts.
+
+    Raises:
+        CheckpointError: as `jaxrnn.checkpoint.optax_to_torch`, and as `optax_from_torch`, of names.
+
+    >>> import jax, jax.numpy as jnp, jaxrnn, optax
+    >>> from flax import linen
+    >>> model, x = linen.Sequential([jaxrnn.linen.GRUCell(3, 4, bias=False), linen.Dense(5)]), jnp.ones((2, 3))
+    >>> variables = model.init(jax.random.key(0), x)
+    >>> group = {"lr": 0.1, "momentum": 0.9, "dampening": 0, "weight_decay": 0, "nesterov": False}
+    >>> settings = {"state": {}, "param_groups": [{**group, "params": [0, 1, 2, 3]}]}  # of a new optimizer in torch
+    >>> state = optax.sgd(0.1, momentum=0.9).init(variables["params"])
+    >>> written = jaxrnn.checkpoint.linen.optax_to_torch(state, settings, model, variables, x)
+    >>> written["state"][2]["momentum_buffer"].shape  # in Flax (4, 5)
+    (5, 4)
+    """
+    contents, seen = _contents(module, variables, args, kwargs), has_moments(settings)
+    described, names = _trained(settings, contents, names, prefix, seen)
+    params = variables["params"]
+    return written(state, settings, described, params, names, learning_rate, steps_made, prefix=prefix)
+
+
+def _trained(
+    state: Mapping[str, Any], contents: Contents, names: Sequence[str] | None, prefix: str, seen: bool = True
+) -> tuple[dict[str, ModuleParameter], Sequence[str] | None]:
+    """The parameters in "params", with their places there, and names as the module has them."""
     described = {
         name: param._replace(place=param.place[1:])
         for name, param in contents.params.items()
         if param.place[0] == "params"
     }
     if names is not None:
-        names = trained(names, described, contents, prefix)
-    elif not are_named(state, described, prefix) and (
-        doubtful := _order_in_doubt([(tuple(name.split(".")), param) for name, param in described.items()])
+        return described, trained(names, described, contents, prefix)
+    if not are_named(state, described, prefix) and (
+        doubtful := _order_in_doubt([(tuple(name.split(".")), param) for name, param in described.items()], seen)
     ):
         raise order_lost(doubtful, "Linen has that of the calls")
-    return resumed(state, described, names, learning_rate, steps_made, prefix).for_tree(variables["params"])
+    return described, None
 
 
-def _order_in_doubt(params: list[tuple[TreePath, ModuleParameter]]) -> list[str]:
+def _order_in_doubt(params: list[tuple[TreePath, ModuleParameter]], seen: bool) -> list[str]:
     """Attributes that torch may have defined in another order, where the shapes cannot reveal it.
 
     Args:
         params: with the parts of their names.
+        seen: whether there are shapes of torch.
     """
     below = itertools.groupby((item for item in params if len(item[0]) > 1), lambda item: item[0][0])
     runs = [(name, [(path[1:], param) for path, param in items]) for name, items in below]
@@ -281,11 +332,11 @@ def _order_in_doubt(params: list[tuple[TreePath, ModuleParameter]]) -> list[str]
     }
     numbers = [int(name) for name in children if name.isdigit()]
     ordered = len(numbers) == len(children) and numbers == sorted(numbers)  # of a list
-    if len(children) < len(runs) or (not ordered and interchangeable(submodules)):
+    if len(children) < len(runs) or (not ordered and interchangeable(submodules, seen)):
         return list(submodules)
-    if interchangeable(own):
+    if interchangeable(own, seen):
         return list(own)
-    return next(filter(None, map(_order_in_doubt, children.values())), [])
+    return next(filter(None, (_order_in_doubt(child, seen) for child in children.values())), [])
 
 
 def _flat(variables: Mapping[str, Any]) -> dict[TreePath, Any]:

@@ -114,12 +114,15 @@ class Contents(NamedTuple):
                     yield f"{owner}: {prefix}{text}"
 
 
-def interchangeable(parts: Mapping[str, tuple[Any, ...]]) -> bool:
+def interchangeable(parts: Mapping[str, tuple[Any, ...]], seen: bool = True) -> bool:
     """Whether another order of the parts would have the same sequence of shapes.
 
     Args:
         parts: by name the shapes of the parameters of each.
+        seen: whether the shapes in torch are known, with which theirs are compared.
     """
+    if not seen:
+        return len(parts) > 1
     orders = itertools.islice(itertools.permutations(parts.values()), 1, 5040)
     return len(set(parts.values())) < len(parts) or sum(parts.values(), ()) in (sum(o, ()) for o in orders)
 

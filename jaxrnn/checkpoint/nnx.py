@@ -292,11 +292,11 @@ def _own_shape(layer: object, conversion: Conversion) -> tuple[int, ...] | None:
         return None
 
 
-def order_in_doubt(node: object, above: tuple[int, ...] = ()) -> list[str]:
-    """Attributes whose original order may be lost to sorting, where the shapes cannot reveal it."""
+def order_in_doubt(node: object, seen: bool = True, above: tuple[int, ...] = ()) -> list[str]:
+    """Attributes whose original order may be lost to sorting, where shapes, if torch's are seen, cannot reveal it."""
     children = _children(node) if id(node) not in above else {}
     for child in children.values():
-        if found := order_in_doubt(child, (*above, id(node))):
+        if found := order_in_doubt(child, seen, (*above, id(node))):
             return found
     numbered = isinstance(node, nnx.Sequential | nnx.List)
     if numbered or not isinstance(node, nnx.Pytree) or isinstance(children.get("spec"), Spec | CellSpec):
@@ -308,7 +308,7 @@ def order_in_doubt(node: object, above: tuple[int, ...] = ()) -> list[str]:
             if isinstance(children[name], nnx.Param) == own:
                 shapes = tuple(param.shape for param in _under({name: children[name]}).params.values())
                 parts |= {name: shapes} if shapes else {}
-        if len(parts) > 1 and _compat.is_rebuilt(node) and interchangeable(parts):
+        if len(parts) > 1 and _compat.is_rebuilt(node) and interchangeable(parts, seen):
             return list(parts)
     return []
 

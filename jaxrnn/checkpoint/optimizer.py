@@ -1,7 +1,7 @@
 """Convert torch's optimizers, settings and state, to optax, to continue training where torch stopped."""
 
 import warnings
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Container, Mapping, Sequence, Set
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -20,11 +20,14 @@ from jaxrnn.checkpoint.names import as_in_module
 from jaxrnn.checkpoint.nnx import contents_of, order_in_doubt
 from jaxrnn.checkpoint.torch_optimizers import (
     OTHER_KEY,
+    SAVE,
     STATE,
     STEP,
     OptimizerKind,
+    groups_and_states,
     kind_of_optimizer,
     number,
+    steps_of,
     transformation,
 )
 from jaxrnn.spec import level_outside
@@ -35,7 +38,6 @@ _COUNT = "count"
 _FROZEN = "frozen"
 _NAMES = "give names=, the parameters' names in the order of torch's param_groups"
 _ONCE = "give each name once"
-_SAVE = "give torch's optimizer.state_dict(), or what jaxrnn.checkpoint.load_tree(path, key) reads of it"
 
 
 def optax_from_torch(
@@ -128,20 +130,9 @@ def optimizer_from_torch(
     >>> optimizer = jaxrnn.checkpoint.optimizer_from_torch({"state": {}, "param_groups": [group]}, gru)
     >>> updates = optimizer.update(gru, nnx.grad(lambda gru: gru(np.ones((5, 2), "float32"))[0].sum())(gru))
     """
-    places = {id(variable): path for path, variable in nnx.iter_graph(module) if isinstance(variable, nnx.Param)}
-    described: dict[str, ModuleParameter] = {}
-    seen: set[int] = set()
-    contents = contents_of(module)
-    for name, param in contents.params.items():
-        # As in torch's parameters(), a tied weight counts once, under its first name. Statistics are not trained.
-        if id(param.place) in places and id(param.place) not in seen:
-            seen.add(id(param.place))
-            described[name] = param._replace(place=places[id(param.place)])
-    if names is not None:
-        names = trained(names, described, contents, prefix)
-    elif not are_named(state, described, prefix) and (doubtful := order_in_doubt(module)):
-        raise order_lost(doubtful, "Flax sorts attributes in nnx.jit and in copies")
+    described, names = of_module(state, module, names, prefix)
     found = resumed(state, described, names, learning_rate, steps_made, prefix)
+    found.warn()
     params = nnx.as_pure(nnx.state(module, nnx.Param))
     optimizer = nnx.Optimizer(module, found.transformation(params), wrt=nnx.Param)
     nnx.update(optimizer.opt_state, nnx.state(found.fill(nnx.as_pure(optimizer.opt_state))))
@@ -174,6 +165,31 @@ def clip_grad_norm(max_norm: float) -> optax.GradientTransformation:
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
+def has_moments(state: Mapping[str, Any]) -> bool:
+    """Whether torch's state dict has moments, whose shapes may tell the order of parameters."""
+    return bool(state.get("state"))
+
+
+def of_module(
+    state: Mapping[str, Any], module: nnx.Module, names: Sequence[str] | None, prefix: str, seen: bool = True
+) -> tuple[dict[str, ModuleParameter], list[str] | None]:
+    """The parameters of a module that are trained, with their places in its state, and names as it has them."""
+    places = {id(variable): path for path, variable in nnx.iter_graph(module) if isinstance(variable, nnx.Param)}
+    described: dict[str, ModuleParameter] = {}
+    counted: set[int] = set()
+    contents = contents_of(module)
+    for name, param in contents.params.items():
+        # As in torch's parameters(), a tied weight counts once, under its first name. Statistics are not trained.
+        if id(param.place) in places and id(param.place) not in counted:
+            counted.add(id(param.place))
+            described[name] = param._replace(place=places[id(param.place)])
+    if names is not None:
+        return described, trained(names, described, contents, prefix)
+    if not are_named(state, described, prefix) and (doubtful := order_in_doubt(module, seen)):
+        raise order_lost(doubtful, "Flax sorts attributes in nnx.jit and in copies")
+    return described, None
+
+
 def trained(
     names: Sequence[str], described: Mapping[str, ModuleParameter], contents: Contents, prefix: str
 ) -> list[str]:
@@ -191,6 +207,24 @@ def order_lost(doubtful: Sequence[str], reason: str) -> CheckpointError:
     return CheckpointError(f"{cause}\ngive names=list(tensors), with the state dict of torch's model as tensors")
 
 
+class Member(NamedTuple):
+    """A parameter of a group of torch's optimizer.
+
+    Attributes:
+        name: in torch.
+        param: where it is in Flax.
+        kind: the optimizer's.
+        label: the group's.
+        trained: whether torch has made steps with it, or with none.
+    """
+
+    name: str
+    param: ModuleParameter
+    kind: OptimizerKind
+    label: str
+    trained: bool
+
+
 class Resumed(NamedTuple):
     """The contents of torch's state dict, by parameter.
 
@@ -199,15 +233,24 @@ class Resumed(NamedTuple):
         counts: how many steps the parameters of each group have made.
         labels: each parameter's group, or `_FROZEN`.
         moments: each parameter's moments, in its layout, by optax's field names.
+        members: the parameters by torch's numbers.
+        words: what to warn of.
     """
 
     groups: dict[str, optax.GradientTransformation]
     counts: dict[str, set[int]]
     labels: dict[tuple[Any, ...], str]
     moments: dict[tuple[Any, ...], dict[str, NDArray[Any]]]
+    members: dict[Any, Member]
+    words: list[str]
+
+    def warn(self) -> None:
+        for text in self.words:
+            warnings.warn(text, stacklevel=level_outside())
 
     def for_tree(self, params: Any) -> tuple[optax.GradientTransformation, optax.OptState]:
         """The transformation and its filled state for a tree of parameters."""
+        self.warn()
         optimizer = self.transformation(params)
         return optimizer, self.fill(optimizer.init(params))
 
@@ -221,13 +264,11 @@ class Resumed(NamedTuple):
         """Fill the state with torch's moments and counts."""
 
         def filled(path: tuple[Any, ...], leaf: Any) -> Any:
-            fields = [index for index, key in enumerate(path) if isinstance(key, jax.tree_util.GetAttrKey)]
-            if path[fields[-1]].name == _COUNT:
-                group = next((key.key for key in path if isinstance(key, jax.tree_util.DictKey)), None)
-                return jnp.asarray(self._count(group or next(iter(self.labels.values()))), leaf.dtype)
-            # The last field may be that of a box around the array, such as `linen.Partitioned`.
-            found = [self.moments.get(_keys(path[index:]), {}).get(path[index].name) for index in fields[-2:]]
-            moment = next((moment for moment in found if moment is not None), None)
+            slot = slot_of(path, self.moments)
+            if slot is not None and slot.place is None:
+                group = slot.above[0] if slot.above else next(iter(self.labels.values()))
+                return jnp.asarray(self._count(group), leaf.dtype)
+            moment = None if slot is None else self.moments[slot.place].get(slot.field)
             with np.errstate(over="ignore"):  # `resumed` has warned of it
                 return leaf if moment is None else jnp.asarray(moment, leaf.dtype)
 
@@ -241,6 +282,34 @@ class Resumed(NamedTuple):
                 "and names=, if you give it, into the new order"
             )
         return max(self.counts[group])
+
+
+class Slot(NamedTuple):
+    """What a leaf of optax's state is.
+
+    Attributes:
+        field: the name of the field, such as "mu".
+        place: the parameter whose moment it is; None if it is a count of steps.
+        above: the keys of dicts around the field: the group, in a state for several.
+    """
+
+    field: str
+    place: Any
+    above: tuple[Any, ...]
+
+
+def slot_of(path: tuple[Any, ...], places: Container[Any]) -> Slot | None:
+    """The slot of a leaf, by its path; None if it is neither a count nor a moment of one of the parameters."""
+    fields = [index for index, key in enumerate(path) if isinstance(key, jax.tree_util.GetAttrKey)]
+    # The last field may be that of a box around the array, such as `linen.Partitioned`.
+    for index in fields[-2:]:
+        field, place = path[index].name, _keys(path[index:])
+        above = tuple(key.key for key in path[:index] if isinstance(key, jax.tree_util.DictKey))
+        if field == _COUNT and not place:
+            return Slot(field, None, above)
+        if place in places:
+            return Slot(field, place, above)
+    return None
 
 
 def _keys(path: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -267,13 +336,8 @@ def resumed(
     Raises:
         CheckpointError: as `optax_from_torch`.
     """
-    try:
-        groups, states = list(state["param_groups"]), state["state"]
-        indices = [index for group in groups for index in group["params"]]
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"state should be the state dict of a torch optimizer, but has no {error}\n{_SAVE}"
-        ) from error
+    groups, states = groups_and_states(state)
+    indices = [index for group in groups for index in group["params"]]
     if any(isinstance(index, int) and str(index) in states for index in indices):  # as JSON makes of numbers
         remedy = 'give numbers: state["state"] = {int(key): kept for key, kept in state["state"].items()}'
         raise CheckpointError(f"the keys of state's moments are text, and those of param_groups numbers\n{remedy}")
@@ -289,14 +353,15 @@ def resumed(
     unused = {index for index in stateful if index not in used} if used else set()
     named = _named(groups, indices, unused, params, names, prefix)
     _check_moments(states, indices)
+    words = []
     if frozen := [named[index] for index in indices if index in unused and index in named]:
         cause = "torch's optimizer has made no step with them, as with frozen or never used parameters"
-        words = f"{listed(frozen)} are not trained: {cause}"
-        warnings.warn(f"{words}. To train them, start a fresh optax optimizer", stacklevel=3)
+        words.append(f"{listed(frozen)} are not trained: {cause}. To train them, start a fresh optax optimizer")
     labels = {param.place: _FROZEN for param in params.values()}
     moments: dict[tuple[Any, ...], dict[str, NDArray[Any]]] = {param.place: {} for param in params.values()}
     transformations = {_FROZEN: optax.set_to_zero()}
     counts = {}
+    members: dict[Any, Member] = {}
     odd: list[str] = []
     large: list[str] = []
     for count, (group, kind) in enumerate(zip(groups, kinds, strict=True)):
@@ -305,15 +370,17 @@ def resumed(
             rate = number(group["lr"]) if learning_rate is None else learning_rate
             transformations[label] = transformation(kind, group, rate)
         except KeyError as error:
-            raise CheckpointError(f"{label} of torch's {kind.name} has no {error}\n{_SAVE}") from error
+            raise CheckpointError(f"{label} of torch's {kind.name} has no {error}\n{SAVE}") from error
         for index in group["params"]:
+            if index in named:
+                members[index] = Member(named[index], params[named[index]], kind, label, index not in unused)
             if index in unused:
                 continue
             param = params[name := named[index]]
             labels[param.place] = label
             kept = states.get(index, {})
             if STEP in kept or ("betas" in group and states):
-                steps.add(_steps(kept))
+                steps.add(steps_of(kept))
             for theirs, field in kind.fields.items():
                 if kept.get(theirs) is not None:
                     moment = moments[param.place][field] = _moment(f"{theirs} of {name}", kept[theirs], param)
@@ -329,8 +396,7 @@ def resumed(
         if callable(learning_rate) and trains and not steps and steps_made is None:
             cause = f"{label} does not say how many steps torch has made, which the schedule starts from"
             raise CheckpointError(f"{cause}\ngive it: steps_made=1000")
-    _warn_of_numbers(odd, large)
-    return Resumed(transformations, counts, labels, moments)
+    return Resumed(transformations, counts, labels, moments, members, [*words, *_words_on_numbers(odd, large)])
 
 
 def are_named(state: Mapping[str, Any], params: Mapping[str, ModuleParameter], prefix: str) -> bool:
@@ -416,7 +482,7 @@ def _check_moments(states: Mapping[Any, Any], indices: Sequence[Any]) -> None:
     """Refuse moments that belong to no parameter."""
     if strange := [key for key in states if key not in indices]:
         cause = f"state has moments under {listed(map(repr, strange))}, which are in no group of param_groups"
-        raise CheckpointError(f"{cause}\n{_SAVE}")
+        raise CheckpointError(f"{cause}\n{SAVE}")
 
 
 def _check_keys(state: Mapping[str, Any], groups: Sequence[_Group], kinds: Sequence[OptimizerKind]) -> None:
@@ -437,12 +503,7 @@ def _check_keys(state: Mapping[str, Any], groups: Sequence[_Group], kinds: Seque
 
 def _used(kept: Mapping[str, Any]) -> bool:
     """Whether a parameter's state comes from a step: Adagrad stores one for each parameter before the first."""
-    return any(value is not None for value in kept.values()) and (STEP not in kept or _steps(kept) > 0)
-
-
-def _steps(kept: Mapping[str, Any]) -> int:
-    step = kept.get(STEP, 0)
-    return int(step if isinstance(step, int | float) else to_numpy(STEP, step))
+    return any(value is not None for value in kept.values()) and (STEP not in kept or steps_of(kept) > 0)
 
 
 def _moment(name: str, value: Any, param: ModuleParameter) -> NDArray[Any]:
@@ -458,11 +519,12 @@ def _fits(moment: NDArray[Any], param: ModuleParameter) -> bool:
         return bool(np.isfinite(moment.astype(jnp.result_type(param.value))).all())
 
 
-def _warn_of_numbers(odd: Sequence[str], large: Sequence[str]) -> None:
-    """Warn of moments that are NaN or infinite, and of those that are too large for their parameters' dtypes."""
+def _words_on_numbers(odd: Sequence[str], large: Sequence[str]) -> list[str]:
+    """Warnings of moments that are NaN or infinite, and of those that are too large for their parameters' dtypes."""
+    words = []
     if odd:
-        cause = f"NaN or infinite numbers in {listed(odd)}"
-        warnings.warn(f"{cause}\nif torch's steps are finite, save its state anew", stacklevel=level_outside())
+        words.append(f"NaN or infinite numbers in {listed(odd)}\nif torch's steps are finite, save its state anew")
     if large:
         cause = f"numbers in {listed(large)} become infinite in their parameters' dtype"
-        warnings.warn(f"{cause}\ngive the parameters in float32", stacklevel=level_outside())
+        words.append(f"{cause}\ngive the parameters in float32")
+    return words

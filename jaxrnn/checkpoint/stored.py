@@ -14,10 +14,11 @@ from typing import IO
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrnn.checkpoint.errors import AGAIN, UnreadableError, os_cause
+from jaxrnn.checkpoint.errors import AGAIN, CheckpointError, UnreadableError, os_cause
 
 # Large compared with the cost of a system call, small compared with the processor's caches.
 _PIECE = 1 << 20
+_USUAL_AXES = 32
 # Threads that read, compute checksums and compare, all of which release the GIL.
 THREADS = 4
 
@@ -107,6 +108,19 @@ class Stored:
         if self.checksum is not None and checksum != self.checksum:
             cause = f"damaged: the checksum (CRC) of its entry {self.entry!r} does not match"
             raise UnreadableError(f"{self.source.path}: {cause}\n{AGAIN}")
+
+
+def check_shape(name: str, shape: tuple[int, ...], dtype: np.dtype) -> None:
+    """Refuse what no NumPy array can be, where the size in bytes does not tell: it has too many axes, or is empty.
+
+    Raises:
+        CheckpointError: it has too many axes, or one of size 0 beside one that is too large.
+    """
+    try:
+        if 0 in shape or len(shape) > _USUAL_AXES:
+            np.empty(shape, dtype)
+    except ValueError as error:
+        raise CheckpointError(f"damaged: {name} of shape {shape} cannot be read: {error}\n{AGAIN}") from error
 
 
 Value = np.ndarray | Stored

@@ -24,7 +24,9 @@ class OptimizerKind(NamedTuple):
         told_by: its settings, or names in its state, that tell it.
         lacks: those that tell others.
         settings: its own settings that are used, beside those in `_SETTINGS`.
-        fields: from the names in torch's state to the fields of optax's. Any other name is refused.
+        fields: from the names in torch's state to the fields of optax's, for reading and writing. Any other name is
+            refused.
+        counts: whether torch's state has the number of steps.
         keeps: whether it keeps a state for each parameter, with a group's settings.
         step: what makes a step of learning rate 1 of a gradient, from a group's settings.
         unequal: where optax has nothing that equals it: what differs.
@@ -36,6 +38,7 @@ class OptimizerKind(NamedTuple):
     lacks: Set[str] = frozenset()
     settings: tuple[str, ...] = ()
     fields: Mapping[str, str] = {}
+    counts: bool = True
     keeps: Callable[[_Group], bool] = lambda group: True
     step: Callable[[_Group], _Steps] = lambda group: []
     unequal: str = ""
@@ -65,9 +68,61 @@ STATE = Table("torch's optimizer.state_dict()", {"state": USED, "param_groups": 
 OTHER_KEY = "torch.optim's own optimizers have none: if it is of another class, compare its next steps with those here"
 
 
-def number(value: Any) -> float:
+SAVE = "give torch's optimizer.state_dict(), or what jaxrnn.checkpoint.load_tree(path, key) reads of it"
+
+
+def groups_and_states(state: Mapping[str, Any]) -> tuple[list[_Group], Mapping[Any, Mapping[str, Any]]]:
+    """The two parts of an optimizer's state dict: groups with lists of parameters, and what is kept of these.
+
+    Raises:
+        CheckpointError: they are not there, or not built so.
+    """
+
+    def check(good: bool, place: str, value: Any) -> None:
+        if not good:
+            cause = (
+                f"state should be the state dict of a torch optimizer, but {place} is of type {type(value).__name__}"
+            )
+            raise CheckpointError(f"{cause}\n{SAVE}")
+
+    try:
+        groups, states = state["param_groups"], state["state"]
+        check(isinstance(groups, list | tuple), "param_groups", groups)
+        check(isinstance(states, Mapping), "state", states)
+        for place, group in enumerate(groups):
+            check(isinstance(group, Mapping), f"group {place}", group)
+            check(isinstance(group["params"], list | tuple), f"params of group {place}", group["params"])
+            names = group.get("param_names")
+            check(names is None or isinstance(names, list | tuple), f"param_names of group {place}", names)
+            named = any(isinstance(key, str) for key in group["params"])
+            for key in group["params"]:
+                check(isinstance(key, str if named else int), f"a parameter of group {place}", key)
+            for name in names or ():
+                check(isinstance(name, str), f"a name of group {place}", name)
+    except (KeyError, TypeError) as error:
+        cause = f"state should be the state dict of a torch optimizer, but has no {error}"
+        raise CheckpointError(f"{cause}\n{SAVE}") from error
+    for index, kept in states.items():
+        check(kept is None or isinstance(kept, Mapping), f"what it keeps of parameter {index}", kept)
+    return list(groups), states
+
+
+def number(value: Any, name: str = "a setting") -> float:
     """A setting that is a number, or an array of one: torch's lr may be a tensor."""
-    return float(value) if isinstance(value, int | float) else float(to_numpy("a setting", value).item())
+    try:
+        return float(value) if isinstance(value, int | float) else float(to_numpy(name, value).item())
+    except (ValueError, OverflowError, TypeError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{name} should be one number: {error}\n{SAVE}") from error
+
+
+def steps_of(kept: Mapping[str, Any]) -> int:
+    """The number of steps in what torch keeps of a parameter."""
+    steps = number(kept.get(STEP, 0), STEP)
+    if not 0 <= steps < 1 << 31:
+        raise CheckpointError(f"{STEP} should be a number of steps, got {steps}\n{SAVE}")
+    return int(steps)
 
 
 def _sgd(group: _Group) -> _Steps:
@@ -76,6 +131,16 @@ def _sgd(group: _Group) -> _Steps:
         cause = f"optax has no dampening, and torch's SGD has dampening={group['dampening']}"
         raise CheckpointError(f"{cause}\nto train on without it, set it to 0 in param_groups")
     return [optax.trace(momentum, nesterov=bool(group["nesterov"]))] if momentum else []
+
+
+class AmsgradState(NamedTuple):
+    """Of torch's amsgrad, which corrects the maximum of second moments. That of optax is the maximum of corrected ones,
+    and has another name."""
+
+    count: Any
+    mu: Any
+    nu: Any
+    max_nu: Any
 
 
 def _adam(group: _Group) -> _Steps:
@@ -87,17 +152,20 @@ def _adam(group: _Group) -> _Steps:
     b1, b2, eps = _betas_and_eps(group)
     if not group["amsgrad"]:
         return [optax.scale_by_adam(b1, b2, eps)]
-    moments = optax.scale_by_amsgrad(b1, b2)
+    moments = optax.scale_by_adam(b1, b2)
 
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        _, new = moments.update(updates, state)
-        # optax takes the maximum of corrected moments, torch corrects the maximum.
-        new = new._replace(nu_max=jax.tree.map(jnp.maximum, state.nu_max, new.nu))
-        mu = optax.tree.bias_correction(new.mu, b1, new.count)
-        nu = optax.tree.bias_correction(new.nu_max, b2, new.count)
+    def init(params: Any) -> AmsgradState:
+        count, mu, nu = moments.init(params)
+        return AmsgradState(count, mu, nu, optax.tree.zeros_like(params))
+
+    def update(updates: Any, state: AmsgradState, params: Any = None) -> tuple[Any, AmsgradState]:
+        _, (count, mu, nu) = moments.update(updates, optax.ScaleByAdamState(state.count, state.mu, state.nu))
+        new = AmsgradState(count, mu, nu, jax.tree.map(jnp.maximum, state.max_nu, nu))
+        mu = optax.tree.bias_correction(mu, b1, count)
+        nu = optax.tree.bias_correction(new.max_nu, b2, count)
         return jax.tree.map(lambda mu, nu: mu / (jnp.sqrt(nu) + eps), mu, nu), new
 
-    return [optax.GradientTransformation(moments.init, update)]
+    return [optax.GradientTransformation(init, update)]
 
 
 def _adamax(group: _Group) -> _Steps:
@@ -140,8 +208,10 @@ def _adadelta(group: _Group) -> _Steps:
 
 
 def _betas_and_eps(group: _Group) -> tuple[float, float, float]:
-    b1, b2 = map(number, group["betas"])
-    return b1, b2, number(group["eps"])
+    betas = group["betas"]
+    if not isinstance(betas, list | tuple) or len(betas) != 2:
+        raise CheckpointError(f"betas should be two numbers, got {betas!r:.80}\n{SAVE}")
+    return number(betas[0]), number(betas[1]), number(group["eps"])
 
 
 _MOMENTS = {"exp_avg": "mu", "exp_avg_sq": "nu"}
@@ -151,6 +221,7 @@ KINDS = (
         {"momentum", "dampening", "nesterov"},
         settings=("momentum", "dampening", "nesterov"),
         fields={"momentum_buffer": "trace"},
+        counts=False,
         keeps=lambda group: bool(number(group["momentum"])),
         step=_sgd,
     ),
@@ -159,7 +230,7 @@ KINDS = (
         {"betas", "amsgrad"},
         lacks={"momentum_decay"},
         settings=("betas", "eps", "amsgrad", "decoupled_weight_decay"),
-        fields=_MOMENTS | {"max_exp_avg_sq": "nu_max"},
+        fields=_MOMENTS | {"max_exp_avg_sq": "max_nu"},
         step=_adam,
     ),
     OptimizerKind(
@@ -240,7 +311,7 @@ def kind_of_optimizer(group: _Group, state: Set[str]) -> OptimizerKind:
     kind = next((kind for kind in KINDS if kind.told_by <= present and not kind.lacks & present), None)
     if kind is None and {"betas", "eps"} <= group.keys() and not state:
         cause = "the optimizer may be Adamax before its first step, when only its state would tell"
-        raise CheckpointError(f"{cause}\n{_START_ANEW}, such as optax.adamax")
+        raise CheckpointError(f"{cause}\nmake a step in torch before, or {_START_ANEW}, such as optax.adamax")
     if kind is None:
         settings = listed(name for name in group if name != "params")
         raise CheckpointError(f"the optimizer is not one of {_KNOWN}: its settings are {settings}\n{_START_ANEW}")

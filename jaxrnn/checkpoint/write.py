@@ -17,8 +17,9 @@ import numpy as np
 from jaxrnn._compat import is_orbax_tree
 from jaxrnn.checkpoint.arrays import NO_NUMBERS, dtype_of, to_numpy
 from jaxrnn.checkpoint.errors import CheckpointError, about, listed
-from jaxrnn.checkpoint.files import FilePath, Tensors, check_path, stored_in
-from jaxrnn.checkpoint.formats import WRITERS, Writer
+from jaxrnn.checkpoint.files import FilePath, Tensors, check_path, load_tree, stored_in
+from jaxrnn.checkpoint.formats import WRITERS, torch_zip
+from jaxrnn.checkpoint.formats.nested import mapped
 from jaxrnn.checkpoint.formats.orbax import NEW
 from jaxrnn.checkpoint.stored import THREADS, Stored, equal
 
@@ -72,7 +73,90 @@ def save(path: FilePath, tensors: Mapping[str, Any], progress: Wrote | None = No
             cause = f"tensors should be one flat dict of arrays, and has dicts under {listed(nested)}"
             raise CheckpointError(f"{cause}\njoin the names with dots, and leave out what is not an array: {each}")
         arrays = {name: value if _is_plain(value) else to_numpy(name, value) for name, value in tensors.items()}
-        _save(os.path.realpath(path), arrays, write, progress or (lambda count: None))
+        wrote = progress or (lambda count: None)
+        _save(
+            os.path.realpath(path),
+            lambda file: write(file, arrays, wrote),
+            lambda written, pool: _compare(written, arrays, pool, wrote),
+        )
+
+
+def save_tree(path: FilePath, tree: Any) -> None:
+    """Write nested dicts and lists to a file that `torch.load` reads: a model and its optimizer, for example.
+
+    As with `save`, the file is read back and compared, and only then replaces an existing one.
+
+    Args:
+        path: the file, named .pt, .pth, .ckpt or .bin.
+        tree: dicts, with strings or integers as keys, lists and tuples, nested, of arrays of numpy or jax (or torch),
+            strings, numbers, True, False and None. Arrays become tensors.
+
+    Raises:
+        CheckpointError: another suffix, a value that cannot be written, an error of the file system, or a file that
+            does not read back as it was written.
+
+    >>> import os, tempfile
+    >>> import numpy as np
+    >>> from jaxrnn import checkpoint
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = os.path.join(folder, "run.pt")
+    ...     checkpoint.save_tree(path, {"model": {"head.bias": np.zeros(2)}, "epoch": 3})
+    ...     checkpoint.load_tree(path)
+    {'model': {'head.bias': array([0., 0.])}, 'epoch': 3}
+    """
+    with about(path, "check the folder and its space"):
+        check_path(path)
+        if not os.fspath(path).endswith(torch_zip.SUFFIXES):
+            raise CheckpointError(f"nested dicts are written for torch alone\nend the name in {torch_zip.SUFFIXES[0]}")
+        plain = mapped(_with_dicts(tree), _plain)
+
+        def compare(written: str, pool: ThreadPoolExecutor) -> None:
+            if different := _different(load_tree(written), plain):
+                cause = f"read back, it differs from what was written: {listed(different)}"
+                raise CheckpointError(f"{cause}\ncheck the disk")
+
+        _save(os.path.realpath(path), lambda file: torch_zip.write_tree(file, plain, lambda count: None), compare)
+
+
+def _with_dicts(value: Any, place: str = "") -> Any:
+    """A copy in which dicts, lists and tuples of other classes are plain ones."""
+    if isinstance(value, Mapping):
+        if odd := [key for key in value if type(key) not in (str, int)]:
+            cause = f"keys should be strings or integers, and {place or 'the tree'} has {odd[0]!r}"
+            raise CheckpointError(f"{cause}\nrename it: a string will do")
+        return {key: _with_dicts(item, _below(place, key)) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        items = [_with_dicts(item, _below(place, index)) for index, item in enumerate(value)]
+        return items if isinstance(value, list) else tuple(items)
+    return value
+
+
+def _below(place: str, key: object) -> str:
+    return f"{place}.{key}" if place else str(key)
+
+
+def _plain(name: str, value: Any) -> Any:
+    """A leaf as it is written."""
+    if value is None or type(value) in (str, bool, float) or (type(value) is int and value.bit_length() < 2000):
+        return value
+    if dtype_of(value) == NO_NUMBERS:
+        cause = f"{name or 'the tree'} is of type {type(value).__name__}, which is not written"
+        raise CheckpointError(f"{cause}\nleave it out, or give its arrays, strings and numbers")
+    return value if _is_plain(value) else to_numpy(name, value)
+
+
+def _different(found: Any, expected: Any, place: str = "") -> list[str]:
+    """The places where two trees differ."""
+    if isinstance(expected, np.ndarray | Stored):
+        same = isinstance(found, np.ndarray) and equal(found, expected)
+    elif isinstance(expected, dict | list | tuple) and type(found) is type(expected):
+        one, other = (dict(each.items() if isinstance(each, dict) else enumerate(each)) for each in (found, expected))
+        if list(one) == list(other):
+            return [where for key in other for where in _different(one[key], other[key], _below(place, key))]
+        same = False
+    else:
+        same = type(found) is type(expected) and repr(found) == repr(expected)
+    return [] if same else [place or "the tree"]
 
 
 def replace(path: FilePath, data: bytes) -> None:
@@ -99,7 +183,8 @@ def _is_plain(value: Any) -> bool:
     return type(value) is np.ndarray and value.flags.c_contiguous and value.dtype == dtype_of(value) != NO_NUMBERS
 
 
-def _save(path: str, arrays: Tensors, write: Writer, progress: Wrote) -> None:
+def _save(path: str, write: Callable[[IO[bytes]], str], compare: Callable[[str, ThreadPoolExecutor], None]) -> None:
+    """Write and compare a file, which then replaces an existing one. `write` returns the path that it wrote."""
     if os.path.isdir(path) and os.listdir(path) and not is_orbax_tree(path):
         raise CheckpointError("a directory that is not an orbax checkpoint, so it is not replaced\nchoose another name")
     _remove_abandoned(path)
@@ -109,10 +194,10 @@ def _save(path: str, arrays: Tensors, write: Writer, progress: Wrote) -> None:
             mode = stat.S_IMODE(os.stat(path).st_mode) if os.path.isfile(path) else None
             if mode is not None:  # whoever may not read the old file may not read this one
                 os.chmod(temporary, mode | stat.S_IWUSR | stat.S_IRUSR)
-            written = write(file, arrays, progress)
+            written = write(file)
             file.flush()
             synced = pool.submit(_sync, written)
-            _compare(written, arrays, pool, progress)
+            compare(written, pool)
             synced.result()
             if os.path.isdir(path) and written != temporary:
                 os.rename(path, temporary + _OLD)  # a directory cannot replace another

@@ -27,6 +27,7 @@ _FIRST_ENTRIES = (_METADATA.encode(), _CONFIG.encode(), _WEIGHTS.encode())
 _DEEPEST, _MOST = 64, 50_000  # groups in groups, and in all
 _SAVE = "save the model again, in one file: model.save(path)"
 _NOWHERE = (1 << 64) - 1  # the address of a dataset that is not stored
+_COMPRESSED = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 _OPTIMIZER = ("optimizer", "optimizer_weights")
 
 
@@ -51,7 +52,7 @@ def contents(path: str | os.PathLike[str]) -> tuple[Any, str | None, list["Varia
                 warnings.simplefilter("ignore")  # of what is no array
                 config = config if zipped else opened.attrs.get("model_config")
                 version = version if zipped else opened.attrs.get("keras_version")
-                variables = list(_variables(pyfive, opened, (), (), Budget(size), itertools.count()))
+                variables = list(_variables(pyfive, opened, weights, (), (), Budget(size), itertools.count()))
         except CheckpointError:
             raise
         except Exception as error:  # pyfive checks little itself: Python's errors are its checks
@@ -71,6 +72,8 @@ def _unzipped(file: IO[bytes], size: int) -> tuple[bytes, Any, IO[bytes]]:
             if (inflated := sum(archive.getinfo(name).file_size for name in read)) > largest(size):
                 cause = f"a zip bomb: its entries inflate to {inflated} bytes, from a file of {size}"
                 raise CheckpointError(f"{cause}\nget the file from a source that you trust")
+            if odd := [name for name in read if archive.getinfo(name).compress_type not in _COMPRESSED]:
+                raise CheckpointError(f"damaged: Keras compresses no entry as {listed(odd)} is\n{AGAIN}")
             version = _version(archive.read(_METADATA)) if _METADATA in names else None
             return archive.read(_CONFIG), version, io.BytesIO(archive.read(_WEIGHTS))
     except CheckpointError:
@@ -97,6 +100,22 @@ def _version(metadata: bytes) -> Any:
     return found.get("keras_version") if isinstance(found, dict) else None
 
 
+def _array(name: str, dataset: Any, file: IO[bytes]) -> np.ndarray:
+    """The numbers of a dataset, read from the file.
+
+    Not by pyfive: of files without a name, and of those in a zip, it reads large arrays in pieces, not all of them from
+    the right place, and gives zeros for what is past the end. A file with a name it opens anew, and may leave open.
+    """
+    size = math.prod(dataset.shape)
+    if size and hasattr(dataset.id, "data_offset"):
+        file.seek(dataset.id.data_offset)
+        data = file.read(size * dataset.dtype.itemsize)
+        if len(data) < size * dataset.dtype.itemsize:
+            raise CheckpointError(f"a damaged HDF5 file: the numbers of {name} reach past its end\n{AGAIN}")
+        return np.frombuffer(data, dataset.dtype, size).reshape(dataset.shape).copy()
+    return np.array(dataset[()]) if size else np.empty(dataset.shape, dataset.dtype)
+
+
 class Variable(NamedTuple):
     """A variable.
 
@@ -112,7 +131,13 @@ class Variable(NamedTuple):
 
 
 def _variables(
-    pyfive: Any, group: Any, path: GroupPath, titles: tuple[str | None, ...], budget: Budget, count: Iterator[int]
+    pyfive: Any,
+    group: Any,
+    file: IO[bytes],
+    path: GroupPath,
+    titles: tuple[str | None, ...],
+    budget: Budget,
+    count: Iterator[int],
 ) -> Iterator[Variable]:
     """Every array of numbers in a group and below it."""
     for name in _in_order(group):
@@ -125,7 +150,7 @@ def _variables(
             variables = item.get("vars")
             noted = variables.attrs.get("name") if isinstance(variables, pyfive.Group) else None
             title = as_text(noted) if isinstance(noted, str | bytes) and noted else None
-            yield from _variables(pyfive, item, below, (*titles, title), budget, count)
+            yield from _variables(pyfive, item, file, below, (*titles, title), budget, count)
         elif isinstance(item, pyfive.Dataset) and isinstance(item.dtype, np.dtype):
             # Keras writes no other type of which numpy knows the size alone; its older files do not name this one.
             bfloat16 = item.dtype == "V2" and item.attrs.get("dtype", "bfloat16") in ("bfloat16", b"bfloat16")
@@ -137,6 +162,6 @@ def _variables(
             budget.spend(math.prod(item.shape) * item.dtype.itemsize)
             if math.prod(item.shape) and getattr(item.id, "data_offset", 0) == _NOWHERE:
                 raise CheckpointError(f"the numbers of {'/'.join(below)} are in another file\n{_SAVE}")
-            array = np.array(item[()]) if math.prod(item.shape) else np.empty(item.shape, item.dtype)
+            array = _array("/".join(below), item, file)
             array = array.view(jnp.bfloat16) if bfloat16 else array.astype(array.dtype.newbyteorder("="))
             yield Variable(below, titles, array)

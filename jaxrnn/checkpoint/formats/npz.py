@@ -1,8 +1,12 @@
 """Files of `numpy.savez`: arrays by name, in a zip archive."""
 
+import contextlib
 import math
 import os
+import warnings
 import zipfile
+from collections.abc import Iterator
+from typing import IO
 
 import jax.numpy as jnp
 import numpy as np
@@ -40,8 +44,16 @@ def read(path: str | os.PathLike[str], what: Reading) -> dict[str, Value]:
     return dict(arrays)
 
 
+@contextlib.contextmanager
+def _opened(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> Iterator[IO[bytes]]:
+    """Open an entry, and silence NumPy, which advises on headers that Python 2 wrote, and Python, which parses them."""
+    with warnings.catch_warnings(), archive.open(entry) as file:
+        warnings.simplefilter("ignore")
+        yield file
+
+
 def _array(path: str | os.PathLike[str], archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> np.ndarray:
-    with archive.open(entry) as file:
+    with _opened(archive, entry) as file:
         version = np.lib.format.read_magic(file)
         header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, _, dtype = header(file)
@@ -51,7 +63,7 @@ def _array(path: str | os.PathLike[str], archive: zipfile.ZipFile, entry: zipfil
         raise CheckpointError(f"{name} is an array of {dtype}, which are not numbers\nsave the arrays of numbers alone")
     if math.prod(shape) * dtype.itemsize > entry.file_size:
         raise CheckpointError(f"damaged: {entry.filename} of shape {shape} has too few bytes\n{AGAIN}")
-    with archive.open(entry) as file:
+    with _opened(archive, entry) as file:
         array = np.lib.format.read_array(file, allow_pickle=False)
         if file.read(1):
             raise CheckpointError(f"damaged: {entry.filename} of shape {shape} has too many bytes\n{AGAIN}")

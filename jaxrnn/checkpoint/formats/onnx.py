@@ -33,7 +33,11 @@ _CELLS_NAME = re.compile(r"(?P<prefix>.*\.|)weight_hh", re.S)
 
 def sniff(head: bytes) -> bool:
     # A protobuf message: its version, and then one of the fields of a model.
-    return head[:1] == b"\x08" and 0 < head[1] < 64 and head[2:3] in (b"\x12", b"\x1a", b'"', b"(", b"2", b":", b"B")
+    return (
+        head[:1] == b"\x08"
+        and 0 < int.from_bytes(head[1:2]) < 64
+        and head[2:3] in (b"\x12", b"\x1a", b'"', b"(", b"2", b":", b"B")
+    )
 
 
 def read(path: str | os.PathLike[str], what: Reading) -> dict[str, Value]:

@@ -3,12 +3,16 @@
 Orbax comes with Flax. It is imported only when needed, because the import is slow.
 """
 
+import asyncio
 import contextlib
+import dataclasses
+import functools
 import glob
 import logging
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import weakref
+from collections.abc import Callable, Coroutine, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import IO, Any
 
 import jax
@@ -43,7 +47,8 @@ def _tree(path: str | os.PathLike[str]) -> Any:
 
     path = _tree_in(os.path.abspath(path))
     try:
-        with _quiet(), ocp.PyTreeCheckpointer() as checkpointer:
+        handler = ocp.PyTreeCheckpointHandler(type_handler_registry=_patient_handlers())
+        with _quiet(), ocp.Checkpointer(handler) as checkpointer:
             metadata = checkpointer.metadata(path).item_metadata.tree
             _check((leaf for _, leaf in trees.leaves(metadata)), path)
             # As NumPy arrays: JAX would cut them to 32 bits and move them to a device. Strings stay strings.
@@ -59,6 +64,59 @@ def _tree(path: str | os.PathLike[str]) -> Any:
         raise CheckpointError(
             f"a damaged orbax checkpoint, or one that this orbax cannot read ({cause})\n{AGAIN}"
         ) from error
+
+
+@functools.cache
+def _patient_handlers() -> Any:
+    """Orbax's own handlers of arrays, strings and numbers, but for errors: these wait for all that is being read.
+
+    Otherwise tensorstore, which is still reading, prints a traceback for each array, because the event loop is closed.
+    """
+    import orbax.checkpoint as ocp
+
+    def patient(handler: Any) -> Any:
+        class Patient(handler):
+            def metadata(self, infos: Sequence[Any]) -> "_All":
+                return _All(super().metadata, [([info],) for info in infos])
+
+            def deserialize(self, infos: Sequence[Any], args: Sequence[Any] | None = None) -> "_All":
+                pairs = zip(infos, args or [ocp.RestoreArgs()] * len(infos), strict=True)
+                return _All(super().deserialize, [([info], [each]) for info, each in pairs])
+
+        return Patient()
+
+    kinds = ocp.type_handlers
+    numbers = patient(kinds.ScalarHandler)
+    arrays = [(np.ndarray, patient(kinds.NumpyHandler)), (jax.Array, patient(kinds.ArrayHandler))]
+    others = [(str, patient(kinds.StringHandler)), *((kind, numbers) for kind in (int, float, bytes, np.number))]
+    return kinds.create_type_handler_registry(*arrays, *others)
+
+
+_READING = weakref.WeakSet[asyncio.Future[Any]]()
+
+
+@dataclasses.dataclass(eq=False)
+class _All:
+    """Calls whose results are awaited together. An error is raised when everything that is being read is there.
+
+    Not a coroutine, of which Python says that it was never awaited if orbax fails before it begins.
+    """
+
+    begin: Callable[..., Coroutine[Any, Any, Sequence[Any]]]
+    arguments: list[tuple[Any, ...]]
+
+    def __await__(self) -> Generator[Any, None, list[Any]]:
+        begun = [asyncio.ensure_future(self.begin(*each)) for each in self.arguments]
+        _READING.update(begun)
+        found: list[Any] = []
+        for each in (yield from asyncio.gather(*begun, return_exceptions=True).__await__()):
+            if isinstance(each, BaseException):
+                loop = asyncio.get_running_loop()
+                others = [other for other in _READING if other.get_loop() is loop and not other.done()]
+                yield from asyncio.gather(*others, return_exceptions=True).__await__()
+                raise each
+            found += each
+        return found
 
 
 def _tree_in(path: str) -> str:
@@ -106,8 +164,13 @@ def _is_array(described: Any) -> bool:
 
 
 def _check(described: Iterable[Any], path: str) -> None:
-    """Refuse arrays far larger than their files."""
-    size = sum(math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize for leaf in described if _is_array(leaf))
+    """Refuse arrays far larger than their files, and those in larger chunks: tensorstore reads whole chunks."""
+
+    def numbers(leaf: Any) -> int:
+        chunk = leaf.storage and leaf.storage.chunk_shape
+        return max(math.prod(leaf.shape), math.prod(chunk or ()))
+
+    size = sum(numbers(leaf) * jnp.dtype(leaf.dtype).itemsize for leaf in described if _is_array(leaf))
     files = (os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names)
     stored = sum(map(os.path.getsize, files))
     if size > largest(stored):  # data that is not stored would be read as zeros, however many

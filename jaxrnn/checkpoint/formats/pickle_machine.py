@@ -4,8 +4,10 @@ Python's unpickler calls what a file names. This one cannot: a global is only a 
 names are known and what data their calls make. Any other name is refused, or what it would make is left out.
 """
 
+import contextlib
 import pickletools
 import struct
+import warnings
 from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -22,11 +24,8 @@ _SIZED = (str, bytes, tuple, list, dict, set)  # what calls make
 _OBJECTS = {"NEWOBJ_EX", "OBJ", "INST"}  # NEWOBJ is for the vocabulary to allow
 _LONGEST_KEY = 64  # of a tuple that is a key
 _ITEMS = 4  # that a call may make of each item or character in a pickle: as many bytes has one in UTF-8
-# A damaged or hostile pickle can raise these here and in pickletools; the last where warnings are errors.
-DAMAGE = (
-    ValueError, TypeError, IndexError, KeyError, AttributeError, OverflowError, EOFError, struct.error,
-    DeprecationWarning,
-)  # fmt: skip
+# A damaged or hostile pickle can raise these here and in pickletools.
+DAMAGE = (ValueError, TypeError, IndexError, KeyError, AttributeError, OverflowError, EOFError, struct.error)
 
 
 class Global(NamedTuple):
@@ -80,6 +79,14 @@ class Vocabulary:
         raise Refused("its pickle has the operation BINPERSID")
 
 
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silence pickletools, which decodes strings as Python's source has them, and advises on their escapes."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        yield
+
+
 def build(data: Any, vocabulary: Vocabulary, left_out: set[str] | None = None) -> Any:
     """Build what a pickle holds: bytes, or something to read from that never gives more than there is.
 
@@ -91,7 +98,8 @@ def build(data: Any, vocabulary: Vocabulary, left_out: set[str] | None = None) -
         CheckpointError: it is damaged.
     """
     try:
-        return _Machine(vocabulary, left_out).run(pickletools.genops(data))
+        with quiet():
+            return _Machine(vocabulary, left_out).run(pickletools.genops(data))
     except CheckpointError:
         raise
     except DAMAGE as damage:

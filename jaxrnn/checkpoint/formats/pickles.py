@@ -3,16 +3,26 @@
 import itertools
 import math
 import pickletools
+import struct
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
 from jaxrnn.checkpoint.errors import CheckpointError
-from jaxrnn.checkpoint.formats.pickle_machine import DAMAGE, Global, Refused, Vocabulary, build, bytes_of, checked_key
-from jaxrnn.checkpoint.stored import Value
+from jaxrnn.checkpoint.formats.pickle_machine import (
+    DAMAGE,
+    Global,
+    Refused,
+    Vocabulary,
+    build,
+    bytes_of,
+    checked_key,
+    quiet,
+)
+from jaxrnn.checkpoint.stored import Stored, Value
 
 STATE_DICT = "save only the tensors: torch.save(model.state_dict(), path)"
 
@@ -162,7 +172,9 @@ def unpickle(data: bytes, left_out: set[str] | None = None, packed: bool = False
     try:
         return build(data, TorchSave(packed), left_out)
     except Refused as refusal:
-        if is_object(pickletools.genops(data)):
+        with quiet():
+            whole = is_object(pickletools.genops(data))
+        if whole:
             cause, remedy = f"a whole module, not a state_dict: {refusal}", "save model.state_dict() instead"
         else:
             cause, remedy = f"it holds more than tensors, and its code is not run: {refusal}", _WITHOUT
@@ -295,35 +307,53 @@ def _tensor(
     return StoredTensor(storage, dtype, offset, tuple(shape), tuple(strides), bits)
 
 
-def pickle_tensors(tensors: Mapping[str, Value]) -> bytes:
-    """Pickle a state dict as torch.save does: an OrderedDict of contiguous tensors, each with its own storage.
+_ORDERED_DICT = b"ccollections\nOrderedDict\n)R"
 
-    The storages' keys are "0", "1" and so on, in the order of the tensors.
+
+def pickle_tree(tree: Any) -> tuple[bytes, list[Value]]:
+    """Pickle dicts, lists, tuples, strings, numbers and arrays as torch.save does.
+
+    Returns:
+        The pickle, and the arrays, which have to be contiguous. The keys of their storages are "0", "1" and so on.
     """
+    arrays: list[Value] = []
+    return b"\x80\x02" + b"".join(_pickled(tree, arrays)) + b".", arrays
+
+
+def _pickled(value: Any, arrays: list[Value]) -> Iterator[bytes]:
+    if isinstance(value, dict):
+        yield (_ORDERED_DICT if isinstance(value, OrderedDict) else b"}") + b"("
+        for key, item in value.items():
+            yield _value(key)
+            yield from _pickled(item, arrays)
+        yield b"u"
+    elif isinstance(value, list | tuple):
+        yield b"](" if isinstance(value, list) else b"("
+        for item in value:
+            yield from _pickled(item, arrays)
+        yield b"e" if isinstance(value, list) else b"t"
+    elif isinstance(value, np.ndarray | Stored):
+        yield _tensor_of(value, str(len(arrays)))
+        arrays.append(value)
+    else:
+        yield _value(value)
+
+
+def _tensor_of(array: Value, key: str) -> bytes:
+    """A contiguous tensor in a storage of its own."""
     storages = {dtype: name for name, dtype in _STORAGES.items()}
-    named = {dtype: name for name, dtype in _NAMED.items()}
-    ordered_dict = _name("collections.OrderedDict") + b")R"
-    pieces = [b"\x80\x02", ordered_dict, b"("]
-
-    def numbers(values: tuple[int, ...]) -> bytes:
-        return b"(" + b"".join(map(_value, values)) + b"t"
-
-    for index, (name, array) in enumerate(tensors.items()):
-        untyped = array.dtype not in storages
-        kind = "torch.storage.UntypedStorage" if untyped else storages[array.dtype]
-        size = array.nbytes if untyped else array.size
-        pieces += [
-            _value(name),
-            _name(f"torch._utils._rebuild_tensor_v{3 if untyped else 2}"),
-            b"((" + _value("storage") + _name(kind) + _value(str(index)) + _value("cpu") + _value(size) + b"tQ",
-            _value(0),
-            numbers(array.shape),
-            numbers(contiguous_strides(array.shape)),
-            b"\x89" + ordered_dict,  # requires_grad=False, and no hooks
-            _name(named[array.dtype]) if untyped else b"",
-            b"tR",
-        ]
-    return b"".join([*pieces, b"u."])
+    untyped = array.dtype not in storages
+    kind = "torch.storage.UntypedStorage" if untyped else storages[array.dtype]
+    size = array.nbytes if untyped else array.size
+    return b"".join([
+        _name(f"torch._utils._rebuild_tensor_v{3 if untyped else 2}"),
+        b"((" + _value("storage") + _name(kind) + _value(key) + _value("cpu") + _value(size) + b"tQ",
+        _value(0),
+        *(b"(" + b"".join(map(_value, each)) + b"t" for each in (array.shape, contiguous_strides(array.shape))),
+        b"\x89" + _ORDERED_DICT,  # requires_grad=False, and no hooks
+        _name({dtype: name for name, dtype in _NAMED.items()}[array.dtype]) if untyped else b"",
+        b"tR",
+    ])  # fmt: skip
 
 
 def _name(name: str) -> bytes:
@@ -331,9 +361,13 @@ def _name(name: str) -> bytes:
     return f"c{module}\n{leaf}\n".encode()
 
 
-def _value(value: str | int) -> bytes:
+def _value(value: str | int | float | None) -> bytes:
     if isinstance(value, str):
         text = value.encode("utf-8", "surrogatepass")
         return b"X" + len(text).to_bytes(4, "little") + text
+    if value is None or isinstance(value, bool):
+        return {None: b"N", True: b"\x88", False: b"\x89"}[value]
+    if isinstance(value, float):
+        return b"G" + struct.pack(">d", value)
     size = value.bit_length() // 8 + 1
     return b"\x8a" + bytes([size]) + value.to_bytes(size, "little", signed=True)

@@ -69,7 +69,8 @@ def read(path: str | os.PathLike[str], what: Reading) -> dict[str, Value]:
                     f"{name} is of {info['dtype']}, which NumPy does not have\nconvert it before saving"
                 )
             dtype = jnp.dtype(DTYPES[info["dtype"]])
-            tensors[name] = Stored(source, 8 + length + info["data_offsets"][0], dtype, tuple(info["shape"]))
+            stored.check_shape(name, shape := tuple(info["shape"]), dtype)
+            tensors[name] = Stored(source, 8 + length + info["data_offsets"][0], dtype, shape)
         return {name: _little_endian(value) for name, value in tensors.items()}
 
 

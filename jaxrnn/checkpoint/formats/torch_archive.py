@@ -17,7 +17,7 @@ from jaxrnn.checkpoint.errors import AGAIN, CheckpointError
 from jaxrnn.checkpoint.formats.bombs import largest
 from jaxrnn.checkpoint.formats.nested import check_expanded
 from jaxrnn.checkpoint.formats.pickles import Other, StoredTensor
-from jaxrnn.checkpoint.stored import Source, Stored, Value
+from jaxrnn.checkpoint.stored import Source, Stored, Value, check_shape
 
 _PIECE = 1 << 20  # bytes read at a time
 _TRUSTED = "get the file from a source that you trust"
@@ -138,6 +138,7 @@ class Archive:
             plain = len(names) == 1 and tensors[names[0]].is_plain and not swap
             if plain and self._source is not None and entry.compress_type == zipfile.ZIP_STORED:
                 tensor, offset = tensors[names[0]], self.first + self._offset(entry)
+                check_shape(names[0], tensor.shape, tensor.dtype)
                 arrays[names[0]] = Stored(
                     self._source, offset, tensor.dtype, tensor.shape, getattr(entry, "CRC", None), entry.filename
                 )

@@ -4,6 +4,7 @@ import functools
 import os
 import pickletools
 import re
+import warnings
 from types import ModuleType
 from typing import IO, Any
 
@@ -12,6 +13,7 @@ import numpy as np
 from jaxrnn.checkpoint.arrays import is_torch_tensor, to_numpy
 from jaxrnn.checkpoint.errors import AGAIN, CheckpointError
 from jaxrnn.checkpoint.formats.nested import at_key, check_expanded, choose, mapped
+from jaxrnn.checkpoint.formats.pickle_machine import quiet
 from jaxrnn.checkpoint.formats.pickles import STATE_DICT, is_object
 from jaxrnn.checkpoint.formats.reading import Reading, warn
 from jaxrnn.checkpoint.named import Described, modules_of
@@ -42,7 +44,8 @@ def _load_legacy(path: str | os.PathLike[str]) -> Any:
             )
     torch = _import_torch()
     try:
-        with open(path, "rb") as file:  # given a path, torch would go by the suffix
+        with warnings.catch_warnings(), open(path, "rb") as file:  # given a path, torch would go by the suffix
+            warnings.simplefilter("ignore")  # torch warns of what the bytes of a damaged file happen to name
             return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # on a damaged pickle, torch raises almost anything
         with open(path, "rb") as file:
@@ -88,7 +91,8 @@ def _import_torch() -> ModuleType:
 def _cause(error: Exception, file: IO[bytes]) -> str:
     """Why torch could not load the file, without torch's advice to load unsafely."""
     try:
-        whole = [is_object(list(pickletools.genops(file))) for _ in range(_PICKLES)]
+        with quiet():
+            whole = [is_object(list(pickletools.genops(file))) for _ in range(_PICKLES)]
     except Exception as damage:  # also by pickletools
         return f"truncated or damaged: its pickle cannot be read ({damage})\n{AGAIN}"
     refused = re.search(r"GLOBAL (\S+)", str(error))

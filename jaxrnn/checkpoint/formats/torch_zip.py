@@ -4,15 +4,18 @@ import functools
 import os
 import sys
 import zipfile
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import IO, Any
+
+import numpy as np
 
 from jaxrnn.checkpoint import stored
 from jaxrnn.checkpoint.errors import AGAIN, CheckpointError, listed
 from jaxrnn.checkpoint.formats import quantized, torch_export, torchscript
 from jaxrnn.checkpoint.formats.nested import at_key, choose, mapped
 from jaxrnn.checkpoint.formats.pickle_machine import Global, LeftOut
-from jaxrnn.checkpoint.formats.pickles import STATE_DICT, is_known, is_tensor, pickle_tensors, unpickle
+from jaxrnn.checkpoint.formats.pickles import STATE_DICT, is_known, is_tensor, pickle_tree, unpickle
 from jaxrnn.checkpoint.formats.reading import Reading, warn
 from jaxrnn.checkpoint.formats.torch_archive import Archive, opened_archive
 from jaxrnn.checkpoint.named import Described, modules_of
@@ -117,15 +120,23 @@ def _what_else(names: list[str]) -> str | None:
 
 def write(file: IO[bytes], tensors: Mapping[str, Value], wrote: Callable[[int], None]) -> str:
     """Write contiguous tensors as torch.save writes a state dict."""
-    for name, array in tensors.items():
-        if not is_known(array.dtype):
-            raise CheckpointError(
-                f"{name} has dtype {array.dtype}, which torch does not have\nconvert it, or leave it out"
-            )
+    return write_tree(file, OrderedDict(tensors), wrote)
+
+
+def write_tree(file: IO[bytes], tree: Any, wrote: Callable[[int], None]) -> str:
+    """Write nested dicts, lists and tuples of contiguous tensors, strings and numbers as torch.save writes them."""
+
+    def check(name: str, value: Any) -> None:
+        if isinstance(value, np.ndarray | stored.Stored) and not is_known(value.dtype):
+            cause = f"{name} has dtype {value.dtype}, which torch does not have"
+            raise CheckpointError(f"{cause}\nconvert it, or leave it out")
+
+    mapped(tree, check)
+    pickled, arrays = pickle_tree(tree)
     with zipfile.ZipFile(file, "w") as archive:
-        archive.writestr("archive/data.pkl", pickle_tensors(tensors))
+        archive.writestr("archive/data.pkl", pickled)
         archive.writestr("archive/byteorder", sys.byteorder)
-        for index, array in enumerate(tensors.values()):
+        for index, array in enumerate(arrays):
             with archive.open(f"archive/data/{index}", "w", force_zip64=array.nbytes >= 1 << 31) as entry:
                 for piece in pieces(array):
                     entry.write(piece)
