@@ -1,5 +1,6 @@
 """One table of torch's optimizers: what tells them, what equals them in optax, and where that keeps torch's state."""
 
+import numbers
 from collections.abc import Callable, Mapping, Set
 from typing import Any, NamedTuple
 
@@ -91,12 +92,12 @@ def groups_and_states(state: Mapping[str, Any]) -> tuple[list[_Group], Mapping[A
         check(isinstance(states, Mapping), "state", states)
         for place, group in enumerate(groups):
             check(isinstance(group, Mapping), f"group {place}", group)
-            check(isinstance(group["params"], list | tuple), f"params of group {place}", group["params"])
+            check(isinstance(group["params"], list | tuple | range), f"params of group {place}", group["params"])
             names = group.get("param_names")
             check(names is None or isinstance(names, list | tuple), f"param_names of group {place}", names)
             named = any(isinstance(key, str) for key in group["params"])
             for key in group["params"]:
-                check(isinstance(key, str if named else int), f"a parameter of group {place}", key)
+                check(isinstance(key, str if named else numbers.Integral), f"a parameter of group {place}", key)
             for name in names or ():
                 check(isinstance(name, str), f"a name of group {place}", name)
     except (KeyError, TypeError) as error:
