@@ -90,19 +90,50 @@ LINEAR = {
     "twice": lambda x, h: h + jax.nn.sigmoid(x) * h,
     "where": lambda x, h: jnp.where(x > 0, x, h / 2),
     "jitted": jax.jit(lambda x, h: x - h),
+    "computed again": jax.checkpoint(lambda x, h: -h / (2 + x * x)),
+    "a derivative of its own": lambda x, h: jax.nn.relu(x) - h,
     "reshaped": lambda x, h: (x.reshape(*x.shape, 1) * h[..., None])[..., 0],
     "forgetful": lambda x, h: jnp.tanh(x),
 }
+
+
+@jax.custom_jvp
+def _straight_through(h: jax.Array) -> jax.Array:
+    return jnp.round(h)
+
+
+_straight_through.defjvp(lambda primals, tangents: (_straight_through(*primals), tangents[0]))
+
+
+def _printed(x: jax.Array, h: jax.Array) -> jax.Array:
+    jax.debug.print("{h}", h=h)
+    return x + h
+
+
 OTHERS = {
-    "squared": (lambda x, h: x + h * h, "linear in their state"),
-    "tanh": (lambda x, h: jnp.tanh(x + h), "linear in their state"),
-    "relu": (lambda x, h: jax.nn.relu(h) + x, "linear in their state"),
-    "chosen by the state": (lambda x, h: jnp.where(h > 0, h, x), "linear in their state"),
+    "squared": (lambda x, h: x + h * h, "mul"),
+    "tanh": (lambda x, h: jnp.tanh(x + h), "tanh"),
+    "relu": (lambda x, h: jax.nn.relu(h) + x, "custom_jvp_call"),
+    "divided by": (lambda x, h: x / (2 + h), "div"),
     "backward": (lambda x, h: x + h[..., ::-1], "rev"),
     "rolled": (lambda x, h: x + jnp.roll(h, 1, axis=-1), "concatenate"),
     "mean": (lambda x, h: x + jnp.mean(h, -1, keepdims=True), "reduce_sum"),
     "summed up": (lambda x, h: x + jnp.cumsum(h, -1), "cumsum"),
     "transposed": (lambda x, h: x + jax.lax.reshape(h, h.shape, (1, 0)), "reshape"),
+    "of other rows": (lambda x, h: x + h[:1], "add', 'slice"),
+    # The derivatives of these by the state do not depend on it.
+    "chosen by the state": (lambda x, h: jnp.where(h > 0, x, -x), "select_n"),
+    "sign": (lambda x, h: x + jnp.sign(h), "sign"),
+    "compared": (lambda x, h: x + (h > 0).astype(x.dtype), "gt"),
+    "whole": (lambda x, h: x + h.astype(jnp.int32).astype(x.dtype), "convert_element_type"),
+    "rounded": (lambda x, h: x + h.astype(jnp.bfloat16).astype(x.dtype), "convert_element_type"),
+    "no derivative": (lambda x, h: x + jax.lax.stop_gradient(h), "stop_gradient"),
+    "another derivative": (lambda x, h: x + _straight_through(h), "custom_jvp_call"),
+    "a branch": (lambda x, h: jax.lax.cond(jnp.sum(h) > 0, lambda: x, lambda: -x), "cond"),
+    "a loop": (lambda x, h: jax.lax.while_loop(lambda a: a[0, 0] < h[0, 0], lambda a: a + 1, x), "while"),
+    # These run once more, or for other states, or cannot be mapped or differentiated.
+    "printed": (_printed, "debug_"),
+    "a callback": (lambda x, h: h + jax.pure_callback(np.sin, jax.typeof(x), x), "pure_callback"),
 }
 
 
@@ -115,10 +146,11 @@ def test_linear(name: str) -> None:
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_not_linear_or_not_unit_by_unit(name: str) -> None:
-    step, reason = OTHERS[name]
+    step, operation = OTHERS[name]
     spec, given = _case(_of_h(step))
-    with pytest.raises(ValueError, match=f"'associative_scan' cannot run this: .*{reason}"):
+    with pytest.raises(ValueError, match=f"'associative_scan' cannot run this: .*{operation}.* in 'own' may not be"):
         jax.eval_shape(lambda *a: jaxrnn.apply(spec, *a, engine="associative_scan"), *given)
+    jax.eval_shape(lambda *a: jaxrnn.apply(spec, *a), *given)  # by default a loop
 
 
 def test_the_remedy_works() -> None:
