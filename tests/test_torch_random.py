@@ -223,6 +223,11 @@ WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     ),
     "dtype": (lambda: TorchGenerator(0).uniform(3, dtype="int32"), TypeError, "one of float32, float64, float16, bfl"),
     "normal dtype": (lambda: TorchGenerator(0).normal(3, "float16"), TypeError, "one of float32, float64, got float16"),
+    "bounds": (lambda: TorchGenerator(0).uniform(3, 1, 0.5), ValueError, "low should be at most high, .* got low=1 and"),
+    "NaN": (lambda: TorchGenerator(0).uniform(3, float("nan")), ValueError, "low should be at most high"),
+    "difference": (lambda: TorchGenerator(0).uniform(3, -3e38, 3e38), ValueError, "within float32's range"),
+    "range": (lambda: TorchGenerator(0).uniform(3, 0, 1e6, "float16"), ValueError, "within float16's range"),
+    "size": (lambda: TorchGenerator(0).normal((2, -1)), ValueError, r"sizes from 0 on, got \(2, -1\)"),
     "p": (lambda: TorchGenerator(0).dropout_mask(3, 1.5), ValueError, "p should be a number from 0 to 1"),
     "an initializer": (
         lambda: jaxrnn.GRU(3, 4, bias_init=ones, rngs=TorchGenerator(0)),
