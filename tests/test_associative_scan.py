@@ -160,8 +160,9 @@ def test_the_remedy_works() -> None:
     assert_close(jaxrnn.apply(spec, *given, engine=("associative_scan", "scan")), jaxrnn.apply(spec, *given))
 
 
-def _loops(platform: str, **settings: Any) -> int:
-    spec, given = _case(settings.pop("cell", jaxrnn.MIN_GRU_CELL))
+def _loops(platform: str, rows: int = N, cell: jaxrnn.Cell = jaxrnn.MIN_GRU_CELL, **settings: Any) -> int:
+    spec, (params, x, _) = _case(cell)
+    given = params, *(jax.ShapeDtypeStruct(shape, x.dtype) for shape in ((T, rows, F), (1, rows, H)))
     step = jax.jit(jax.grad(lambda *a: jnp.sum(jaxrnn.apply(spec, *a, **settings)[0])))
     return step.trace(*given).lower(lowering_platforms=(platform,)).as_text().count("stablehlo.while")
 
@@ -172,6 +173,12 @@ def test_by_default_where_steps_take_longer_than_passes() -> None:
     assert _loops("cpu") == 2
     assert _loops("tpu", cell=jaxrnn.IND_RNN_CELL) == 2
     assert _loops("cpu", engine="associative_scan") == 0
+
+
+@pytest.mark.parametrize(("platform", "kib"), [("cuda", 1024), ("rocm", 1024), ("tpu", 128)])
+def test_by_default_up_to_a_size_of_a_step(platform: str, kib: int) -> None:
+    most = kib * 1024 // (2 * H * 4)  # two gates of float32
+    assert _loops(platform, most) == 0 < _loops(platform, most + 1)
 
 
 def test_a_symbolic_number_of_steps_is_a_loop() -> None:
