@@ -181,6 +181,18 @@ def test_by_default_up_to_a_size_of_a_step(platform: str, kib: int) -> None:
     assert _loops(platform, most) == 0 < _loops(platform, most + 1)
 
 
+def test_mapped_rows_count() -> None:
+    spec, (params, x, _) = _case(jaxrnn.MIN_GRU_CELL)
+    mapped = jax.jit(jax.vmap(lambda x: jaxrnn.apply(spec, params, x)[0]))
+
+    def loops(count: int) -> int:
+        program = mapped.trace(jax.ShapeDtypeStruct((count, T, N, F), x.dtype)).lower(lowering_platforms=("tpu",))
+        return program.as_text().count("stablehlo.while")
+
+    most = 128 * 1024 // (2 * H * 4) // N
+    assert loops(most) == 0 < loops(most + 1)
+
+
 def test_a_symbolic_number_of_steps_is_a_loop() -> None:
     spec, (params, x, _) = _case(jaxrnn.MIN_GRU_CELL)
     shape = jax.ShapeDtypeStruct(jax.export.symbolic_shape(f"t, {N}, {F}"), jnp.float64)
