@@ -1,5 +1,6 @@
 """All steps at once, for cells that are linear in their state: as the loop over time, and refused for other cells."""
 
+import functools
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ from comparing import assert_close
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxrnn
+from jaxrnn.engines.scan import Form, Scan
 
 F, H, T, N = 3, 5, 9, 4
 
@@ -179,6 +181,32 @@ def test_by_default_where_steps_take_longer_than_passes() -> None:
 def test_by_default_up_to_a_size_of_a_step(platform: str, kib: int) -> None:
     most = kib * 1024 // (2 * H * 4)  # two gates of float32
     assert _loops(platform, most) == 0 < _loops(platform, most + 1)
+
+
+ROWS = 2 * H * 4 * N  # bytes of the gates in a step
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        pytest.param(Form(training=2 * ROWS, joined=True, parallel=ROWS), id="blocks of two steps"),
+        pytest.param(Form(training=ROWS, inference=ROWS, many=1, parallel=ROWS), id="blocks of a step"),
+    ],
+)
+def test_within_blocks(form: Form, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """As on GPUs, where the steps of a block run at once."""
+    engine, name = Scan(), request.node.name
+    monkeypatch.setattr(engine, "forms", lambda run: {None: form})
+    monkeypatch.setitem(jaxrnn.engines.ENGINES, name, engine)
+    spec, given = _case(jaxrnn.MIN_GRU_CELL, bidirectional=True)
+
+    def loss(*given: Any, engine: str) -> jax.Array:
+        return jnp.sum(jnp.sin(jaxrnn.apply(spec, *given, engine=engine, **LENGTHS)[0]))
+
+    found, expected = (
+        jax.jit(jax.grad(functools.partial(loss, engine=each), (0, 1, 2)))(*given) for each in (name, "scan")
+    )
+    assert_close(found, expected)
 
 
 def test_mapped_rows_count() -> None:
