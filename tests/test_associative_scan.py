@@ -226,7 +226,8 @@ def test_a_symbolic_number_of_steps_is_a_loop() -> None:
     shape = jax.ShapeDtypeStruct(jax.export.symbolic_shape(f"t, {N}, {F}"), jnp.float64)
 
     def exported(**settings: Any) -> Any:
-        return jax.export.export(jax.jit(lambda x: jaxrnn.apply(spec, params, x, **settings)[0]))(shape)
+        function = jax.jit(lambda x: jaxrnn.apply(spec, params, x, **settings)[0])
+        return jax.export.export(function, platforms=["cpu", "tpu"])(shape)
 
     assert_close(exported().call(x), jaxrnn.apply(spec, params, x)[0])
     with pytest.raises(ValueError, match="the number of steps is symbolic"):
