@@ -69,6 +69,11 @@ def test_every_seed_is_torchs(torch: types.ModuleType, seed: int) -> None:
     assert bits(TorchGenerator(seed).uniform(5)) == bits(torch.rand(5))
 
 
+def test_the_low_32_bits_of_a_seed_count() -> None:
+    wanted = bits(TorchGenerator(2**32 - 1).uniform(5))
+    assert bits(TorchGenerator(-1).uniform(5)) == bits(TorchGenerator(2**64 - 1).uniform(5)) == wanted
+
+
 @pytest.mark.torch
 def test_draws_of_all_sizes_go_on_from_each_other(torch: types.ModuleType) -> None:
     """Blocks of 16, what is left of them, and pairs of which one is kept."""
