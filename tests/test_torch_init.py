@@ -169,6 +169,12 @@ def test_norms_are_torchs(torch: types.ModuleType) -> None:
     assert bits(generator.uniform(2)) == bits(TorchGenerator(0).uniform(2))  # nothing was drawn
 
 
+def test_a_layer_without_inputs() -> None:
+    layer = nnx.Linear(0, 3, kernel_init=plain, bias_init=nnx.initializers.ones, rngs=nnx.Rngs(0))
+    torch_init(layer, 0)
+    assert bits(layer.bias[...]) == bits(np.zeros(3, np.float32))
+
+
 def test_every_known_layer_has_its_draws() -> None:
     assert all(kind.draw is not None for kind in _KINDS.values())
 
@@ -230,7 +236,9 @@ def test_what_torch_does_not_draw_is_given() -> None:
     bound = [generator.uniform(16, -0.5, 0.5), generator.uniform(4), generator.uniform((4, 4), -0.5, 0.5)]
     assert bits(jaxrnn.state_dict(model)["second.weight"]) == bits(bound[2])  # after first's bias was drawn
     model.rnn = jaxrnn.Recurrent(jaxrnn.LAYER_NORM_LSTM_CELL, 2, 3, rngs=nnx.Rngs(0))
-    with pytest.raises(CheckpointError, match=r"for rnn\.weight_ih_l0 of Recurrent, rnn.weight_hh_l0 of Recurrent"):
+    with pytest.raises(
+        CheckpointError, match=r"for rnn\.weight_ih_l0 of Recurrent, rnn.weight_hh_l0 of Recurrent.*\n.*array, \.\.\.}$"
+    ):
         torch_init(model, 0, values={"h0": array})
 
 

@@ -69,6 +69,14 @@ def test_every_seed_is_torchs(torch: types.ModuleType, seed: int) -> None:
     assert bits(TorchGenerator(seed).uniform(5)) == bits(torch.rand(5))
 
 
+def test_what_needs_no_numbers_draws_none() -> None:
+    generator = TorchGenerator(0)
+    assert generator.dropout_mask(3, 0).all()
+    assert not generator.dropout_mask(3, 1).any()
+    assert len(generator.uniform(0)) == len(generator.normal(0)) == 0
+    assert bits(generator.uniform(2)) == bits(TorchGenerator(0).uniform(2))
+
+
 def test_the_low_32_bits_of_a_seed_count() -> None:
     wanted = bits(TorchGenerator(2**32 - 1).uniform(5))
     assert bits(TorchGenerator(-1).uniform(5)) == bits(TorchGenerator(2**64 - 1).uniform(5)) == wanted
@@ -95,11 +103,12 @@ def test_a_sum_of_a_product_is_rounded_once() -> None:
     exact = [float(Fraction(x) * Fraction(b) + Fraction(c)) for x in a.tolist()]
     assert bits(torch_random._fma(a, b, c)) == bits(exact)
     assert (a * b + c != exact).any()
-    # Halfway between two numbers of float32 but for what float64 cannot hold.
-    a, b = np.float32([1 + 2.0**-12]), np.float32(1 + 2.0**-12)
-    for tiny in (2.0**-60, -(2.0**-60)):
-        wanted = 1 + 2.0**-11 + (2.0**-23 if tiny > 0 else 0)
-        assert torch_random._fma32(a, b, np.float32(tiny)).tolist() == [wanted]
+    # Halfway between two numbers of float32 but for what float64 cannot hold; to even would be down, then up.
+    for k in (1, 3):
+        a, b, exact = np.float32([1 + k * 2.0**-12]), np.float32(1 + 2.0**-12), 1 + (k + 1) * 2.0**-12 + k * 2.0**-24
+        for tiny in (2.0**-60, -(2.0**-60)):
+            wanted = exact + (2.0**-24 if tiny > 0 else -(2.0**-24))
+            assert torch_random._fma32(a, b, np.float32(tiny)).tolist() == [wanted]
 
 
 def _random_call(random: np.random.RandomState) -> tuple[str, tuple[int, ...], dict[str, Any]]:
