@@ -213,6 +213,24 @@ def test_linens_order_is_that_of_the_calls_and_of_setup() -> None:
     assert _checksum(_linens(Swapped(), 4, X, order=order)) == GOLDEN["float32"]
 
 
+class Branches(linen.Module):
+    def setup(self) -> None:
+        self.first = linen.Dense(2, param_dtype=jnp.float32)
+        self.second = linen.Dense(2, param_dtype=jnp.float32)
+
+    def __call__(self, x: jax.Array, both: bool = True) -> jax.Array:
+        return self.second(self.first(x)) if both else self.first(x)
+
+
+def test_a_module_that_linens_call_does_not_reach() -> None:
+    x, init = jnp.ones((1, 2), jnp.float32), jaxrnn.checkpoint.linen.torch_init
+    variables = _zeros(Branches(), x)
+    cause = "draws for second.bias of a module that the call does not reach, .*\npass arguments with which"
+    with pytest.raises(CheckpointError, match=cause):
+        init(Branches(), variables, 0, x, False)
+    assert init(Branches(), variables, 0, x, True)["params"]["second"]["kernel"].any()
+
+
 class Learned(nnx.Module):
     """With a parameter of its own, a cell that torch has not, and a tied weight."""
 
