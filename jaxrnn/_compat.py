@@ -90,16 +90,20 @@ mlir.register_lowering(_time_major, _laid_out, platform="tpu")
 def influences(function: Callable[..., Any], count: int, *arguments: Any) -> list[frozenset[int | str]]:
     """For each array of a function's result, which of the first `count` arrays of its arguments it depends on.
 
-    The name of an operation among them says that it is not known to be pointwise, element by element in the same order.
+    The name of an operation among them says that the result may not be linear in these arrays, or not element by
+    element in the same order; or that the operation has effects, or is a callback, and must run as often as is written.
+    The derivative does not tell: that of `jnp.sign` is zero, and custom ones are what their authors like.
+
     Only a traced program tells, and JAX does not promise the form of programs, nor the names of operations.
     """
     program = jax.make_jaxpr(function)(*arguments).jaxpr
-    return _influences(program, [frozenset(range(k, min(k + 1, count))) for k in range(len(program.invars))])
+    names = ((each.primitive.name, each.effects) for each in program.eqns)
+    kept = {name for name, effects in names if effects or name.endswith("callback")}
+    found = _influences(program, [frozenset(range(k, min(k + 1, count))) for k in range(len(program.invars))])
+    return [each | kept for each in found]
 
 
 _CALLS = ("jit", "pjit", "closed_call", "checkpoint", "remat2")
-_POINTWISE = ("add", "add_any", "sub", "mul", "div", "neg", "select_n", "convert_element_type", "copy", "pvary")
-_RESHAPES = ("broadcast_in_dim", "reshape", "squeeze", "expand_dims")
 
 
 def _influences(program: Any, given: Sequence[frozenset[int | str]]) -> list[frozenset[int | str]]:
@@ -109,24 +113,46 @@ def _influences(program: Any, given: Sequence[frozenset[int | str]]) -> list[fro
     def of(value: Any) -> frozenset[int | str]:
         return none if isinstance(value, Literal) else known.get(value, none)
 
-    def size(value: Any) -> list[Any]:
-        return [n for n in value.aval.shape if not (isinstance(n, int) and n == 1)]
-
     for each in program.eqns:
         name, inputs = each.primitive.name, [of(value) for value in each.invars]
         together = none.union(*inputs)
-        if not together:
+        if not together or not each.outvars:
             continue
         if name in _CALLS:
             called = each.params["jaxpr" if "jaxpr" in each.params else "call_jaxpr"]
             found = _influences(getattr(called, "jaxpr", called), inputs)
         else:
-            sizes = [size(value) for value, of_it in zip(each.invars, inputs, strict=True) if of_it]
-            ordered = all(a == size(each.outvars[0]) for a in sizes) and each.params.get("dimensions") is None
-            pointwise = name in _POINTWISE or name == "squeeze" or (name in _RESHAPES and ordered)
-            found = [together if pointwise else together | {name}] * len(each.outvars)
+            linear = _is_linear(each, [bool(of_it) for of_it in inputs])
+            found = [together if linear else together | {name}] * len(each.outvars)
         known.update(zip(each.outvars, found, strict=True))
     return [of(value) for value in program.outvars]
+
+
+# Whether an operation is linear in the operands that are marked, element by element, if their sizes are the result's.
+_LINEAR: dict[str, Callable[[Any, list[bool]], bool]] = {
+    **dict.fromkeys(("add", "add_any", "sub", "neg", "copy", "pvary"), lambda each, marked: True),
+    **dict.fromkeys(("broadcast_in_dim", "squeeze", "expand_dims"), lambda each, marked: True),
+    "mul": lambda each, marked: sum(marked) == 1,
+    "div": lambda each, marked: not marked[1],
+    "select_n": lambda each, marked: not marked[0],
+    "reshape": lambda each, marked: each.params["dimensions"] is None,
+    "convert_element_type": lambda each, marked: _is_exact(each.invars[0].aval.dtype, each.params["new_dtype"]),
+}
+
+
+def _is_linear(each: Any, marked: list[bool]) -> bool:
+    def size(value: Any) -> list[Any]:
+        return [n for n in value.aval.shape if not (isinstance(n, int) and n == 1)]
+
+    if any(size(value) != size(each.outvars[0]) for value, mark in zip(each.invars, marked, strict=True) if mark):
+        return False
+    return each.primitive.name in _LINEAR and _LINEAR[each.primitive.name](each, marked)
+
+
+def _is_exact(old: Any, new: Any) -> bool:
+    """Whether a floating dtype holds all numbers of another one, up to its range."""
+    floating = jnp.issubdtype(old, jnp.floating) and jnp.issubdtype(new, jnp.floating)
+    return floating and jnp.finfo(new).nmant >= jnp.finfo(old).nmant
 
 
 def pallas() -> tuple[Any, Any]:

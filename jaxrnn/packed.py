@@ -497,7 +497,7 @@ def flip_sequences(x: ArrayLike, lengths: Lengths | None = None, *, batch_first:
 def _flipped(x: jax.Array, lengths: jax.Array, time: int) -> jax.Array:
     steps = x.shape[time]
     ends = jnp.clip(lengths.astype(jnp.int32), 0, steps)
-    step = jax.lax.iota(jnp.int32, steps)
+    step = jax.lax.iota(jnp.int32, steps)  # jax2onnx knows no arange of a symbolic size
     if ends.ndim:
         ends, step = jnp.expand_dims(ends, time), jnp.expand_dims(step, 1 - time)
     places = (ends - 1 - step) % steps  # in padding from the last step down

@@ -87,8 +87,12 @@ class TorchGenerator:
 
         Raises:
             TypeError: dtype is another one.
+            ValueError: low is above high, or they or their difference are not finite numbers of this dtype.
         """
         wanted, shape = _checked(dtype, _DTYPES), _shape(shape)
+        largest = float(jnp.finfo(wanted).max)
+        if not (-largest <= low <= high <= largest and high - low <= largest):
+            raise ValueError(f"low should be at most high, within {wanted.name}'s range, got low={low} and high={high}")
         if wanted == np.float64:
             drawn = _fma(self._doubles(math.prod(shape)), float(high) - float(low), low)
         else:
@@ -183,7 +187,10 @@ def _checked(dtype: DTypeLike, known: Sequence[str]) -> np.dtype:
 
 
 def _shape(shape: _Size) -> tuple[int, ...]:
-    return tuple(shape) if isinstance(shape, Sequence) else (operator.index(shape),)
+    sizes = tuple(map(operator.index, shape if isinstance(shape, Sequence) else (shape,)))
+    if any(size < 0 for size in sizes):
+        raise ValueError(f"shape should have sizes from 0 on, got {shape}")
+    return sizes
 
 
 def _two_sum(a: Any, b: Any) -> tuple[Any, Any]:

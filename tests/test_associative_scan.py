@@ -1,5 +1,6 @@
 """All steps at once, for cells that are linear in their state: as the loop over time, and refused for other cells."""
 
+import functools
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ from comparing import assert_close
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxrnn
+from jaxrnn.engines.scan import Form, Scan
 
 F, H, T, N = 3, 5, 9, 4
 
@@ -90,19 +92,51 @@ LINEAR = {
     "twice": lambda x, h: h + jax.nn.sigmoid(x) * h,
     "where": lambda x, h: jnp.where(x > 0, x, h / 2),
     "jitted": jax.jit(lambda x, h: x - h),
+    "computed again": jax.checkpoint(lambda x, h: -h / (2 + x * x)),
+    "a step of ours": lambda x, h: jaxrnn.GRU_CELL.step((x, x, x), (x,), (h,))[0],
+    "a derivative of its own": lambda x, h: jax.nn.relu(x) - h,
     "reshaped": lambda x, h: (x.reshape(*x.shape, 1) * h[..., None])[..., 0],
     "forgetful": lambda x, h: jnp.tanh(x),
 }
+
+
+@jax.custom_jvp
+def _straight_through(h: jax.Array) -> jax.Array:
+    return jnp.round(h)
+
+
+_straight_through.defjvp(lambda primals, tangents: (_straight_through(*primals), tangents[0]))
+
+
+def _printed(x: jax.Array, h: jax.Array) -> jax.Array:
+    jax.debug.print("{h}", h=h)
+    return x + h
+
+
 OTHERS = {
-    "squared": (lambda x, h: x + h * h, "linear in their state"),
-    "tanh": (lambda x, h: jnp.tanh(x + h), "linear in their state"),
-    "relu": (lambda x, h: jax.nn.relu(h) + x, "linear in their state"),
-    "chosen by the state": (lambda x, h: jnp.where(h > 0, h, x), "linear in their state"),
+    "squared": (lambda x, h: x + h * h, "mul"),
+    "tanh": (lambda x, h: jnp.tanh(x + h), "tanh"),
+    "relu": (lambda x, h: jax.nn.relu(h) + x, "custom_jvp_call"),
+    "divided by": (lambda x, h: x / (2 + h), "div"),
     "backward": (lambda x, h: x + h[..., ::-1], "rev"),
     "rolled": (lambda x, h: x + jnp.roll(h, 1, axis=-1), "concatenate"),
     "mean": (lambda x, h: x + jnp.mean(h, -1, keepdims=True), "reduce_sum"),
     "summed up": (lambda x, h: x + jnp.cumsum(h, -1), "cumsum"),
     "transposed": (lambda x, h: x + jax.lax.reshape(h, h.shape, (1, 0)), "reshape"),
+    "of other rows": (lambda x, h: x + h[:1], "add', 'slice"),
+    # The derivatives of these by the state do not depend on it.
+    "chosen by the state": (lambda x, h: jnp.where(h > 0, x, -x), "select_n"),
+    "sign": (lambda x, h: x + jnp.sign(h), "sign"),
+    "compared": (lambda x, h: x + (h > 0).astype(x.dtype), "gt"),
+    "whole": (lambda x, h: x + h.astype(jnp.int32).astype(x.dtype), "convert_element_type"),
+    "rounded": (lambda x, h: x + h.astype(jnp.bfloat16).astype(x.dtype), "convert_element_type"),
+    "no derivative": (lambda x, h: x + jax.lax.stop_gradient(h), "stop_gradient"),
+    "another derivative": (lambda x, h: x + _straight_through(h), "custom_jvp_call"),
+    "a branch": (lambda x, h: jax.lax.cond(jnp.sum(h) > 0, lambda: x, lambda: -x), "cond"),
+    "a loop": (lambda x, h: jax.lax.while_loop(lambda a: a[0, 0] < h[0, 0], lambda a: a + 1, x), "while"),
+    # These run once more, or for other states, or cannot be mapped or differentiated.
+    "printed": (_printed, "debug_"),
+    "a callback": (lambda x, h: h + jax.pure_callback(np.sin, jax.typeof(x), x), "pure_callback"),
 }
 
 
@@ -115,10 +149,11 @@ def test_linear(name: str) -> None:
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_not_linear_or_not_unit_by_unit(name: str) -> None:
-    step, reason = OTHERS[name]
+    step, operation = OTHERS[name]
     spec, given = _case(_of_h(step))
-    with pytest.raises(ValueError, match=f"'associative_scan' cannot run this: .*{reason}"):
+    with pytest.raises(ValueError, match=f"'associative_scan' cannot run this: .*{operation}.* in 'own' may not be"):
         jax.eval_shape(lambda *a: jaxrnn.apply(spec, *a, engine="associative_scan"), *given)
+    jax.eval_shape(lambda *a: jaxrnn.apply(spec, *a), *given)  # by default a loop
 
 
 def test_the_remedy_works() -> None:
@@ -128,8 +163,9 @@ def test_the_remedy_works() -> None:
     assert_close(jaxrnn.apply(spec, *given, engine=("associative_scan", "scan")), jaxrnn.apply(spec, *given))
 
 
-def _loops(platform: str, **settings: Any) -> int:
-    spec, given = _case(settings.pop("cell", jaxrnn.MIN_GRU_CELL))
+def _loops(platform: str, rows: int = N, cell: jaxrnn.Cell = jaxrnn.MIN_GRU_CELL, **settings: Any) -> int:
+    spec, (params, x, _) = _case(cell)
+    given = params, *(jax.ShapeDtypeStruct(shape, x.dtype) for shape in ((T, rows, F), (1, rows, H)))
     step = jax.jit(jax.grad(lambda *a: jnp.sum(jaxrnn.apply(spec, *a, **settings)[0])))
     return step.trace(*given).lower(lowering_platforms=(platform,)).as_text().count("stablehlo.while")
 
@@ -142,12 +178,57 @@ def test_by_default_where_steps_take_longer_than_passes() -> None:
     assert _loops("cpu", engine="associative_scan") == 0
 
 
+@pytest.mark.parametrize(("platform", "kib"), [("cuda", 1024), ("rocm", 1024), ("tpu", 128)])
+def test_by_default_up_to_a_size_of_a_step(platform: str, kib: int) -> None:
+    most = kib * 1024 // (2 * H * 4)  # two gates of float32
+    assert _loops(platform, most) == 0 < _loops(platform, most + 1)
+
+
+ROWS = 2 * H * 4 * N  # bytes of the gates in a step
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        pytest.param(Form(training=2 * ROWS, joined=True, parallel=ROWS), id="blocks of two steps"),
+        pytest.param(Form(training=ROWS, inference=ROWS, many=1, parallel=ROWS), id="blocks of a step"),
+    ],
+)
+def test_within_blocks(form: Form, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """As on GPUs, where the steps of a block run at once."""
+    engine, name = Scan(), request.node.name
+    monkeypatch.setattr(engine, "forms", lambda run: {None: form})
+    monkeypatch.setitem(jaxrnn.engines.ENGINES, name, engine)
+    spec, given = _case(jaxrnn.MIN_GRU_CELL, bidirectional=True)
+
+    def loss(*given: Any, engine: str) -> jax.Array:
+        return jnp.sum(jnp.sin(jaxrnn.apply(spec, *given, engine=engine, **LENGTHS)[0]))
+
+    found, expected = (
+        jax.jit(jax.grad(functools.partial(loss, engine=each), (0, 1, 2)))(*given) for each in (name, "scan")
+    )
+    assert_close(found, expected)
+
+
+def test_mapped_rows_count() -> None:
+    spec, (params, x, _) = _case(jaxrnn.MIN_GRU_CELL)
+    mapped = jax.jit(jax.vmap(lambda x: jaxrnn.apply(spec, params, x)[0]))
+
+    def loops(count: int) -> int:
+        program = mapped.trace(jax.ShapeDtypeStruct((count, T, N, F), x.dtype)).lower(lowering_platforms=("tpu",))
+        return program.as_text().count("stablehlo.while")
+
+    most = 128 * 1024 // (2 * H * 4) // N
+    assert loops(most) == 0 < loops(most + 1)
+
+
 def test_a_symbolic_number_of_steps_is_a_loop() -> None:
     spec, (params, x, _) = _case(jaxrnn.MIN_GRU_CELL)
     shape = jax.ShapeDtypeStruct(jax.export.symbolic_shape(f"t, {N}, {F}"), jnp.float64)
 
     def exported(**settings: Any) -> Any:
-        return jax.export.export(jax.jit(lambda x: jaxrnn.apply(spec, params, x, **settings)[0]))(shape)
+        function = jax.jit(lambda x: jaxrnn.apply(spec, params, x, **settings)[0])
+        return jax.export.export(function, platforms=["cpu", "tpu"])(shape)
 
     assert_close(exported().call(x), jaxrnn.apply(spec, params, x)[0])
     with pytest.raises(ValueError, match="the number of steps is symbolic"):

@@ -131,6 +131,13 @@ def test_every_jax_side_computes_the_same(workload: Workload) -> None:
     assert len(names) == {"ragged": 6, "projected": 2}.get(workload.name, 4)  # and two cells for an LSTM
 
 
+def test_a_cell_of_ours_is_run_by_each_engine_and_by_no_library() -> None:
+    workload = Workload("linear", "minGRU", 4, 7, 3, 5, bidirectional=True)
+    names = _sides_of_the_truth(workload, [side for side in speed.SIDES if side not in ("graphs", "pallas", "cudnn")])
+    assert names == ["jaxrnn", "sharded", "scan", "associative_scan"]
+    assert list(speed.prepare(workload, ["keras", "torch"])) == []
+
+
 def test_torch_and_keras_have_no_resets() -> None:
     assert list(speed.prepare(RESET, ["keras", "torch"])) == []
 

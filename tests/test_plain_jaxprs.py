@@ -165,6 +165,16 @@ def test_what_was_traced_before_is_traced_again() -> None:
     assert "stablehlo.reverse" not in jitted.lower(*arguments).as_text()
 
 
+def test_all_steps_at_once_are_a_loop() -> None:
+    """Readers of jaxprs know loops, and not all that an associative scan is made of."""
+    function, arguments = CASES["all steps at once"]()
+    loops = [
+        {each.primitive.name for each in _equations(jax.make_jaxpr(each)(*arguments))} & {"scan"}
+        for each in (function, jaxrnn.plain_jaxprs()(function))
+    ]
+    assert loops == [set(), {"scan"}]
+
+
 def test_kernels_are_left_out() -> None:
     settings = {"dtype": jnp.float32, "precision": "highest", "engine": "pallas_interpret"}
     function, arguments = _apply(jaxrnn.LSTM_CELL, {}, **settings)

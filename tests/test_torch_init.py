@@ -169,6 +169,12 @@ def test_norms_are_torchs(torch: types.ModuleType) -> None:
     assert bits(generator.uniform(2)) == bits(TorchGenerator(0).uniform(2))  # nothing was drawn
 
 
+def test_a_layer_without_inputs() -> None:
+    layer = nnx.Linear(0, 3, kernel_init=plain, bias_init=nnx.initializers.ones, rngs=nnx.Rngs(0))
+    torch_init(layer, 0)
+    assert bits(layer.bias[...]) == bits(np.zeros(3, np.float32))
+
+
 def test_every_known_layer_has_its_draws() -> None:
     assert all(kind.draw is not None for kind in _KINDS.values())
 
@@ -192,6 +198,9 @@ def test_an_order_in_place_of_one_that_is_lost() -> None:
             torch_init(changed, 4)
     torch_init(nnx.clone(model.lstm), 4)  # of a layer the order is known
     torch_init(nnx.clone(nnx.Sequential(model.heads[0], model.heads[0])), 4)  # and of numbered ones
+    torch_init(nnx.clone(nnx.Dict(head=model.heads[0])), 4)  # and of one
+    with pytest.raises(CheckpointError, match="the order of a, b may not be torch's"):
+        torch_init(nnx.clone(nnx.Dict(both=nnx.data({"b": model.conv, "a": model.heads[0]}))), 4)
 
 
 def test_linens_order_is_that_of_the_calls_and_of_setup() -> None:
@@ -202,6 +211,24 @@ def test_linens_order_is_that_of_the_calls_and_of_setup() -> None:
         _linens(Swapped(), 4, X)
     order = ["embed", "conv", "lstm", "norm", "heads"]
     assert _checksum(_linens(Swapped(), 4, X, order=order)) == GOLDEN["float32"]
+
+
+class Branches(linen.Module):
+    def setup(self) -> None:
+        self.first = linen.Dense(2, param_dtype=jnp.float32)
+        self.second = linen.Dense(2, param_dtype=jnp.float32)
+
+    def __call__(self, x: jax.Array, both: bool = True) -> jax.Array:
+        return self.second(self.first(x)) if both else self.first(x)
+
+
+def test_a_module_that_linens_call_does_not_reach() -> None:
+    x, init = jnp.ones((1, 2), jnp.float32), jaxrnn.checkpoint.linen.torch_init
+    variables = _zeros(Branches(), x)
+    cause = "draws for second.bias of a module that the call does not reach, .*\npass arguments with which"
+    with pytest.raises(CheckpointError, match=cause):
+        init(Branches(), variables, 0, x, False)
+    assert init(Branches(), variables, 0, x, True)["params"]["second"]["kernel"].any()
 
 
 class Learned(nnx.Module):
@@ -227,7 +254,9 @@ def test_what_torch_does_not_draw_is_given() -> None:
     bound = [generator.uniform(16, -0.5, 0.5), generator.uniform(4), generator.uniform((4, 4), -0.5, 0.5)]
     assert bits(jaxrnn.state_dict(model)["second.weight"]) == bits(bound[2])  # after first's bias was drawn
     model.rnn = jaxrnn.Recurrent(jaxrnn.LAYER_NORM_LSTM_CELL, 2, 3, rngs=nnx.Rngs(0))
-    with pytest.raises(CheckpointError, match=r"for rnn\.weight_ih_l0 of Recurrent, rnn.weight_hh_l0 of Recurrent"):
+    with pytest.raises(
+        CheckpointError, match=r"for rnn\.weight_ih_l0 of Recurrent, rnn.weight_hh_l0 of Recurrent.*\n.*array, \.\.\.}$"
+    ):
         torch_init(model, 0, values={"h0": array})
 
 
@@ -267,6 +296,23 @@ def test_layers_within_modules_of_flax() -> None:
         _linens(Remade(flaxs=True), 0, x)
 
 
+def test_a_cell_of_ours_in_linens_rnn() -> None:
+    module = linen.RNN(jaxrnn.linen.FlaxCell(jaxrnn.linen.GRUCell(3, 3)))
+    found = _linens(module, 0, jnp.ones((1, 2, 3), jnp.float32))
+    wanted = jaxrnn.GRUCell(3, 3, rngs=TorchGenerator(0))
+    assert bits(found["cell.cell.weight_ih"]) == bits(wanted.weight_ih[...])
+
+
+@pytest.mark.parametrize("base", [nnx.Linear, jaxrnn.RNN])
+def test_a_parameter_that_a_subclass_adds(base: type) -> None:
+    layer = type("Own", (base,), {})(2, 3, rngs=nnx.Rngs(0))
+    layer.extra = nnx.Param(jnp.ones(3, jnp.float32))
+    with pytest.raises(CheckpointError, match="what torch draws for extra of Own\n"):
+        torch_init(layer, 0)
+    torch_init(layer, 0, values={"extra": np.zeros(3, np.float32)})
+    assert not layer.extra[...].any()
+
+
 def test_a_shared_parameter() -> None:
     model = Learned(nnx.Rngs(0))
     model.second.kernel = model.first.kernel
@@ -279,6 +325,8 @@ def test_a_shared_parameter() -> None:
     weight = TorchGenerator(9).uniform((4, 4))
     torch_init(model, 0, values={"h0": array, "second.weight": weight})
     assert bits(jaxrnn.state_dict(model)["first.weight"]) == bits(weight)
+    with pytest.raises(CheckpointError, match="one shared parameter in the module, but two different tensors"):
+        torch_init(model, 0, values={"h0": array, "first.weight": -weight, "second.weight": weight})
     generator = TorchGenerator(0)
     generator.uniform(16)
     assert bits(model.first.bias[...]) == bits(generator.uniform(4, -0.5, 0.5))

@@ -69,6 +69,19 @@ def test_every_seed_is_torchs(torch: types.ModuleType, seed: int) -> None:
     assert bits(TorchGenerator(seed).uniform(5)) == bits(torch.rand(5))
 
 
+def test_what_needs_no_numbers_draws_none() -> None:
+    generator = TorchGenerator(0)
+    assert generator.dropout_mask(3, 0).all()
+    assert not generator.dropout_mask(3, 1).any()
+    assert len(generator.uniform(0)) == len(generator.normal(0)) == 0
+    assert bits(generator.uniform(2)) == bits(TorchGenerator(0).uniform(2))
+
+
+def test_the_low_32_bits_of_a_seed_count() -> None:
+    wanted = bits(TorchGenerator(2**32 - 1).uniform(5))
+    assert bits(TorchGenerator(-1).uniform(5)) == bits(TorchGenerator(2**64 - 1).uniform(5)) == wanted
+
+
 @pytest.mark.torch
 def test_draws_of_all_sizes_go_on_from_each_other(torch: types.ModuleType) -> None:
     """Blocks of 16, what is left of them, and pairs of which one is kept."""
@@ -90,11 +103,12 @@ def test_a_sum_of_a_product_is_rounded_once() -> None:
     exact = [float(Fraction(x) * Fraction(b) + Fraction(c)) for x in a.tolist()]
     assert bits(torch_random._fma(a, b, c)) == bits(exact)
     assert (a * b + c != exact).any()
-    # Halfway between two numbers of float32 but for what float64 cannot hold.
-    a, b = np.float32([1 + 2.0**-12]), np.float32(1 + 2.0**-12)
-    for tiny in (2.0**-60, -(2.0**-60)):
-        wanted = 1 + 2.0**-11 + (2.0**-23 if tiny > 0 else 0)
-        assert torch_random._fma32(a, b, np.float32(tiny)).tolist() == [wanted]
+    # Halfway between two numbers of float32 but for what float64 cannot hold; to even would be down, then up.
+    for k in (1, 3):
+        a, b, exact = np.float32([1 + k * 2.0**-12]), np.float32(1 + 2.0**-12), 1 + (k + 1) * 2.0**-12 + k * 2.0**-24
+        for tiny in (2.0**-60, -(2.0**-60)):
+            wanted = exact + (2.0**-24 if tiny > 0 else -(2.0**-24))
+            assert torch_random._fma32(a, b, np.float32(tiny)).tolist() == [wanted]
 
 
 def _random_call(random: np.random.RandomState) -> tuple[str, tuple[int, ...], dict[str, Any]]:
@@ -223,6 +237,11 @@ WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     ),
     "dtype": (lambda: TorchGenerator(0).uniform(3, dtype="int32"), TypeError, "one of float32, float64, float16, bfl"),
     "normal dtype": (lambda: TorchGenerator(0).normal(3, "float16"), TypeError, "one of float32, float64, got float16"),
+    "bounds": (lambda: TorchGenerator(0).uniform(3, 1, 0.5), ValueError, "low should be at most high, .* got low=1"),
+    "NaN": (lambda: TorchGenerator(0).uniform(3, float("nan")), ValueError, "low should be at most high"),
+    "difference": (lambda: TorchGenerator(0).uniform(3, -3e38, 3e38), ValueError, "within float32's range"),
+    "range": (lambda: TorchGenerator(0).uniform(3, 0, 1e6, "float16"), ValueError, "within float16's range"),
+    "size": (lambda: TorchGenerator(0).normal((2, -1)), ValueError, r"sizes from 0 on, got \(2, -1\)"),
     "p": (lambda: TorchGenerator(0).dropout_mask(3, 1.5), ValueError, "p should be a number from 0 to 1"),
     "an initializer": (
         lambda: jaxrnn.GRU(3, 4, bias_init=ones, rngs=TorchGenerator(0)),

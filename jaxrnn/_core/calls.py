@@ -280,7 +280,7 @@ def _marks(time: Any, lengths: jax.Array | None, valid: jax.Array | None, reset:
     """Where the state is held, and where it is reset, from a call's lengths, mask and reset."""
     ended = skipped = None
     if lengths is not None:
-        times = jax.lax.iota(jnp.int32, time)
+        times = jax.lax.iota(jnp.int32, time)  # jax2onnx knows no arange of a symbolic size
         ended = (times[:, None] >= lengths.astype(jnp.int32)[None])[..., None]
     if valid is not None:
         skipped = ~valid[..., None] if ended is None else ~valid[..., None] | ended

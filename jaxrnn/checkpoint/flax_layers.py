@@ -190,9 +190,9 @@ def _within_fan_in(generator: TorchGenerator, shapes: _Shapes, dtype: np.dtype) 
     The bound of both is 1/sqrt(fan_in), up to rounding.
     """
     fan_in = math.prod(shapes["weight"][1:])
-    bound = 1 / math.sqrt(fan_in) if fan_in else 0.0
+    bound = 1 / math.sqrt(fan_in) if fan_in else 0  # an integer, of which the negative is no -0.0
     gain = math.sqrt(2.0 / (1 + math.sqrt(5) ** 2))
-    first = math.sqrt(3.0) * (gain / math.sqrt(fan_in)) if fan_in else 0.0
+    first = math.sqrt(3.0) * (gain / math.sqrt(fan_in)) if fan_in else 0
     bounds = {"weight": first, "bias": bound}
     return {
         name: generator.uniform(shapes[name], -bounds[name], bounds[name], dtype) for name in bounds if name in shapes

@@ -19,6 +19,8 @@ _GIVE_ORDER = (
     "give order, the submodules or parameters as torch's model constructs them, such as list(torch_model.state_dict())"
 )
 
+_UNREACHED = "a module that the call does not reach"  # of Linen
+
 # Flax's classes that hold or call modules, and do no more. In torch the layers in others, such as Flax's cells, are
 # parts of one module that draws otherwise, or there is no such module.
 _HOLDERS = (
@@ -141,7 +143,7 @@ def _layers(contents: Contents, others: Mapping[int, str]) -> dict[str, _Layer]:
             known = all(own.init is None for own in spec.cell.own.values()) and param.conversion.name in spec.shapes()
         else:
             known = kind.draw is not None and param.conversion in kind.conversions
-        title = others.get(id(layer), "module" if layer is None else type(layer).__name__)
+        title = others.get(id(layer), _UNREACHED if layer is None else type(layer).__name__)
         each = found.setdefault(prefix, _Layer(prefix, layer, title, {}, set()))
         each.params[name] = param
         each.known.update([name] * known)
@@ -200,10 +202,11 @@ def _refuse_unknown(owner: str, layers: Iterable[_Layer], values: Mapping[str, A
     }
     if unknown:
         names = listed(f"{name} of {kind}" for name, kind in unknown.items())
-        convert = "convert Flax's cells by jaxrnn.from_flax first, or " if "Cell" in "".join(unknown.values()) else ""
+        first = "convert Flax's cells by jaxrnn.from_flax first, or " if "Cell" in "".join(unknown.values()) else ""
+        first = "pass arguments with which the call reaches it, or " if _UNREACHED in unknown.values() else first
         example = f"values={{{next(iter(unknown))!r}: array{', ...' * (len(unknown) > 1)}}}"
         cause = f"jaxrnn does not know what torch draws for {names}"
-        _refuse(owner, cause, f"{convert}give what torch has there, in torch's layout: {example}")
+        _refuse(owner, cause, f"{first}give what torch has there, in torch's layout: {example}")
 
 
 def _shared(owner: str, contents: Contents, values: Mapping[str, Any]) -> dict[str, str]:

@@ -34,6 +34,6 @@ class EitherScan(Scan):
 
     def forms(self, run: Run) -> Mapping[str | None, Form]:
         forms = super().forms(run)
-        if len(forms) == 1 or why_not_affine(run) is not None:
+        if why_not_affine(run) is not None:
             return forms
         return {platform: form._replace(parallel=_PARALLEL.get(platform, 0)) for platform, form in forms.items()}

@@ -146,12 +146,13 @@ def implementations(workload: Workload, sides: Collection[str]) -> Iterator[Impl
     """
     parameters = workload.parameters()
     x = jax.ShapeDtypeStruct((workload.time, workload.batch, workload.input_size), jnp.float32)
-    ours = dict.fromkeys(("jaxrnn", "sharded", "graphs"), (f"jaxrnn.{workload.kind}", "auto"))
+    title = f"jaxrnn.{workload.kind}" if workload.kind in TORCH else workload.kind
+    ours = dict.fromkeys(("jaxrnn", "sharded", "graphs"), (title, "auto"))
     if workload.kind == "LSTM" and not workload.proj_size:
         ours["cudnn"] = "jaxrnn.LSTM with engine='cudnn'", "cudnn"
     if workload.kind not in TORCH:
-        ours |= {engine: (f"{workload.kind} with engine={engine!r}", engine) for engine in ("scan", "associative_scan")}
-    ours["pallas"] = f"jaxrnn.{workload.kind} with engine='pallas'", "pallas"
+        ours |= {engine: (f"{title} with engine={engine!r}", engine) for engine in ("scan", "associative_scan")}
+    ours["pallas"] = f"{title} with engine='pallas'", "pallas"
     for side, (name, engine) in ours.items():
         if side in sides:
             build = functools.partial(workload.build, jaxrnn, engine=engine)
