@@ -84,6 +84,22 @@ def test_as_the_loop(cell: jaxrnn.Cell, settings: dict, marks: dict, remat: Any)
     assert_close(every("associative_scan"), every("scan"))
 
 
+def test_a_reset_forgets_nan_and_overflow() -> None:
+    """As in a loop, also in gradients by what comes after it."""
+    reset = np.zeros((T, N), bool)
+    reset[5, 1:] = True
+    spec, (params, x, hx) = _case(jaxrnn.MIN_GRU_CELL)
+    x[2, :3], x[3, 3] = np.nan, np.inf
+
+    def later(x: Any, engine: str) -> Any:
+        return jnp.sum(jnp.sin(jaxrnn.apply(spec, params, x, hx, reset=reset, engine=engine)[0][6:, 1:]))
+
+    found, expected = (jax.jit(jax.value_and_grad(later), static_argnums=1)(x, e) for e in ("associative_scan", "scan"))
+    assert np.isfinite(found[0])
+    assert np.isfinite(found[1][6:, 1:]).all()
+    assert_close(found, expected)
+
+
 def _of_h(step: Any) -> jaxrnn.Cell:
     return jaxrnn.Cell("own", "x", "h", lambda gates, hidden, state: (step(gates[0], state[0]),), recurrent=False)
 

@@ -94,8 +94,8 @@ def _solved(matrix: Matrix, constant: Arrays, reverse: bool) -> Arrays:
 
 def _accumulated(matrix: Matrix, constant: Arrays, reverse: bool) -> Arrays:
     def both(first: tuple[Matrix, Arrays], second: tuple[Matrix, Arrays]) -> tuple[Matrix, Arrays]:
-        columns = [_product(second[0], column) for column in zip(*first[0], strict=True)]
-        moved = _product(second[0], first[1])
+        columns = [_product(second[0], column, _times) for column in zip(*first[0], strict=True)]
+        moved = _product(second[0], first[1], _times)
         total = tuple(b if a is None else a + b for a, b in zip(moved, second[1], strict=True))
         return [list(row) for row in zip(*columns, strict=True)], total
 
@@ -114,9 +114,16 @@ def _closed(matrix: Matrix, constant: Arrays) -> Matrix:
     return [[filled(matrix[i][j], shapes[i][j]) for j in count] for i in count]
 
 
-def _product(matrix: Matrix, states: Sequence[jax.Array | None]) -> list[jax.Array | None]:
+def _times(a: jax.Array, b: jax.Array) -> jax.Array:
+    """A product in which 0 times NaN is 0: a reset forgets whatever was there before."""
+    return jnp.where(a == 0, jnp.zeros_like(b), a * b)
+
+
+def _product(
+    matrix: Matrix, states: Sequence[jax.Array | None], times: Callable[..., jax.Array] = jnp.multiply
+) -> list[jax.Array | None]:
     def row(entries: list[jax.Array | None]) -> jax.Array | None:
-        terms = [a * b for a, b in zip(entries, states, strict=True) if a is not None and b is not None]
+        terms = [times(a, b) for a, b in zip(entries, states, strict=True) if a is not None and b is not None]
         return sum(terms[1:], terms[0]) if terms else None
 
     return [row(entries) for entries in matrix]
