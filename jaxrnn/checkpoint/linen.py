@@ -142,7 +142,7 @@ def torch_init(
     """
     layers = _reached(module, variables, args, kwargs)
     contents, owner = _contents_of(module, variables, layers), type(module).__name__
-    doubtful = _defined_otherwise(layers, _flat(variables)) if order is None else []
+    doubtful = [_defined_otherwise(layers, _flat(variables))] if order is None else []
     others = {
         id(below.module): type(layer.module).__name__
         for path, layer in layers.items()

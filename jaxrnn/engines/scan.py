@@ -31,7 +31,7 @@ class Form(NamedTuple):
         packed: whether the arrays that a loop reads at each step lie side by side in one.
         parallel: for a recurrence that is linear in the state: up to how many bytes the input's part of the gates may
             take in a step, for all steps of a block to run at once, by an associative scan.
-        widened: whether loops stack bfloat16 as float32. XLA has no updates of bfloat16 arrays on a CPU: at each step it
+        widened: whether loops stack bfloat16 as float32. On a CPU XLA cannot update bfloat16 arrays: at each step it
             would convert the whole stack to float32 and back.
     """
 
@@ -216,11 +216,13 @@ def _widened(scan: Callable, body: Callable, carry: Any, every: Any, **options: 
         carry, results = body(carry, step)
         leaves, tree = jax.tree.flatten(results)
         narrow[:] = [a.dtype == jnp.bfloat16 for a in leaves]
-        return carry, tree.unflatten([a.astype(jnp.float32) if n else a for a, n in zip(leaves, narrow, strict=True)])
+        wide = [a.astype(jnp.float32) if n else a for a, n in zip(leaves, narrow, strict=True)]
+        return carry, jax.tree.unflatten(tree, wide)
 
     carry, results = scan(in_float32, carry, every, **options)
     leaves, tree = jax.tree.flatten(results)
-    return carry, tree.unflatten([a.astype(jnp.bfloat16) if n else a for a, n in zip(leaves, narrow, strict=True)])
+    found = [a.astype(jnp.bfloat16) if n else a for a, n in zip(leaves, narrow, strict=True)]
+    return carry, jax.tree.unflatten(tree, found)
 
 
 def _packed(scan: Callable, body: Callable, state: Any, every: tuple) -> tuple[Any, Any]:
