@@ -205,6 +205,11 @@ def test_linens_order_is_that_of_the_calls_and_of_setup() -> None:
     )
     with pytest.raises(CheckpointError, match=cause):
         _linens(Swapped(), 4, X)
+    around = linen.Sequential([Swapped()])
+    with pytest.raises(
+        CheckpointError, match=r"order of layers_0\.conv, layers_0\.embed, .* another order than setup's"
+    ):
+        _linens(around, 4, X, order=["layers_0"])
     order = ["embed", "conv", "lstm", "norm", "heads"]
     assert _checksum(_linens(Swapped(), 4, X, order=order)) == GOLDEN["float32"]
 
