@@ -335,6 +335,8 @@ class Spec(_Shapes[StateT]):
         >>> [mask.shape for mask in spec.dropout_masks(jaxrnn.TorchGenerator(0), 7, 3)]
         [(7, 3, 40), (7, 3, 40)]
         """
+        if not isinstance(generator, TorchGenerator):
+            raise TypeError(f"generator should be a jaxrnn.TorchGenerator, got {type(generator).__name__}")
         shape = *leading, self.num_directions * self.output_size
         return [generator.dropout_mask(shape, self.dropout) for _ in range(self.num_layers - 1)]
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -62,7 +62,8 @@ class TorchGenerator:
         try:
             seed = operator.index(seed)
         except TypeError as error:
-            raise TypeError(f"seed should be an integer, got {seed!r}") from error
+            got = repr(seed) if isinstance(seed, str | float) else type(seed).__name__
+            raise TypeError(f"seed should be an integer, got {got}") from error
         if not -(2**63) <= seed < 2**64:
             raise ValueError(f"seed should be from -2**63 to 2**64 - 1, as for torch.manual_seed, got {seed}")
         self._seed = seed
@@ -72,10 +73,17 @@ class TorchGenerator:
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._seed})"
 
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            """Say what to do where Flax's own layers ask for `rngs.params()`."""
+            remedy = "give Flax's own layers nnx.Rngs, then draw the whole model with jaxrnn.torch_init(model, seed)"
+            raise AttributeError(f"a TorchGenerator has no {name}: {remedy}")
+
     def uniform(
         self, shape: _Size, low: float = 0.0, high: float = 1.0, dtype: DTypeLike = jnp.float32
     ) -> NDArray[Any]:
-        """Draw uniform numbers: `torch.empty(shape, dtype=dtype).uniform_(low, high)`.
+        """Draw uniform numbers: `torch.empty(shape, dtype=dtype).uniform_(low, high)`. float64 has other numbers.
 
         Args:
             shape: an int or a sequence of ints.
@@ -132,6 +140,9 @@ class TorchGenerator:
 
     def dropout_mask(self, shape: _Size, p: float) -> NDArray[np.bool_]:
         """Draw what dropout keeps: `torch.nn.functional.dropout(torch.ones(shape), p) != 0`.
+
+        Torch draws in the order of memory. Of a transposed tensor, such as the output of a layer with `batch_first`,
+        draw the mask in the shape before, (time, batch, features), and transpose it, too.
 
         On Intel's processors torch draws dropout by another generator, that of Intel's library MKL, and on others by
         this one. So masks are for comparing with a run on another processor; to train, give `nnx.Rngs`.

@@ -230,6 +230,17 @@ ones = jax.nn.initializers.ones
 LAYER_NORM = jaxrnn.LAYER_NORM_LSTM_CELL
 WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "seed": (lambda: TorchGenerator(1.5), TypeError, "seed should be an integer, got 1.5"),
+    "key": (lambda: TorchGenerator(jax.random.key(0)), TypeError, "seed should be an integer, got PRNGKeyArray"),
+    "flax": (
+        lambda: nnx.Linear(2, 3, rngs=TorchGenerator(0)),
+        AttributeError,
+        r"no params: give Flax's own layers nnx.Rngs, then draw .* jaxrnn.torch_init\(model, seed\)",
+    ),
+    "masks": (
+        lambda: jaxrnn.Spec(jaxrnn.LSTM_CELL, 2, 3, 2).dropout_masks(0, 5),
+        TypeError,
+        "generator should be a jaxrnn.TorchGenerator, got int",
+    ),
     "large seed": (
         lambda: TorchGenerator(2**64),
         ValueError,

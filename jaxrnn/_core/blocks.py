@@ -104,7 +104,7 @@ class Loop(NamedTuple):
         def piece(carry: Any, of_steps: slice, of_blocks: slice, shape: tuple[int, int]) -> tuple[Any, Any]:
             part = jax.tree.map(lambda a: a[of_steps].reshape(*shape, *a.shape[1:]), parts)
             given = part, jax.tree.map(lambda a: a[of_blocks], firsts)
-            carry, (every, first) = lax.scan(one, carry, given, reverse=reverse)
+            carry, (every, first) = self.form.stacking(lax.scan)(one, carry, given, reverse=reverse)
             return carry, (jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), every), first)
 
         count, rest = divmod(time, self.size)

@@ -143,7 +143,7 @@ def torch_init(
     """
     layers = _reached(module, variables, args, kwargs)
     contents, owner = _contents_of(module, variables, layers), type(module).__name__
-    doubtful = _defined_otherwise(layers, _flat(variables)) if order is None else []
+    doubtful = _defined_otherwise(layers, _flat(variables))
     others = {
         id(below.module): type(layer.module).__name__
         for path, layer in layers.items()
@@ -159,16 +159,17 @@ def torch_init(
     return _replaced(variables, contents, found.arrays)
 
 
-def _defined_otherwise(layers: Mapping[TreePath, "_LinenLayer"], places: Iterable[TreePath]) -> list[str]:
-    """Submodules with parameters that `setup` defines in another order than that of their first calls."""
+def _defined_otherwise(layers: Mapping[TreePath, "_LinenLayer"], places: Iterable[TreePath]) -> list[list[str]]:
+    """Submodules with parameters that `setup` defines in another order than that of their first calls, by module."""
+    found = []
     with_parameters = {place[1 : end + 1] for place in places for end in range(1, len(place) - 1)}
     for path, layer in layers.items():
         below = dict.fromkeys(called[: len(path) + 1] for called in layers if called[: len(path)] == path != called)
         called = [child[-1] for child in below if child in with_parameters]
         defined = [name for name in layer.defined if name in called]
         if defined != [name for name in called if name in defined]:
-            return defined
-    return []
+            found.append([".".join((*path, name)) for name in defined])
+    return found
 
 
 def state_dict(

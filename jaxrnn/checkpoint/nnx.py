@@ -313,17 +313,21 @@ def order_in_doubt(node: object, seen: bool = True, above: tuple[int, ...] = ())
     return []
 
 
-def order_lost_in(node: object, above: tuple[int, ...] = (), rebuilt: bool = False) -> list[str]:
-    """Submodules whose order of definition is lost, because Flax has made their module anew."""
+def orders_lost_in(
+    node: object, path: tuple[str, ...] = (), above: tuple[int, ...] = (), rebuilt: bool = False
+) -> list[list[str]]:
+    """Submodules whose order of definition is lost, because Flax has made their module anew: a list for each module."""
     children = _children(node) if id(node) not in above else {}
     rebuilt = _compat.is_rebuilt(node) if isinstance(node, nnx.Pytree) else rebuilt
     numbered = isinstance(node, nnx.Sequential | nnx.List | list | tuple)
     below = {name: child for name, child in children.items() if not isinstance(child, nnx.Variable)}
-    for child in below.values():
-        if found := order_lost_in(child, (*above, id(node)), rebuilt):
-            return found
-    drawn = [name for name, child in below.items() if _under(child).params] if rebuilt and not numbered else []
-    return drawn if len(drawn) > 1 else []
+    found = [
+        lost
+        for name, child in below.items()
+        for lost in orders_lost_in(child, (*path, name), (*above, id(node)), rebuilt)
+    ]
+    drawn = [_prefix((*path, name))[:-1] for name, child in below.items() if _under(child).params]
+    return [*found, drawn] if rebuilt and not numbered and len(drawn) > 1 else found
 
 
 def _children(node: object) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from flax import linen, nnx
 from jaxrnn.checkpoint.errors import CheckpointError, listed
 from jaxrnn.checkpoint.flax_layers import TABLES, kind_of
 from jaxrnn.checkpoint.matching import Contents, ModuleParameter, fit
-from jaxrnn.checkpoint.nnx import contents_of, order_lost_in, put
+from jaxrnn.checkpoint.nnx import contents_of, orders_lost_in, put
 from jaxrnn.spec import CellSpec, Spec
 from jaxrnn.torch_random import TorchGenerator
 
@@ -85,8 +85,8 @@ def torch_init(
         if is_other(each)
         for _, below in nnx.iter_modules(each)
     }
-    doubtful = order_lost_in(module) if order is None else []
-    tensors = drawn(owner, contents, others, seed, order, values, doubtful, "Flax sorts attributes in nnx.jit")
+    doubtful, reason = orders_lost_in(module), "Flax sorts attributes in nnx.jit and in copies"
+    tensors = drawn(owner, contents, others, seed, order, values, doubtful, reason)
     found = fit(owner, contents, tensors, "", strict=True)
     for text in found.warnings:
         warnings.warn(text, stacklevel=2)
@@ -157,7 +157,7 @@ def drawn(
     seed: int | TorchGenerator,
     order: Sequence[str] | None,
     values: Mapping[str, Any],
-    doubtful: Sequence[str],
+    doubtful: Sequence[Sequence[str]],
     reason: str,
 ) -> dict[str, Any]:
     """The tensors that torch's model has at first, by name.
@@ -167,7 +167,7 @@ def drawn(
         contents: its parameters.
         others: by the id of a module, the class around it for which `is_other` is true.
         seed, order, values: as for `torch_init`.
-        doubtful, reason: attributes whose order may not be torch's, and why.
+        doubtful, reason: lists of submodules whose order may not be torch's, and why.
 
     Raises:
         CheckpointError: as `torch_init`.
@@ -175,8 +175,11 @@ def drawn(
     generator = seed if isinstance(seed, TorchGenerator) else TorchGenerator(seed)
     if unknown := [name for name in values if name not in contents.params]:
         _refuse(owner, f"values has {listed(unknown)}, which are no parameters", f"it has {listed(contents.params)}")
-    if doubtful:
-        _refuse(owner, f"the order of {listed(doubtful)} may not be torch's, because {reason}", _GIVE_ORDER)
+    shapes = {name: (np.shape(value), contents.params[name].shape) for name, value in values.items()}
+    if odd := [f"{name} of shape {got}, should be {shape}" for name, (got, shape) in shapes.items() if got != shape]:
+        _refuse(owner, f"values has {listed(odd)}", "give arrays in torch's layout")
+    if lost := next((each for each in doubtful if order is None or _is_lost(each, order)), None):
+        _refuse(owner, f"the order of {listed(lost)} may not be torch's, because {reason}", _GIVE_ORDER)
     layers = _layers(contents, others)
     _refuse_unknown(owner, layers.values(), values)
     shared = _shared(owner, contents, values)
@@ -224,6 +227,20 @@ def _shared(owner: str, contents: Contents, values: Mapping[str, Any]) -> dict[s
     return found
 
 
+def _is_lost(submodules: Sequence[str], order: Sequence[str]) -> bool:
+    """Whether an order leaves that of these submodules open, because it has the name of a module around them first."""
+    firsts = [
+        name
+        for each in submodules
+        for name in [first for first in order if _is_within(each, first) or _is_within(first, each)][:1]
+    ]
+    return len(set(firsts)) < len(firsts)
+
+
+def _is_within(name: str, module: str) -> bool:
+    return f"{name}.".startswith(f"{module}.")
+
+
 def _ordered(owner: str, contents: Contents, layers: Mapping[str, _Layer], order: Sequence[str]) -> list[str]:
     """The prefixes of layers, in the order of names of modules or parameters."""
     found: dict[str, None] = {}
@@ -233,7 +250,8 @@ def _ordered(owner: str, contents: Contents, layers: Mapping[str, _Layer], order
         unknown += [name] if not own and name not in contents.ignored else []
         found |= dict.fromkeys(own)
     if unknown:
-        _refuse(owner, f"order has {listed(unknown)}, which are no modules or parameters", _GIVE_ORDER)
+        cause = f"order has {listed(unknown)}, which are no modules or parameters"
+        _refuse(owner, cause, f"{_GIVE_ORDER}; here there are {listed(prefix[:-1] for prefix in layers if prefix)}")
     if left := [name for prefix in layers if prefix not in found for name in layers[prefix].params]:
         _refuse(owner, f"order lacks {listed(left)}", _GIVE_ORDER)
     return list(found)

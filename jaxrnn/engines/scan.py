@@ -31,6 +31,8 @@ class Form(NamedTuple):
         packed: whether the arrays that a loop reads at each step lie side by side in one.
         parallel: for a recurrence that is linear in the state: up to how many bytes the input's part of the gates may
             take in a step, for all steps of a block to run at once, by an associative scan.
+        widened: whether loops stack bfloat16 as float32. On a CPU XLA cannot update bfloat16 arrays: at each step it
+            would convert the whole stack to float32 and back.
     """
 
     inference: int | None = None
@@ -42,6 +44,7 @@ class Form(NamedTuple):
     joined: bool = False
     packed: bool = False
     parallel: int = 0
+    widened: bool = False
 
     def scan(self, settings: Settings, body: Callable[..., Any], carry: Any, every: Any) -> tuple[Any, Any]:
         """As `jax.lax.scan` of `body(carry, step)`, in the direction of the settings."""
@@ -53,13 +56,17 @@ class Form(NamedTuple):
             return affine.scan(body, carry, every, settings.reverse)
         # A symbolic time axis, in an export, cannot be split.
         unroll = settings.options.unroll or (self.unroll if isinstance(length, int) else 1)
-        scan = functools.partial(lax.scan, reverse=settings.reverse, unroll=unroll)
+        scan = functools.partial(self.stacking(lax.scan), reverse=settings.reverse, unroll=unroll)
         return (functools.partial(_packed, scan) if self.packed else scan)(body, carry, every)
+
+    def stacking(self, scan: Callable[..., Any]) -> Callable[..., Any]:
+        """A scan whose results are stacked as the platform needs."""
+        return functools.partial(_widened, scan) if self.widened else scan
 
 
 # Found by a sweep over rows and sizes: `jaxrnn speed --sweep`.
 _MIB = 2**20
-_CPU = Form(inference=3 * _MIB, training=512 * _MIB, many=65, apart=True)
+_CPU = Form(inference=3 * _MIB, training=512 * _MIB, many=65, apart=True, widened=True)
 # On a GPU, every update of an array is a launch, and a launch takes longer than most steps. XLA makes a CUDA graph of a
 # loop, but not of a loop of loops, and that is worth more than memory unless there are many rows.
 _GPU = Form(inference=64 * _MIB, training=64 * _MIB, rows=2048, many=2048, unroll=4, joined=True)
@@ -199,6 +206,23 @@ class Scan:
         if every.sums is not None:
             every = every._replace(sums=steps.arguments(cell, inputs, every.sums))
         return every, d_last
+
+
+def _widened(scan: Callable, body: Callable, carry: Any, every: Any, **options: Any) -> tuple[Any, Any]:
+    """Scan, with results of bfloat16 in float32 until the loop has ended."""
+    narrow: list[bool] = []
+
+    def in_float32(carry: Any, step: Any) -> tuple[Any, Any]:
+        carry, results = body(carry, step)
+        leaves, tree = jax.tree.flatten(results)
+        narrow[:] = [a.dtype == jnp.bfloat16 for a in leaves]
+        wide = [a.astype(jnp.float32) if n else a for a, n in zip(leaves, narrow, strict=True)]
+        return carry, jax.tree.unflatten(tree, wide)
+
+    carry, results = scan(in_float32, carry, every, **options)
+    leaves, tree = jax.tree.flatten(results)
+    found = [a.astype(jnp.bfloat16) if n else a for a, n in zip(leaves, narrow, strict=True)]
+    return carry, jax.tree.unflatten(tree, found)
 
 
 def _packed(scan: Callable, body: Callable, state: Any, every: tuple) -> tuple[Any, Any]:
