@@ -204,7 +204,7 @@ def test_an_order_in_place_of_one_that_is_lost() -> None:
     torch_init(nnx.clone(model.lstm), 4)  # of a layer the order is known
     torch_init(nnx.clone(nnx.Sequential(model.heads[0], model.heads[0])), 4)  # and of numbered ones
     torch_init(nnx.clone(nnx.Dict(head=model.heads[0])), 4)  # and of one
-    with pytest.raises(CheckpointError, match="the order of both.a, both.b may not be torch's"):
+    with pytest.raises(CheckpointError, match=r"the order of both\.a, both\.b may not be torch's"):
         torch_init(nnx.clone(nnx.Dict(both=nnx.data({"b": model.conv, "a": model.heads[0]}))), 4)
 
 
