@@ -217,6 +217,15 @@ def test_what_is_where_is_told() -> None:
         jaxrnn.load_state_dict(jaxrnn.linen.GRU(3, 4), tensors, "dec.")
     with pytest.raises(TypeError, match=r"module should be an nnx.Module, got Linen's GRU"):
         jaxrnn.state_dict(jaxrnn.linen.GRU(3, 4))
+    assert jaxrnn.state_dict({"rnn": gru}).keys() == {f"rnn.{name}" for name in jaxrnn.state_dict(gru)}
+    for other in (gru.spec, lambda x: x, jaxrnn.state_dict(gru), gru.weight_ih_l0, None):
+        for function in (
+            jaxrnn.state_dict,
+            lambda it: jaxrnn.load_state_dict(it, {}),
+            lambda it: jaxrnn.torch_init(it, 0),
+        ):
+            with pytest.raises(TypeError, match=f"module should be an nnx.Module, got {type(other).__name__}: give"):
+                function(other)
 
 
 def test_a_layer_serves_a_cell_and_a_cell_a_layer() -> None:

@@ -234,7 +234,7 @@ def contents_of(module: nnx.Module) -> Contents:
     """Every parameter and every layer of a module, in torch's order.
 
     Raises:
-        TypeError: `module` is a Linen module, or the state of a module.
+        TypeError: `module` is a Linen module, the state of a module, or no module at all.
         CheckpointError: the module is a stack of several, as `nnx.vmap` makes.
     """
     owner = type(module).__name__
@@ -246,6 +246,9 @@ def contents_of(module: nnx.Module) -> Contents:
             "graph, _, others = nnx.split(model, nnx.Param, ...); nnx.merge(graph, state, others)"
         )
     contents = _under(module)
+    is_one = isinstance(module, nnx.Pytree) and not isinstance(module, nnx.Variable)
+    if not is_one and not contents.params:  # dicts and lists of modules have some
+        raise TypeError(f"module should be an nnx.Module, got {owner}: give the module that has the parameters")
     contents.refuse_stacked(owner, _TAKE_ONE)
     return contents
 
