@@ -7,7 +7,7 @@ These libraries promise what their API references document. JAX promises nothing
 import inspect
 import os
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -97,10 +97,19 @@ def influences(function: Callable[..., Any], count: int, *arguments: Any) -> lis
     Only a traced program tells, and JAX does not promise the form of programs, nor the names of operations.
     """
     program = jax.make_jaxpr(function)(*arguments).jaxpr
-    names = ((each.primitive.name, each.effects) for each in program.eqns)
-    kept = {name for name, effects in names if effects or name.endswith("callback")}
+    kept = frozenset(_kept(program))
     found = _influences(program, [frozenset(range(k, min(k + 1, count))) for k in range(len(program.invars))])
     return [each | kept for each in found]
+
+
+def _kept(program: Any) -> Iterator[str]:
+    """The names of operations that have effects or are callbacks, also within other operations."""
+    for each in program.eqns:
+        if each.effects or each.primitive.name.endswith("callback"):
+            yield each.primitive.name
+        for value in jax.tree.leaves(list(each.params.values()), is_leaf=lambda a: hasattr(a, "eqns")):
+            if hasattr(value, "eqns"):
+                yield from _kept(value)
 
 
 _CALLS = ("jit", "pjit", "closed_call", "checkpoint", "remat2")

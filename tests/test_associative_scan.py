@@ -129,6 +129,10 @@ def _printed(x: jax.Array, h: jax.Array) -> jax.Array:
     return x + h
 
 
+def _called(x: jax.Array) -> jax.Array:
+    return jax.pure_callback(np.sin, jax.typeof(x), x)
+
+
 OTHERS = {
     "squared": (lambda x, h: x + h * h, "mul"),
     "tanh": (lambda x, h: jnp.tanh(x + h), "tanh"),
@@ -152,7 +156,9 @@ OTHERS = {
     "a loop": (lambda x, h: jax.lax.while_loop(lambda a: a[0, 0] < h[0, 0], lambda a: a + 1, x), "while"),
     # These run once more, or for other states, or cannot be mapped or differentiated.
     "printed": (_printed, "debug_"),
-    "a callback": (lambda x, h: h + jax.pure_callback(np.sin, jax.typeof(x), x), "pure_callback"),
+    "a callback": (lambda x, h: h + _called(x), "pure_callback"),
+    "a callback in a jitted function": (lambda x, h: h + jax.jit(_called)(x), "pure_callback"),
+    "a callback in a loop": (lambda x, h: h + jax.lax.fori_loop(0, 2, lambda _, a: _called(a), x), "pure_callback"),
 }
 
 
